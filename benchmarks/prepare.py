@@ -1,0 +1,101 @@
+"""Speed and memory of preparing raw data: Criteo rows on one core, and the embedded stream.
+
+    python -m benchmarks.prepare [--data DIR] [--quick]
+
+DIR holds `criteo_sample/train.txt`; larger files are its rows repeated. Each measurement runs in a process of its own,
+bound to one core, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from exfm_ray.config import Config
+from exfm_ray.data.prepare import prepare
+
+ROWS_PER_S = 100_000
+GROWTH = 1.1
+EMBEDDED_PER_S = 300_000
+
+
+def child(source: str, root: str, run: str, windows: int) -> None:
+    """Prepare once on one core; print rows, seconds and peak memory as JSON."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    data: dict[str, Any] = {"source": source, "root": root, "embedded": {"windows": windows, "events_per_window": 100_000}}
+    if source == "criteo":
+        data["window"] = {"by": "rows", "rows": 100_000}
+    config = Config.model_validate({"name": source, "run": {"dir": run}, "data": data})
+    start, start_cpu = time.perf_counter(), time.process_time()
+    stream = prepare(config)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    rows = sum(stream.window(i).rows for i in stream.windows())
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"rows": rows, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak_mb}))
+
+
+def measure(source: str, root: Path, windows: int = 1) -> dict[str, float]:
+    """Run `child` in a fresh process; its figures and rows per second."""
+    with tempfile.TemporaryDirectory() as run:
+        command = [sys.executable, "-m", "benchmarks.prepare", "--child", source, str(root), run, str(windows)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    figures["rows_per_s"] = figures["rows"] / figures["seconds"]
+    print(f"  {source}: {figures['rows']:,.0f} rows, {figures['rows_per_s']:,.0f} rows/s, peak {figures['peak_mb']:.0f} MB", flush=True)
+    return figures
+
+
+def repeat(sample: Path, target: Path, rows: int) -> None:
+    """Write `rows` lines to `target` by repeating those of `sample`."""
+    target.parent.mkdir(parents=True)
+    lines = sample.read_bytes().splitlines(keepends=True)
+    with target.open("wb") as handle:
+        for start in range(0, rows, len(lines)):
+            handle.writelines(lines[: rows - start])
+
+
+def main() -> None:
+    """Parse, measure, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("EXFM_DATA", "../shared/data")))
+    parser.add_argument("--quick", action="store_true", help="half of the rows")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        source, root, run, windows = options.child
+        child(source, root, run, int(windows))
+        return
+    sample = options.data / "criteo_sample" / "train.txt"
+    if not sample.is_file():
+        sys.exit(f"{sample}: no such file; --data names the folder that holds criteo_sample/")
+    few, minutes = (200_000, 0.5) if options.quick else (400_000, 1)
+    print(f"Prepares {few:,} and {10 * few:,} Criteo rows and an embedded stream, one core each; about {minutes} minutes.", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        results = []
+        for rows in (few, 10 * few):
+            repeat(sample, Path(scratch) / str(rows) / "train.txt", rows)
+            results.append(measure("criteo", Path(scratch) / str(rows)))
+    small, large = results
+    generated = measure("embedded", options.data, windows=3 if options.quick else 12)
+    growth = large["peak_mb"] / small["peak_mb"]
+    bars = {
+        "criteo_rows_per_s": {"value": large["rows_per_s"], "bar": ROWS_PER_S, "holds": large["rows_per_s"] >= ROWS_PER_S},
+        "peak_memory_growth_10x": {"value": growth, "bar": GROWTH, "holds": growth <= GROWTH},
+        "embedded_events_per_s": {"value": generated["rows_per_s"], "bar": EMBEDDED_PER_S, "holds": generated["rows_per_s"] >= EMBEDDED_PER_S},
+    }
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    figures = {"criteo": small, "criteo_10x": large, "embedded": generated}
+    print(json.dumps({"benchmark": "prepare", "machine": machine, "figures": figures, "bars": bars}))
+
+
+if __name__ == "__main__":
+    main()

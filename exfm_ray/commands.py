@@ -1,0 +1,139 @@
+"""The commands of run.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from exfm_ray.config import Config, load_config
+from exfm_ray.errors import UserError, nearest
+from exfm_ray.files import read_json
+
+USER_ERROR = 2
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; the exit code is 0 only when everything asked for was done."""
+    try:
+        options = _parser().parse_args(arguments)
+        config = load_config(options.config, options.set, options.name)
+        COMMANDS[options.command](config)
+    except UserError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from exfm_ray.runtime import user_error  # imports ray: seconds that a mistake on the command line need not cost
+
+        known = user_error(error)
+        if known is None:
+            raise
+        return _fail(known)
+    return 0
+
+
+def _fail(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return USER_ERROR
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{message}; see run.py --help")
+
+
+def _command(word: str) -> str:
+    if word not in COMMANDS:
+        raise UserError(f"unknown command '{word}': there are {', '.join(COMMANDS)}." + nearest(word, COMMANDS))
+    return word
+
+
+def _parser() -> argparse.ArgumentParser:
+    lines = "\n".join(f"  {name:10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items())
+    parser = _Parser(prog="run.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=f"ExFM on Ray.\n\ncommands:\n{lines}")
+    parser.add_argument("command", type=_command, metavar="COMMAND")
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file; configs/ holds ready ones")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting; may be repeated")
+    parser.add_argument("--name", help="name of the run; the same command with the same name goes on where it stopped")
+    return parser
+
+
+def prepare(config: Config) -> None:
+    """Turn the raw data set into an event stream."""
+    from exfm_ray.pipeline import prepare_stream
+
+    stream = prepare_stream(config)
+    windows = [stream.window(w) for w in stream.windows()]
+    print(f"{stream.root}: {len(windows)} windows, {sum(w.rows for w in windows):,} events, {sum(w.duplicates for w in windows):,} duplicates")
+
+
+def _run(config: Config, fm: bool, das: bool, vm: bool) -> None:
+    from exfm_ray.pipeline import Run, prepare_stream
+
+    run = Run(config, prepare_stream(config))
+    run.execute(fm, das, vm)
+    run.summarise()
+
+
+def pipeline(config: Config) -> None:
+    """The whole of ExFM: FM, DAS and VMs side by side, over all windows."""
+    _run(config, fm=True, das=True, vm=True)
+    show(config)
+
+
+def train_fm(config: Config) -> None:
+    """Train the foundation model alone; it publishes a snapshot after each window."""
+    _run(config, fm=True, das=False, vm=False)
+    show(config)
+
+
+def das(config: Config) -> None:
+    """Let the DAS score every window whose snapshot is published."""
+    _run(config, fm=False, das=True, vm=False)
+
+
+def train_vm(config: Config) -> None:
+    """Train the vertical models from supervision that the DAS has written."""
+    _run(config, fm=False, das=False, vm=True)
+    show(config)
+
+
+def show(config: Config) -> None:
+    """Print the run's summary."""
+    summary = read_json(config.folder / "summary.json")
+    wanted = {student.domain for student in config.vm.models} | {"all"}
+    rows = [row for row in summary["figures"] if row["domain"] in wanted]
+    console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 120)))
+    table = Table(title=f"{config.name}: windows {summary['windows'][0]} to {summary['windows'][-1]}" if summary["windows"] else config.name)
+    for column in ("domain", "task", "model", "arm"):
+        table.add_column(column)
+    columns = {"ne": "NE", "best_ne": "best NE", "auc": "AUC", "gauc": "gAUC", "calibration": "calibr.", "ne_gain": "NE gain %", "transfer_ratio": "TR"}
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
+    for row in sorted(rows, key=lambda row: (row["domain"] != "all", row["domain"], row["task"])):
+        table.add_row(row["domain"], row["task"], row["model"], row["arm"], *(_cell(key, row.get(key)) for key in columns))
+    console.print(table)
+    seconds = ", ".join(f"{role} {r['examples']:,} examples in {r['seconds']:.0f} s" for role, r in summary["roles"].items())
+    console.print(f"{seconds}; peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB. Everything is in {config.folder}", highlight=False, soft_wrap=True)
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value * 100:.2f}" if key == "ne_gain" else f"{value:.2f}" if key == "transfer_ratio" else f"{value:.4f}"
+
+
+COMMANDS: dict[str, Callable[[Config], None]] = {
+    "prepare": prepare,
+    "pipeline": pipeline,
+    "train-fm": train_fm,
+    "das": das,
+    "train-vm": train_vm,
+}

@@ -1,0 +1,331 @@
+"""The one config tree: typed, frozen, one YAML file with dotted overrides. Unknown keys are errors.
+
+Keys read like the papers: w, alpha, beta (ExFM, arXiv 2502.17494), l, n_F, n_L, k (Wukong, arXiv 2403.02545).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
+
+from exfm_ray.errors import UserError, nearest
+from exfm_ray.schema import Model, Name
+
+Widths = tuple[Annotated[int, Field(ge=1)], ...]
+Folder = Annotated[Path, AfterValidator(Path.absolute)]
+"""Absolute from the start: a run's workers have working folders of their own."""
+
+
+class Arm(StrEnum):
+    """How a VM learns: labels only, plain distillation, auxiliary head, auxiliary head with student adapter."""
+
+    LABELS = "labels"
+    KD = "kd"
+    AH = "ah"
+    AH_SA = "ah_sa"
+
+
+class WindowConfig(Model):
+    """How the stream is cut. `time`: by event time; `rows`: every so many events, for data that have only an order."""
+
+    by: Literal["time", "rows"] = "time"
+    length_s: int = Field(86_400, ge=1, description="seconds in a window (by: time)")
+    offset_s: int = Field(0, description="windows start at multiples of length_s plus this many seconds since the epoch")
+    rows: int = Field(100_000, ge=1, description="events in a window (by: rows)")
+
+
+class EmbeddedConfig(Model):
+    """The embedded stream: a generator of ad events whose true click probability is known."""
+
+    seed: int = 0
+    windows: int = Field(12, ge=1)
+    events_per_window: int = Field(50_000, ge=1)
+    users: int = Field(20_000, ge=2)
+    ads: int = Field(4_000, ge=2)
+    advertisers: int = Field(200, ge=2)
+    churn: float = Field(0.02, ge=0, le=1, description="share of users and of ads that are replaced by new ones each window")
+    drift: float = Field(0.15, ge=0, description="angle in radians by which user vectors turn each window")
+    shift_at: int | None = Field(None, ge=1, description="window at which all user vectors turn at once by a right angle's third")
+
+
+class DataConfig(Model):
+    """The raw data set and how it becomes a stream."""
+
+    source: Literal["embedded", "kuairand", "movielens", "frappe", "criteo", "avazu", "table"] = "embedded"
+    root: Folder = Field(Path(), validate_default=True, description="folder of the raw data set")
+    schema_file: Folder | None = Field(None, description="schema of a `table` source (see docs/data.md)")
+    window: WindowConfig = WindowConfig()
+    duplicates: Literal["keep", "drop"] = "keep"
+    max_rows: int | None = Field(None, ge=1, description="stop after this many events")
+    fragment_rows: int = Field(50_000, ge=1, description="events in a fragment, the unit of work of DAS and feed")
+    hash_rows: int = Field(100_000, ge=2, description="table rows of hashed high-cardinality features in the built-in sources")
+    memory_mb: int = Field(1_000, ge=100, description="memory that sorting raw data may use before it goes to disk")
+    embedded: EmbeddedConfig = EmbeddedConfig()
+
+
+class WukongConfig(Model):
+    """Wukong (arXiv 2403.02545): l layers of n_F + n_L rows with a rank-k projection; MLP widths of FMB and head."""
+
+    type: Literal["wukong"] = "wukong"
+    dim: int = Field(16, ge=1)
+    l: int = Field(2, ge=1)  # noqa: E741 - the paper's own name
+    n_F: int = Field(8, ge=0)
+    n_L: int = Field(8, ge=0)
+    k: int = Field(8, ge=1)
+    fmb_mlp: Widths = (128,)
+    mlp: Widths = (128,)
+    dense_rows: int = Field(2, ge=1, description="rows that the dense features become")
+
+    @model_validator(mode="after")
+    def _rows(self) -> Self:
+        if self.n_F + self.n_L == 0:
+            raise ValueError("n_F + n_L is 0: a Wukong layer needs rows; set n_F or n_L to 1 or more")
+        return self
+
+
+class MLPConfig(Model):
+    """A multi-layer perceptron over the flattened embeddings and the dense features."""
+
+    type: Literal["mlp"] = "mlp"
+    dim: int = Field(16, ge=1)
+    mlp: Widths = (64, 32)
+
+
+class DLRMConfig(Model):
+    """DLRM (arXiv 1906.00091): dot products of all pairs of embeddings, dense features through a bottom MLP."""
+
+    type: Literal["dlrm"] = "dlrm"
+    dim: int = Field(16, ge=1)
+    bottom_mlp: Widths = (32,)
+    top_mlp: Widths = (64, 32)
+
+
+class DCNv2Config(Model):
+    """DCN-V2 (arXiv 2008.13535), parallel form: full-rank cross layers beside an MLP."""
+
+    type: Literal["dcnv2"] = "dcnv2"
+    dim: int = Field(16, ge=1)
+    cross_layers: int = Field(2, ge=1)
+    mlp: Widths = (64, 32)
+
+
+ModelConfig = Annotated[WukongConfig | MLPConfig | DLRMConfig | DCNv2Config, Field(discriminator="type")]
+
+
+class OptimizerConfig(Model):
+    """Row-wise Adagrad for the tables, Adam for the dense part."""
+
+    table_lr: float = Field(0.05, gt=0)
+    dense_lr: float = Field(1e-3, gt=0)
+    dense_weight_decay: float = Field(0.0, ge=0)
+
+
+class TrainerConfig(Model):
+    """What FM and VM training have in common."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch_size: int = Field(1024, ge=1, description="global: the workers divide each batch among them")
+    workers: int = Field(1, ge=1)
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: int = Field(0, ge=0, le=3)
+    sharding: Literal["row_wise", "table_wise"] = "row_wise"
+    threads: int = Field(0, ge=0, description="torch threads of a CPU worker; 0 leaves torch's own choice")
+
+
+class FMConfig(TrainerConfig):
+    """The foundation model: one network, all domains, a head for every task."""
+
+    name: Name = "fm"
+    tasks: tuple[Name, ...] = Field((), description="tasks it learns; empty means all of the stream's")
+    model: ModelConfig = WukongConfig()
+
+
+class DASConfig(Model):
+    """The Data Augmentation System: a pool of actors that write the FM's predictions into the training data."""
+
+    min_actors: int = Field(1, ge=1)
+    max_actors: int = Field(1, ge=1)
+    fm_lag: int = Field(1, ge=1, description="window t is scored by the snapshot that has learned windows <= t - fm_lag")
+    batch_size: int = Field(4096, ge=1)
+    threads: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.max_actors < self.min_actors:
+            raise ValueError(f"das.max_actors is {self.max_actors}, below das.min_actors = {self.min_actors}")
+        return self
+
+
+class StudentConfig(Model):
+    """One vertical model: its domain, its task, its network (`vm.model` where it names none)."""
+
+    name: Name
+    domain: Name
+    task: Name
+    model: ModelConfig | None = None
+
+
+class VMConfig(TrainerConfig):
+    """The vertical models. With `share_pass` all of them learn in one worker group from one pass of the data."""
+
+    models: tuple[StudentConfig, ...] = ()
+    model: ModelConfig = MLPConfig()
+    arms: tuple[Arm, ...] = (Arm.LABELS, Arm.KD, Arm.AH, Arm.AH_SA)
+    share_pass: bool = True
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [m.name for m in self.models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two vertical models are named '{name}'")
+        return self
+
+
+class KDConfig(Model):
+    """Plain distillation: h(z, y) + w h(z, p_F) on one head."""
+
+    w: float = Field(1.0, ge=0)
+
+
+class AHConfig(Model):
+    """The auxiliary head: h(z_S, y) + w h(z_D, min(1, alpha p_F)), its gradient into the backbone times beta."""
+
+    w: float = Field(1.0, ge=0)
+    alpha: float = Field(1.0, gt=0)
+    beta: float = Field(4.0, ge=0)
+    mlp: Widths | tuple[()] = ()
+
+
+class SAConfig(Model):
+    """The student adapter: a tiny MLP from the teacher's prediction, learnt on the label by an optimizer of its own."""
+
+    w: float = Field(1.0, ge=0, description="weight of the adapter's term; alpha does not apply to it, beta does")
+    mlp: Widths | tuple[()] = (16,)
+    lr: float = Field(1e-3, gt=0)
+    input: Literal["probability", "logit"] = "logit"
+    own_head: bool = Field(True, description="a third head learns the adapter's target; otherwise the auxiliary head does")
+
+
+class DistillationConfig(Model):
+    """Settings of the arms."""
+
+    kd: KDConfig = KDConfig()
+    ah: AHConfig = AHConfig()
+    sa: SAConfig = SAConfig()
+
+
+class MetricsConfig(Model):
+    """`warmup_windows`: how many windows at the start stay out of summary.json."""
+
+    warmup_windows: int = Field(2, ge=0)
+
+
+class RunConfig(Model):
+    """Where runs go."""
+
+    dir: Folder = Field(Path("runs"), validate_default=True)
+
+
+class Config(Model):
+    """A whole run."""
+
+    name: Name = "run"
+    seed: int = Field(0, ge=0)
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    fm: FMConfig = FMConfig()
+    das: DASConfig = DASConfig()
+    vm: VMConfig = VMConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.run.dir / self.name
+
+
+def load_config(file: Path, overrides: Sequence[str] = (), name: str | None = None) -> Config:
+    """Read a YAML config, apply `section.key=value` overrides (values are YAML), validate.
+
+    The run's name is `name`, else the file's own `name`, else the file's stem. UserError names the setting at fault.
+    """
+    try:
+        tree = yaml.safe_load(file.read_text()) or {}
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such config file; configs/ holds ready ones") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: a config is a mapping of sections, this is a {type(tree).__name__}")
+    tree.setdefault("name", file.stem)
+    for override in overrides:
+        _apply(tree, override)
+    if name:
+        tree["name"] = name
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{file}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: write it as section.key=value")
+    *path, last = key.split(".")
+    for part in path:
+        below = tree.setdefault(part, {})
+        if not isinstance(below, dict):
+            raise UserError(f"--set {override}: '{part}' is a value, not a section")
+        tree = below
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: '{value}' is not a YAML value ({error})") from None
+
+
+def _explain(error: Any) -> str:
+    """One validation error in a user's words: the setting, its value, the nearest known name."""
+    place = ".".join(str(p) for p in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"][:-1])
+        return f"unknown setting '{place}'." + (nearest(str(error["loc"][-1]), known) or f" Known here: {', '.join(known)}.")
+    message = error["msg"].removeprefix("Value error, ")
+    given = f" (given: {error['input']!r})" if not isinstance(error["input"], dict | list | tuple | BaseModel) else ""
+    return f"setting '{place}': {message}{given}"
+
+
+def _known_keys(path: Sequence[str | int]) -> list[str]:
+    """Names allowed below a path of the tree."""
+    schema = TypeAdapter(Config).json_schema()
+    node: dict[str, Any] = schema
+
+    def resolve(n: dict[str, Any]) -> dict[str, Any]:
+        while "$ref" in n:
+            n = schema["$defs"][n["$ref"].rpartition("/")[2]]
+        return n
+
+    for part in path:
+        node = resolve(node)
+        options = [resolve(o) for o in node.get("anyOf", []) + node.get("oneOf", [])]
+        if isinstance(part, int):
+            node = node.get("items", {})
+        elif part in node.get("properties", {}):
+            node = node["properties"][part]
+        else:  # a tagged union: pydantic puts the tag into the path
+            options += [resolve(o) for option in options for o in option.get("oneOf", [])]
+            node = next((o for o in options if o.get("properties", {}).get("type", {}).get("const") == part), {})
+    return list(resolve(node).get("properties", {}))
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,73 @@
+"""The DAS of a run: scores every window that may be supervised, as soon as its snapshot is published."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import ray
+
+from exfm_ray.config import Config
+from exfm_ray.das.pool import Pool
+from exfm_ray.das.scorer import ScorerActor
+from exfm_ray.das.lag import version_for
+from exfm_ray.das.snapshots import SnapshotStore
+from exfm_ray.das.supervision import SupervisionStore
+from exfm_ray.data.stream import EventStream
+
+POLL_S = 0.1
+
+
+@dataclass
+class DAS:
+    """Supervision for the windows of one stream by one teacher."""
+
+    config: Config
+    stream: EventStream
+
+    def __post_init__(self) -> None:
+        folder, teacher = self.config.folder, self.config.fm.name
+        self.snapshots = SnapshotStore(folder / "snapshots", teacher)
+        self.store = SupervisionStore(folder / "supervision", teacher)
+        self.rows, self.seconds = 0, 0.0
+
+    def missing(self, windows: Sequence[int]) -> list[int]:
+        """Windows that have a teacher but no committed supervision."""
+        return [w for w in windows if version_for(w, self.config.das.fm_lag) is not None and not self.store.has(w)]
+
+    def run(self, windows: Sequence[int], progress: Callable[[int, int], None], watch: Callable[[], None]) -> None:
+        """Score what is missing, in order. `watch` is called while waiting for a snapshot; it raises to end the wait.
+
+        Snapshots that no window needs any more are removed, the newest one always stays.
+        """
+        das = self.config.das
+        missing = self.missing(windows)
+        if not missing:
+            return
+        pool = Pool(self._start_actor, das.min_actors, das.max_actors)
+        try:
+            for window in missing:
+                version = version_for(window, das.fm_lag)
+                assert version is not None
+                while not self.snapshots.has(version):
+                    watch()
+                    time.sleep(POLL_S)
+                self._score(pool, window, version, progress)
+                self.snapshots.remove_before(version)
+        finally:
+            pool.stop()
+
+    def _start_actor(self) -> ray.actor.ActorHandle:
+        das = self.config.das
+        return ScorerActor.remote(self.stream.root, self.snapshots, self.store, das.fm_lag, das.batch_size, das.threads)  # type: ignore[no-any-return]
+
+    def _score(self, pool: Pool, window: int, version: int, progress: Callable[[int, int], None]) -> None:
+        started = time.perf_counter()
+        manifest = self.stream.window(window)
+        for scored in pool.score(manifest, version):
+            self.rows += scored.rows
+            progress(window, scored.rows)
+        tasks = self.snapshots.tasks(version)
+        self.store.commit(manifest, version, tasks, self.config.das.fm_lag)
+        self.seconds += time.perf_counter() - started

@@ -1,0 +1,218 @@
+"""Supervision: the FM's predictions beside the stream's fragments, one row an example, in the same order.
+
+    <store>/<teacher>/window=003/fragment=0000.parquet
+        example_id  int64, teacher  string, snapshot  int32, prediction:<task>  float32 (a probability) for every task
+    <store>/<teacher>/window=003/manifest.json   written last
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from exfm_ray.das.lag import version_for
+from exfm_ray.data.feed import Pass
+from exfm_ray.data.stream import EventStream, Fragment, Window, list_values, window_name
+from exfm_ray.errors import UserError
+from exfm_ray.files import atomic_path, read_json, write_json
+from exfm_ray.schema import Model
+
+TEACHER_COLUMN = "teacher_predictions"  # float32[tasks of the job], added to a fragment's packed columns
+
+
+def prediction_column(task: str) -> str:
+    """Name of the column that holds the teacher's probability for a task."""
+    return f"prediction:{task}"
+
+
+class Supervised(Model):
+    """The manifest of a window's supervision."""
+
+    window: int
+    teacher: str
+    snapshot: int
+    tasks: tuple[str, ...]
+    schema_digest: str
+    rows: int
+    fragments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SupervisionStore:
+    """What one teacher wrote."""
+
+    root: Path
+    teacher: str
+
+    def path(self, window: int, fragment: Fragment) -> Path:
+        """The supervision of one fragment: the fragment's own file name."""
+        return self.root / self.teacher / window_name(window) / Path(fragment.file).name
+
+    def has(self, window: int) -> bool:
+        """True when a window's supervision is committed."""
+        return self._manifest(window).exists()
+
+    def _manifest(self, window: int) -> Path:
+        return self.root / self.teacher / window_name(window) / "manifest.json"
+
+    def manifest(self, window: int) -> Supervised:
+        """The manifest of a committed window; UserError where it is missing or damaged."""
+        path = self._manifest(window)
+        if not path.exists():
+            raise UserError(f"{path}: window {window} has no committed supervision of teacher '{self.teacher}'; run the DAS on it")
+        try:
+            return Supervised.model_validate(read_json(path))
+        except ValidationError as error:
+            raise UserError(f"{path}: not a supervision manifest ({error.errors()[0]['msg']}); remove the window's folder") from None
+
+    def write(self, window: int, fragment: Fragment, ids: pa.ChunkedArray, snapshot: int, predictions: Mapping[str, np.ndarray]) -> None:
+        """Write one fragment's supervision atomically. NaN or infinite predictions are refused.
+
+        Args:
+            ids: int64, the fragment's example ids, in order.
+            predictions: task -> float32 probabilities, in order.
+        """
+        path = self.path(window, fragment)
+        for task, values in predictions.items():
+            if not np.isfinite(values).all():
+                raise UserError(f"{path}: snapshot {snapshot} of teacher '{self.teacher}' predicts NaN for task '{task}'; nothing was written")
+        rows = len(ids)
+        table = pa.table(
+            {
+                "example_id": ids,
+                "teacher": pa.DictionaryArray.from_arrays(np.zeros(rows, np.int32), [self.teacher]),
+                "snapshot": np.full(rows, snapshot, np.int32),
+                **{prediction_column(task): values.astype(np.float32) for task, values in predictions.items()},
+            }
+        )
+        with atomic_path(path) as temporary:
+            pq.write_table(
+                table, temporary, compression="zstd", use_dictionary=["teacher", "snapshot"], column_encoding={"example_id": "DELTA_BINARY_PACKED"}
+            )
+
+    def scored(self, window: int, fragment: Fragment, snapshot: int) -> bool:
+        """True when this fragment's supervision by this snapshot is on disk, whole: an interrupted window goes on from there."""
+        path = self.path(window, fragment)
+        if not path.exists():
+            return False
+        table = pq.read_table(path, columns=["snapshot"], partitioning=None)
+        return table.num_rows == fragment.rows and pc.all(pc.equal(table["snapshot"], snapshot)).as_py() is not False
+
+    def commit(self, window: Window, snapshot: int, tasks: Sequence[str], fm_lag: int) -> None:
+        """Make a window's supervision visible. Refuses a snapshot that may have learned from the window (rule 2)."""
+        allowed = version_for(window.index, fm_lag)
+        if allowed is None or snapshot > allowed:
+            raise UserError(
+                f"window {window.index} must not be supervised by snapshot {snapshot} of teacher '{self.teacher}', which has learned "
+                f"windows up to {snapshot - 1}: with das.fm_lag = {fm_lag} it takes a snapshot up to {allowed}"
+            )
+        for fragment in window.fragments:
+            if not self.path(window.index, fragment).exists():
+                raise UserError(f"{self.path(window.index, fragment)}: not scored; the window cannot be committed")
+        manifest = Supervised(
+            window=window.index, teacher=self.teacher, snapshot=snapshot, tasks=tuple(tasks), rows=window.rows,
+            schema_digest=window.schema_digest, fragments=tuple(f.file for f in window.fragments),
+        )  # fmt: skip
+        write_json(self._manifest(window.index), manifest.model_dump(mode="json"))
+
+    def join(self, window: int, fragment: Fragment, events: pa.Table, tasks: Sequence[str]) -> pa.Table:
+        """Add `TEACHER_COLUMN` to a fragment's rows; refuses supervision that is missing, stale or of other examples.
+
+        Each row is checked: its id against the event's, its teacher and snapshot against the window's manifest, its
+        value for being a probability.
+        """
+        path, manifest = self.path(window, fragment), self.manifest(window)
+        for task in tasks:
+            if task not in manifest.tasks:
+                raise UserError(f"{path}: no supervision for task '{task}'; this teacher writes {', '.join(manifest.tasks)}")
+        try:
+            table = pq.read_table(path, partitioning=None, use_threads=False)
+        except FileNotFoundError:
+            raise UserError(f"{path}: the manifest names this file, but it is not there; remove the window's folder and run the DAS") from None
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{path}: not a readable Parquet file ({error}); remove the window's folder and run the DAS again") from None
+        expected = {"example_id", "teacher", "snapshot", *(prediction_column(t) for t in manifest.tasks)}
+        if missing := sorted(expected - set(table.column_names)):
+            raise UserError(f"{path}: column '{missing[0]}' is missing; remove the window's folder and run the DAS again")
+        if table.num_rows != events.num_rows:
+            raise UserError(f"{path}: {table.num_rows} rows of supervision for {events.num_rows} examples; run the DAS on this window again")
+        self._check_column(path, pc.equal(table["example_id"], events["example_id"]), table["example_id"], events["example_id"], "example_id")
+        teacher = pc.cast(table["teacher"], pa.string())
+        self._check_column(path, pc.equal(teacher, self.teacher), teacher, self.teacher, "teacher")
+        self._check_column(path, pc.equal(table["snapshot"], manifest.snapshot), table["snapshot"], manifest.snapshot, "snapshot")
+        p_NT = np.stack([table[prediction_column(task)].to_numpy() for task in tasks], axis=1).astype(np.float32)
+        if not ((p_NT >= 0) & (p_NT <= 1)).all():  # NaN fails both
+            raise UserError(f"{path}: a prediction is no probability; run the DAS on this window again")
+        return events.append_column(TEACHER_COLUMN, pa.FixedSizeListArray.from_arrays(pa.array(p_NT.ravel()), len(tasks)))
+
+    @staticmethod
+    def _check_column(path: Path, equal: pa.ChunkedArray, found: pa.ChunkedArray, expected: object, column: str) -> None:
+        wrong = pc.index(pc.fill_null(equal, False), False).as_py()
+        if wrong >= 0:
+            wanted = expected[wrong].as_py() if isinstance(expected, pa.ChunkedArray) else expected
+            raise UserError(
+                f"{path}: row {wrong}: {column} is {found[wrong].as_py()!r}, {wanted!r} was expected: this supervision is stale or of other "
+                "examples; remove the window's folder and run the DAS on it again"
+            )
+
+
+@dataclass(frozen=True)
+class AugmentedReader:
+    """Reads the rows of some domains; to learn from, joined with their supervision where the window has any."""
+
+    stream_root: Path
+    store: SupervisionStore | None
+    fm_lag: int
+    domains: tuple[int, ...]
+    tasks: tuple[str, ...]
+
+    def supervised(self, work: Pass) -> bool:
+        """True when a teacher exists for this pass and the job wants one."""
+        return work.purpose == "learn" and self.store is not None and version_for(work.window, self.fm_lag) is not None
+
+    def ready(self, work: Pass) -> bool:
+        return self.store is None or not self.supervised(work) or self.store.has(work.window)
+
+    def awaits(self, work: Pass) -> str:
+        return f"the supervision of window {work.window} (teacher '{self.store.teacher if self.store else None}')"
+
+    @cached_property
+    def _stream(self) -> EventStream:
+        return EventStream.open(self.stream_root)
+
+    def fragments(self, work: Pass) -> Sequence[Fragment]:
+        """Fragments that hold a row of one of the domains."""
+        return [f for f in self._stream.window(work.window).fragments if any(f.domain_rows[d] for d in self.domains)]
+
+    def read(self, work: Pass, fragment: Fragment) -> pa.Table:
+        events = self._stream.read(work.window, fragment)
+        if self.supervised(work):
+            assert self.store is not None
+            self._check_teacher(work.window)
+            events = self.store.join(work.window, fragment, events, self.tasks)
+        return events.filter(pc.is_in(events["domain"], pa.array(self.domains, pa.int32())))
+
+    def _check_teacher(self, window: int) -> None:
+        """Rule 2 once more, where it counts: at the reader."""
+        assert self.store is not None
+        manifest, newest = self.store.manifest(window), version_for(window, self.fm_lag)
+        if newest is None or manifest.snapshot != newest:
+            raise UserError(
+                f"window {window}: supervised by snapshot {manifest.snapshot} of '{self.store.teacher}', but das.fm_lag = {self.fm_lag} asks for "
+                f"{newest}; remove {self.store.root / self.store.teacher / window_name(window)} and run the DAS again"
+            )
+        if manifest.schema_digest != self._stream.schema.digest:
+            raise UserError(f"window {window}: its supervision is of a stream with another schema; run the DAS on this stream")
+
+
+def teacher_values(table: pa.Table, tasks: int) -> np.ndarray | None:
+    """float32 (rows, tasks) of the joined predictions, or None where the window has no supervision."""
+    return list_values(table[TEACHER_COLUMN], tasks) if TEACHER_COLUMN in table.column_names else None

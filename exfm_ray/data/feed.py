@@ -1,0 +1,199 @@
+"""Ray Data to the workers: one actor reads fragments in order, ahead of need, and every worker gets the same ones.
+
+A training job's work is a list of passes (a window, and whether it is evaluated or learnt). The feed turns the passes
+that are ready into a Ray Data dataset, one read task a fragment, and hands out the blocks in order. Each worker then
+takes its rows of every global batch (`share`). So the examples in a batch do not depend on the number of workers,
+steps agree on all of them, and no example is dropped; `streaming_split` promises neither. A block lies in shared memory
+once per node, however many workers of that node read it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import pyarrow as pa
+import ray
+
+from exfm_ray.data.stream import EventStream, Fragment
+
+FRAGMENTS_PER_DATASET = 256
+BLOCKS_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One reading of a window."""
+
+    window: int
+    purpose: Literal["evaluate", "learn"]
+
+
+class FragmentReader(Protocol):
+    """Reads the rows that a job needs; runs in Ray Data's tasks, so it is small and can be serialised."""
+
+    def ready(self, work: Pass) -> bool:
+        """True when all that the pass needs is committed."""
+        ...
+
+    def awaits(self, work: Pass) -> str:
+        """What `ready` waits for, for the error message."""
+        ...
+
+    def fragments(self, work: Pass) -> Sequence[Fragment]:
+        """The fragments of a ready pass; each becomes exactly one block."""
+        ...
+
+    def read(self, work: Pass, fragment: Fragment) -> pa.Table:
+        """Packed rows of one fragment."""
+        ...
+
+
+@dataclass(frozen=True)
+class StreamReader:
+    """All rows of a stream's windows, as they are."""
+
+    root: Path
+
+    def ready(self, work: Pass) -> bool:
+        return work.window in EventStream.open(self.root).windows()
+
+    def awaits(self, work: Pass) -> str:
+        return f"window {work.window} of {self.root}"
+
+    def fragments(self, work: Pass) -> Sequence[Fragment]:
+        return EventStream.open(self.root).window(work.window).fragments
+
+    def read(self, work: Pass, fragment: Fragment) -> pa.Table:
+        return EventStream.open(self.root).read(work.window, fragment)
+
+
+def _datasource(reader: FragmentReader, work: Sequence[tuple[Pass, Fragment]]) -> Any:
+    """A Ray Data source with one read task, and so one block, for each fragment."""
+    from ray.data import Datasource, ReadTask
+    from ray.data.block import BlockMetadata
+
+    class Fragments(Datasource):
+        def estimate_inmemory_data_size(self) -> int | None:
+            return sum(fragment.bytes for _, fragment in work)
+
+        def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
+            return [
+                ReadTask(
+                    lambda task=task, fragment=fragment: [reader.read(task, fragment)],
+                    BlockMetadata(num_rows=None, size_bytes=fragment.bytes, input_files=[fragment.file], exec_stats=None),
+                )
+                for task, fragment in work
+            ]
+
+    return Fragments()
+
+
+@ray.remote(num_cpus=0)
+class Feed:
+    """Reads a job's passes ahead of its workers. Needs max_concurrency of at least workers + 1."""
+
+    def __init__(self, reader: FragmentReader, passes: Sequence[Pass], workers: int, wait_s: float) -> None:
+        """`wait_s`: longest wait for a pass to become ready, after which the job fails with what was missing."""
+        self._reader, self._passes, self._workers, self._wait_s = reader, passes, workers, wait_s
+        self._blocks: deque[Any] = deque()
+        self._first = 0  # index of the first block still held
+        self._taken = [0] * workers
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def block(self, worker: int, index: int) -> list[Any]:
+        """The reference of block `index`, in a list; blocks until it is read. Frees blocks that all workers have passed."""
+        with self._changed:
+            self._taken[worker] = index
+            while self._first < min(self._taken):
+                self._blocks.popleft()
+                self._first += 1
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._error is not None or index < self._first + len(self._blocks))
+            if index >= self._first + len(self._blocks):
+                assert self._error is not None
+                raise self._error
+            return [self._blocks[index - self._first]]
+
+    def _run(self) -> None:
+        try:
+            waiting = deque(self._passes)
+            while waiting:
+                for ref in self._read(self._take_ready(waiting)):
+                    with self._changed:
+                        self._blocks.append(ref)
+                        self._changed.notify_all()
+                        self._changed.wait_for(lambda: len(self._blocks) < BLOCKS_AHEAD)
+        except BaseException as error:  # a thread's error must reach the workers, whatever it is
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _take_ready(self, waiting: deque[Pass]) -> list[tuple[Pass, Fragment]]:
+        """Remove and return the passes at the head that are ready: at least one, after waiting for it."""
+        deadline = time.monotonic() + self._wait_s
+        while not self._reader.ready(waiting[0]):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the feed waited {self._wait_s:.0f} s for {self._reader.awaits(waiting[0])}")
+            time.sleep(0.1)
+        work: list[tuple[Pass, Fragment]] = []
+        for task in list(takewhile(self._reader.ready, waiting)):
+            if len(work) > FRAGMENTS_PER_DATASET:
+                break
+            work += [(task, fragment) for fragment in self._reader.fragments(task)]
+            waiting.popleft()
+        return work
+
+    def _read(self, work: Sequence[tuple[Pass, Fragment]]) -> Iterator[Any]:
+        if not work:  # only empty windows
+            return
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        context.target_max_block_size = None  # one block a fragment, never split or merged
+        dataset = ray.data.read_datasource(_datasource(self._reader, work), override_num_blocks=len(work))
+        for bundle in dataset.iter_internal_ref_bundles():
+            for block in bundle.blocks:
+                yield block.ref
+
+
+class FeedClient:
+    """A worker's end of the feed."""
+
+    def __init__(self, feed: Any, worker: int) -> None:
+        self._feed, self._worker, self._index = feed, worker, 0
+        self._next: Any = None
+
+    def fragments(self, count: int) -> Iterator[pa.Table]:
+        """The next `count` fragments, the one after the current asked for ahead."""
+        for _ in range(count):
+            pending = self._next or self._feed.block.remote(self._worker, self._index)
+            ref = ray.get(pending)[0]
+            self._index += 1
+            self._next = self._feed.block.remote(self._worker, self._index)
+            table: pa.Table = ray.get(ref)
+            yield table
+
+
+@dataclass(frozen=True)
+class Share:
+    """A worker's rows of one global batch of `total` rows. All workers' shares are of length `length`; the last ones
+    may hold fewer rows than that (`table.num_rows`), down to none."""
+
+    table: pa.Table
+    length: int
+    total: int
+
+
+def share(batch: pa.Table, worker: int, workers: int) -> Share:
+    """This worker's rows of a global batch."""
+    length = -(-batch.num_rows // workers)
+    return Share(batch.slice(worker * length, length), length, batch.num_rows)

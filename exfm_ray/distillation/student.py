@@ -1,0 +1,80 @@
+"""A network with the heads that its arm learns with (ExFM, arXiv 2502.17494). Only the network is served."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from exfm_ray.config import Arm, DistillationConfig, Widths
+from exfm_ray.models.layers import seeded
+from exfm_ray.models.network import Head, Network
+
+
+class Logits(NamedTuple):
+    """What a student says of a batch, float32.
+
+    Attributes:
+        serving_BT: z_S, learns the labels (in the kd arm the teacher's prediction too).
+        auxiliary_B: z_D, learns the teacher's prediction; None in the arms without it.
+        adapter_B: z_D', learns the adapter's target; the same tensor as `auxiliary_B` without a head of its own.
+    """
+
+    serving_BT: Tensor
+    auxiliary_B: Tensor | None
+    adapter_B: Tensor | None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, beta: float) -> Tensor:
+        ctx.beta = beta
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.beta, None
+
+
+def scale_gradient(x: Tensor, beta: float) -> Tensor:
+    """x unchanged to the bit; its gradient times `beta`."""
+    scaled: Tensor = _ScaleGradient.apply(x, beta)  # type: ignore[no-untyped-call]
+    return scaled
+
+
+class Student(nn.Module):
+    """A network and the extra heads of its arm. The foundation model is a student of the labels arm with T tasks."""
+
+    def __init__(self, network: Network, arm: Arm, config: DistillationConfig, seed: int = 0) -> None:
+        """`seed` makes the extra heads' weights; they depend on nothing else, and the network is taken as it is."""
+        super().__init__()
+        self.network = network
+        self.arm = arm
+        self.beta = config.ah.beta
+        own_head = arm is Arm.AH_SA and config.sa.own_head
+        inputs = network.backbone.out_features
+        self.auxiliary_head = _extra_head(inputs, config.ah.mlp, seed, 1) if arm in (Arm.AH, Arm.AH_SA) else None
+        self.adapter_head = _extra_head(inputs, config.ah.mlp, seed, 2) if own_head else None
+
+    def forward(self, embedded_BFE: Tensor, dense_BD: Tensor) -> Logits:
+        """Embedded features (B, F, E) and dense ones (B, D) to the logits of all heads.
+
+        The gradient of the extra heads into the backbone, and through it into the tables, is multiplied by beta.
+        """
+        x_BH = self.network.features(embedded_BFE, dense_BD)
+        serving_BT = self.network.head(x_BH)
+        if self.auxiliary_head is None:
+            return Logits(serving_BT, None, None)
+        scaled_BH = scale_gradient(x_BH, self.beta)
+        auxiliary_B = self.auxiliary_head(scaled_BH).squeeze(1)
+        if self.arm is Arm.AH:
+            return Logits(serving_BT, auxiliary_B, None)
+        adapter_B = auxiliary_B if self.adapter_head is None else self.adapter_head(scaled_BH).squeeze(1)
+        return Logits(serving_BT, auxiliary_B, adapter_B)
+
+
+def _extra_head(inputs: int, widths: Widths | tuple[()], seed: int, number: int) -> Head:
+    """A head from a generator state of its own, so that one head's presence changes no other's weights."""
+    with seeded(1_000_003 * (seed + 1) + number):
+        return Head(inputs, widths, 1)

@@ -1,0 +1,77 @@
+"""One model spread over the workers of the default process group: sharded tables, sharded dense part, checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from exfm_ray.config import TrainerConfig
+from exfm_ray.data.batch import Batch
+from exfm_ray.distillation.student import Logits, Student
+from exfm_ray.engine.dense import gathered_state, shard_dense
+from exfm_ray.engine.tables import ShardedTables
+from exfm_ray.schema import Schema
+
+
+class Engine:
+    """Forward, backward and update of a student (the FM is one too: with all its tasks and no further head).
+
+    All workers call every method in step, with batches of one and the same length.
+    """
+
+    def __init__(self, schema: Schema, config: TrainerConfig, student: Student, dim: int, seed: int, device: torch.device) -> None:
+        self.device = device
+        self.tables = ShardedTables(schema, config, dim, seed, device)
+        self.dense: Any = shard_dense(student.to(device), config, dist.get_world_size())
+        self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+    def forward(self, batch: Batch) -> Logits:
+        """Logits in float32; keeps the graph when gradients are on."""
+        embedded_BFE = self.tables(batch).to(self._dtype)
+        logits: Logits = self.dense(embedded_BFE, batch.dense_BD.to(self._dtype))
+        return logits
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Tensor:
+        """Serving logits_BT, float32."""
+        self.dense.eval()
+        logits = self.forward(batch).serving_BT
+        self.dense.train()
+        return logits
+
+    def update(self, loss: Tensor) -> None:
+        """One step of both optimizers. `loss` is this worker's share: the gradient is the mean over workers."""
+        self.dense.backward(loss)
+        self.dense.step()
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """The whole dense part, float32 on the CPU; every worker must call it."""
+        return gathered_state(self.dense)
+
+    def table_shards(self) -> dict[str, Tensor]:
+        """This worker's table rows on the CPU, keyed `table@first_row`; views, not copies, where they lie there already."""
+        return {f"{s.table}@{s.first_row}": s.weight_RE.cpu() for s in self.tables.shards()}
+
+    def save(self, folder: Path) -> None:
+        """Write this worker's part of a checkpoint."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {}
+        for shard in self.tables.shards():
+            key = f"{shard.table}@{shard.first_row}"
+            state |= {f"{key}/weight": shard.weight_RE.cpu(), f"{key}/momentum": shard.momentum_R.cpu()}
+        save_file(state, folder / f"tables.rank{dist.get_rank():04d}.safetensors")
+        self.dense.save_checkpoint(str(folder), tag="dense", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote with the same number of workers."""
+        state = load_file(folder / f"tables.rank{dist.get_rank():04d}.safetensors")
+        for shard in self.tables.shards():
+            key = f"{shard.table}@{shard.first_row}"
+            shard.weight_RE.copy_(state[f"{key}/weight"])
+            shard.momentum_R.copy_(state[f"{key}/momentum"])
+        self.dense.load_checkpoint(str(folder), tag="dense")

@@ -1,0 +1,1 @@
+"""Pure torch: embeddings, interaction models, heads. Runs on one device, without Ray, DeepSpeed or TorchRec."""

@@ -1,0 +1,54 @@
+"""The serving graph: interaction model and serving head. What is exported holds this, the tables and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from exfm_ray.config import ModelConfig
+from exfm_ray.models.layers import mlp_to, seeded
+from exfm_ray.models.registry import build_backbone
+from exfm_ray.schema import Schema
+
+LOGIT_GAIN = 0.1
+"""Gain of a head's last layer: fresh logits stay near 0, so the first steps learn the label rate and not to undo noise."""
+
+
+class Head(nn.Module):
+    """ReLU layers of `widths`, then a linear layer to `outputs` logits."""
+
+    def __init__(self, inputs: int, widths: Sequence[int], outputs: int) -> None:
+        super().__init__()
+        self.mlp = mlp_to(inputs, widths, outputs, gain=LOGIT_GAIN)
+
+    def forward(self, x_BH: Tensor) -> Tensor:
+        """(B, H) to float32 logits (B, outputs), whatever the dtype of the weights."""
+        logits: Tensor = self.mlp(x_BH)
+        return logits.float()
+
+
+class Network(nn.Module):
+    """An interaction model and a linear serving head with one output per task."""
+
+    def __init__(self, config: ModelConfig, schema: Schema, tasks: int) -> None:
+        super().__init__()
+        features = len(schema.single) + len(schema.bags)
+        self.backbone = build_backbone(config, features, len(schema.dense))
+        self.head = Head(self.backbone.out_features, (), tasks)
+
+    def forward(self, embedded_BFE: Tensor, dense_BD: Tensor) -> Tensor:
+        """Embedded features (B, F, E) and dense ones (B, D) to float32 logits_BT."""
+        logits_BT: Tensor = self.head(self.features(embedded_BFE, dense_BD))
+        return logits_BT
+
+    def features(self, embedded_BFE: Tensor, dense_BD: Tensor) -> Tensor:
+        """x_BH, what the heads see."""
+        x_BH: Tensor = self.backbone(embedded_BFE, dense_BD)
+        return x_BH
+
+
+def build_network(config: ModelConfig, schema: Schema, tasks: int, seed: int) -> Network:
+    """A fresh network whose weights depend on `seed` only; torch's own generator is left as it was."""
+    with seeded(seed):
+        return Network(config, schema, tasks)

@@ -1,0 +1,25 @@
+"""Which config makes which interaction model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from exfm_ray.config import DCNv2Config, DLRMConfig, MLPConfig, ModelConfig, WukongConfig
+from exfm_ray.models.backbone import Backbone
+from exfm_ray.models.dcnv2 import DCNv2
+from exfm_ray.models.dlrm import DLRM
+from exfm_ray.models.mlp import MLP
+from exfm_ray.models.wukong import Wukong
+
+BACKBONES: dict[type, Callable[[Any, int, int], Backbone]] = {
+    WukongConfig: Wukong,
+    MLPConfig: MLP,
+    DLRMConfig: DLRM,
+    DCNv2Config: DCNv2,
+}
+
+
+def build_backbone(config: ModelConfig, features: int, dense: int) -> Backbone:
+    """The interaction model of `config` for so many embedded and dense features."""
+    return BACKBONES[type(config)](config, features, dense)

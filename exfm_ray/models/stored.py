@@ -1,0 +1,107 @@
+"""A model at rest: safetensors and JSON, hashed, never a pickle. FM snapshots and exported VMs have this one form.
+
+<folder>/tables.0000.safetensors   one file a worker: its rows of every table, keyed `table@first_row`
+<folder>/dense.safetensors         the serving network
+<folder>/model.json                written last: network, schema, tasks, hashes of the files, what the writer adds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from exfm_ray.config import ModelConfig
+from exfm_ray.data.batch import Batch
+from exfm_ray.errors import UserError
+from exfm_ray.files import atomic_path, read_json, sha256, write_json
+from exfm_ray.models.embeddings import PlainTables
+from exfm_ray.models.network import Network
+from exfm_ray.schema import Model, Schema
+
+MANIFEST = "model.json"
+
+
+class StoredModel(Model):
+    """The manifest. `facts` is what the writer says of the model: teacher and version, or VM, arm and windows learnt."""
+
+    network: ModelConfig
+    example: Schema
+    tasks: tuple[str, ...]
+    files: dict[str, str]
+    facts: dict[str, Any]
+
+
+class PlainModel(nn.Module):
+    """Tables and network on one device: what a scorer runs and what is served."""
+
+    def __init__(self, tables: PlainTables, network: Network) -> None:
+        super().__init__()
+        self.tables = tables
+        self.network = network
+
+    def forward(self, sparse_BS: Tensor, bag_values_V: Tensor, bag_lengths_MB: Tensor, dense_BD: Tensor) -> Tensor:
+        """Logits_BT, float32."""
+        embedded_BFE = self.tables.embed(sparse_BS, bag_values_V, bag_lengths_MB)
+        logits_BT: Tensor = self.network(embedded_BFE, dense_BD).float()
+        return logits_BT
+
+    @torch.inference_mode()
+    def score(self, batch: Batch) -> Tensor:
+        """Probabilities_BT, float32."""
+        return torch.sigmoid(self(batch.sparse_BS, batch.bag_values_V, batch.bag_lengths_MB, batch.dense_BD))
+
+
+def write_tables(folder: Path, rank: int, shards: Mapping[str, Tensor]) -> None:
+    """Write one worker's rows of the tables."""
+    _write(folder / f"tables.{rank:04d}.safetensors", shards)
+
+
+def commit_model(
+    folder: Path, network: ModelConfig, schema: Schema, tasks: tuple[str, ...], dense: Mapping[str, Tensor], facts: dict[str, Any]
+) -> None:
+    """Write the network, hash all files, write the manifest: from now on the model is there.
+
+    Args:
+        dense: the serving network's state dict.
+    """
+    _write(folder / "dense.safetensors", dense)
+    files = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    manifest = StoredModel(network=network, example=schema, tasks=tasks, files=files, facts=facts)
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def read_manifest(folder: Path) -> StoredModel:
+    """The manifest of a stored model; UserError where there is none or it is damaged."""
+    try:
+        return StoredModel.model_validate(read_json(folder / MANIFEST))
+    except ValidationError as error:
+        raise UserError(f"{folder / MANIFEST}: not a model manifest ({error.errors()[0]['msg']})") from None
+
+
+def load_model(folder: Path) -> tuple[PlainModel, StoredModel]:
+    """Load a stored model onto the CPU, its files checked against their hashes."""
+    manifest = read_manifest(folder)
+    for name, expected in manifest.files.items():
+        if Path(name).name != name or not (folder / name).exists() or sha256(folder / name) != expected:
+            raise UserError(f"{folder / name}: missing or not the file that {MANIFEST} describes; this model is damaged")
+    tables = PlainTables(manifest.example, manifest.network.dim, seed=None)
+    parts: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in manifest.example.tables}
+    for path in sorted(folder.glob("tables.*.safetensors")):
+        for key, rows in load_file(path).items():
+            name, _, first_row = key.rpartition("@")
+            parts[name].append((int(first_row), rows))
+    tables.load_tables({name: torch.cat([rows for _, rows in sorted(p, key=lambda item: item[0])]) for name, p in parts.items()})
+    network = Network(manifest.network, manifest.example, len(manifest.tasks))
+    network.load_state_dict(load_file(folder / "dense.safetensors"))
+    return PlainModel(tables, network).eval(), manifest

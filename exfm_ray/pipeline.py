@@ -1,0 +1,177 @@
+"""The schedule of FM, DAS and VMs over the windows of a stream.
+
+The three roles run side by side. What orders them lies on disk: the FM publishes snapshots, the DAS scores a window when
+the snapshot that may score it is there, a VM learns a window when its supervision is committed. So they can be started
+together or one after the other, killed and started again, with the same result.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import ray
+import torch
+
+from exfm_ray.config import Arm, Config, ModelConfig, StudentConfig, dump_config
+from exfm_ray.das.service import DAS
+from exfm_ray.data.prepare import prepare
+from exfm_ray.data.stream import EventStream
+from exfm_ray.errors import UserError
+from exfm_ray.files import write_json, write_text
+from exfm_ray.models.network import Network
+from exfm_ray.runtime import MemoryMeter, ray_session
+from exfm_ray.schema import Schema
+from exfm_ray.summary import summary_rows
+from exfm_ray.tracking.progress import ProgressView
+from exfm_ray.tracking.recorder import RecorderActor
+from exfm_ray.training.checkpoint import JobResult
+from exfm_ray.training.job import Job, fm_tasks
+from exfm_ray.training.launch import run_job
+
+PACKAGES = ("torch", "ray", "deepspeed", "torchrec", "pyarrow", "numpy")
+POLL_S = 0.2
+
+
+def prepare_stream(config: Config) -> EventStream:
+    """Prepare the config's stream and check that the models fit it."""
+    with ProgressView({}) as _:
+        stream = prepare(config)
+    check_models(config, stream.schema)
+    return stream
+
+
+def check_models(config: Config, schema: Schema) -> None:
+    """UserError where the FM or a VM names a task or domain that the stream does not have."""
+    try:
+        for task in fm_tasks(config, schema):
+            schema.task_index(task)
+    except ValueError as error:
+        raise UserError(f"setting 'fm.tasks': {error}") from None
+    for i, student in enumerate(config.vm.models):
+        try:
+            schema.domain_index(student.domain)
+            schema.task_index(student.task)
+        except ValueError as error:
+            raise UserError(f"setting 'vm.models.{i}': {error}") from None
+        if set(config.vm.arms) != {Arm.LABELS} and student.task not in fm_tasks(config, schema):
+            raise UserError(f"setting 'vm.models.{i}.task': '{student.task}' is none of fm.tasks, so '{student.name}' would have no teacher")
+    _check_sizes("fm.model", config.fm.model, schema)
+    for i, student in enumerate(config.vm.models):
+        _check_sizes(f"vm.models.{i}.model" if student.model else "vm.model", student.model or config.vm.model, schema)
+
+
+def _check_sizes(setting: str, model: ModelConfig, schema: Schema) -> None:
+    """Build the network without memory for it: sizes that do not fit are found before any worker starts."""
+    try:
+        with torch.device("meta"):
+            Network(model, schema, tasks=1)
+    except ValueError as error:
+        raise UserError(f"setting '{setting}': {error}") from None
+
+
+def vm_jobs(config: Config) -> list[Job]:
+    """One job for all VMs when they share a pass, else one for each."""
+    together: list[tuple[StudentConfig, ...]] = [config.vm.models] if config.vm.share_pass else [(student,) for student in config.vm.models]
+    names = ["vm"] if config.vm.share_pass else [f"vm-{student.name}" for student in config.vm.models]
+    return [Job(name, config, students) for name, students in zip(names, together, strict=True) if students]
+
+
+@dataclass
+class Run:
+    """One run in its folder."""
+
+    config: Config
+    stream: EventStream
+
+    def __post_init__(self) -> None:
+        self.folder = self.config.folder
+        self.windows = self.stream.windows()
+        self.das = DAS(self.config, self.stream)
+        self.memory = MemoryMeter()
+        self._pending: list[Future[None]] = []
+        self._recorder: Any = None
+
+    def execute(self, fm: bool = True, das: bool = True, vm: bool = True) -> None:
+        """Run the roles asked for, side by side, to the end of the stream. Rule 5: only what is missing is done."""
+        self._claim()
+        jobs = ([Job("fm", self.config)] if fm else []) + (vm_jobs(self.config) if vm else [])
+        jobs = [job for job in jobs if job.checkpoints.latest() < len(self.windows)]
+        scoring = self.das.missing(self.windows) if das else []
+        if not jobs and not scoring:
+            return
+        with ray_session(self.config), ProgressView(self._totals(jobs, scoring)) as view:
+            self._recorder = RecorderActor.remote(self.folder / "metrics.jsonl")
+            ray.get(self._recorder.state.remote())
+            threads = ThreadPoolExecutor(max(len(jobs), 1))
+            self._pending = [threads.submit(run_job, job, self.windows, self._recorder) for job in jobs]
+            watch = self._watcher(view)
+            self.das.run(scoring, lambda window, rows: self._scored(window, rows, watch), watch)
+            while self._pending:
+                watch()
+                time.sleep(POLL_S)
+            view.update(ray.get(self._recorder.state.remote()))
+
+    def _claim(self) -> None:
+        """Write the resolved config; a folder that holds a run of other settings is refused."""
+        path = self.folder / "config.yaml"
+        settings = dump_config(self.config)
+        if path.exists() and path.read_text().split("\n---\n")[0].strip() != settings.strip():
+            raise UserError(f"{path}: this folder holds a run with other settings; choose another --name, or remove the folder")
+        versions = "".join(f"# {name} {version(name)}\n" for name in PACKAGES)
+        write_text(path, f"{settings}\n---\n# python {platform.python_version()}\n{versions}")
+
+    def _totals(self, jobs: Sequence[Job], scoring: Sequence[int]) -> dict[str, int]:
+        """Examples that each role has still to do."""
+        sizes = {w: self.stream.window(w) for w in self.windows}
+        totals = {}
+        for job in jobs:
+            left = self.windows[job.checkpoints.latest() :]
+            domains = [self.stream.schema.domain_index(s.domain) for s in job.students]
+            totals[job.name] = sum(sum(f.domain_rows[d] for d in domains) if domains else f.rows for w in left for f in sizes[w].fragments)
+        return totals | ({"das": sum(sizes[w].rows for w in scoring)} if scoring else {})
+
+    def _scored(self, window: int, rows: int, watch: Callable[[], None]) -> None:
+        self._recorder.progress.remote("das", window, rows)
+        watch()
+
+    def _watcher(self, view: ProgressView) -> Callable[[], None]:
+        """A function that shows progress, measures memory and raises the error of a job that has failed."""
+        last = [0.0]
+
+        def watch() -> None:
+            if time.monotonic() - last[0] < POLL_S:
+                return
+            last[0] = time.monotonic()
+            self.memory.sample()
+            view.update(ray.get(self._recorder.state.remote()))
+            for job in [job for job in self._pending if job.done()]:
+                self._pending.remove(job)
+                job.result()
+
+        return watch
+
+    def summarise(self) -> dict[str, Any]:
+        """Write summary.json from the jobs' checkpoints; returns it."""
+        results = {job.name: self._result(job) for job in [Job("fm", self.config), *vm_jobs(self.config)]}
+        found = {name: result for name, result in results.items() if result}
+        roles = {name: {"seconds": r.seconds, "examples": r.examples} for name, r in found.items()}
+        summary = {
+            "name": self.config.name,
+            "seed": self.config.seed,
+            "windows": [w for w in self.windows if w >= self.config.metrics.warmup_windows],
+            "figures": summary_rows(self.config, self.stream, found.values()),
+            "roles": roles | {"das": {"seconds": self.das.seconds, "examples": self.das.rows}},
+            "peak_memory_bytes": self.memory.peak,
+        }
+        write_json(self.folder / "summary.json", summary)
+        return summary
+
+    def _result(self, job: Job) -> JobResult | None:
+        done = job.checkpoints.latest()
+        return job.checkpoints.result(done) if done else None

@@ -1,0 +1,100 @@
+"""Checkpoints at the end of a window: whole or absent, the last two kept.
+
+    <root>/windows=003/<lane>/...       each worker's part of each lane
+    <root>/windows=003/metrics.npz      metric states so far
+    <root>/windows=003/manifest.json    written last: windows learnt, workers, counters
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from exfm_ray.errors import UserError
+from exfm_ray.files import atomic_path, read_json, write_json
+from exfm_ray.metrics.state import MetricState
+from exfm_ray.training.lane import Lane
+from exfm_ray.training.loop import Key, Loop
+
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job has to tell: metric states summed over the windows after the warm-up, examples learnt, seconds taken."""
+
+    states: dict[Key, MetricState]
+    examples: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one training job."""
+
+    root: Path
+
+    def latest(self) -> int:
+        """Windows learnt at the newest whole checkpoint; 0 without any."""
+        return max((int(path.parent.name.removeprefix("windows=")) for path in self.root.glob("windows=*/manifest.json")), default=0)
+
+    def _folder(self, windows: int) -> Path:
+        return self.root / f"windows={windows:03d}"
+
+    def save(self, windows: int, loop: Loop, lanes: Sequence[Lane]) -> None:
+        """Write the state after `windows` windows; every worker calls it."""
+        folder = self._folder(windows)
+        if dist.get_rank() == 0 and folder.exists():
+            shutil.rmtree(folder)  # what a killed run had begun
+        dist.barrier()
+        for lane in lanes:
+            lane.save(folder)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            _save_states(folder / "metrics.npz", loop.states)
+            facts = {"windows": windows, "workers": dist.get_world_size(), "examples": loop.examples, "seconds": loop.seconds}
+            write_json(folder / "manifest.json", facts)
+            for old in sorted(self.root.glob("windows=*"))[:-KEPT]:
+                (old / "manifest.json").unlink(missing_ok=True)
+                shutil.rmtree(old)
+
+    def load(self, windows: int, loop: Loop, lanes: Sequence[Lane]) -> None:
+        """Restore the state after `windows` windows; every worker calls it."""
+        folder = self._folder(windows)
+        manifest: dict[str, Any] = read_json(folder / "manifest.json")
+        if manifest["workers"] != dist.get_world_size():
+            raise UserError(
+                f"{folder}: written by {manifest['workers']} workers, this job has {dist.get_world_size()}; "
+                "set `workers` back or choose another run name"
+            )
+        for lane in lanes:
+            lane.load(folder)
+        result = self.result(windows)
+        loop.states, loop.examples, loop.seconds = result.states, result.examples, result.seconds
+
+    def result(self, windows: int) -> JobResult:
+        """The figures after `windows` windows."""
+        manifest = read_json(self._folder(windows) / "manifest.json")
+        return JobResult(_load_states(self._folder(windows) / "metrics.npz"), manifest["examples"], manifest["seconds"])
+
+
+def _save_states(path: Path, states: dict[Key, MetricState]) -> None:
+    arrays = {json.dumps([*key, name]): array for key, state in states.items() for name, array in state.to_arrays().items()}
+    with atomic_path(path) as temporary, temporary.open("wb") as handle:
+        np.savez(handle, **arrays)
+
+
+def _load_states(path: Path) -> dict[Key, MetricState]:
+    grouped: dict[Key, dict[str, np.ndarray]] = {}
+    with np.load(path, allow_pickle=False) as arrays:
+        for name, array in arrays.items():
+            model, arm, domain, task, part = json.loads(name)
+            grouped.setdefault((model, arm, domain, task), {})[part] = array
+    return {key: MetricState.from_arrays(parts) for key, parts in grouped.items()}

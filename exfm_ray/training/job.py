@@ -1,0 +1,172 @@
+"""A training job: which lanes it holds, what it does after a window and at the end, and the code that its workers run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from exfm_ray.config import Arm, Config, ModelConfig, StudentConfig, TrainerConfig
+from exfm_ray.das.snapshots import SnapshotStore
+from exfm_ray.das.supervision import AugmentedReader, SupervisionStore
+from exfm_ray.data.feed import FeedClient, FragmentReader, Pass, StreamReader
+from exfm_ray.data.stream import EventStream
+from exfm_ray.distillation.adapter import Adapter
+from exfm_ray.distillation.student import Student
+from exfm_ray.models.network import build_network
+from exfm_ray.models.stored import commit_model, write_tables
+from exfm_ray.schema import Schema
+from exfm_ray.training.checkpoint import Checkpoints
+from exfm_ray.training.lane import Group, Lane
+from exfm_ray.training.loop import Loop, Report
+
+
+@dataclass(frozen=True)
+class Job:
+    """The FM's training (`students` empty) or that of some vertical models, in all arms of the config."""
+
+    name: str
+    config: Config
+    students: tuple[StudentConfig, ...] = ()
+
+    @property
+    def role(self) -> str:
+        """fm or vm."""
+        return "vm" if self.students else "fm"
+
+    @property
+    def trainer(self) -> TrainerConfig:
+        """Settings of this job's training."""
+        return self.config.vm if self.students else self.config.fm
+
+    @property
+    def stream_root(self) -> Path:
+        """Where the stream lies."""
+        return self.config.folder / "stream"
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The job's checkpoints."""
+        return Checkpoints(self.config.folder / "checkpoints" / self.name)
+
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks whose supervision the students read."""
+        return tuple(dict.fromkeys(student.task for student in self.students))
+
+    def reader(self, schema: Schema) -> FragmentReader:
+        """What the feed reads for this job."""
+        if not self.students:
+            return StreamReader(self.stream_root)
+        distilled = set(self.config.vm.arms) != {Arm.LABELS}
+        store = SupervisionStore(self.config.folder / "supervision", self.config.fm.name) if distilled else None
+        domains = tuple(sorted({schema.domain_index(student.domain) for student in self.students}))
+        return AugmentedReader(self.stream_root, store, self.config.das.fm_lag, domains, self.tasks())
+
+    def passes(self, windows: Sequence[int]) -> list[Pass]:
+        """What is read, in order: each window to evaluate, then to learn."""
+        return [work for window in windows for work in (Pass(window, "evaluate"), Pass(window, "learn"))]
+
+
+def fm_tasks(config: Config, schema: Schema) -> tuple[str, ...]:
+    """Tasks that the FM learns."""
+    return config.fm.tasks or schema.tasks
+
+
+def build_groups(job: Job, schema: Schema, device: torch.device) -> list[Group]:
+    """The job's lanes: one for the FM over all domains; else one for each student and arm, students of a domain and task together."""
+    config = job.config
+    if job.role == "fm":
+        tasks = tuple(schema.task_index(task) for task in fm_tasks(config, schema))
+        return [Group(schema, [_lane(job, config.fm.name, config.fm.model, None, tasks, schema, device)], None, config.fm.batch_size, device)]
+    groups = []
+    for student in job.students:
+        task = schema.task_index(student.task)
+        network = student.model or config.vm.model
+        lanes = [_lane(job, student.name, network, arm, (task,), schema, device) for arm in config.vm.arms]
+        teacher = job.tasks().index(student.task)
+        groups.append(Group(schema, lanes, schema.domain_index(student.domain), config.vm.batch_size, device, teacher, len(job.tasks())))
+    return groups
+
+
+def _lane(
+    job: Job, model: str, network: ModelConfig, arm: Arm | None, tasks: tuple[int, ...], schema: Schema, device: torch.device
+) -> Lane:
+    """All arms of a student start from the same tables and the same serving network."""
+    seed, distillation = job.config.seed, job.config.distillation
+    student = Student(build_network(network, schema, len(tasks), seed), arm or Arm.LABELS, distillation, seed)
+    engine_class = _engine_class()
+    from exfm_ray.engine.replica import Replica
+
+    adapter = Replica(Adapter(distillation.sa, seed), distillation.sa.lr, device) if arm is Arm.AH_SA else None
+    return Lane(model, arm, tasks, engine_class(schema, job.trainer, student, network.dim, seed, device), distillation, adapter)
+
+
+def _engine_class() -> Any:
+    from exfm_ray.engine.engine import Engine  # imports deepspeed, which must not happen at a Train worker's module level
+
+    return Engine
+
+
+@dataclass
+class Worker:
+    """One worker of a job."""
+
+    job: Job
+    feed: Any
+    report: Report | None
+    device: torch.device
+    loop: Loop = field(init=False)
+    lanes: list[Lane] = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = self.job.config
+        self.stream = EventStream.open(self.job.stream_root)
+        torch.manual_seed(config.seed)
+        groups = build_groups(self.job, self.stream.schema, self.device)
+        self.lanes = [lane for group in groups for lane in group.lanes]
+        self.loop = Loop(
+            role=self.job.role, seed=config.seed, groups=groups, reader=self.job.reader(self.stream.schema),
+            client=FeedClient(self.feed, dist.get_rank()), report=self.report, fm_lag=config.das.fm_lag,
+            warmup_windows=config.metrics.warmup_windows,
+        )  # fmt: skip
+
+    def run(self, windows: Sequence[int], done: int) -> None:
+        """Go on after the `done` windows that are learnt already."""
+        if done:
+            self.job.checkpoints.load(done, self.loop, self.lanes)
+        for position, window in list(enumerate(windows))[done:]:
+            self.loop.run(window)
+            if self.job.role == "fm":
+                self.publish(window)
+            self.job.checkpoints.save(position + 1, self.loop, self.lanes)
+        if self.job.role == "vm":
+            self.export(len(windows))
+
+    def publish(self, window: int) -> None:
+        """Publish the state after `window` as a snapshot for the DAS."""
+        config, version = self.job.config, window + 1
+        store = SnapshotStore(config.folder / "snapshots", config.fm.name)
+        facts = {"teacher": config.fm.name, "version": version, "seed": config.seed}
+        self._store(store.folder(version), self.lanes[0], config.fm.model, facts)
+
+    def export(self, windows: int) -> None:
+        """Export each VM as it is served: tables, network and serving head; no auxiliary head, no adapter."""
+        config = self.job.config
+        networks = {student.name: student.model or config.vm.model for student in self.job.students}
+        for lane in self.lanes:
+            facts = {"vm": lane.model, "arm": str(lane.arm), "windows": windows, "seed": config.seed}
+            self._store(config.folder / "exported" / lane.name, lane, networks[lane.model], facts)
+
+    def _store(self, folder: Path, lane: Lane, network: ModelConfig, facts: dict[str, Any]) -> None:
+        write_tables(folder, dist.get_rank(), lane.engine.table_shards())
+        dense = lane.engine.dense_state()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            serving = {name.removeprefix("network."): tensor for name, tensor in dense.items() if name.startswith("network.")}
+            tasks = tuple(self.stream.schema.tasks[task] for task in lane.tasks)
+            commit_model(folder, network, self.stream.schema, tasks, serving, facts)
+        dist.barrier()

@@ -1,0 +1,182 @@
+"""A lane is one model that learns in this process; lanes of one domain form a group and see the same batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from exfm_ray.config import Arm, DistillationConfig
+from exfm_ray.das.supervision import teacher_values
+from exfm_ray.data.batch import Batch, to_batch
+from exfm_ray.data.feed import Share, share
+from exfm_ray.data.stream import list_values
+from exfm_ray.distillation.adapter import Adapter, target_B
+from exfm_ray.distillation.objective import labels_objective_B, objective_B
+from exfm_ray.engine.engine import Engine
+from exfm_ray.engine.replica import Replica
+from exfm_ray.schema import Schema
+
+
+@dataclass
+class Lane:
+    """One model: its engine, the arm it learns by, the positions of its tasks in the stream's."""
+
+    model: str
+    arm: Arm | None
+    tasks: tuple[int, ...]
+    engine: Engine
+    distillation: DistillationConfig
+    adapter: Replica | None = None
+    seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Names the lane in files."""
+        return f"{self.model}-{self.arm}" if self.arm else self.model
+
+    def learn(self, batch: Batch, weight_B: Tensor, teacher_B: Tensor | None) -> None:
+        """One step. `weight_B` makes the sum over this worker's rows the mean over the global batch after averaging
+        over workers; it is 0 for rows that only fill up the share."""
+        started = time.perf_counter()
+        logits = self.engine.forward(batch)
+        labels_BT = batch.labels_BT[:, list(self.tasks)]
+        if self.arm is None:
+            loss_B = labels_objective_B(logits.serving_BT, labels_BT)
+        else:
+            target = self._adapt(labels_BT[:, 0], weight_B, teacher_B) if self.adapter and teacher_B is not None else None
+            loss_B = objective_B(self.arm, self.distillation, logits, labels_BT[:, 0], teacher_B, target)
+        self.engine.update((loss_B * weight_B).sum())
+        self.seconds += time.perf_counter() - started
+
+    def _adapt(self, label_B: Tensor, weight_B: Tensor, teacher_B: Tensor) -> Tensor:
+        """The adapter's target for this batch, and only then the adapter's own step on the batch's labels."""
+        assert self.adapter is not None and isinstance(self.adapter.module, Adapter)
+        target = target_B(self.adapter.module, teacher_B)
+        loss_B = F.binary_cross_entropy_with_logits(self.adapter.module(teacher_B), label_B, reduction="none")
+        self.adapter.update((loss_B * weight_B).sum())
+        return target
+
+    def save(self, folder: Path) -> None:
+        """Write this worker's part of the lane's state."""
+        self.engine.save(folder / self.name)
+        if self.adapter and dist.get_rank() == 0:
+            self.adapter.save(folder / self.name / "adapter.pt")
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote."""
+        self.engine.load(folder / self.name)
+        if self.adapter:
+            self.adapter.load(folder / self.name / "adapter.pt")
+
+
+@dataclass
+class Evaluated:
+    """Rows of a window in order, with what each lane says of them.
+
+    Attributes:
+        logits: lane -> float32 (N, tasks of the lane).
+        labels_NT: float32, all tasks of the stream.
+        domain_N, group_N: int32; the domain, and the id by which AUC is grouped (0 where the schema groups by nothing).
+    """
+
+    logits: dict[str, np.ndarray]
+    labels_NT: np.ndarray
+    domain_N: np.ndarray
+    group_N: np.ndarray
+
+    @classmethod
+    def join(cls, parts: Sequence[Evaluated]) -> Evaluated:
+        """One after the other."""
+        return cls(
+            {name: np.concatenate([p.logits[name] for p in parts]) for name in parts[0].logits},
+            *(np.concatenate([getattr(p, column) for p in parts]) for column in ("labels_NT", "domain_N", "group_N")),
+        )
+
+
+@dataclass
+class Group:
+    """Lanes that see the same rows: one domain's, or all (`domain` None)."""
+
+    schema: Schema
+    lanes: Sequence[Lane]
+    domain: int | None
+    batch_size: int
+    device: torch.device
+    teacher_task: int = 0
+    teacher_tasks: int = 0
+
+    def __post_init__(self) -> None:
+        names = [f.name for f in self.schema.single]
+        self._group_column = names.index(self.schema.group_by) if self.schema.group_by else None
+        self._worker, self._workers = dist.get_rank(), dist.get_world_size()
+
+    def select(self, table: pa.Table) -> pa.Table:
+        """The group's rows of a fragment."""
+        return table if self.domain is None else table.filter(pc.equal(table["domain"], self.domain))
+
+    def learn(self, rows: pa.Table) -> None:
+        """One step of every lane on a global batch."""
+        mine = share(rows, self._worker, self._workers)
+        batch = self._batch(mine)
+        weight_B = torch.zeros(mine.length, device=self.device)
+        weight_B[: mine.table.num_rows] = self._workers / mine.total
+        teacher_B = self._teacher(mine)
+        for lane in self.lanes:
+            lane.learn(batch, weight_B, teacher_B)
+
+    def evaluate(self, rows: pa.Table) -> Evaluated:
+        """What the models, as they are, say of this worker's rows of a global batch."""
+        mine = share(rows, self._worker, self._workers)
+        batch, count = self._batch(mine), mine.table.num_rows
+        sparse_NS = list_values(mine.table["sparse"], len(self.schema.single))
+        return Evaluated(
+            logits={lane.name: lane.engine.predict(batch)[:count].cpu().numpy() for lane in self.lanes},
+            labels_NT=list_values(mine.table["labels"], len(self.schema.tasks)),
+            domain_N=mine.table["domain"].to_numpy(),
+            group_N=np.zeros(count, np.int32) if self._group_column is None else sparse_NS[:, self._group_column],
+        )
+
+    def gather(self, mine: Sequence[Evaluated]) -> Evaluated | None:
+        """All workers' parts together on rank 0; None elsewhere, and where the window has no row for this group."""
+        if self._workers == 1:
+            return Evaluated.join(mine) if mine else None
+        everyone: list[Any] | None = [None] * self._workers if self._worker == 0 else None
+        dist.gather_object(mine, everyone)
+        parts = [part for worker in everyone or [] for part in worker]
+        return Evaluated.join(parts) if parts else None
+
+    def _batch(self, mine: Share) -> Batch:
+        return pad(to_batch(mine.table, self.schema), mine.length).to(self.device)
+
+    def _teacher(self, mine: Share) -> Tensor | None:
+        values = teacher_values(mine.table, self.teacher_tasks)
+        if values is None:
+            return None
+        teacher_B = torch.from_numpy(values[:, self.teacher_task].copy())
+        return F.pad(teacher_B, (0, mine.length - len(teacher_B))).to(self.device)
+
+
+def pad(batch: Batch, length: int) -> Batch:
+    """Fill a batch up to `length` rows with rows of missing values, so that all workers step with equal lengths."""
+    short = length - len(batch)
+    if short <= 0:
+        return batch
+    rows = (0, 0, 0, short)
+    return Batch(
+        sparse_BS=F.pad(batch.sparse_BS, rows),
+        bag_values_V=batch.bag_values_V,
+        bag_lengths_MB=F.pad(batch.bag_lengths_MB, (0, short)),
+        dense_BD=F.pad(batch.dense_BD, rows),
+        labels_BT=F.pad(batch.labels_BT, rows),
+    )

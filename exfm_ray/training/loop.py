@@ -1,0 +1,134 @@
+"""The streaming loop: evaluate a window, learn it, go on to the next. Every model sees every window so, once, in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from exfm_ray.config import Arm
+from exfm_ray.das.lag import version_for
+from exfm_ray.data.regroup import Regroup
+from exfm_ray.data.feed import FeedClient, FragmentReader, Pass
+from exfm_ray.metrics.state import MetricState
+from exfm_ray.training.lane import Evaluated, Group, Lane
+
+Key = tuple[str, str, str, str]
+"""Model, arm (`fm` for the FM), domain, task."""
+
+ALL_DOMAINS = "all"
+FM_ARM = "fm"
+EVALUATION_BATCH = 8192
+
+
+class Report(Protocol):
+    """Where figures and progress go; only rank 0 has one."""
+
+    def metrics(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Rows for metrics.jsonl."""
+        ...
+
+    def progress(self, window: int, examples: int) -> None:
+        """`examples` more of `window` were learnt."""
+        ...
+
+
+@dataclass
+class Loop:
+    """Runs groups of lanes over windows. Rank 0 holds the metric states, summed over the windows after the warm-up."""
+
+    role: str
+    seed: int
+    groups: Sequence[Group]
+    reader: FragmentReader
+    client: FeedClient
+    report: Report | None
+    fm_lag: int
+    warmup_windows: int
+    states: dict[Key, MetricState] = field(default_factory=dict)
+    examples: int = 0
+    seconds: float = 0.0
+
+    def run(self, window: int) -> None:
+        """Evaluate window `window` with models that have not seen it, then learn it."""
+        started = time.perf_counter()
+        evaluated = self._evaluate(window)
+        learnt = self._learn(window)
+        self.seconds += time.perf_counter() - started
+        self.examples += sum(learnt)
+        if self.report:
+            rows: list[dict[str, Any]] = []
+            for group, result, examples in zip(self.groups, evaluated, learnt, strict=True):
+                rows += self._rows(window, group, result, examples) if result else []
+            self.report.metrics(rows)
+
+    def _batches(self, work: Pass, size: Callable[[Group], int]) -> Iterator[tuple[int, pa.Table]]:
+        """Global batches of one pass, each with the number of the group whose rows they are."""
+        regroups = [Regroup(size(group)) for group in self.groups]
+        for fragment in self.client.fragments(len(self.reader.fragments(work))):
+            for i, (group, regroup) in enumerate(zip(self.groups, regroups, strict=True)):
+                for rows in regroup.add(group.select(fragment)):
+                    yield i, rows
+        for i, regroup in enumerate(regroups):
+            for rows in regroup.rest():
+                yield i, rows
+
+    def _evaluate(self, window: int) -> list[Evaluated | None]:
+        parts: list[list[Evaluated]] = [[] for _ in self.groups]
+        for i, rows in self._batches(Pass(window, "evaluate"), lambda group: EVALUATION_BATCH):
+            parts[i].append(self.groups[i].evaluate(rows))
+        return [group.gather(mine) for group, mine in zip(self.groups, parts, strict=True)]
+
+    def _learn(self, window: int) -> list[int]:
+        learnt = [0] * len(self.groups)
+        for lane in (lane for group in self.groups for lane in group.lanes):
+            lane.seconds = 0.0
+        for i, rows in self._batches(Pass(window, "learn"), lambda group: group.batch_size):
+            self.groups[i].learn(rows)
+            learnt[i] += rows.num_rows
+            if self.report:
+                self.report.progress(window, rows.num_rows)
+        return learnt
+
+    def _rows(self, window: int, group: Group, result: Evaluated, learnt: int) -> list[dict[str, Any]]:
+        """One row for each lane, domain and task; for lanes over all domains also one for the domains together."""
+        rows = []
+        for lane in group.lanes:
+            for domain, chosen_N in _domains(group, result):
+                for column, task in enumerate(lane.tasks):
+                    state = MetricState.of(
+                        result.logits[lane.name][chosen_N, column],
+                        result.labels_NT[chosen_N, task],
+                        result.group_N[chosen_N] if group.schema.group_by else None,
+                    )
+                    key = (lane.model, str(lane.arm or FM_ARM), domain, group.schema.tasks[task])
+                    if window >= self.warmup_windows:
+                        self.states[key] = self.states.get(key, MetricState()) + state
+                    speed = learnt / lane.seconds if lane.seconds else None
+                    identity = {"role": self.role, **describe(key), "seed": self.seed, "snapshot": supervisor(key, window, self.fm_lag)}
+                    rows.append({"window": window, **identity, **state.figures(), "examples_per_s": speed})
+        return rows
+
+
+def describe(key: Key) -> dict[str, str]:
+    """A key as the columns of a row."""
+    return dict(zip(("model", "arm", "domain", "task"), key, strict=True))
+
+
+def supervisor(key: Key, window: int, fm_lag: int) -> int | None:
+    """Version of the snapshot that supervised the last window learnt before `window`; None without a teacher."""
+    return None if key[1] in (FM_ARM, Arm.LABELS) else version_for(window - 1, fm_lag)
+
+
+def _domains(group: Group, result: Evaluated) -> Iterator[tuple[str, np.ndarray | slice]]:
+    """Names of the domains in a window and which of its rows are theirs."""
+    if group.domain is not None:
+        yield group.schema.domains[group.domain], slice(None)
+        return
+    yield ALL_DOMAINS, slice(None)
+    for index in np.unique(result.domain_N):
+        yield group.schema.domains[index], result.domain_N == index

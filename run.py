@@ -1,0 +1,14 @@
+#!/usr/bin/env python
+"""The command line: parse, build the config, hand over."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from exfm_ray.commands import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
