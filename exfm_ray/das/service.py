@@ -60,7 +60,7 @@ class DAS:
 
     def _start_actor(self) -> ray.actor.ActorHandle:
         das = self.config.das
-        return ScorerActor.remote(self.stream.root, self.snapshots, self.store, das.fm_lag, das.batch_size, das.threads)  # type: ignore[no-any-return]
+        return ScorerActor.remote(self.stream.root, self.snapshots, self.store, das.fm_lag, das.batch_size, das.threads)
 
     def _score(self, pool: Pool, window: int, version: int, progress: Callable[[int, int], None]) -> None:
         started = time.perf_counter()

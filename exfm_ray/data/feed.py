@@ -79,7 +79,7 @@ def _datasource(reader: FragmentReader, work: Sequence[tuple[Pass, Fragment]]) -
     from ray.data import Datasource, ReadTask
     from ray.data.block import BlockMetadata
 
-    class Fragments(Datasource):
+    class Fragments(Datasource):  # type: ignore[misc]  # ray has no types
         def estimate_inmemory_data_size(self) -> int | None:
             return sum(fragment.bytes for _, fragment in work)
 

@@ -60,7 +60,7 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Write this worker's part of a checkpoint."""
         folder.mkdir(parents=True, exist_ok=True)
-        state = {}
+        state: dict[str, Tensor] = {}
         for shard in self.tables.shards():
             key = f"{shard.table}@{shard.first_row}"
             state |= {f"{key}/weight": shard.weight_RE.cpu(), f"{key}/momentum": shard.momentum_R.cpu()}

@@ -19,7 +19,7 @@ class Replica:
     def update(self, loss: Tensor) -> None:
         """One step on this worker's share of the loss: the gradient is the mean over workers."""
         self._optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         world = dist.get_world_size()
         if world > 1:
             parameters = [p for p in self.module.parameters() if p.grad is not None]

@@ -96,7 +96,7 @@ class ShardedTables(nn.Module):
                     yield Shard(table.name, table.local_metadata.shard_offsets[0], weight.detach(), state[0].detach())
 
 
-class _Sharder(EmbeddingBagCollectionSharder):
+class _Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]  # torchrec has no types
     """TorchRec refuses row-wise sharding on CPU unless the sharder names it."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:

@@ -88,7 +88,7 @@ class Checkpoints:
 def _save_states(path: Path, states: dict[Key, MetricState]) -> None:
     arrays = {json.dumps([*key, name]): array for key, state in states.items() for name, array in state.to_arrays().items()}
     with atomic_path(path) as temporary, temporary.open("wb") as handle:
-        np.savez(handle, **arrays)
+        np.savez(handle, allow_pickle=False, **arrays)
 
 
 def _load_states(path: Path) -> dict[Key, MetricState]:

@@ -15,7 +15,7 @@ from exfm_ray.das.lag import version_for
 from exfm_ray.data.regroup import Regroup
 from exfm_ray.data.feed import FeedClient, FragmentReader, Pass
 from exfm_ray.metrics.state import MetricState
-from exfm_ray.training.lane import Evaluated, Group, Lane
+from exfm_ray.training.lane import Evaluated, Group
 
 Key = tuple[str, str, str, str]
 """Model, arm (`fm` for the FM), domain, task."""

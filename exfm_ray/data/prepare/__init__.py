@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,15 @@ def _stream(config: Config, writer: StreamWriter, source: RawSource, progress: P
     """Read, encode, cut, write."""
     packer = Packer(source, drop_duplicates=config.data.duplicates == "drop")
     cutter = Cutter(writer, config.data.window, source.name, progress)
-    for raw in read(source, config.data.memory_mb, config.folder / "prepare.tmp"):
-        rows = packer.encode(raw)
-        kept_N = packer.kept(rows)
-        room = (config.data.max_rows or cutter.rows + len(rows)) - cutter.rows
-        end = len(rows) if room >= kept_N.sum() else int(kept_N.cumsum().searchsorted(room)) + 1
-        cutter.add(rows.take(slice(0, end)), kept_N[:end])
-        if cutter.rows == config.data.max_rows:
-            break
+    with closing(read(source, config.data.memory_mb, config.folder / "prepare.tmp")) as tables:
+        for raw in tables:
+            rows = packer.encode(raw)
+            kept_N = packer.kept(rows)
+            room = (config.data.max_rows or cutter.rows + len(rows)) - cutter.rows
+            end = len(rows) if room >= kept_N.sum() else int(kept_N.cumsum().searchsorted(room)) + 1
+            cutter.add(rows.take(slice(0, end)), kept_N[:end])
+            if cutter.rows == config.data.max_rows:
+                break
     cutter.finish()
     return cutter.statistics()
 

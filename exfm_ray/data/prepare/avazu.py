@@ -14,7 +14,7 @@ def source(config: Config) -> RawSource:
     """Events in the file's order, which is by hour. Ids exceed 63 bits, so examples are numbered anew."""
     path = require(config.data.root, "train.csv")
     rows = config.data.hash_rows
-    table = read_csv([path], {"id": "UBIGINT", "click": "DOUBLE", "hour": "VARCHAR"} | {c: "VARCHAR" for c in (*MANY, *FEW)})
+    table = read_csv([path], {"id": "UBIGINT", "click": "DOUBLE", "hour": "VARCHAR"} | dict.fromkeys((*MANY, *FEW), "VARCHAR"))
     features = [*hashed(MANY, rows), *hashed(FEW, min(rows, 1_000)), indexed("hour_of_day", 24), indexed("weekday", 7)]
     columns = ", ".join((*MANY, *FEW))
     query = f"""

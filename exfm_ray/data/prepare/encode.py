@@ -55,7 +55,9 @@ def index_rows(values: pa.Array, feature: SparseFeature, source: str) -> Array:
     try:
         ids = values.cast(pa.int64()).to_numpy(zero_copy_only=False)
     except pa.ArrowInvalid as error:
-        raise UserError(f"{source}: column '{feature.name}' is declared `encoding: index` but is no integer ({error}); use `encoding: hash`") from None
+        raise UserError(
+            f"{source}: column '{feature.name}' is declared `encoding: index` but is no integer ({error}); use `encoding: hash`"
+        ) from None
     outside = (ids < 0) | (ids >= feature.rows - 1)
     if outside.any():
         raise UserError(

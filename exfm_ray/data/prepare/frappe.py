@@ -29,5 +29,5 @@ def source(config: Config) -> RawSource:
 
 
 def _part(path: Path, number: int) -> str:
-    table = read_csv([path], {c: "BIGINT" for c in COLUMNS} | {"label": "DOUBLE"})
+    table = read_csv([path], dict.fromkeys(COLUMNS, "BIGINT") | {"label": "DOUBLE"})
     return f"SELECT *, {number} AS part, row_number() OVER () AS place FROM {table}"

@@ -24,7 +24,7 @@ COUNTS = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days"
 VIDEO_TEXTS = ("video_type", "upload_type")
 VIDEO_NUMBERS = ("author_id", "music_id", "music_type")
 SIZES = ("server_width", "server_height")
-LOG = {c: "BIGINT" for c in ("user_id", "video_id", "time_ms", "duration_ms", "tab")}
+LOG = dict.fromkeys(("user_id", "video_id", "time_ms", "duration_ms", "tab"), "BIGINT")
 TASKS = ("is_click", "long_view", "is_like")
 
 
@@ -62,10 +62,10 @@ def _schema(rows: int) -> Schema:
 
 def _query(logs: tuple[Path, ...], users: Path, videos: Path) -> str:
     """Event order is by time, then as in the files, so that ties do not depend on the sort."""
-    log = read_csv(logs, LOG | {t: "DOUBLE" for t in TASKS})
-    user = read_csv([users], {"user_id": "BIGINT"} | {c: "DOUBLE" for c in (*ONEHOTS, *COUNTS)})
+    log = read_csv(logs, LOG | dict.fromkeys(TASKS, "DOUBLE"))
+    user = read_csv([users], {"user_id": "BIGINT"} | dict.fromkeys((*ONEHOTS, *COUNTS), "DOUBLE"))
     numbers = ("video_id", *VIDEO_NUMBERS)
-    video = read_csv([videos], {c: "DOUBLE" for c in (*numbers, *SIZES)} | {"upload_dt": "DATE", "tag": "VARCHAR"})
+    video = read_csv([videos], dict.fromkeys((*numbers, *SIZES), "DOUBLE") | {"upload_dt": "DATE", "tag": "VARCHAR"})
     # The publisher wrote some integer columns as 1.0: one value, one form.
     user_columns = ", ".join([*(f"u.{c}" for c in (*USER_TRAITS, *COUNTS)), *(f"u.{c}::BIGINT AS {c}" for c in ONEHOTS)])
     video_columns = ", ".join([*(f"v.{c}" for c in (*VIDEO_TEXTS, *SIZES)), *(f"v.{c}::BIGINT AS {c}" for c in VIDEO_NUMBERS)])

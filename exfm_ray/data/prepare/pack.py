@@ -52,7 +52,14 @@ class Rows:
 
 
 def packed(
-    schema: Schema, example_id_N: Array, times_N: Array, domain_N: Array, labels_NT: Array, sparse_NS: Array, dense_ND: Array, bags: dict[str, pa.Array]
+    schema: Schema,
+    example_id_N: Array,
+    times_N: Array,
+    domain_N: Array,
+    labels_NT: Array,
+    sparse_NS: Array,
+    dense_ND: Array,
+    bags: dict[str, pa.Array],
 ) -> pa.Table:
     """A table with the columns of `schema.arrow_schema`."""
     columns = [
@@ -115,7 +122,9 @@ class Packer:
             return np.arange(self._read, self._read + len(raw))
         column = _column(raw, "event_time")
         if column.null_count:
-            raise UserError(f"{self.source.name}: event {self._read + _first_null(column)} has no event time; correct the data or leave such events out")
+            raise UserError(
+                f"{self.source.name}: event {self._read + _first_null(column)} has no event time; correct the data or leave such events out"
+            )
         times_N = column.cast(pa.int64()).to_numpy(zero_copy_only=False)
         before_N = np.concatenate([[times_N[0] if self._last_time is None else self._last_time], times_N[:-1]])
         wrong = np.flatnonzero(times_N < before_N)
@@ -131,11 +140,15 @@ class Packer:
     def _ids(self, raw: pa.Table) -> Array:
         column = _column(raw, "example_id")
         if column.null_count:
-            raise UserError(f"{self.source.name}: event {self._read + _first_null(column)} has no example id; leave `example_id` out to number the events")
+            raise UserError(
+                f"{self.source.name}: event {self._read + _first_null(column)} has no example id; leave `example_id` out to number the events"
+            )
         try:
             return np.asarray(column.cast(pa.int64()).to_numpy(zero_copy_only=False))
         except pa.ArrowInvalid as error:
-            raise UserError(f"{self.source.name}: example ids must be integers below 2^63 ({error}); leave `example_id` out to number the events") from None
+            raise UserError(
+                f"{self.source.name}: example ids must be integers below 2^63 ({error}); leave `example_id` out to number the events"
+            ) from None
 
     def _repeated(self, raw: pa.Table, rows: Rows) -> Array:
         """An event with an id of its own is known by it; another one by all that it says."""

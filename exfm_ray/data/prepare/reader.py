@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import duckdb
@@ -14,10 +14,10 @@ from exfm_ray.data.prepare.source import RawSource
 from exfm_ray.data.stream import regroup
 from exfm_ray.errors import UserError
 
-BATCH_ROWS = 65_536  # fixed: the normaliser's rounding, and so the bytes written, depend on it
+BATCH_ROWS = 16_384  # fixed: the normaliser's rounding, and so the bytes written, depend on it
 
 
-def read(source: RawSource, memory_mb: int, scratch: Path) -> Iterator[pa.Table]:
+def read(source: RawSource, memory_mb: int, scratch: Path) -> Generator[pa.Table, None, None]:
     """Tables of BATCH_ROWS rows (the last one shorter) of the source's query, in event order.
 
     Sorts and joins that exceed `memory_mb` go to `scratch`, which is removed afterwards. One thread, so that the same

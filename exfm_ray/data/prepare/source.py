@@ -13,6 +13,8 @@ from exfm_ray.files import digest
 from exfm_ray.schema import Encoding, Kind, Schema, SparseFeature
 
 HEAD_BYTES = 65_536
+# Of DuckDB's read_csv: nothing is guessed, and buffers are small, for several are held however small the file is.
+PLAIN = "auto_detect=false, buffer_size=8388608"
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def read_csv(files: Sequence[Path], types: dict[str, str], delimiter: str = ",")
     declared = ", ".join(f"{text(c)}: {text(types.get(c, 'VARCHAR'))}" for c in columns)
     names = ", ".join(text(p) for p in files)
     return (
-        f"read_csv([{names}], auto_detect=false, header=true, delim={text(delimiter)}, quote='\"', escape='\"', nullstr='', "
+        f"read_csv([{names}], {PLAIN}, header=true, delim={text(delimiter)}, quote='\"', escape='\"', nullstr='', "
         f"columns={{{declared}}})"
     )  # fmt: skip
 

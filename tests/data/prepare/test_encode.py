@@ -70,7 +70,9 @@ def test_index_refuses_what_its_table_does_not_hold(value: int) -> None:
     assert encode_values(pa.array([0, 8, None]), feature, "log.csv").tolist() == [1, 9, 0]
 
 
-@given(st.lists(st.one_of(st.none(), st.lists(st.one_of(st.none(), st.integers(0, 98)), max_size=9)), max_size=30), st.integers(1, 5), st.integers(0, 5))
+@given(
+    st.lists(st.one_of(st.none(), st.lists(st.one_of(st.none(), st.integers(0, 98)), max_size=9)), max_size=30), st.integers(1, 5), st.integers(0, 5)
+)
 def test_bags_keep_the_last_values(lists: list[list[int | None] | None], most: int, skip: int) -> None:
     """Otherwise a sequence loses its most recent items, or a slice of a column reads its neighbour's values."""
     feature = SparseFeature(name="tags", kind=Kind.MULTI, encoding=Encoding.INDEX, rows=100, max_length=most)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -154,7 +155,7 @@ def test_movielens_likes_and_empty_years(data_set: Find, make: MakeConfig) -> No
     windows = [stream.window(i) for i in stream.windows()]
     assert [w.index for w in windows] == list(range(len(windows)))
     assert any(w.rows == 0 and not w.fragments for w in windows)
-    assert all(a.end_ms == b.start_ms for a, b in zip(windows, windows[1:], strict=False))
+    assert all(a.end_ms == b.start_ms for a, b in itertools.pairwise(windows))
 
 
 def test_a_source_without_times_needs_windows_by_rows(data_set: Find, make: MakeConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 
 import numpy as np
@@ -15,7 +16,7 @@ from exfm_ray.data.prepare.normaliser import Normaliser
 
 def _pieces(count: int, cuts: list[int]) -> list[slice]:
     borders = sorted({0, count, *(c % (count + 1) for c in cuts)})
-    return [slice(a, b) for a, b in zip(borders, borders[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(borders)]
 
 
 EVENTS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2), st.integers(0, 50), st.booleans()), max_size=60)

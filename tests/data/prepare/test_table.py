@@ -83,7 +83,8 @@ def test_parquet_gives_the_same_as_csv(run: Prepare, tmp_path: Path, make: MakeC
     table = pa.table(
         {
             "at": [0, 10, 10, 4000, 12000], "place": ["feed", "search", "search", "feed", "feed"], "user": ["u1", "u2", "u2", None, "u1"],
-            "ad": [3, 4, 4, None, 48], "words": [["a", "b"], None, None, ["a"], ["a", "b", "c", "d"]], "price": [1.5, 2, 2, None, 7], "click": [0, 1, 1, 1, 0],
+            "ad": [3, 4, 4, None, 48], "words": [["a", "b"], None, None, ["a"], ["a", "b", "c", "d"]], "price": [1.5, 2, 2, None, 7],
+            "click": [0, 1, 1, 1, 0],
         }
     )  # fmt: skip
     pq.write_table(table, tmp_path / "raw" / "log.parquet")
