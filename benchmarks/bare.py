@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,15 +19,20 @@ from exfm_ray.training.loop import Loop
 
 
 class BareClient:
-    """Reads the passes' fragments in order when they are asked for."""
+    """Reads the passes' fragments in order when they are asked for. `waited`: seconds that reading took."""
 
     def __init__(self, reader: FragmentReader, passes: Sequence[Pass]) -> None:
         self._tables = (reader.read(work, fragment) for work in passes for fragment in reader.fragments(work))
 
+        self.waited = 0.0
+
     def fragments(self, count: int) -> Iterator[pa.Table]:
         """The next `count` fragments."""
         for _ in range(count):
-            yield next(self._tables)
+            started = time.perf_counter()
+            table = next(self._tables)
+            self.waited += time.perf_counter() - started
+            yield table
 
 
 class Rows:

@@ -20,6 +20,7 @@ USER_ERROR = 2
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; the exit code is 0 only when everything asked for was done."""
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started")  # read when ray is imported
     try:
         options = _parser().parse_args(arguments)
         config = load_config(options.config, options.set, options.name)
@@ -95,7 +96,7 @@ def train_fm(config: Config) -> None:
 
 
 def das(config: Config) -> None:
-    """Let the DAS score every window whose snapshot is published."""
+    """Let the DAS score every window with the snapshots that train-fm has published."""
     _run(config, fm=False, das=True, vm=False)
 
 
@@ -114,14 +115,16 @@ def show(config: Config) -> None:
     table = Table(title=f"{config.name}: windows {summary['windows'][0]} to {summary['windows'][-1]}" if summary["windows"] else config.name)
     for column in ("domain", "task", "model", "arm"):
         table.add_column(column)
-    columns = {"ne": "NE", "best_ne": "best NE", "auc": "AUC", "gauc": "gAUC", "calibration": "calibr.", "ne_gain": "NE gain %", "transfer_ratio": "TR"}
+    columns = {"ne": "NE", "best_ne": "best NE", "auc": "AUC", "gauc": "gAUC", "calibration": "calibr."}
+    columns |= {"ne_gain": "NE gain %", "transfer_ratio": "TR"}
     for heading in columns.values():
         table.add_column(heading, justify="right")
     for row in sorted(rows, key=lambda row: (row["domain"] != "all", row["domain"], row["task"])):
         table.add_row(row["domain"], row["task"], row["model"], row["arm"], *(_cell(key, row.get(key)) for key in columns))
     console.print(table)
     seconds = ", ".join(f"{role} {r['examples']:,} examples in {r['seconds']:.0f} s" for role, r in summary["roles"].items())
-    console.print(f"{seconds}; peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB. Everything is in {config.folder}", highlight=False, soft_wrap=True)
+    memory = f"peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB"
+    console.print(f"{seconds}; {memory}. Everything is in {config.folder}", highlight=False, soft_wrap=True)
 
 
 def _cell(key: str, value: float | None) -> str:

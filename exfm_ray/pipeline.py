@@ -19,11 +19,12 @@ import ray
 import torch
 
 from exfm_ray.config import Arm, Config, ModelConfig, StudentConfig, dump_config
+from exfm_ray.das.lag import version_for
 from exfm_ray.das.service import DAS
 from exfm_ray.data.prepare import prepare
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
-from exfm_ray.files import write_json, write_text
+from exfm_ray.files import read_json, write_json, write_text
 from exfm_ray.models.network import Network
 from exfm_ray.runtime import MemoryMeter, ray_session
 from exfm_ray.schema import Schema
@@ -105,6 +106,7 @@ class Run:
         scoring = self.das.missing(self.windows) if das else []
         if not jobs and not scoring:
             return
+        self._check_inputs(fm, das, [job for job in jobs if job.role == "vm"], scoring)
         with ray_session(self.config), ProgressView(self._totals(jobs, scoring)) as view:
             self._recorder = RecorderActor.remote(self.folder / "metrics.jsonl")
             ray.get(self._recorder.state.remote())
@@ -116,6 +118,16 @@ class Run:
                 watch()
                 time.sleep(POLL_S)
             view.update(ray.get(self._recorder.state.remote()))
+
+    def _check_inputs(self, fm: bool, das: bool, vms: Sequence[Job], scoring: Sequence[int]) -> None:
+        """UserError where a role would wait for ever: for what is not there and no role of this run makes."""
+        for window in scoring if not fm else ():
+            version = version_for(window, self.config.das.fm_lag)
+            if version is not None and not self.das.snapshots.has(version):
+                raise UserError(f"window {window} is to be scored by {self.das.snapshots.folder(version)}, which is not there; run train-fm first")
+        lacking = self.das.missing(self.windows) if vms and not das and set(self.config.vm.arms) != {Arm.LABELS} else []
+        if lacking:
+            raise UserError(f"{self.das.store.root}: no supervision of window {lacking[0]} by '{self.config.fm.name}'; run das first")
 
     def _claim(self) -> None:
         """Write the resolved config; a folder that holds a run of other settings is refused."""
@@ -160,16 +172,19 @@ class Run:
         """Write summary.json from the jobs' checkpoints; returns it."""
         results = {job.name: self._result(job) for job in [Job("fm", self.config), *vm_jobs(self.config)]}
         found = {name: result for name, result in results.items() if result}
+        das_seconds, das_examples = self.das.done(self.windows)
+        path = self.folder / "summary.json"
+        before = read_json(path)["peak_memory_bytes"] if path.exists() else 0
         roles = {name: {"seconds": r.seconds, "examples": r.examples} for name, r in found.items()}
         summary = {
             "name": self.config.name,
             "seed": self.config.seed,
             "windows": [w for w in self.windows if w >= self.config.metrics.warmup_windows],
             "figures": summary_rows(self.config, self.stream, found.values()),
-            "roles": roles | {"das": {"seconds": self.das.seconds, "examples": self.das.rows}},
-            "peak_memory_bytes": self.memory.peak,
+            "roles": roles | {"das": {"seconds": das_seconds, "examples": das_examples}},
+            "peak_memory_bytes": max(self.memory.peak, before),
         }
-        write_json(self.folder / "summary.json", summary)
+        write_json(path, summary)
         return summary
 
     def _result(self, job: Job) -> JobResult | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +36,9 @@ def ray_session(config: Config) -> Iterator[None]:
         options = {"num_cpus": max(logical_cpus(config), os.cpu_count() or 1), "include_dashboard": False}
         # Workers inherit the environment; a runtime_env would make Ray throw away the workers that it starts ahead.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+    with _stderr_to(logs / "driver.log"):  # Ray's C++ core does not log, it prints
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+    _only_for_owner(Path.home() / ".ray" / "auth_token")
     try:
         yield
     finally:
@@ -55,6 +59,26 @@ def _log_to(path: Path) -> None:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.propagate = False
+
+
+@contextmanager
+def _stderr_to(path: Path) -> Iterator[None]:
+    """Send what this process writes to file descriptor 2 to a file."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with path.open("a") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def _only_for_owner(token: Path) -> None:
+    """Ray writes its token file for everyone on the machine to read."""
+    if token.exists() and token.owner() == getpass.getuser():
+        token.chmod(0o600)
 
 
 def user_error(error: BaseException) -> UserError | None:

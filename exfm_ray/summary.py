@@ -32,7 +32,7 @@ def summary_rows(config: Config, stream: EventStream, results: Iterable[JobResul
     for key, state in states.items():
         model, arm, domain, task = key
         role = "fm" if arm == FM_ARM else "vm"
-        row = {"role": role, **describe(key), "seed": config.seed, **state.figures(), "best_ne": best.get((domain, task))}
+        row: dict[str, Any] = {"role": role, **describe(key), "seed": config.seed, **state.figures(), "best_ne": best.get((domain, task))}
         row["snapshot"] = supervisor(key, windows[-1] + 1, config.das.fm_lag) if windows else None
         if role == "vm":
             labels = ne.get((model, Arm.LABELS, domain, task))

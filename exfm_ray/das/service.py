@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import ray
 
 from exfm_ray.config import Config
+from exfm_ray.das.lag import version_for
 from exfm_ray.das.pool import Pool
 from exfm_ray.das.scorer import ScorerActor
-from exfm_ray.das.lag import version_for
 from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.das.supervision import SupervisionStore
 from exfm_ray.data.stream import EventStream
@@ -30,11 +30,15 @@ class DAS:
         folder, teacher = self.config.folder, self.config.fm.name
         self.snapshots = SnapshotStore(folder / "snapshots", teacher)
         self.store = SupervisionStore(folder / "supervision", teacher)
-        self.rows, self.seconds = 0, 0.0
 
     def missing(self, windows: Sequence[int]) -> list[int]:
         """Windows that have a teacher but no committed supervision."""
         return [w for w in windows if version_for(w, self.config.das.fm_lag) is not None and not self.store.has(w)]
+
+    def done(self, windows: Sequence[int]) -> tuple[float, int]:
+        """Seconds and examples of the windows that are committed."""
+        manifests = [self.store.manifest(w) for w in windows if self.store.has(w)]
+        return sum(m.seconds for m in manifests), sum(m.rows for m in manifests)
 
     def run(self, windows: Sequence[int], progress: Callable[[int, int], None], watch: Callable[[], None]) -> None:
         """Score what is missing, in order. `watch` is called while waiting for a snapshot; it raises to end the wait.
@@ -66,8 +70,6 @@ class DAS:
         started = time.perf_counter()
         manifest = self.stream.window(window)
         for scored in pool.score(manifest, version):
-            self.rows += scored.rows
             progress(window, scored.rows)
         tasks = self.snapshots.tasks(version)
-        self.store.commit(manifest, version, tasks, self.config.das.fm_lag)
-        self.seconds += time.perf_counter() - started
+        self.store.commit(manifest, version, tasks, self.config.das.fm_lag, time.perf_counter() - started)

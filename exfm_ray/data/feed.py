@@ -166,20 +166,23 @@ class Feed:
 
 
 class FeedClient:
-    """A worker's end of the feed."""
+    """A worker's end of the feed. `waited`: seconds spent waiting for data."""
 
     def __init__(self, feed: Any, worker: int) -> None:
         self._feed, self._worker, self._index = feed, worker, 0
         self._next: Any = None
+        self.waited = 0.0
 
     def fragments(self, count: int) -> Iterator[pa.Table]:
         """The next `count` fragments, the one after the current asked for ahead."""
         for _ in range(count):
+            started = time.perf_counter()
             pending = self._next or self._feed.block.remote(self._worker, self._index)
             ref = ray.get(pending)[0]
             self._index += 1
             self._next = self._feed.block.remote(self._worker, self._index)
             table: pa.Table = ray.get(ref)
+            self.waited += time.perf_counter() - started
             yield table
 
 

@@ -155,7 +155,7 @@ class StreamWriter:
         self.root, self.schema, self.settings, self.fragment_rows = root, schema, settings, fragment_rows
         made = root / "settings.json"
         if made.exists() and read_json(made) != settings:
-            raise UserError(f"{root}: holds a stream prepared with another schema or other settings (see {made}); remove it or choose another run name")
+            raise UserError(f"{root}: holds a stream made with another schema or other settings (see {made}); remove it or choose another run name")
         write_json(made, settings)
         write_json(root / "schema.json", schema.model_dump(mode="json"))
 

@@ -1,6 +1,7 @@
 """The student adapter (ExFM, arXiv 2502.17494): corrects the teacher's prediction by the fresh labels of one vertical model.
 
-On each batch, in this order: `target_B` for the student, then a step of the adapter's own optimizer on h(adapter(p), y).
+On each batch, in this order: logits z_SA and from them `target_B` for the student, then a step of the adapter's own
+optimizer on h(z_SA, y).
 The other order lets the target contain the label it is meant to predict.
 """
 
@@ -37,7 +38,6 @@ class Adapter(nn.Module):
         return logit_B + correction_B
 
 
-@torch.no_grad()
-def target_B(adapter: Adapter, teacher_B: Tensor) -> Tensor:
-    """t = stopgrad(sigmoid(z_SA)), to be taken before the adapter's update on the same batch."""
-    return torch.sigmoid(adapter(teacher_B))
+def target_B(logit_B: Tensor) -> Tensor:
+    """t = stopgrad(sigmoid(z_SA)) of the adapter's logits, computed before its update on the same batch."""
+    return torch.sigmoid(logit_B.detach())

@@ -23,9 +23,8 @@ def shard_dense(module: nn.Module, config: TrainerConfig, world: int) -> Any:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its compilation costs 40 s, its use nothing here
-    optimizer = torch.optim.AdamW(
-        module.parameters(), lr=config.optimizer.dense_lr, weight_decay=config.optimizer.dense_weight_decay
-    )  # fmt: skip
+    rates = config.optimizer
+    optimizer = torch.optim.AdamW(module.parameters(), lr=rates.dense_lr, weight_decay=rates.dense_weight_decay, fused=True)
     settings = {
         "train_micro_batch_size_per_gpu": max(config.batch_size // world, 1),
         "gradient_accumulation_steps": 1,

@@ -14,20 +14,19 @@ class Replica:
 
     def __init__(self, module: nn.Module, lr: float, device: torch.device) -> None:
         self.module = module.to(device)
-        self._optimizer = torch.optim.Adam(self.module.parameters(), lr=lr)
+        self._optimizer = torch.optim.Adam(self.module.parameters(), lr=lr, fused=True)
 
-    def update(self, loss: Tensor) -> None:
-        """One step on this worker's share of the loss: the gradient is the mean over workers."""
-        self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+    def update(self) -> None:
+        """One step on the gradients that the last backward pass left: their mean over the workers."""
         world = dist.get_world_size()
         if world > 1:
             parameters = [p for p in self.module.parameters() if p.grad is not None]
             flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
             dist.all_reduce(flat)
-            for parameter, part in zip(parameters, (flat / world).split([p.numel() for p in parameters]), strict=True):
+            for parameter, part in zip(parameters, torch.split(flat / world, [p.numel() for p in parameters]), strict=True):
                 parameter.grad = part.view_as(parameter)
         self._optimizer.step()
+        self._optimizer.zero_grad()
 
     def save(self, path: Path) -> None:
         """Write module and optimizer; one worker is enough."""

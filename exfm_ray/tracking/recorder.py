@@ -20,6 +20,8 @@ class Recorder:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._known = {self._identity(row) for row in read_metrics(path)}
+        if path.exists():  # cut off what a kill cut short, or the next row would be glued to it
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         self._progress: dict[str, tuple[int, int]] = {}
 
     @staticmethod
@@ -47,14 +49,11 @@ class Recorder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that a kill cut short is cut off."""
+    """Rows of a metrics.jsonl; a last line that is not whole (being written, or cut short by a kill) is left out."""
     if not path.exists():
         return []
     text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 RecorderActor = ray.remote(num_cpus=0)(Recorder)

@@ -2,7 +2,7 @@
 
     <root>/windows=003/<lane>/...       each worker's part of each lane
     <root>/windows=003/metrics.npz      metric states so far
-    <root>/windows=003/manifest.json    written last: windows learnt, workers, counters
+    <root>/windows=003/manifest.json    written last: windows learnt, workers, timings
 """
 
 from __future__ import annotations
@@ -21,18 +21,27 @@ from exfm_ray.errors import UserError
 from exfm_ray.files import atomic_path, read_json, write_json
 from exfm_ray.metrics.state import MetricState
 from exfm_ray.training.lane import Lane
-from exfm_ray.training.loop import Key, Loop
+from exfm_ray.training.loop import Key, Loop, Timing
 
 KEPT = 2
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job has to tell: metric states summed over the windows after the warm-up, examples learnt, seconds taken."""
+    """What a job has to tell: metric states summed over the windows after the warm-up, and where its time went."""
 
     states: dict[Key, MetricState]
-    examples: int
-    seconds: float
+    timings: list[Timing]
+
+    @property
+    def examples(self) -> int:
+        """Examples learnt."""
+        return sum(t.examples for t in self.timings)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in which windows were evaluated and learnt, without the job's start and its checkpoints."""
+        return sum(t.evaluate_s + t.learn_s for t in self.timings)
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Checkpoints:
 
     def latest(self) -> int:
         """Windows learnt at the newest whole checkpoint; 0 without any."""
-        return max((int(path.parent.name.removeprefix("windows=")) for path in self.root.glob("windows=*/manifest.json")), default=0)
+        return max((_windows(path.parent) for path in self.root.glob("windows=*/manifest.json")), default=0)
 
     def _folder(self, windows: int) -> Path:
         return self.root / f"windows={windows:03d}"
@@ -59,9 +68,9 @@ class Checkpoints:
         dist.barrier()
         if dist.get_rank() == 0:
             _save_states(folder / "metrics.npz", loop.states)
-            facts = {"windows": windows, "workers": dist.get_world_size(), "examples": loop.examples, "seconds": loop.seconds}
+            facts = {"windows": windows, "workers": dist.get_world_size(), "timings": [t._asdict() for t in loop.timings]}
             write_json(folder / "manifest.json", facts)
-            for old in sorted(self.root.glob("windows=*"))[:-KEPT]:
+            for old in sorted(self.root.glob("windows=*"), key=_windows)[:-KEPT]:
                 (old / "manifest.json").unlink(missing_ok=True)
                 shutil.rmtree(old)
 
@@ -77,12 +86,17 @@ class Checkpoints:
         for lane in lanes:
             lane.load(folder)
         result = self.result(windows)
-        loop.states, loop.examples, loop.seconds = result.states, result.examples, result.seconds
+        loop.states, loop.timings = result.states, result.timings
 
     def result(self, windows: int) -> JobResult:
         """The figures after `windows` windows."""
         manifest = read_json(self._folder(windows) / "manifest.json")
-        return JobResult(_load_states(self._folder(windows) / "metrics.npz"), manifest["examples"], manifest["seconds"])
+        return JobResult(_load_states(self._folder(windows) / "metrics.npz"), [Timing(**t) for t in manifest["timings"]])
+
+
+def _windows(folder: Path) -> int:
+    """Windows learnt, from a checkpoint's folder name (which sorts wrongly as text from 1000 on)."""
+    return int(folder.name.removeprefix("windows="))
 
 
 def _save_states(path: Path, states: dict[Key, MetricState]) -> None:

@@ -21,8 +21,8 @@ from exfm_ray.das.supervision import teacher_values
 from exfm_ray.data.batch import Batch, to_batch
 from exfm_ray.data.feed import Share, share
 from exfm_ray.data.stream import list_values
-from exfm_ray.distillation.adapter import Adapter, target_B
-from exfm_ray.distillation.objective import labels_objective_B, objective_B
+from exfm_ray.distillation.adapter import target_B
+from exfm_ray.distillation.objective import bce_B, labels_objective_B, objective_B
 from exfm_ray.engine.engine import Engine
 from exfm_ray.engine.replica import Replica
 from exfm_ray.schema import Schema
@@ -53,19 +53,17 @@ class Lane:
         labels_BT = batch.labels_BT[:, list(self.tasks)]
         if self.arm is None:
             loss_B = labels_objective_B(logits.serving_BT, labels_BT)
+            self.engine.update((loss_B * weight_B).sum())
+        elif self.adapter and teacher_B is not None:
+            adapted_B = self.adapter.module(teacher_B)
+            loss_B = objective_B(self.arm, self.distillation, logits, labels_BT[:, 0], teacher_B, target_B(adapted_B))
+            # One backward pass serves both: the adapter's target carries no gradient, so neither loss reaches the other's weights.
+            self.engine.update(((loss_B + bce_B(adapted_B, labels_BT[:, 0])) * weight_B).sum())
+            self.adapter.update()
         else:
-            target = self._adapt(labels_BT[:, 0], weight_B, teacher_B) if self.adapter and teacher_B is not None else None
-            loss_B = objective_B(self.arm, self.distillation, logits, labels_BT[:, 0], teacher_B, target)
-        self.engine.update((loss_B * weight_B).sum())
+            loss_B = objective_B(self.arm, self.distillation, logits, labels_BT[:, 0], teacher_B, None)
+            self.engine.update((loss_B * weight_B).sum())
         self.seconds += time.perf_counter() - started
-
-    def _adapt(self, label_B: Tensor, weight_B: Tensor, teacher_B: Tensor) -> Tensor:
-        """The adapter's target for this batch, and only then the adapter's own step on the batch's labels."""
-        assert self.adapter is not None and isinstance(self.adapter.module, Adapter)
-        target = target_B(self.adapter.module, teacher_B)
-        loss_B = F.binary_cross_entropy_with_logits(self.adapter.module(teacher_B), label_B, reduction="none")
-        self.adapter.update((loss_B * weight_B).sum())
-        return target
 
     def save(self, folder: Path) -> None:
         """Write this worker's part of the lane's state."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from exfm_ray.config import Arm
 from exfm_ray.das.lag import version_for
-from exfm_ray.data.regroup import Regroup
 from exfm_ray.data.feed import FeedClient, FragmentReader, Pass
+from exfm_ray.data.regroup import Regroup
 from exfm_ray.metrics.state import MetricState
 from exfm_ray.training.lane import Evaluated, Group
 
@@ -37,6 +37,17 @@ class Report(Protocol):
         ...
 
 
+class Timing(NamedTuple):
+    """Seconds of one window; both kinds of waiting for data are part of the seconds before them."""
+
+    window: int
+    examples: int
+    evaluate_s: float
+    learn_s: float
+    evaluate_wait_s: float
+    learn_wait_s: float
+
+
 @dataclass
 class Loop:
     """Runs groups of lanes over windows. Rank 0 holds the metric states, summed over the windows after the warm-up."""
@@ -50,16 +61,16 @@ class Loop:
     fm_lag: int
     warmup_windows: int
     states: dict[Key, MetricState] = field(default_factory=dict)
-    examples: int = 0
-    seconds: float = 0.0
+    timings: list[Timing] = field(default_factory=list)
 
     def run(self, window: int) -> None:
         """Evaluate window `window` with models that have not seen it, then learn it."""
-        started = time.perf_counter()
+        begun, waited_0 = time.perf_counter(), self.client.waited
         evaluated = self._evaluate(window)
+        between, waited_1 = time.perf_counter(), self.client.waited
         learnt = self._learn(window)
-        self.seconds += time.perf_counter() - started
-        self.examples += sum(learnt)
+        ended, waited_2 = time.perf_counter(), self.client.waited
+        self.timings.append(Timing(window, sum(learnt), between - begun, ended - between, waited_1 - waited_0, waited_2 - waited_1))
         if self.report:
             rows: list[dict[str, Any]] = []
             for group, result, examples in zip(self.groups, evaluated, learnt, strict=True):

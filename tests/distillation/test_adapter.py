@@ -22,7 +22,7 @@ def step(adapter: Adapter, optimizer: torch.optim.Optimizer, teacher: torch.Tens
 def test_starts_as_the_teacher(config: SAConfig) -> None:
     """Wrong: the first targets are noise instead of the teacher's own predictions."""
     teacher = torch.tensor([1e-4, 0.02, 0.5, 0.97])
-    torch.testing.assert_close(target_B(Adapter(config), teacher), teacher, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(target_B(Adapter(config)(teacher)), teacher, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["logit", "probability", "platt"])
@@ -35,7 +35,7 @@ def test_corrects_a_biased_teacher(config: SAConfig) -> None:
     teacher, label = truth * 2, torch.bernoulli(truth, generator=generator)  # the teacher says twice the rate
     for rows in torch.arange(40_000).split(200):
         step(adapter, optimizer, teacher[rows], label[rows])
-    error = (target_B(adapter, teacher) - truth).abs().mean()
+    error = (target_B(adapter(teacher)) - truth).abs().mean()
     assert error < 0.04 < (teacher - truth).abs().mean()
 
 
@@ -43,12 +43,12 @@ def test_target_is_taken_before_the_update_and_carries_no_gradient() -> None:
     """Wrong: the target contains the label of its own batch (it becomes a copy of the labels), or the student trains the adapter."""
     teacher, label = torch.tensor([0.3, 0.3]), torch.tensor([1.0, 1.0])
     adapter = Adapter(SAConfig(lr=0.1))
-    before = target_B(adapter, teacher)
+    before = target_B(adapter(teacher))
     kept = before.clone()
     assert not before.requires_grad
     step(adapter, torch.optim.Adam(adapter.parameters(), lr=0.1), teacher, label)
     assert torch.equal(before, kept)
-    assert (target_B(adapter, teacher) > kept).all()
+    assert (target_B(adapter(teacher)) > kept).all()
 
 
 def test_certain_teachers_have_finite_targets() -> None:

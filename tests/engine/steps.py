@@ -1,0 +1,122 @@
+"""What the engine's workers run: a lane of one arm that learns global batches, and what its state is afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from example import SCHEMA, make_rows
+
+from exfm_ray.config import Arm, DistillationConfig, MLPConfig, ModelConfig, VMConfig, WukongConfig
+from exfm_ray.das.supervision import TEACHER_COLUMN
+from exfm_ray.data.stream import list_values
+
+WUKONG = WukongConfig(dim=4, l=1, n_F=2, n_L=2, k=2, fmb_mlp=(8,), mlp=(8,))
+MLP = MLPConfig(dim=4, mlp=(8,))
+SEED = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training: settings, sizes of the global batches, and which of them have supervision (all, or from one on)."""
+
+    trainer: dict[str, Any] = field(default_factory=dict)
+    arm: Arm | None = Arm.LABELS
+    batches: tuple[int, ...] = (64, 64, 64, 64, 64, 33, 1)
+    supervised_from: int = 0
+    model: ModelConfig = MLP
+
+
+def global_batches(case: Case) -> list[pa.Table]:
+    """The case's batches; teacher's predictions are noisy labels."""
+    rows = make_rows(sum(case.batches), seed=7)
+    labels = list_values(rows["labels"], len(SCHEMA.tasks))[:, 0]
+    p = (0.2 + 0.5 * labels + 0.1 * np.random.default_rng(1).random(len(labels))).astype(np.float32)
+    augmented = rows.append_column(TEACHER_COLUMN, pa.FixedSizeListArray.from_arrays(pa.array(p), 1))
+    starts = np.cumsum((0, *case.batches))
+    pieces = [(augmented if i >= case.supervised_from else rows).slice(s, n) for i, (s, n) in enumerate(zip(starts, case.batches, strict=False))]
+    return pieces
+
+
+def make_group(case: Case) -> Any:
+    """A group of one lane: the FM (arm None, both tasks) or a vertical model in one arm."""
+    from exfm_ray.distillation.adapter import Adapter
+    from exfm_ray.distillation.student import Student
+    from exfm_ray.engine.engine import Engine
+    from exfm_ray.engine.replica import Replica
+    from exfm_ray.models.network import build_network
+    from exfm_ray.training.lane import Group, Lane
+
+    config, distillation = VMConfig(**case.trainer), DistillationConfig()
+    tasks = (0, 1) if case.arm is None else (0,)
+    device = torch.device("cpu")
+    student = Student(build_network(case.model, SCHEMA, len(tasks), SEED), case.arm or Arm.LABELS, distillation, SEED)
+    engine = Engine(SCHEMA, config, student, case.model.dim, SEED, device)
+    adapter = Replica(Adapter(distillation.sa, SEED), distillation.sa.lr, device) if case.arm is Arm.AH_SA else None
+    lane = Lane("m", case.arm, tasks, engine, distillation, adapter)
+    return Group(SCHEMA, [lane], None, 64, device, 0, 1)
+
+
+def state(group: Any) -> dict[str, np.ndarray]:
+    """All weights of the lane, and the tables' momentum, whole: gathered from all workers."""
+    lane = group.lanes[0]
+    found = {f"dense/{name}": tensor.numpy() for name, tensor in lane.engine.dense_state().items()}
+    if lane.adapter:
+        found |= {f"adapter/{name}": tensor.numpy().copy() for name, tensor in lane.adapter.module.state_dict().items()}
+    mine = [(s.table, s.first_row, s.weight_RE.numpy().copy(), s.momentum_R.numpy().copy()) for s in lane.engine.tables.shards()]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    shards = sorted((shard for part in everyone for shard in part), key=lambda shard: shard[:2])
+    for table in SCHEMA.tables:
+        own = [shard for shard in shards if shard[0] == table]
+        found[f"tables/{table}"] = np.concatenate([weight for _, _, weight, _ in own])
+        found[f"momentum/{table}"] = np.concatenate([momentum.reshape(-1) for _, _, _, momentum in own])
+    return found
+
+
+def train(case: Case) -> dict[str, np.ndarray]:
+    """Learn all batches; the state afterwards."""
+    group = make_group(case)
+    for rows in global_batches(case):
+        group.learn(rows)
+    return state(group)
+
+
+def evaluate(case: Case, rows: int) -> dict[str, np.ndarray] | None:
+    """Train, then predict rows not learnt: ids in the order they come back, and their logits; None but on rank 0."""
+    group = make_group(case)
+    for batch in global_batches(case):
+        group.learn(batch)
+    result = group.gather([group.evaluate(make_rows(rows, seed=9))])
+    return None if result is None else {"logits": result.logits[group.lanes[0].name], "groups": result.group_N}
+
+
+def resume(case: Case, folder: Path, cut: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The state after learning straight on, and after saving at `cut` and going on in a fresh lane."""
+    batches = global_batches(case)
+    straight, fresh = make_group(case), make_group(case)
+    for rows in batches[:cut]:
+        straight.learn(rows)
+    straight.lanes[0].save(folder)
+    dist.barrier()
+    fresh.lanes[0].load(folder)
+    for rows in batches[cut:]:
+        straight.learn(rows)
+        fresh.learn(rows)
+    return state(straight), state(fresh)
+
+
+def embed(sharding: str, sizes: Sequence[int]) -> list[np.ndarray]:
+    """Embedded rows of batches of equal length on every worker, sharded."""
+    from exfm_ray.data.batch import to_batch
+    from exfm_ray.engine.tables import ShardedTables
+
+    tables = ShardedTables(SCHEMA, VMConfig(sharding=sharding), 4, SEED, torch.device("cpu"))
+    with torch.no_grad():
+        return [tables(to_batch(make_rows(size, seed=size + dist.get_rank()), SCHEMA)).numpy() for size in sizes]

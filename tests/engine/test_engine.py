@@ -1,0 +1,137 @@
+"""Training spread over workers: equal to one worker's, to plain torch's, and to itself after a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import steps
+import torch
+from example import SCHEMA
+from steps import Case
+from workers import Workers
+
+from exfm_ray.config import Arm
+from exfm_ray.data.batch import to_batch
+from exfm_ray.distillation.objective import labels_objective_B
+from exfm_ray.engine.tables import ADAGRAD_EPS
+from exfm_ray.models.embeddings import PlainTables
+from exfm_ray.models.network import build_network
+
+ZERO = [0, 1, 2, 3]
+# float32 sums in another order; Adam's division by the root of a tiny second moment enlarges them to some 1e-5 in 7 steps
+TOLERANCE = {"rtol": 1e-3, "atol": 2e-5}
+
+
+def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], **tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], err_msg=name, **tolerance)
+
+
+def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("stage", ZERO)
+@pytest.mark.parametrize("arm", [None, Arm.AH_SA])
+def test_two_workers_equal_one(groups: dict[int, Workers], stage: int, arm: Arm | None) -> None:
+    """Wrong: the gradient is not the mean over the global batch (a short last batch, or a worker without a row, counts
+    wrongly), or a ZeRO stage changes the result."""
+    model = steps.WUKONG if arm is None else steps.MLP
+    one = groups[1].run(steps.train, Case(arm=arm, model=model))[0]
+    two = groups[2].run(steps.train, Case(trainer={"zero_stage": stage}, arm=arm, model=model))
+    assert_equal(two[0], two[1])
+    assert_close(two[0], one, **TOLERANCE)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_table_wise_equals_row_wise(groups: dict[int, Workers], world: int) -> None:
+    """Wrong: the way to shard changes what is learnt."""
+    row, table = (groups[world].run(steps.train, Case(trainer={"sharding": way}))[0] for way in ("row_wise", "table_wise"))
+    assert_close(table, row, **TOLERANCE)
+
+
+def plain_torch(case: Case) -> dict[str, np.ndarray]:
+    """The same training of an FM written down anew: autograd, AdamW, row-wise Adagrad by its formula."""
+    tables = PlainTables(SCHEMA, case.model.dim, steps.SEED)
+    network = build_network(case.model, SCHEMA, 2, steps.SEED)
+    adam = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.01)
+    momentum = torch.zeros(len(tables.weight))
+    for rows in steps.global_batches(case):
+        batch = to_batch(rows, SCHEMA)
+        tables.weight.grad = None
+        adam.zero_grad()
+        labels_objective_B(network(tables(batch), batch.dense_BD), batch.labels_BT).mean().backward()
+        adam.step()
+        gradient = tables.weight.grad
+        assert gradient is not None
+        momentum += gradient.square().mean(dim=1)
+        with torch.no_grad():
+            tables.weight -= 0.05 * gradient / (momentum.sqrt() + ADAGRAD_EPS)[:, None]
+    first = tables.first_row
+    found = {f"dense/network.{name}": tensor.detach().numpy() for name, tensor in network.state_dict().items()}
+    for name, table in tables.tables().items():
+        found[f"tables/{name}"] = table.numpy()
+        found[f"momentum/{name}"] = momentum[first[name] : first[name] + tables.rows[name]].numpy()
+    return found
+
+
+def test_learns_what_plain_torch_learns(groups: dict[int, Workers]) -> None:
+    """Wrong: the tables stay as they are, or the optimizers are not row-wise Adagrad and AdamW at the set rates."""
+    trainer = {"optimizer": {"table_lr": 0.05, "dense_lr": 1e-3, "dense_weight_decay": 0.01}}
+    case = Case(trainer=trainer, arm=None, batches=(64, 64, 64), model=steps.MLP)
+    found = groups[1].run(steps.train, case)[0]
+    fresh = PlainTables(SCHEMA, 4, steps.SEED).tables()
+    for name in SCHEMA.tables:
+        assert (found[f"momentum/{name}"] > 0).any(), name
+        assert not np.array_equal(found[f"tables/{name}"], fresh[name].numpy()), name
+    assert_close(found, plain_torch(case), **TOLERANCE)
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_goes_on_from_a_checkpoint_to_the_bit(groups: dict[int, Workers], tmp_path: Path, world: int, stage: int) -> None:
+    """Wrong: a checkpoint lacks a part of the state (a moment, the tables' momentum, the adapter, its optimizer)."""
+    case = Case(trainer={"zero_stage": stage}, arm=Arm.AH_SA)
+    for straight, resumed in groups[world].run(steps.resume, case, tmp_path, 4):
+        assert_equal(resumed, straight)
+
+
+@pytest.mark.parametrize("arm", [Arm.AH, Arm.AH_SA])
+@pytest.mark.parametrize("stage", ZERO)
+def test_heads_without_a_gradient(groups: dict[int, Workers], stage: int, arm: Arm) -> None:
+    """Wrong: the first windows, which have no supervision, fail or move the heads that nothing teaches yet; or the stages
+    of ZeRO disagree once supervision comes."""
+    untaught = Case(trainer={"zero_stage": stage}, arm=arm, supervised_from=99)
+    fresh = groups[1].run(steps.train, Case(arm=arm, batches=()))[0]
+    found = groups[2].run(steps.train, untaught)[0]
+    heads = [name for name in fresh if "auxiliary_head" in name or "adapter" in name]
+    assert heads
+    for name in heads:
+        np.testing.assert_array_equal(found[name], fresh[name], err_msg=name)
+    later = Case(trainer={"zero_stage": stage}, arm=arm, supervised_from=4)
+    one = groups[1].run(steps.train, Case(arm=arm, supervised_from=4))[0]
+    assert_close(groups[2].run(steps.train, later)[0], one, **TOLERANCE)
+
+
+@pytest.mark.parametrize("rows", [1, 101])
+def test_evaluation_is_whole_on_rank_0(groups: dict[int, Workers], rows: int) -> None:
+    """Wrong: evaluation drops or repeats rows when they do not divide, or a worker's padding gets in."""
+    one = groups[1].run(steps.evaluate, Case(), rows)[0]
+    two, nothing = groups[2].run(steps.evaluate, Case(), rows)
+    assert nothing is None
+    np.testing.assert_array_equal(two["groups"], one["groups"])
+    np.testing.assert_allclose(two["logits"], one["logits"], **TOLERANCE)
+
+
+def test_bf16_learns(groups: dict[int, Workers]) -> None:
+    """Wrong: bf16 fails, or is so coarse that training goes another way."""
+    case = Case(arm=Arm.AH)
+    exact, coarse = (groups[1].run(steps.train, Case(trainer={"precision": p}, arm=Arm.AH))[0] for p in ("fp32", "bf16"))
+    assert case.batches
+    for name in exact:
+        # bf16 holds 8 bits: 0.4% of a value; gradients of one sign make Adam and Adagrad step by lr all the same
+        np.testing.assert_allclose(coarse[name], exact[name], atol=0.05, rtol=0.1, err_msg=name)

@@ -1,0 +1,233 @@
+"""Training jobs: the same figures whatever the number of workers, the grouping of lanes, the interruptions; what they export."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from local_runs import run_locally, score, train
+from safetensors.torch import load_file
+from small_runs import WINDOWS, assert_close, figures, metrics, small_config
+from workers import Workers
+
+from exfm_ray.config import Arm, Config
+from exfm_ray.data.batch import to_batch
+from exfm_ray.data.prepare.world import DOMAINS
+from exfm_ray.data.stream import EventStream
+from exfm_ray.files import read_json, write_json
+from exfm_ray.models.stored import load_model
+from exfm_ray.pipeline import prepare_stream, vm_jobs
+from exfm_ray.training.checkpoint import KEPT
+from exfm_ray.training.job import Job
+
+KEYS = {
+    "window", "role", "model", "arm", "domain", "task", "seed", "ne", "auc", "gauc", "log_loss", "calibration", "label_rate", "examples",
+    "examples_per_s", "snapshot",
+}  # fmt: skip
+SUMMARY_KEYS = KEYS - {"window", "examples_per_s"} | {"best_ne"}
+VM_SUMMARY_KEYS = SUMMARY_KEYS | {"ne_gain", "fm_ne_gain", "transfer_ratio"}
+# 60 steps in float32; sums over two workers are rounded otherwise, and Adagrad and Adam carry the difference on
+WORKERS_TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def base(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """An undisturbed run on one worker."""
+    config = small_config(tmp_path_factory.mktemp("jobs"), "base")
+    run_locally(groups, config)
+    return config
+
+
+def test_metrics_have_the_promised_rows(base: Config) -> None:
+    """Wrong: metrics.jsonl lacks a row or a key, or has one that nothing documents."""
+    from exfm_ray.tracking.recorder import read_metrics
+
+    rows = read_metrics(base.folder / "metrics.jsonl")
+    assert all(set(row) == KEYS for row in rows)
+    found = {(row["window"], row["model"], row["arm"], row["domain"], row["task"]) for row in rows}
+    expected = set()
+    for window in range(WINDOWS):
+        for domain in ("all", *DOMAINS):
+            expected |= {(window, "fm", "fm", domain, task) for task in ("click", "conversion")}
+        for arm in Arm:
+            expected |= {(window, "feed", str(arm), "feed", "click"), (window, "stories", str(arm), "stories", "conversion")}
+    assert found == expected
+    for row in rows:
+        distilled = row["arm"] in ("kd", "ah", "ah_sa") and row["window"] >= 2  # window 1 is the first with supervision
+        assert row["snapshot"] == (row["window"] - 1 if distilled else None)
+        assert row["role"] == ("fm" if row["model"] == "fm" else "vm")
+
+
+def test_summary_has_the_promised_keys(base: Config) -> None:
+    """Wrong: summary.json lacks a figure, counts warm-up windows, or compares with the wrong baseline."""
+    summary = read_json(base.folder / "summary.json")
+    assert set(summary) == {"name", "seed", "windows", "figures", "roles", "peak_memory_bytes"}
+    assert summary["windows"] == [1, 2, 3]
+    assert set(summary["roles"]) == {"fm", "das", "vm"}
+    assert summary["roles"]["fm"]["examples"] == WINDOWS * 900
+    assert summary["roles"]["das"]["examples"] == (WINDOWS - 1) * 900
+    rows = figures(base)
+    for row in rows:
+        assert set(row) == (VM_SUMMARY_KEYS if row["role"] == "vm" else SUMMARY_KEYS)
+        same = [m for m in metrics(base).values() if m["window"] >= 1 and all(m[k] == row[k] for k in ("model", "arm", "domain", "task"))]
+        assert row["examples"] == sum(m["examples"] for m in same)
+    ne = {(row["model"], row["arm"], row["domain"], row["task"]): row["ne"] for row in rows}
+    labels, fm = ne["feed", "labels", "feed", "click"], ne["fm", "fm", "feed", "click"]
+    for row in rows:
+        if row["model"] == "feed":
+            assert row["ne_gain"] == pytest.approx((labels - row["ne"]) / labels)
+            assert row["fm_ne_gain"] == pytest.approx((labels - fm) / labels)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fm": {"workers": 2, "zero_stage": 3}, "vm": {"workers": 2, "zero_stage": 2}},
+        {"fm": {"sharding": "table_wise", "workers": 2}, "vm": {"sharding": "table_wise", "workers": 2}},
+    ],
+    ids=["row_wise", "table_wise"],
+)
+def test_two_workers_equal_one(base: Config, groups: dict[int, Workers], tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Wrong: the number of workers, or the way to shard, changes a figure."""
+    config = small_config(tmp_path, "two", **changes)
+    run_locally(groups, config)
+    assert metrics(config).keys() == metrics(base).keys()
+    assert_close(list(metrics(config).values()), [metrics(base)[key] for key in metrics(config)], WORKERS_TOLERANCE)
+
+
+def test_neither_grouping_nor_order_of_lanes_matters(base: Config, groups: dict[int, Workers], tmp_path: Path) -> None:
+    """Wrong: vertical models or arms that learn in one process influence each other."""
+    reversed_ = [model.model_dump(mode="json") for model in reversed(base.vm.models)]
+    for name, vm in {
+        "apart": {"share_pass": False},
+        "arms": {"arms": ["ah_sa", "ah", "kd", "labels"], "models": reversed_},
+    }.items():
+        config = small_config(tmp_path, name, vm=vm)
+        run_locally(groups, config)
+        assert metrics(config) == metrics(base), name
+        assert figures(config) == figures(base), name
+    alone = small_config(tmp_path, "alone", vm={"arms": ["kd"], "models": reversed_[:1]})
+    run_locally(groups, alone)
+    for key, row in metrics(alone).items():
+        assert metrics(base)[key] == row
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_goes_on_after_a_kill(groups: dict[int, Workers], tmp_path: Path, workers: int) -> None:
+    """Wrong: a run killed between a window's figures and its checkpoint, twice, ends otherwise than an undisturbed one."""
+    trainers = {"fm": {"workers": workers}, "vm": {"workers": workers}}
+    whole, killed = (small_config(tmp_path, name, **trainers) for name in ("whole", "killed"))
+    run_locally(groups, whole)
+    prepare_stream(killed)
+    windows = list(range(WINDOWS))
+    groups[workers].run(train, Job("fm", killed), windows, 0)
+    groups[workers].run(train, Job("fm", killed), windows, 2)
+    groups[workers].run(train, Job("fm", killed), windows, None)
+    groups[1].run(score, killed)
+    for dies_at in (1, 3):
+        for job in vm_jobs(killed):
+            groups[workers].run(train, job, windows, dies_at)
+    run_locally(groups, killed)
+    assert metrics(killed) == metrics(whole)
+    assert figures(killed) == figures(whole)
+
+
+def test_goes_on_from_the_checkpoint_before(base: Config, groups: dict[int, Workers], tmp_path: Path) -> None:
+    """Wrong: a checkpoint is not the whole state: going on from an older one gives other figures or other models."""
+    config = small_config(tmp_path, "base")
+    shutil.copytree(base.folder, config.folder)
+    (config.folder / "config.yaml").unlink(missing_ok=True)
+    for job in [Job("fm", config), *vm_jobs(config)]:
+        assert len(list(job.checkpoints.root.glob("windows=*"))) == KEPT
+        shutil.rmtree(job.checkpoints.root / f"windows={WINDOWS:03d}")
+    shutil.rmtree(config.folder / "exported")
+    (config.folder / "metrics.jsonl").unlink()
+    run_locally(groups, config)
+    assert set(metrics(config)) == {key for key in metrics(base) if key[0] == WINDOWS - 1}
+    assert figures(config) == figures(base)
+    for file in sorted((base.folder / "exported").rglob("*.safetensors")):
+        again = config.folder / file.relative_to(base.folder)
+        assert again.read_bytes() == file.read_bytes(), again
+
+
+def test_another_number_of_workers_is_refused(base: Config, groups: dict[int, Workers], tmp_path: Path) -> None:
+    """Wrong: a checkpoint of one worker is loaded by two, each taking a part for the whole."""
+    config = small_config(tmp_path, "base", fm={"workers": 2})
+    shutil.copytree(base.folder, config.folder)
+    shutil.rmtree(Job("fm", config).checkpoints.root / f"windows={WINDOWS:03d}")
+    with pytest.raises(AssertionError, match=r"UserError: .*windows=003: written by 1 workers, this job has 2; set `workers` back"):
+        groups[2].run(train, Job("fm", config), list(range(WINDOWS)), None)
+    assert Job("fm", config).checkpoints.latest() == WINDOWS - 1
+
+
+def test_serving_pays_nothing(base: Config) -> None:
+    """Wrong: a head or the adapter of an arm is served, or the arm changes the graph that is (rule 6)."""
+    schema = EventStream.open(base.folder / "stream").schema
+    for vm in ("feed", "stories"):
+        seen = set()
+        for arm in Arm:
+            folder = base.folder / "exported" / f"{vm}-{arm}"
+            files = {path.name: path.stat().st_size for path in folder.iterdir()}
+            files["model.json"] -= len(arm)  # the arm's name in the facts is all that may differ
+            shapes = {(f.name, name, tuple(t.shape)) for f in folder.glob("*.safetensors") for name, t in load_file(f).items()}
+            model, manifest = load_model(folder)
+            assert manifest.facts == {"vm": vm, "arm": arm, "windows": WINDOWS, "seed": 0}
+            stream = EventStream.open(base.folder / "stream")
+            batch = to_batch(stream.read(0, stream.window(0).fragments[0]), schema)
+            inputs = (batch.sparse_BS, batch.bag_values_V, batch.bag_lengths_MB, batch.dense_BD)
+            graph = torch.export.export(model, inputs).graph_module.code
+            seen.add((tuple(sorted(files.items())), frozenset(shapes), graph))
+        assert len(seen) == 1
+
+
+def predictions(config: Config, rows: int) -> dict[str, Any]:
+    """Logits of trained lanes, from the last checkpoint, on the stream's first rows."""
+    from exfm_ray.training.job import Worker
+
+    (job,) = vm_jobs(config)
+    worker = Worker(job, None, None, torch.device("cpu"))
+    job.checkpoints.load(WINDOWS, worker.loop, worker.lanes)
+    stream = EventStream.open(config.folder / "stream")
+    batch = to_batch(stream.read(0, stream.window(0).fragments[0]).slice(0, rows), stream.schema)
+    return {lane.name: lane.engine.predict(batch).numpy() for lane in worker.lanes}
+
+
+def test_exported_models_say_what_the_trained_ones_say(base: Config, groups: dict[int, Workers]) -> None:
+    """Wrong: the export is of another arm, of an older state, or loses a table's rows."""
+    stream = EventStream.open(base.folder / "stream")
+    batch = to_batch(stream.read(0, stream.window(0).fragments[0]).slice(0, 100), stream.schema)
+    trained = groups[1].run(predictions, base, 100)[0]
+    assert len(trained) == 2 * len(Arm)
+    for name, logits in trained.items():
+        model, _ = load_model(base.folder / "exported" / name)
+        # the same float32 weights; fbgemm and torch add the rows of a bag in their own ways
+        torch.testing.assert_close(model.score(batch), torch.sigmoid(torch.from_numpy(logits)), rtol=1e-5, atol=1e-6)
+
+
+def test_old_checkpoints_go_and_the_newest_stays(groups: dict[int, Workers], tmp_path: Path) -> None:
+    """Wrong: from 1,000 windows on the folders' names sort otherwise than their numbers, and the newest is removed."""
+    assert groups[1].run(save_some, tmp_path, [998, 999, 1000, 1001]) == [["windows=1000", "windows=1001"]]
+
+
+def save_some(root: Path, numbers: list[int]) -> list[str]:
+    """Save checkpoints without lanes; the folders that are left."""
+    from exfm_ray.training.checkpoint import Checkpoints
+    from exfm_ray.training.loop import Loop
+
+    loop: Any = Loop("fm", 0, [], None, None, None, 1, 0)  # type: ignore[arg-type]
+    for number in numbers:
+        Checkpoints(root).save(number, loop, [])
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_a_checkpoint_without_manifest_is_none(tmp_path: Path) -> None:
+    """Wrong: a checkpoint that a kill left half-written is gone on from (rule 5)."""
+    from exfm_ray.training.checkpoint import Checkpoints
+
+    (tmp_path / "windows=002").mkdir()
+    (tmp_path / "windows=001").mkdir()
+    write_json(tmp_path / "windows=001" / "manifest.json", {})
+    assert Checkpoints(tmp_path).latest() == 1
