@@ -37,7 +37,7 @@ from exfm_ray.runtime import ray_session
 from exfm_ray.tracking.recorder import RecorderActor
 from exfm_ray.training.checkpoint import JobResult
 from exfm_ray.training.job import Job
-from exfm_ray.training.launch import run_job
+from exfm_ray.training.launch import run_job, start_feed
 from exfm_ray.training.loop import Timing
 
 SAYS = "Times FM, DAS and VMs with and without Ray on the embedded stream: about 8 minutes on two cores (--quick: 3)."
@@ -60,7 +60,7 @@ def in_ray(settings: Config) -> JobResult:
     """The FM's job under Ray Train."""
     job, windows = Job("fm", settings), EventStream.open(settings.folder / "stream").windows()
     recorder = RecorderActor.remote(settings.folder / "metrics.jsonl")  # type: ignore[attr-defined]
-    run_job(job, windows, recorder)
+    run_job(job, windows, start_feed(job, windows), recorder)
     return job.checkpoints.result(len(windows))
 
 
@@ -151,7 +151,8 @@ def vm(settings: Config, batch_size: int) -> dict[str, Any]:
     figures = {}
     for arm in Arm:
         slower = [speeds[m, w, Arm.LABELS] / s - 1 for (m, w, a), s in speeds.items() if a == arm]
-        figures[str(arm)] = {"examples_per_s": statistics.median(s for (_, _, a), s in speeds.items() if a == arm), "slower": statistics.median(slower)}
+        median = statistics.median(s for (_, _, a), s in speeds.items() if a == arm)
+        figures[str(arm)] = {"examples_per_s": median, "slower": statistics.median(slower)}
     print(f"vm, batch {batch_size}: " + ", ".join(f"{a} {f['examples_per_s']:,.0f}/s ({f['slower']:+.1%})" for a, f in figures.items()), flush=True)
     return figures
 

@@ -89,7 +89,8 @@ def table(title: str, told: dict[str, Any]) -> None:
         labels = arms["labels"]
         print(f"| {model} | FM on the same examples | {cell(labels['fm_ne'])} | {cell(labels['fm_ne_gain'], 100, 2)} | | |")
         for arm, f in arms.items():
-            print(f"| {model} | {arm} | {cell(f['ne'])} | {cell(f.get('ne_gain'), 100, 2)} | {cell(f.get('transfer_ratio'), 1, 2)} | {cell(f['calibration'], 1, 3)} |")
+            gain, ratio = cell(f.get("ne_gain"), 100, 2), cell(f.get("transfer_ratio"), 1, 2)
+            print(f"| {model} | {arm} | {cell(f['ne'])} | {gain} | {ratio} | {cell(f['calibration'], 1, 3)} |")
 
 
 def closed(runs: list[Path]) -> dict[str, Any]:

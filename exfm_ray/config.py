@@ -37,6 +37,7 @@ class WindowConfig(Model):
     length_s: int = Field(86_400, ge=1, description="seconds in a window (by: time)")
     offset_s: int = Field(0, description="windows start at multiples of length_s plus this many seconds since the epoch")
     rows: int = Field(100_000, ge=1, description="events in a window (by: rows)")
+    empty: Literal["error", "keep"] = Field("error", description="a window without any event (by: time): refuse it, or keep it as an empty window")
 
 
 class EmbeddedConfig(Model):

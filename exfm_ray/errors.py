@@ -16,5 +16,6 @@ class UserError(Exception):
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the known word nearest to `word`, or an empty string."""
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    known = {w.lower(): w for w in words}
+    close = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{known[close[0]]}'?" if close else ""

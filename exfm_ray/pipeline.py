@@ -8,9 +8,10 @@ together or one after the other, killed and started again, with the same result.
 from __future__ import annotations
 
 import platform
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -33,10 +34,12 @@ from exfm_ray.tracking.progress import ProgressView
 from exfm_ray.tracking.recorder import RecorderActor
 from exfm_ray.training.checkpoint import JobResult
 from exfm_ray.training.job import Job, fm_tasks
-from exfm_ray.training.launch import run_job
+from exfm_ray.training.launch import run_job, start_feed
 
 PACKAGES = ("torch", "ray", "deepspeed", "torchrec", "pyarrow", "numpy")
 POLL_S = 0.2
+STOP_S = 60.0
+"""Longest wait for the other jobs to end once one has failed."""
 
 
 def prepare_stream(config: Config) -> EventStream:
@@ -110,14 +113,33 @@ class Run:
         with ray_session(self.config), ProgressView(self._totals(jobs, scoring)) as view:
             self._recorder = RecorderActor.remote(self.folder / "metrics.jsonl")
             ray.get(self._recorder.state.remote())
-            threads = ThreadPoolExecutor(max(len(jobs), 1))
-            self._pending = [threads.submit(run_job, job, self.windows, self._recorder) for job in jobs]
+            feeds = [start_feed(job, self.windows) for job in jobs]
+            self._pending = [self._start(job, feed) for job, feed in zip(jobs, feeds, strict=True)]
             watch = self._watcher(view)
-            self.das.run(scoring, lambda window, rows: self._scored(window, rows, watch), watch)
-            while self._pending:
-                watch()
-                time.sleep(POLL_S)
+            try:
+                self.das.run(scoring, lambda window, rows: self._scored(window, rows, watch), watch)
+                while self._pending:
+                    watch()
+                    time.sleep(POLL_S)
+            finally:
+                for feed in feeds:
+                    ray.kill(feed)
+                wait(self._pending, STOP_S)  # the other jobs end by the loss of their feeds, before Ray goes
             view.update(ray.get(self._recorder.state.remote()))
+
+    def _start(self, job: Job, feed: Any) -> Future[None]:
+        """Run a job in a thread that does not keep the process from ending."""
+        future: Future[None] = Future()
+
+        def work() -> None:
+            try:
+                run_job(job, self.windows, self._recorder, feed)
+                future.set_result(None)
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, daemon=True, name=job.name).start()
+        return future
 
     def _check_inputs(self, fm: bool, das: bool, vms: Sequence[Job], scoring: Sequence[int]) -> None:
         """UserError where a role would wait for ever: for what is not there and no role of this run makes."""
@@ -172,7 +194,7 @@ class Run:
         """Write summary.json from the jobs' checkpoints; returns it."""
         results = {job.name: self._result(job) for job in [Job("fm", self.config), *vm_jobs(self.config)]}
         found = {name: result for name, result in results.items() if result}
-        das_seconds, das_examples = self.das.done(self.windows)
+        das_seconds, das_examples = self.das.done()
         path = self.folder / "summary.json"
         before = read_json(path)["peak_memory_bytes"] if path.exists() else 0
         roles = {name: {"seconds": r.seconds, "examples": r.examples} for name, r in found.items()}

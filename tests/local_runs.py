@@ -31,6 +31,7 @@ class LocalClient:
     """The passes' fragments in order, read here."""
 
     def __init__(self, reader: FragmentReader, passes: Sequence[Pass]) -> None:
+        self.waited = 0.0
         self._work = ((reader, work, fragment) for work in passes for fragment in reader.fragments(work))
 
     def fragments(self, count: int) -> Iterator[pa.Table]:

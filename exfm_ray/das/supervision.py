@@ -42,7 +42,6 @@ class Supervised(Model):
     tasks: tuple[str, ...]
     schema_digest: str
     rows: int
-    seconds: float
     fragments: tuple[str, ...]
 
 
@@ -107,11 +106,8 @@ class SupervisionStore:
         table = pq.read_table(path, columns=["snapshot"], partitioning=None)
         return table.num_rows == fragment.rows and pc.all(pc.equal(table["snapshot"], snapshot)).as_py() is not False
 
-    def commit(self, window: Window, snapshot: int, tasks: Sequence[str], fm_lag: int, seconds: float = 0.0) -> None:
-        """Make a window's supervision visible. Refuses a snapshot that may have learned from the window (rule 2).
-
-        `seconds`: what the scoring took, for the run's summary.
-        """
+    def commit(self, window: Window, snapshot: int, tasks: Sequence[str], fm_lag: int) -> None:
+        """Make a window's supervision visible. Refuses a snapshot that may have learned from the window (rule 2)."""
         allowed = version_for(window.index, fm_lag)
         if allowed is None or snapshot > allowed:
             raise UserError(
@@ -122,7 +118,7 @@ class SupervisionStore:
             if not self.path(window.index, fragment).exists():
                 raise UserError(f"{self.path(window.index, fragment)}: not scored; the window cannot be committed")
         manifest = Supervised(
-            window=window.index, teacher=self.teacher, snapshot=snapshot, tasks=tuple(tasks), rows=window.rows, seconds=seconds,
+            window=window.index, teacher=self.teacher, snapshot=snapshot, tasks=tuple(tasks), rows=window.rows,
             schema_digest=window.schema_digest, fragments=tuple(f.file for f in window.fragments),
         )  # fmt: skip
         write_json(self._manifest(window.index), manifest.model_dump(mode="json"))

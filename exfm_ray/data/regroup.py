@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 
@@ -32,3 +32,11 @@ class Regroup:
         if self._count:
             yield pa.concat_tables(self._waiting)
         self._waiting, self._count = [], 0
+
+
+def regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of exactly `rows` rows, the last one shorter."""
+    pieces = Regroup(rows)
+    for table in tables:
+        yield from pieces.add(table)
+    yield from pieces.rest()

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from exfm_ray.data.regroup import Regroup
 from exfm_ray.errors import UserError
 from exfm_ray.files import atomic_path, read_json, write_json
 from exfm_ray.schema import Model, Schema
@@ -200,16 +201,14 @@ class WindowWriter:
         self.committed = index in writer.committed
         self._writer = writer
         self._folder = writer.root / window_name(index)
-        self._waiting: list[pa.Table] = []
+        self._pieces = Regroup(writer.fragment_rows)
         self._fragments: list[Fragment] = []
 
     def append(self, table: pa.Table) -> None:
         """Add packed rows in event order. Ignored in a window that an earlier preparation has committed."""
         if self.committed:
             return
-        pieces = list(regroup([*self._waiting, table], self._writer.fragment_rows))
-        self._waiting = [pieces.pop()] if pieces and pieces[-1].num_rows < self._writer.fragment_rows else []
-        for piece in pieces:
+        for piece in self._pieces.add(table):
             self._cut(piece)
 
     def _cut(self, table: pa.Table) -> None:
@@ -219,26 +218,11 @@ class WindowWriter:
         """Write what waits and the manifest: from now on the window is visible."""
         if self.committed:
             return
-        for table in regroup(self._waiting, self._writer.fragment_rows):
-            self._cut(table)
+        for piece in self._pieces.rest():
+            self._cut(piece)
         window = Window(
             index=self.index, start_ms=self.start_ms, end_ms=self.end_ms, rows=sum(f.rows for f in self._fragments), duplicates=duplicates,
             schema_digest=self._writer.schema.digest, fragments=tuple(self._fragments),
         )  # fmt: skip
         write_json(self._folder / "manifest.json", window.model_dump(mode="json"))
         self.committed = True
-
-
-def regroup(tables: Iterable[pa.Table], rows: int) -> Iterable[pa.Table]:
-    """Regroup tables into ones of exactly `rows` rows, the last one shorter."""
-    waiting: list[pa.Table] = []
-    count = 0
-    for table in tables:
-        waiting.append(table)
-        count += table.num_rows
-        while count >= rows:
-            joined = pa.concat_tables(waiting)
-            yield joined.slice(0, rows)
-            waiting, count = [joined.slice(rows)], count - rows
-    if count:
-        yield pa.concat_tables(waiting)

@@ -46,9 +46,12 @@ class ProgressView:
             self._bars.update(self._tasks[job], completed=done, window=window, speed=self._speed(job, done, now))
         if not self.terminal and now - self._printed >= PLAIN_EVERY_S:
             self._printed = now
-            self._console.print(" | ".join(self._line(job, *state[job], now) for job in self._totals if job in state), highlight=False)
+            line = " | ".join(self._line(job, *state[job], now) for job in self._totals if job in state)
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def _line(self, job: str, window: int, done: int, now: float) -> str:
+        if done >= self._totals[job]:
+            return f"{job}: done"
         speed = self._speed(job, done, now)
         left = (self._totals[job] - done) / speed if speed else 0.0
         return f"{job}: window {window}, {speed:,.0f} examples/s, {max(left, 0):.0f} s left"

@@ -31,17 +31,22 @@ class _RecorderReport:
         self._recorder.progress.remote(self._job, window, examples)
 
 
-def run_job(job: Job, windows: Sequence[int], recorder: Any) -> None:
-    """Run a job to its end, from its latest checkpoint on."""
+def start_feed(job: Job, windows: Sequence[int]) -> Any:
+    """The actor that reads for a job what it has still to do. To kill it ends the job: its workers fail at their next block."""
+    workers, reader = job.trainer.workers, job.reader(EventStream.open(job.stream_root).schema)
+    passes = job.passes(windows[job.checkpoints.latest() :])
+    return Feed.options(max_concurrency=workers + 2).remote(reader, passes, workers, FEED_WAIT_S)  # type: ignore[attr-defined]
+
+
+def run_job(job: Job, windows: Sequence[int], recorder: Any, feed: Any = None) -> None:
+    """Run a job to its end, from its latest checkpoint on; `feed`: what `start_feed` gave, by default a new one."""
+    feed = feed or start_feed(job, windows)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     trainer, logs = job.trainer, job.config.folder / "logs"
     done = job.checkpoints.latest()
-    schema = EventStream.open(job.stream_root).schema
-    passes = job.passes(windows[done:])
-    feed = Feed.options(max_concurrency=trainer.workers + 2).remote(job.reader(schema), passes, trainer.workers, FEED_WAIT_S)  # type: ignore[attr-defined]
     cuda = trainer.device == "cuda"
     TorchTrainer(
         _train,

@@ -135,7 +135,7 @@ def test_dense_features_matter_and_their_rows_start_at_the_scale_of_embeddings()
 
 def test_rank_above_the_rows_is_refused() -> None:
     """Wrong: a projection that expands instead of compressing is built without a word."""
-    with pytest.raises(ValueError, match="model.k is 9, above the 8 rows that enter layer 1.*set k to 8 or less"):
+    with pytest.raises(ValueError, match=r"model.k is 9, above the 8 rows that enter layer 1.*set k to 8 or less"):
         Wukong(WukongConfig(k=9), 8, 0)
     with pytest.raises(ValueError, match="above the 4 rows that enter layer 2"):
         Wukong(WukongConfig(k=5, n_F=2, n_L=2), 8, 0)

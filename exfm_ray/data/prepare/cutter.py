@@ -20,7 +20,8 @@ LARGEST_GAP = 20_000
 
 
 class Cutter:
-    """Windows by time count from the first event's window, empty ones between included; windows by rows hold `rows` events."""
+    """Windows by time count from the first event's window, empty ones between included where they are allowed; windows by rows hold
+    `rows` events."""
 
     def __init__(self, writer: StreamWriter, config: WindowConfig, source: str, progress: Progress | None) -> None:
         self.normaliser = Normaliser([d.name for d in writer.schema.dense])
@@ -51,10 +52,11 @@ class Cutter:
         return np.asarray(absolute_N - (self._first or 0))
 
     def _enter(self, index: int, time: int) -> None:
-        if self._window and index - self._window.index > LARGEST_GAP:
+        gap = index - self._window.index - 1 if self._window else 0
+        if gap > LARGEST_GAP or (gap > 0 and self._config.empty == "error"):
             raise UserError(
-                f"{self._source}: {index - self._window.index - 1} empty windows before the event at {time} ms; is the unit of the event time "
-                f"right? Otherwise raise data.window.length_s ({self._config.length_s})"
+                f"{self._source}: {gap} empty windows before the event at {time} ms; is the unit of the event time right? Otherwise raise "
+                f"data.window.length_s ({self._config.length_s}), or set data.window.empty=keep for up to {LARGEST_GAP} empty windows in a row"
             )
         while self._window is None or self._window.index < index:
             self._open(0 if self._window is None else self._close(self._window) + 1, time)

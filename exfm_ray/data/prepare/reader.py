@@ -11,7 +11,7 @@ import duckdb
 import pyarrow as pa
 
 from exfm_ray.data.prepare.source import RawSource
-from exfm_ray.data.stream import regroup
+from exfm_ray.data.regroup import regroup
 from exfm_ray.errors import UserError
 
 BATCH_ROWS = 16_384  # fixed: the normaliser's rounding, and so the bytes written, depend on it

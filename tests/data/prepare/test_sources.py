@@ -147,7 +147,7 @@ def test_frappe_order_is_the_seeds(data_set: Find, make: MakeConfig) -> None:
 def test_movielens_likes_and_empty_years(data_set: Find, make: MakeConfig) -> None:
     """Otherwise ratings are mislabelled, or a year without events breaks the count of the windows."""
     root = data_set("movielens_latest_small")
-    stream = prepare(make("movielens", root, window={"length_s": 7 * 86_400}))
+    stream = prepare(make("movielens", root, window={"length_s": 7 * 86_400, "empty": "keep"}))
     ratings = rows_of(root / "ratings.csv")
     table = everything(stream)
     assert len(table) == len(ratings)

@@ -19,7 +19,7 @@ from exfm_ray.errors import UserError
 
 MakeConfig = Callable[..., Config]
 Prepare = Callable[..., EventStream]
-HOURS = {"length_s": 3600}
+HOURS = {"length_s": 3600, "empty": "keep"}
 SPEC: dict[str, Any] = {
     "format": "csv",
     "files": "log*.csv",
@@ -201,3 +201,12 @@ def test_own_ids_are_kept_and_tell_duplicates(run: Prepare) -> None:
     window = stream.window(0)
     assert (window.rows, window.duplicates) == (2, 1)
     assert stream.read(0, window.fragments[0])["example_id"].to_pylist() == [7, 8]
+
+
+def test_an_empty_window_is_refused_unless_kept(run: Prepare, tmp_path: Path) -> None:
+    """Otherwise a logger that stopped for two hours goes unseen, or a quiet night cannot be prepared at all."""
+    lines = ["0,feed,u1,3,a,1,0\n", "10800,feed,u1,3,a,1,0\n"]
+    with pytest.raises(UserError, match=r"log\.csv: 2 empty windows before the event at 10800000 ms.*data\.window\.empty=keep"):
+        run(lines, data={"window": HOURS | {"empty": "error"}})
+    assert not (tmp_path / "runs" / "run" / "stream").exists()
+    assert [w.rows for stream in [run(lines)] for w in map(stream.window, stream.windows())] == [1, 0, 0, 1]

@@ -1,0 +1,126 @@
+"""Whole runs on Ray: equal to the roles in turn without it, ended by an error, killed, gone on with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from local_runs import run_locally
+from small_runs import SETTINGS, WINDOWS, assert_close, figures, metrics, run, small_config
+from workers import Workers
+
+from exfm_ray.config import Config
+from exfm_ray.files import read_json
+from exfm_ray.pipeline import Run, prepare_stream
+from exfm_ray.runtime import user_error
+
+REPOSITORY = Path(__file__).parents[1]
+RUN_S = 300
+
+
+@pytest.fixture(scope="module")
+def base(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """An undisturbed run, the roles in turn, without Ray."""
+    config = small_config(tmp_path_factory.mktemp("base"), "base")
+    run_locally(groups, config)
+    return config
+
+
+def assert_same(config: Config, base: Config) -> None:
+    """The same rows and the same figures, to the bit: one thread, one worker, one order of the rows."""
+    assert metrics(config) == metrics(base)
+    assert figures(config) == figures(base)
+
+
+def test_side_by_side_on_ray_equals_in_turn(cluster: None, base: Config, tmp_path: Path) -> None:
+    """Wrong: running the roles side by side lets one see too much or too little, or the feed loses the order; or a command
+    given again does the work again."""
+    config = small_config(tmp_path, "ray")
+    summary = run(config)
+    assert_same(config, base)
+    roles = summary["roles"]
+    assert {name: role["examples"] for name, role in roles.items()} == {"fm": 3600, "das": 2700, "vm": roles["vm"]["examples"]}
+    assert all(role["seconds"] > 0 for role in roles.values())
+    assert summary["peak_memory_bytes"] > 0
+    files = {path: path.stat().st_mtime_ns for path in config.folder.rglob("*") if path.is_file() and path.parent.name != "stream"}
+    again = run(config)
+    assert again == summary
+    for path, time_ns in files.items():
+        assert path.name in ("config.yaml", "summary.json") or path.stat().st_mtime_ns == time_ns, path
+
+
+def test_two_workers_on_ray_equal_one(cluster: None, base: Config, tmp_path: Path) -> None:
+    """Wrong: two Ray Train workers take other rows than one."""
+    config = small_config(tmp_path, "two", fm={"workers": 2}, vm={"workers": 2})
+    run(config)
+    rows = metrics(config)
+    assert rows.keys() == metrics(base).keys()
+    # the tolerance of tests/training/test_jobs.py: rounding of sums over two workers, carried through 60 steps
+    assert_close(list(rows.values()), [metrics(base)[key] for key in rows], 1e-3)
+
+
+def test_a_damaged_fragment_ends_the_run_and_it_goes_on_when_repaired(cluster: None, base: Config, tmp_path: Path) -> None:
+    """Wrong: an error in one role leaves the others waiting for ever, is not told as what it is, or spoils the run."""
+    config = small_config(tmp_path, "damaged")
+    stream = prepare_stream(config)
+    path = stream.path(2, stream.window(2).fragments[1])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    started = time.monotonic()
+    with pytest.raises(Exception, match=r".*") as caught:
+        Run(config, stream).execute()
+    told = user_error(caught.value)
+    assert told is not None and f"{path}: 100 bytes where the manifest says {len(whole)}" in str(told)
+    assert time.monotonic() - started < 100, "the other roles did not end"
+    path.write_bytes(whole)
+    run(config)
+    assert_same(config, base)
+
+
+def start(folder: Path, name: str) -> subprocess.Popen[bytes]:
+    """`run.py pipeline` on the tiny stream in a process of its own."""
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(SETTINGS | {"run": {"dir": str(folder)}}))
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, "run.py", "pipeline", "--config", str(file), "--name", name]
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def kill_and_go_on(config: Config, moments: list[int | float]) -> None:
+    """SIGKILL the driver at each moment (lines in metrics.jsonl, or seconds after the start), then let it end."""
+    path = config.folder / "metrics.jsonl"
+    for moment in moments:
+        process = start(config.run.dir, config.name)
+        started = time.monotonic()
+        while process.poll() is None and time.monotonic() - started < RUN_S:
+            lines = len(path.read_bytes().splitlines()) if path.exists() else 0
+            if lines >= moment if isinstance(moment, int) else time.monotonic() - started >= moment:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    out, errors = start(config.run.dir, config.name).communicate(timeout=RUN_S)
+    assert b"Traceback" not in errors, errors.decode()
+    assert b"NE gain" in out
+
+
+def test_goes_on_after_a_kill(base: Config, tmp_path: Path) -> None:
+    """Wrong: something half-written is read, or work is done twice or not at all, after the driver was killed (rule 5)."""
+    config = small_config(tmp_path, "killed")
+    kill_and_go_on(config, [20])
+    assert_same(config, base)
+    assert read_json(config.folder / "summary.json")["roles"]["fm"]["examples"] == WINDOWS * 900
+
+
+@pytest.mark.slow
+def test_goes_on_after_kills_at_any_moment(base: Config, tmp_path: Path) -> None:
+    """Wrong: as above, at moments that nobody chose: in the start, in the stream's preparation, in a checkpoint."""
+    config = small_config(tmp_path, "killed")
+    kill_and_go_on(config, [1.0, 6.0, 15.0, 1, 13, 22.0, 33, 25.0, 46])
+    assert_same(config, base)
