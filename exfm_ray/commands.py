@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _fail(error: UserError) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    print("error:", " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
     return USER_ERROR
 
 
@@ -81,6 +81,14 @@ def _run(config: Config, fm: bool, das: bool, vm: bool) -> None:
     run = Run(config, prepare_stream(config))
     run.execute(fm, das, vm)
     run.summarise()
+    report(config)
+
+
+def report(config: Config) -> None:
+    """Write the run's report.html anew from its figures."""
+    from exfm_ray.tracking.report import write_report
+
+    write_report(config.folder)
 
 
 def pipeline(config: Config) -> None:
@@ -139,4 +147,5 @@ COMMANDS: dict[str, Callable[[Config], None]] = {
     "train-fm": train_fm,
     "das": das,
     "train-vm": train_vm,
+    "report": report,
 }

@@ -177,7 +177,7 @@ class VMConfig(TrainerConfig):
 
     models: tuple[StudentConfig, ...] = ()
     model: ModelConfig = MLPConfig()
-    arms: tuple[Arm, ...] = (Arm.LABELS, Arm.KD, Arm.AH, Arm.AH_SA)
+    arms: tuple[Arm, ...] = Field((Arm.LABELS, Arm.KD, Arm.AH, Arm.AH_SA), min_length=1)
     share_pass: bool = True
 
     @model_validator(mode="after")
@@ -186,6 +186,8 @@ class VMConfig(TrainerConfig):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two vertical models are named '{name}'")
+        if len(set(self.arms)) != len(self.arms):
+            raise ValueError("an arm is named twice in vm.arms")
         return self
 
 
@@ -262,6 +264,8 @@ def load_config(file: Path, overrides: Sequence[str] = (), name: str | None = No
         tree = yaml.safe_load(file.read_text()) or {}
     except FileNotFoundError:
         raise UserError(f"{file}: no such config file; configs/ holds ready ones") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as a config: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):

@@ -27,6 +27,9 @@ from exfm_ray.errors import nearest
 from exfm_ray.files import digest
 
 DOMAIN_FEATURE = "domain"
+ALL_DOMAINS = "all"
+"""The domain of a stream without domains; where there are several, the name of them together in metrics."""
+
 PACKED_COLUMNS = ("example_id", "event_time", "domain", "labels", "sparse", "dense")
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
@@ -77,7 +80,7 @@ class Schema(Model):
     features: tuple[SparseFeature, ...]
     dense: tuple[DenseFeature, ...] = ()
     tasks: tuple[Name, ...] = Field(min_length=1)
-    domains: tuple[Name, ...] = Field(("all",), min_length=1)
+    domains: tuple[Name, ...] = Field((ALL_DOMAINS,), min_length=1)
     group_by: Name | None = Field(None, description="the single-valued feature by which AUC is grouped (the user)")
 
     @model_validator(mode="after")
@@ -88,6 +91,8 @@ class Schema(Model):
                 raise ValueError(f"feature '{name}' is declared twice")
             if name in PACKED_COLUMNS:
                 raise ValueError(f"feature '{name}' has the name of a packed column; rename it")
+        if ALL_DOMAINS in self.domains and len(self.domains) > 1:
+            raise ValueError(f"domain '{ALL_DOMAINS}' has the name of all domains together; rename it")
         by_name = {f.name: f for f in self.features}
         for feature in self.features:
             owner = by_name.get(feature.table) if feature.table else feature

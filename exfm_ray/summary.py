@@ -13,8 +13,9 @@ from exfm_ray.config import Arm, Config
 from exfm_ray.data.stream import EventStream, list_values, window_name
 from exfm_ray.metrics.gain import ne_gain, transfer_ratio
 from exfm_ray.metrics.state import MetricState
+from exfm_ray.schema import ALL_DOMAINS
 from exfm_ray.training.checkpoint import JobResult
-from exfm_ray.training.loop import ALL_DOMAINS, FM_ARM, Key, describe, supervisor
+from exfm_ray.training.loop import FM_ARM, Key, describe, supervisor
 
 TRUTH = "truth"
 TRUTH_LOGIT_LIMIT = 1e-12
@@ -65,7 +66,7 @@ def _truth_states(stream: EventStream, window: int, path: Path) -> Mapping[tuple
         p_N = np.clip(truth[task].to_numpy().astype(np.float64), TRUTH_LOGIT_LIMIT, 1 - TRUTH_LOGIT_LIMIT)
         logits_N = np.log(p_N) - np.log1p(-p_N)
         states[ALL_DOMAINS, task] = MetricState.of(logits_N, labels_NT[:, i])
-        for index in np.unique(domain_N):
+        for index in np.unique(domain_N) if len(schema.domains) > 1 else ():
             chosen = domain_N == index
             states[schema.domains[index], task] = MetricState.of(logits_N[chosen], labels_NT[chosen, i])
     return states

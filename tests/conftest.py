@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 from example import make_stream
+from hypothesis import settings
 from workers import Workers
 
 from exfm_ray.data.stream import EventStream
+
+settings.register_profile("shared", deadline=None)  # a busy machine is no fault of a property
+settings.load_profile("shared")
 
 RAY_ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]),

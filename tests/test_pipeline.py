@@ -110,6 +110,7 @@ def kill_and_go_on(config: Config, moments: list[int | float]) -> None:
     assert b"NE gain" in out
 
 
+@pytest.mark.slow
 def test_goes_on_after_a_kill(base: Config, tmp_path: Path) -> None:
     """Wrong: something half-written is read, or work is done twice or not at all, after the driver was killed (rule 5)."""
     config = small_config(tmp_path, "killed")

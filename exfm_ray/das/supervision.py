@@ -69,9 +69,12 @@ class SupervisionStore:
         if not path.exists():
             raise UserError(f"{path}: window {window} has no committed supervision of teacher '{self.teacher}'; run the DAS on it")
         try:
-            return Supervised.model_validate(read_json(path))
+            manifest = Supervised.model_validate(read_json(path))
         except ValidationError as error:
             raise UserError(f"{path}: not a supervision manifest ({error.errors()[0]['msg']}); remove the window's folder") from None
+        if (manifest.window, manifest.teacher) != (window, self.teacher):
+            raise UserError(f"{path}: is of window {manifest.window} and teacher '{manifest.teacher}'; remove the window's folder")
+        return manifest
 
     def write(self, window: int, fragment: Fragment, ids: pa.ChunkedArray, snapshot: int, predictions: Mapping[str, np.ndarray]) -> None:
         """Write one fragment's supervision atomically. NaN or infinite predictions are refused.
@@ -103,7 +106,10 @@ class SupervisionStore:
         path = self.path(window, fragment)
         if not path.exists():
             return False
-        table = pq.read_table(path, columns=["snapshot"], partitioning=None)
+        try:
+            table = pq.read_table(path, columns=["snapshot"], partitioning=None)
+        except pa.ArrowInvalid:  # damaged: score it again
+            return False
         return table.num_rows == fragment.rows and pc.all(pc.equal(table["snapshot"], snapshot)).as_py() is not False
 
     def commit(self, window: Window, snapshot: int, tasks: Sequence[str], fm_lag: int) -> None:
@@ -139,9 +145,12 @@ class SupervisionStore:
             raise UserError(f"{path}: the manifest names this file, but it is not there; remove the window's folder and run the DAS") from None
         except pa.ArrowInvalid as error:
             raise UserError(f"{path}: not a readable Parquet file ({error}); remove the window's folder and run the DAS again") from None
-        expected = {"example_id", "teacher", "snapshot", *(prediction_column(t) for t in manifest.tasks)}
-        if missing := sorted(expected - set(table.column_names)):
+        expected = {"example_id": pa.int64(), "snapshot": pa.int32(), **{prediction_column(t): pa.float32() for t in manifest.tasks}}
+        if missing := sorted({"teacher", *expected} - set(table.column_names)):
             raise UserError(f"{path}: column '{missing[0]}' is missing; remove the window's folder and run the DAS again")
+        for column, kind in expected.items():
+            if table[column].type != kind:
+                raise UserError(f"{path}: column '{column}' is {table[column].type}, not {kind}; remove the window's folder and run the DAS again")
         if table.num_rows != events.num_rows:
             raise UserError(f"{path}: {table.num_rows} rows of supervision for {events.num_rows} examples; run the DAS on this window again")
         self._check_column(path, pc.equal(table["example_id"], events["example_id"]), table["example_id"], events["example_id"], "example_id")
@@ -149,8 +158,13 @@ class SupervisionStore:
         self._check_column(path, pc.equal(teacher, self.teacher), teacher, self.teacher, "teacher")
         self._check_column(path, pc.equal(table["snapshot"], manifest.snapshot), table["snapshot"], manifest.snapshot, "snapshot")
         p_NT = np.stack([table[prediction_column(task)].to_numpy() for task in tasks], axis=1).astype(np.float32)
-        if not ((p_NT >= 0) & (p_NT <= 1)).all():  # NaN fails both
-            raise UserError(f"{path}: a prediction is no probability; run the DAS on this window again")
+        wrong_NT = ~((p_NT >= 0) & (p_NT <= 1))  # NaN fails both
+        if wrong_NT.any():
+            row, column = np.argwhere(wrong_NT)[0]
+            raise UserError(
+                f"{path}: row {row}: {prediction_column(tasks[column])} is {p_NT[row, column]}, which is no probability; remove the window's "
+                "folder and run the DAS on it again"
+            )
         return events.append_column(TEACHER_COLUMN, pa.FixedSizeListArray.from_arrays(pa.array(p_NT.ravel()), len(tasks)))
 
     @staticmethod

@@ -15,12 +15,12 @@ from exfm_ray.das.lag import version_for
 from exfm_ray.data.feed import FeedClient, FragmentReader, Pass
 from exfm_ray.data.regroup import Regroup
 from exfm_ray.metrics.state import MetricState
+from exfm_ray.schema import ALL_DOMAINS
 from exfm_ray.training.lane import Evaluated, Group
 
 Key = tuple[str, str, str, str]
 """Model, arm (`fm` for the FM), domain, task."""
 
-ALL_DOMAINS = "all"
 FM_ARM = "fm"
 EVALUATION_BATCH = 8192
 
@@ -141,5 +141,6 @@ def _domains(group: Group, result: Evaluated) -> Iterator[tuple[str, np.ndarray 
         yield group.schema.domains[group.domain], slice(None)
         return
     yield ALL_DOMAINS, slice(None)
-    for index in np.unique(result.domain_N):
-        yield group.schema.domains[index], result.domain_N == index
+    if len(group.schema.domains) > 1:
+        for index in np.unique(result.domain_N):
+            yield group.schema.domains[index], result.domain_N == index

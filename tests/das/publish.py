@@ -1,0 +1,27 @@
+"""Publishes a snapshot of fresh weights: what a scorer needs, without any training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from example import SCHEMA
+
+from exfm_ray.config import MLPConfig
+from exfm_ray.das.snapshots import SnapshotStore
+from exfm_ray.models.embeddings import PlainTables
+from exfm_ray.models.network import build_network
+from exfm_ray.models.stored import commit_model, write_tables
+from exfm_ray.schema import Schema
+
+MODEL = MLPConfig(dim=4, mlp=(8,))
+
+
+def publish(root: Path, version: int, schema: Schema = SCHEMA, **facts: Any) -> SnapshotStore:
+    """Version `version` of teacher fm, weights drawn from `version`."""
+    store = SnapshotStore(root, "fm")
+    folder = store.folder(version)
+    write_tables(folder, 0, {f"{name}@0": table for name, table in PlainTables(schema, 4, seed=version).tables().items()})
+    network = build_network(MODEL, schema, len(schema.tasks), version)
+    commit_model(folder, MODEL, schema, schema.tasks, network.state_dict(), {"teacher": "fm", "version": version} | facts)
+    return store

@@ -1,0 +1,117 @@
+"""The scorer: the snapshot's own predictions, each fragment once, never by a snapshot that is too new."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from example import SCHEMA
+from publish import publish
+
+from exfm_ray.das.scorer import Scorer, score_table
+from exfm_ray.das.snapshots import SnapshotStore
+from exfm_ray.das.supervision import SupervisionStore
+from exfm_ray.data.batch import to_batch
+from exfm_ray.data.stream import EventStream
+from exfm_ray.errors import UserError
+from exfm_ray.models.stored import MANIFEST, load_model
+
+
+@pytest.fixture
+def snapshots(tmp_path: Path) -> SnapshotStore:
+    for version in (1, 2):
+        store = publish(tmp_path / "snapshots", version)
+    return store
+
+
+def make_scorer(stream: EventStream, snapshots: SnapshotStore, folder: str = "supervision", fm_lag: int = 1) -> Scorer:
+    store = SupervisionStore(snapshots.root.parent / folder, "fm")
+    return Scorer(stream.root, snapshots, store, fm_lag, batch_size=150, threads=1)
+
+
+def test_writes_what_the_snapshot_says(stream: EventStream, snapshots: SnapshotStore) -> None:
+    """Wrong: predictions of another version, of another batch's rows, or under another task's name."""
+    scorer, window = make_scorer(stream, snapshots), stream.window(2)
+    assert [s.rows for s in scorer.score(2, window.fragments, 2)] == [400, 400, 200]
+    model, _ = load_model(snapshots.folder(2))
+    for fragment in window.fragments:
+        written = pq.read_table(scorer.store.path(2, fragment), partitioning=None)
+        p_NT = model.score(to_batch(stream.read(2, fragment), SCHEMA)).numpy()
+        for i, task in enumerate(SCHEMA.tasks):
+            # the same float32 weights on batches of 150 rows instead of 400
+            np.testing.assert_allclose(written[f"prediction:{task}"].to_numpy(), p_NT[:, i], rtol=1e-5)
+        assert set(written["snapshot"].to_pylist()) == {2} and set(written["teacher"].to_pylist()) == {"fm"}
+
+
+def test_interrupted_between_fragments_and_manifest(stream: EventStream, snapshots: SnapshotStore) -> None:
+    """Wrong: after a kill before the manifest, fragments are scored twice, or come out otherwise (rules 3 and 5)."""
+    window = stream.window(1)
+    whole, killed = (make_scorer(stream, snapshots, folder) for folder in ("whole", "killed"))
+    assert len(whole.score(1, window.fragments, 1)) == 3
+    killed.score(1, window.fragments[:1], 1)
+    (killed.store.path(1, window.fragments[1]).parent / ".fragment=0001.parquet.1.tmp").write_bytes(b"torn")
+    killed.store.path(1, window.fragments[2]).write_bytes(b"PAR1 torn by a disk")
+    assert not killed.store.has(1)
+    again = make_scorer(stream, snapshots, "killed")
+    assert [s.rows for s in again.score(1, window.fragments, 1)] == [400, 200]
+    assert again.score(1, window.fragments, 1) == []
+    for fragment in window.fragments:
+        assert again.store.path(1, fragment).read_bytes() == whole.store.path(1, fragment).read_bytes()
+
+
+def test_supervision_of_another_snapshot_is_written_anew(stream: EventStream, snapshots: SnapshotStore) -> None:
+    """Wrong: what an older snapshot wrote before a kill is taken for the wanted one's."""
+    scorer, fragments = make_scorer(stream, snapshots), stream.window(2).fragments
+    scorer.score(2, fragments, 1)
+    assert len(scorer.score(2, fragments, 2)) == len(fragments)
+
+
+@pytest.mark.parametrize(("window", "fm_lag", "version"), [(0, 1, 1), (1, 1, 2), (1, 2, 1), (3, 4, 1)])
+def test_refuses_a_snapshot_that_is_too_new(stream: EventStream, snapshots: SnapshotStore, window: int, fm_lag: int, version: int) -> None:
+    """Wrong: the teacher has seen the labels of what it predicts (rule 2)."""
+    scorer = make_scorer(stream, snapshots, fm_lag=fm_lag)
+    with pytest.raises(UserError, match=rf"window {window} must not be scored by snapshot {version}: das.fm_lag = {fm_lag}"):
+        scorer.score(window, stream.window(0).fragments, version)
+    assert not scorer.store.root.exists()
+
+
+def test_refuses_snapshots_that_are_not_what_they_say(stream: EventStream, snapshots: SnapshotStore, tmp_path: Path) -> None:
+    """Wrong: a missing, renamed, damaged snapshot, or one of another schema, is scored with."""
+    other = SCHEMA.model_copy(update={"tasks": ("click", "like")})
+    publish(tmp_path / "snapshots", 3, schema=other)
+    publish(tmp_path / "snapshots", 4, version=2)
+    digest = stream.schema.digest
+    for version, told in ((3, "another schema"), (4, "not version 4 of teacher 'fm'"), (9, "snapshot 9 of teacher 'fm' is not published")):
+        with pytest.raises(UserError, match=told):
+            snapshots.load(version, digest)
+    dense = snapshots.folder(2) / "dense.safetensors"
+    dense.write_bytes(dense.read_bytes()[:-1] + b"\0\0")
+    with pytest.raises(UserError, match="dense.safetensors: missing or not the file"):
+        snapshots.load(2, digest)
+    (snapshots.folder(2) / "dense.safetensors").unlink()
+    with pytest.raises(UserError, match="dense.safetensors: missing or not the file"):
+        snapshots.load(2, digest)
+    manifest = snapshots.folder(1) / MANIFEST
+    told_of = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(told_of | {"files": {"../../x": "0"}}))
+    with pytest.raises(UserError, match="damaged"):
+        snapshots.load(1, digest)
+    manifest.unlink()
+    assert not snapshots.has(1)
+
+
+def test_old_snapshots_are_removed(snapshots: SnapshotStore) -> None:
+    """Wrong: snapshots fill the disk, or one that is still needed goes."""
+    publish(snapshots.root, 3)
+    snapshots.remove_before(3)
+    assert snapshots.versions() == [3]
+
+
+def test_no_rows(stream: EventStream, snapshots: SnapshotStore) -> None:
+    """Wrong: a fragment without rows stops the scorer."""
+    model, _ = load_model(snapshots.folder(1))
+    table = stream.read(0, stream.window(0).fragments[0]).slice(0, 0)
+    assert len(score_table(model, table, SCHEMA, 10)) == 0
