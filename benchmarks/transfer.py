@@ -58,15 +58,15 @@ def figures(runs: list[Path], first_window: int) -> dict[str, Any]:
         for row in read_metrics(folder / "metrics.jsonl"):
             if row["window"] >= first_window:
                 grouped[row["model"], row["arm"], row["domain"], row["task"]].append(row)
-        found = {key: pooled(rows) for key, rows in grouped.items()}
-        for (model, arm, domain, task), own in found.items():
+        for (model, arm, domain, task), rows in grouped.items():
             if arm == "fm":
                 continue
-            labels, fm = found[model, "labels", domain, task]["ne"], found["fm", "fm", domain, task]
-            gain, fm_gain = ne_gain(own["ne"], labels), ne_gain(fm["ne"], labels)
+            own, labels = pooled(rows), pooled(grouped[model, "labels", domain, task])["ne"]
+            fm = pooled(grouped["fm", "fm", domain, task])["ne"]
+            gain, fm_gain = ne_gain(own["ne"], labels), ne_gain(fm, labels)
             told = {"ne": own["ne"], "calibration": own["calibration"], "ne_gain": gain, "transfer_ratio": transfer_ratio(gain, fm_gain)}
             if arm == "labels":
-                told = {"ne": labels, "calibration": own["calibration"], "fm_ne": fm["ne"], "fm_ne_gain": fm_gain}
+                told = {"ne": labels, "calibration": own["calibration"], "fm_ne": fm, "fm_ne_gain": fm_gain}
             for key, value in told.items():
                 if value is not None:
                     values[model, arm, key].append(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from example import SCHEMA
 
@@ -17,11 +16,11 @@ from exfm_ray.schema import Schema
 MODEL = MLPConfig(dim=4, mlp=(8,))
 
 
-def publish(root: Path, version: int, schema: Schema = SCHEMA, **facts: Any) -> SnapshotStore:
-    """Version `version` of teacher fm, weights drawn from `version`."""
+def publish(root: Path, version: int, schema: Schema = SCHEMA, named: int | None = None) -> SnapshotStore:
+    """Version `version` of teacher fm, weights drawn from `version`; `named`: the version that its manifest tells."""
     store = SnapshotStore(root, "fm")
     folder = store.folder(version)
     write_tables(folder, 0, {f"{name}@0": table for name, table in PlainTables(schema, 4, seed=version).tables().items()})
     network = build_network(MODEL, schema, len(schema.tasks), version)
-    commit_model(folder, MODEL, schema, schema.tasks, network.state_dict(), {"teacher": "fm", "version": version} | facts)
+    commit_model(folder, MODEL, schema, schema.tasks, network.state_dict(), {"teacher": "fm", "version": named or version})
     return store

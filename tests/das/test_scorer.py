@@ -82,7 +82,7 @@ def test_refuses_snapshots_that_are_not_what_they_say(stream: EventStream, snaps
     """Wrong: a missing, renamed, damaged snapshot, or one of another schema, is scored with."""
     other = SCHEMA.model_copy(update={"tasks": ("click", "like")})
     publish(tmp_path / "snapshots", 3, schema=other)
-    publish(tmp_path / "snapshots", 4, version=2)
+    publish(tmp_path / "snapshots", 4, named=2)
     digest = stream.schema.digest
     for version, told in ((3, "another schema"), (4, "not version 4 of teacher 'fm'"), (9, "snapshot 9 of teacher 'fm' is not published")):
         with pytest.raises(UserError, match=told):
