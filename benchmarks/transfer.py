@@ -73,6 +73,11 @@ def figures(runs: list[Path], first_window: int) -> dict[str, Any]:
     result: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
     for (model, arm, key), seeds in values.items():
         result[model][arm][key] = {"mean": float(np.mean(seeds)), "sd": float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None}
+    for arms in result.values():
+        gain = arms["labels"]["fm_ne_gain"]
+        if gain["mean"] <= (gain["sd"] or 0.0):  # where the FM's own gain is within its spread, the ratio says nothing
+            for told in arms.values():
+                told.pop("transfer_ratio", None)
     return json.loads(json.dumps(result))  # type: ignore[no-any-return]
 
 
