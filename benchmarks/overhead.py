@@ -60,7 +60,7 @@ def in_ray(settings: Config) -> JobResult:
     """The FM's job under Ray Train."""
     job, windows = Job("fm", settings), EventStream.open(settings.folder / "stream").windows()
     recorder = RecorderActor.remote(settings.folder / "metrics.jsonl")  # type: ignore[attr-defined]
-    run_job(job, windows, start_feed(job, windows), recorder)
+    run_job(job, windows, recorder, start_feed(job, windows))
     return job.checkpoints.result(len(windows))
 
 

@@ -303,6 +303,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         known = _known_keys(error["loc"][:-1])
         return f"unknown setting '{place}'." + (nearest(str(error["loc"][-1]), known) or f" Known here: {', '.join(known)}.")
+    if error["type"] == "union_tag_not_found":
+        return f"setting '{place}': give it a 'type': wukong, mlp, dlrm or dcnv2"
     message = error["msg"].removeprefix("Value error, ")
     given = f" (given: {error['input']!r})" if not isinstance(error["input"], dict | list | tuple | BaseModel) else ""
     return f"setting '{place}': {message}{given}"

@@ -44,9 +44,17 @@ STOP_S = 60.0
 
 def prepare_stream(config: Config) -> EventStream:
     """Prepare the config's stream and check that the models fit it."""
-    with ProgressView({}) as _:
-        stream = prepare(config)
-    check_models(config, stream.schema)
+    embedded, done = config.data.embedded, 0
+    total = embedded.windows * embedded.events_per_window if config.data.source == "embedded" else config.data.max_rows
+    with ProgressView({"prepare": total}) as view:
+
+        def progress(window: int, rows: int) -> None:
+            nonlocal done
+            done += rows
+            view.update({"prepare": (window, done)})
+
+        stream = prepare(config, progress, lambda schema: check_models(config, schema))
+    check_models(config, stream.schema)  # once more, where the stream was there already and its raw data are not
     return stream
 
 

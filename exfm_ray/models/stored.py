@@ -97,8 +97,8 @@ def load_model(folder: Path) -> tuple[PlainModel, StoredModel]:
             raise UserError(f"{folder / name}: missing or not the file that {MANIFEST} describes; this model is damaged")
     tables = PlainTables(manifest.example, manifest.network.dim, seed=None)
     parts: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in manifest.example.tables}
-    for path in sorted(folder.glob("tables.*.safetensors")):
-        for key, rows in load_file(path).items():
+    for file in (name for name in sorted(manifest.files) if name.startswith("tables.")):
+        for key, rows in load_file(folder / file).items():
             name, _, first_row = key.rpartition("@")
             parts[name].append((int(first_row), rows))
     tables.load_tables({name: torch.cat([rows for _, rows in sorted(p, key=lambda item: item[0])]) for name, p in parts.items()})

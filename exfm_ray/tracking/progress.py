@@ -15,8 +15,8 @@ PLAIN_EVERY_S = 10.0
 class ProgressView:
     """Shows for each job its window, its examples/s and the time left. Use as a context manager."""
 
-    def __init__(self, totals: Mapping[str, int]) -> None:
-        """`totals`: examples that each job has to do in this process."""
+    def __init__(self, totals: Mapping[str, int | None]) -> None:
+        """`totals`: examples that each job has to do in this process; None where nobody knows yet."""
         self._totals = dict(totals)
         self._printed = time.monotonic()
         self._first: dict[str, tuple[float, int]] = {}  # when a job was first seen at work, and what it had done by then
@@ -50,11 +50,11 @@ class ProgressView:
             self._console.print(line, highlight=False, soft_wrap=True)
 
     def _line(self, job: str, window: int, done: int, now: float) -> str:
-        if done >= self._totals[job]:
+        total, speed = self._totals[job], self._speed(job, done, now)
+        if total is not None and done >= total:
             return f"{job}: done"
-        speed = self._speed(job, done, now)
-        left = (self._totals[job] - done) / speed if speed else 0.0
-        return f"{job}: window {window}, {speed:,.0f} examples/s, {max(left, 0):.0f} s left"
+        left = f", {(total - done) / speed:.0f} s left" if total is not None and speed else ""
+        return f"{job}: window {window}, {speed:,.0f} examples/s{left}"
 
     def _speed(self, job: str, done: int, now: float) -> float:
         """Examples/s since the job was first seen at work: its start is not counted."""

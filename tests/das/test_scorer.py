@@ -18,6 +18,7 @@ from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
 from exfm_ray.models.stored import MANIFEST, load_model
+from exfm_ray.schema import Schema
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_refuses_a_snapshot_that_is_too_new(stream: EventStream, snapshots: Snap
 
 def test_refuses_snapshots_that_are_not_what_they_say(stream: EventStream, snapshots: SnapshotStore, tmp_path: Path) -> None:
     """Wrong: a missing, renamed, damaged snapshot, or one of another schema, is scored with."""
-    other = SCHEMA.model_copy(update={"tasks": ("click", "like")})
+    other = Schema.model_validate(SCHEMA.model_dump() | {"tasks": ("click", "like")})
     publish(tmp_path / "snapshots", 3, schema=other)
     publish(tmp_path / "snapshots", 4, named=2)
     digest = stream.schema.digest

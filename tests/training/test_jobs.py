@@ -61,6 +61,13 @@ def test_metrics_have_the_promised_rows(base: Config) -> None:
         assert row["role"] == ("fm" if row["model"] == "fm" else "vm")
 
 
+def test_every_arm_learns_in_its_own_way(base: Config) -> None:
+    """Wrong: what the teacher says does not reach the arms, or all arms learn the same."""
+    for window, different in ((1, 1), (2, len(Arm))):  # window 0 has no supervision, so all arms learn the same from it
+        rows = [row for row in metrics(base).values() if row["window"] == window and row["model"] == "feed"]
+        assert len(rows) == len(Arm) and len({row["log_loss"] for row in rows}) == different
+
+
 def test_summary_has_the_promised_keys(base: Config) -> None:
     """Wrong: summary.json lacks a figure, counts warm-up windows, or compares with the wrong baseline."""
     summary = read_json(base.folder / "summary.json")

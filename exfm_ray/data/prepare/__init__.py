@@ -39,7 +39,7 @@ def stream_folder(config: Config) -> Path:
     return config.folder / "stream"
 
 
-def prepare(config: Config, progress: Progress | None = None) -> EventStream:
+def prepare(config: Config, progress: Progress | None = None, check: Callable[[Schema], None] | None = None) -> EventStream:
     """Turn the raw data of `config.data` into the event stream `<run>/stream`, window by window.
 
     A complete stream with the same settings is returned as it is. After an interruption the windows committed before are
@@ -49,6 +49,7 @@ def prepare(config: Config, progress: Progress | None = None) -> EventStream:
     Args:
         config: the run; `data`, `seed` and the run's folder are read.
         progress: called with (window, rows) when a window is done.
+        check: called with the stream's schema before anything is written; raises where the run does not fit it.
 
     Raises:
         UserError: the raw data or the settings are at fault; names the file, column and value, and the way out. What was in
@@ -60,6 +61,8 @@ def prepare(config: Config, progress: Progress | None = None) -> EventStream:
     source = None if config.data.source == "embedded" else SOURCES[config.data.source](config)
     schema = source.schema if source else embedded.schema(config.data.embedded)
     _check_windows(config, source)
+    if check:
+        check(schema)
     with _undone_on_error(root):
         writer = StreamWriter(root, schema, _settings(config, schema, source), config.data.fragment_rows)
         stream = EventStream(root, schema)

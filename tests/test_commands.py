@@ -1,0 +1,157 @@
+"""The command line: exit codes, and mistakes told in one line that leave everything as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_runs import SETTINGS, merged
+
+from exfm_ray.commands import COMMANDS, main
+from exfm_ray.files import write_json
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(merged(SETTINGS, {"run": {"dir": str(tmp_path / "runs")}})))
+    return path
+
+
+def content(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> str:
+    """Run a command that must be refused: exit code 2, one line on stderr, nothing changed on disk; the line."""
+    before = content(folder)
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    out, errors = capsys.readouterr()
+    assert out == "" and errors.startswith("error: ") and errors.count("\n") == 1, (out, errors)
+    assert content(folder) == before
+    return errors
+
+
+MODEL = "vm.models=[{name: a, domain: %s, task: %s}]"
+FRESH: dict[str, tuple[list[str], str]] = {
+    "unknown setting": (["fm.batchsize=3"], "unknown setting 'fm.batchsize'. Did you mean 'batch_size'?"),
+    "wrong type": (["fm.workers=two"], "setting 'fm.workers'"),
+    "FM's task": (["fm.tasks=[clik]"], "setting 'fm.tasks': unknown task 'clik'"),
+    "VM's task": ([MODEL % ("feed", "clik")], "setting 'vm.models.0': unknown task 'clik': the stream has click, conversion. Did you mean 'click'?"),
+    "VM's domain": ([MODEL % ("fed", "click")], "setting 'vm.models.0': unknown domain 'fed'"),
+    "no teacher": (["fm.tasks=[conversion]", MODEL % ("feed", "click")], "setting 'vm.models.0.task': 'click' is none of fm.tasks"),
+    "sizes": (["fm.model.k=99"], "setting 'fm.model'"),
+    "VM's sizes": (["vm.model={type: wukong, k: 99}"], "setting 'vm.model'"),
+    "no data": (["data.source=frappe", "data.root=/nowhere"], "/nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_a_mistake_in_a_setting(capsys: pytest.CaptureFixture[str], tmp_path: Path, file: Path, name: str) -> None:
+    """Wrong: a mistake is told after minutes, by a traceback, in many lines, or after something was written."""
+    settings, told = FRESH[name]
+    assert told in refused(capsys, tmp_path, "pipeline", "--config", file, *(f"--set={setting}" for setting in settings))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["pipelin", "--config", "FILE"], "unknown command 'pipelin': there are prepare, pipeline"),
+        (["pipeline"], "the following arguments are required: --config; see run.py --help"),
+        ([], "required"),
+        (["pipeline", "--config", "FILE", "--what"], "unrecognized arguments: --what"),
+        (["pipeline", "--config", "none.yaml"], "none.yaml: no such config file"),
+        (["pipeline", "--config", "FILE", "--name", "a/b"], "setting 'name'"),
+    ],
+)
+def test_a_mistake_on_the_command_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, file: Path, arguments: list[str], told: str
+) -> None:
+    """Wrong: argparse exits by itself, with a usage text or another code."""
+    assert told in refused(capsys, tmp_path, *(str(file) if word == "FILE" else word for word in arguments))
+
+
+def test_yaml_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Wrong: the YAML reader's picture of the mistake is told over many lines."""
+    (tmp_path / "bad.yaml").write_text("fm:\n  batch_size: [1\nvm: 2\n")
+    assert "bad.yaml: not valid YAML" in refused(capsys, tmp_path, "pipeline", "--config", tmp_path / "bad.yaml")
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
+    "other settings": (lambda folder: None, ["pipeline", "--set=fm.batch_size=32"], "this folder holds a run with other settings"),
+    "other stream": (lambda folder: None, ["pipeline", "--set=data.embedded.seed=7"], "other settings"),
+    "damaged settings": (lambda folder: (folder / "stream/settings.json").write_text("{"), ["pipeline"], "settings.json: not valid JSON"),
+    "DAS without FM": (lambda folder: None, ["das"], "version=001, which is not there; run train-fm first"),
+    "VM without DAS": (lambda folder: None, ["train-vm"], "no supervision of window 1 by 'fm'; run das first"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_run_folder_that_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path, file: Path, name: str) -> None:
+    """Wrong: a run is mixed with another one's, or a role waits for ever for what nobody makes."""
+    from exfm_ray.config import load_config
+    from exfm_ray.pipeline import Run, prepare_stream
+
+    config = load_config(file)
+    Run(config, prepare_stream(config))._claim()
+    spoil, arguments, told = BROKEN[name]
+    spoil(config.folder)
+    assert told in refused(capsys, tmp_path, *arguments, "--config", file)
+
+
+def test_prepare_tells_what_it_made(capsys: pytest.CaptureFixture[str], tmp_path: Path, file: Path) -> None:
+    """Wrong: prepare fails, prints nothing of use, or prepares again what is there."""
+    assert main(["prepare", "--config", str(file), "--name", "p"]) == 0
+    assert "4 windows, 3,600 events, 0 duplicates" in capsys.readouterr().out
+    before = {path: path.read_bytes() for path in (tmp_path / "runs/p/stream").rglob("*.parquet")}
+    assert main(["prepare", "--config", str(file), "--name", "p"]) == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "runs/p/stream").rglob("*.parquet")} == before
+
+
+def test_an_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str], file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: Ctrl-C ends in a traceback or with exit code 0."""
+
+    def interrupted(config: object) -> None:
+        """Stop."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "prepare", interrupted)
+    assert main(["prepare", "--config", str(file)]) == 130
+    assert "the same command goes on where it stopped" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: a bug is told as if it were the user's mistake."""
+
+    def faulty(config: object) -> None:
+        """Fail."""
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(COMMANDS, "prepare", faulty)
+    with pytest.raises(ZeroDivisionError):
+        main(["prepare", "--config", str(file)])
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrong: a command has no line in the help."""
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name}" in out and (command.__doc__ or "?")[:20] in out for name, command in COMMANDS.items())
+
+
+def test_show_without_windows_after_the_warm_up(capsys: pytest.CaptureFixture[str], tmp_path: Path, file: Path) -> None:
+    """Wrong: a run shorter than its warm-up ends in an error at the last moment."""
+    from exfm_ray.commands import show
+    from exfm_ray.config import load_config
+
+    config = load_config(file)
+    role = {"seconds": 1.0, "examples": 1000}
+    write_json(config.folder / "summary.json", {"windows": [], "figures": [], "roles": {"fm": role}, "peak_memory_bytes": 2**30})
+    show(config)
+    assert "fm 1,000 examples in 1 s; peak memory 1.0 GiB" in capsys.readouterr().out

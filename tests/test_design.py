@@ -1,0 +1,86 @@
+"""The walls of the house: who may import what."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "exfm_ray"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# What each room may import of exfm_ray, beside itself. errors and files are the floor on which all stand.
+FLOOR = {"errors", "files"}
+BELOW = {
+    "errors": set[str](),
+    "files": {"errors"},
+    "schema": set[str](),
+    "config": {"schema"},
+    "data": {"config", "schema"},
+    "models": {"config", "schema", "data"},
+    "distillation": {"config", "schema", "data", "models"},
+    "metrics": {"config", "schema", "data"},
+    "engine": {"config", "schema", "data", "models", "distillation"},
+    "das": {"config", "schema", "data", "models"},
+    "tracking": {"config", "schema", "metrics"},
+    "training": {"config", "schema", "data", "models", "distillation", "engine", "das", "metrics", "tracking"},
+    "serving": {"config", "schema", "data", "models"},
+    "summary": {"config", "schema", "data", "metrics", "training"},
+    "runtime": {"config", "schema"},
+}
+TOP = {"pipeline", "commands", "__init__"}
+"""May import everything."""
+
+PLAIN_TORCH = {"models", "distillation"}
+FRAMEWORKS = {"ray", "deepspeed", "torchrec", "wandb", "fbgemm_gpu"}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module or "", *(f"{node.module}.{name.name}" for name in node.names)}
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def own(names: set[str]) -> set[str]:
+    """Rooms of this package among imported names."""
+    return {name.split(".")[1] for name in names if name.startswith("exfm_ray.")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path: Path) -> None:
+    """Wrong: a lower room knows an upper one: it cannot be tested, replaced or understood alone any more."""
+    here = room(path)
+    if here not in TOP:
+        assert here in BELOW, f"{here} is new: say in BELOW what it may import"
+        above = own(imports(path)) - BELOW[here] - FLOOR - {here}
+        assert not above, f"{path.relative_to(PACKAGE)} imports {sorted(above)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_frameworks_stay_in_their_rooms(path: Path) -> None:
+    """Wrong: models cannot run under plain torch on one device, or deepspeed and torchrec are spread over the project."""
+    here, roots = room(path), {name.split(".")[0] for name in imports(path)}
+    assert here not in PLAIN_TORCH or not roots & FRAMEWORKS
+    if here != "engine":
+        assert not roots & {"deepspeed", "torchrec", "fbgemm_gpu"}
+    if here in ("schema", "config", "errors", "files"):
+        assert not roots & {"torch", "ray"}
+
+
+def test_deepspeed_is_imported_in_functions_only() -> None:
+    """Wrong: importing a module imports deepspeed, which breaks Ray Train's workers (ray#50406) and costs seconds."""
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "deepspeed" for name in names), path

@@ -1,0 +1,77 @@
+"""A model at rest: the same model after loading, however many workers wrote it; damage told by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from example import SCHEMA, make_rows
+
+from exfm_ray.config import DCNv2Config, DLRMConfig, MLPConfig, ModelConfig, WukongConfig
+from exfm_ray.data.batch import to_batch
+from exfm_ray.errors import UserError
+from exfm_ray.files import read_json, write_json
+from exfm_ray.models.embeddings import PlainTables
+from exfm_ray.models.network import build_network
+from exfm_ray.models.stored import MANIFEST, PlainModel, commit_model, load_model, write_tables
+
+MODELS: list[ModelConfig] = [
+    MLPConfig(dim=4, mlp=(8,)), DLRMConfig(dim=4, bottom_mlp=(4,), top_mlp=(8,)), DCNv2Config(dim=4, mlp=(8,)),
+    WukongConfig(dim=4, l=2, n_F=2, n_L=2, k=2, fmb_mlp=(8,), mlp=(8,)),
+]  # fmt: skip
+
+
+def store(folder: Path, config: ModelConfig, cuts: int) -> PlainModel:
+    """Write a model whose tables `cuts` workers hold, rows of each table in turn."""
+    model = PlainModel(PlainTables(SCHEMA, 4, seed=1), build_network(config, SCHEMA, 2, seed=1)).eval()
+    for rank in reversed(range(cuts)):
+        shards = {}
+        for name, table in model.tables.tables().items():
+            size = -(-len(table) // cuts)
+            shards[f"{name}@{rank * size}"] = table[rank * size : (rank + 1) * size]
+        write_tables(folder, rank, shards)
+    commit_model(folder, config, SCHEMA, SCHEMA.tasks, model.network.state_dict(), {"who": "tests"})
+    return model
+
+
+@pytest.mark.parametrize("cuts", [1, 3])
+@pytest.mark.parametrize("config", MODELS, ids=lambda config: config.type)
+def test_loads_what_was_written(tmp_path: Path, config: ModelConfig, cuts: int) -> None:
+    """Wrong: a served model differs from the trained one, or its tables' parts are put together in the wrong order."""
+    model, batch = store(tmp_path, config, cuts), to_batch(make_rows(50, seed=3), SCHEMA)
+    loaded, manifest = load_model(tmp_path)
+    assert torch.equal(loaded.score(batch), model.score(batch))
+    assert (manifest.network, manifest.example, manifest.tasks, manifest.facts) == (config, SCHEMA, SCHEMA.tasks, {"who": "tests"})
+    assert not loaded.training
+
+
+@pytest.mark.parametrize("file", ["tables.0000.safetensors", "dense.safetensors"])
+def test_refuses_damage(tmp_path: Path, file: str) -> None:
+    """Wrong: a damaged or exchanged file is served."""
+    store(tmp_path, MODELS[0], 1)
+    data = bytearray((tmp_path / file).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(UserError, match=rf"{file}: missing or not the file that model.json describes"):
+        load_model(tmp_path)
+
+
+def test_refuses_what_is_no_model(tmp_path: Path) -> None:
+    """Wrong: a folder without a whole model ends in a traceback."""
+    store(tmp_path, MODELS[0], 1)
+    manifest = read_json(tmp_path / MANIFEST)
+    write_json(tmp_path / MANIFEST, manifest | {"network": {"type": "magic"}})
+    with pytest.raises(UserError, match=r"model.json: not a model manifest"):
+        load_model(tmp_path)
+    (tmp_path / MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"model.json: no such file"):
+        load_model(tmp_path)
+
+
+def test_an_older_runs_table_file_does_not_get_in(tmp_path: Path) -> None:
+    """Wrong: a file that the manifest does not name (of a run with more workers, into the same folder) is loaded too."""
+    model = store(tmp_path, MODELS[0], 1)
+    write_tables(tmp_path, 1, {"user@0": torch.full((101, 4), 9.0)})
+    loaded, _ = load_model(tmp_path)
+    torch.testing.assert_close(loaded.tables.weight, model.tables.weight)

@@ -1,0 +1,54 @@
+"""metrics.jsonl: each row once, also after a kill in the middle of a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exfm_ray.tracking.recorder import Recorder, read_metrics
+
+
+def row(window: int, ne: float = 0.5, **changes: Any) -> dict[str, Any]:
+    return {"window": window, "role": "vm", "model": "m", "arm": "kd", "domain": "d", "task": "t", "seed": 0, "ne": ne} | changes
+
+
+def test_each_row_once(tmp_path: Path) -> None:
+    """Wrong: a job that goes on writes the window before its checkpoint again, and averages count it twice."""
+    path = tmp_path / "run" / "metrics.jsonl"
+    Recorder(path).metrics([row(0), row(1)])
+    again = Recorder(path)
+    again.metrics([row(1, ne=0.6), row(2), row(2, arm="ah")])
+    again.metrics([row(2)])
+    assert read_metrics(path) == [row(0), row(1), row(2), row(2, arm="ah")]
+
+
+def test_a_line_cut_short_is_written_again(tmp_path: Path) -> None:
+    """Wrong: after a kill in the middle of a line the file cannot be read, or that row is lost, or another is glued to it."""
+    path = tmp_path / "metrics.jsonl"
+    Recorder(path).metrics([row(0), row(1)])
+    path.write_bytes(path.read_bytes()[:-9])
+    torn = path.read_bytes()
+    assert read_metrics(path) == [row(0)] and path.read_bytes() == torn, "reading must not write: a run may be writing there"
+    Recorder(path).metrics([row(1), row(2)])
+    assert read_metrics(path) == [row(0), row(1), row(2)]
+
+
+def test_writes_no_nan(tmp_path: Path) -> None:
+    """Wrong: a NaN gets into a file that is no JSON then."""
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Recorder(path).metrics([row(0, ne=float("nan"))])
+    assert read_metrics(path) == []
+
+
+def test_progress_adds_up(tmp_path: Path) -> None:
+    """Wrong: the time left is told from the last batch instead of from all."""
+    recorder = Recorder(tmp_path / "metrics.jsonl")
+    recorder.progress("fm", 0, 10)
+    recorder.progress("fm", 1, 5)
+    recorder.progress("das", 0, 7)
+    assert recorder.state() == {"fm": (1, 15), "das": (0, 7)}
+    assert json.loads(json.dumps(row(0))) == row(0)
