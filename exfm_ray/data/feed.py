@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -62,7 +61,7 @@ class StreamReader:
     root: Path
 
     def ready(self, work: Pass) -> bool:
-        return work.window in EventStream.open(self.root).windows()
+        return EventStream.open(self.root).has(work.window)
 
     def awaits(self, work: Pass) -> str:
         return f"window {work.window} of {self.root}"
@@ -145,11 +144,9 @@ class Feed:
                 raise TimeoutError(f"the feed waited {self._wait_s:.0f} s for {self._reader.awaits(waiting[0])}")
             time.sleep(0.1)
         work: list[tuple[Pass, Fragment]] = []
-        for task in list(takewhile(self._reader.ready, waiting)):
-            if len(work) > FRAGMENTS_PER_DATASET:
-                break
+        while waiting and len(work) <= FRAGMENTS_PER_DATASET and self._reader.ready(waiting[0]):
+            task = waiting.popleft()
             work += [(task, fragment) for fragment in self._reader.fragments(task)]
-            waiting.popleft()
         return work
 
     def _read(self, work: Sequence[tuple[Pass, Fragment]]) -> Iterator[Any]:

@@ -88,6 +88,10 @@ class EventStream:
         found = self.root.glob("window=*/manifest.json")
         return sorted(int(path.parent.name.removeprefix("window=")) for path in found)
 
+    def has(self, index: int) -> bool:
+        """True when a window is committed."""
+        return (self.root / window_name(index) / "manifest.json").exists()
+
     def window(self, index: int) -> Window:
         """The manifest of a committed window."""
         path = self.root / window_name(index) / "manifest.json"
