@@ -17,6 +17,8 @@ from exfm_ray.data.feed import FeedClient, FragmentReader, Pass, StreamReader
 from exfm_ray.data.stream import EventStream
 from exfm_ray.distillation.adapter import Adapter
 from exfm_ray.distillation.student import Student
+from exfm_ray.engine.engine import Engine
+from exfm_ray.engine.replica import Replica
 from exfm_ray.models.network import build_network
 from exfm_ray.models.stored import commit_model, write_tables
 from exfm_ray.schema import Schema
@@ -98,17 +100,8 @@ def _lane(
     """All arms of a student start from the same tables and the same serving network."""
     seed, distillation = job.config.seed, job.config.distillation
     student = Student(build_network(network, schema, len(tasks), seed), arm or Arm.LABELS, distillation, seed)
-    engine_class = _engine_class()
-    from exfm_ray.engine.replica import Replica
-
     adapter = Replica(Adapter(distillation.sa, seed), distillation.sa.lr, device) if arm is Arm.AH_SA else None
-    return Lane(model, arm, tasks, engine_class(schema, job.trainer, student, network.dim, seed, device), distillation, adapter)
-
-
-def _engine_class() -> Any:
-    from exfm_ray.engine.engine import Engine  # imports deepspeed, which must not happen at a Train worker's module level
-
-    return Engine
+    return Lane(model, arm, tasks, Engine(schema, job.trainer, student, network.dim, seed, device), distillation, adapter)
 
 
 @dataclass

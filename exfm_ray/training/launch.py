@@ -38,9 +38,8 @@ def start_feed(job: Job, windows: Sequence[int]) -> Any:
     return Feed.options(max_concurrency=workers + 2).remote(reader, passes, workers, FEED_WAIT_S)  # type: ignore[attr-defined]
 
 
-def run_job(job: Job, windows: Sequence[int], recorder: Any, feed: Any = None) -> None:
-    """Run a job to its end, from its latest checkpoint on; `feed`: what `start_feed` gave, by default a new one."""
-    feed = feed or start_feed(job, windows)
+def run_job(job: Job, windows: Sequence[int], recorder: Any, feed: Any) -> None:
+    """Run a job to its end, from its latest checkpoint on; `feed`: what `start_feed` gave."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
