@@ -153,7 +153,7 @@ class DASConfig(Model):
     min_actors: int = Field(1, ge=1)
     max_actors: int = Field(1, ge=1)
     fm_lag: int = Field(1, ge=1, description="window t is scored by the snapshot that has learned windows <= t - fm_lag")
-    batch_size: int = Field(4096, ge=1)
+    batch_size: int = Field(512, ge=1, description="on a CPU small: larger temporaries cost more in page faults than they save")
     threads: int = Field(0, ge=0)
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ Key = tuple[str, str, str, str]
 """Model, arm (`fm` for the FM), domain, task."""
 
 FM_ARM = "fm"
-EVALUATION_BATCH = 8192
+EVALUATION_BATCH = 2048
 
 
 class Report(Protocol):
