@@ -34,13 +34,13 @@ class Scored:
 
 def score_table(model: PlainModel, table: pa.Table, schema: Schema, batch_size: int) -> np.ndarray:
     """Probabilities (rows, tasks), float32, of packed rows; the rows are cut every `batch_size`, from the first on."""
-    parts = [model.score(to_batch(table.slice(start, batch_size), schema)).numpy() for start in range(0, table.num_rows, batch_size)]
+    parts = [model.score(batch).numpy() for batch in to_batch(table, schema).split(batch_size)]
     return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
 
 
 @dataclass
 class Scorer:
-    """Holds a snapshot, reads fragments ahead, scores them, writes their supervision."""
+    """Holds a snapshot, scores fragments; reads the next one and writes the last one meanwhile."""
 
     stream_root: Path
     snapshots: SnapshotStore
@@ -56,7 +56,7 @@ class Scorer:
         self._version = -1
         self._model: PlainModel | None = None
         self._tasks: tuple[str, ...] = ()
-        self._reader = ThreadPoolExecutor(1)
+        self._io = ThreadPoolExecutor(2)
 
     def take(self, version: int) -> tuple[str, ...]:
         """Take up a snapshot, unless it is held already; returns the tasks it predicts."""
@@ -73,19 +73,22 @@ class Scorer:
         tasks = self.take(version)
         assert self._model is not None
         missing = [f for f in fragments if not self.store.scored(window, f, version)]
-        done = []
+        done, writes = [], []
         for fragment, table in self._read_ahead(window, missing):
             started = time.perf_counter()
             p_NT = score_table(self._model, table, self._stream.schema, self.batch_size)
-            self.store.write(window, fragment, table["example_id"], version, {task: p_NT[:, i] for i, task in enumerate(tasks)})
+            predictions = {task: p_NT[:, i] for i, task in enumerate(tasks)}
+            writes.append(self._io.submit(self.store.write, window, fragment, table["example_id"], version, predictions))
             done.append(Scored(table.num_rows, time.perf_counter() - started))
+        for write in writes:
+            write.result()
         return done
 
     def _read_ahead(self, window: int, fragments: Sequence[Fragment]) -> Iterator[tuple[Fragment, pa.Table]]:
         """The fragments' rows, the next one read while the current one is scored."""
-        reads = deque(self._reader.submit(self._stream.read, window, f) for f in fragments[:1])
+        reads = deque(self._io.submit(self._stream.read, window, f) for f in fragments[:1])
         for position, fragment in enumerate(fragments):
-            reads.extend(self._reader.submit(self._stream.read, window, f) for f in fragments[position + 1 : position + 2])
+            reads.extend(self._io.submit(self._stream.read, window, f) for f in fragments[position + 1 : position + 2])
             yield fragment, reads.popleft().result()
 
 

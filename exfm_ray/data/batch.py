@@ -6,11 +6,13 @@ F = S + M sparse features, D dense features, T tasks, V values of all bags toget
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from exfm_ray.data.stream import list_values
@@ -41,6 +43,21 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         return Batch(*(t.to(device, non_blocking=True) for t in vars(self).values()))
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Batches of `size` rows (the last one shorter), in order; rows are views, values of bags are copied."""
+        M, B = self.bag_lengths_MB.shape
+        bounds_MB = F.pad(self.bag_lengths_MB.flatten().cumsum(0), (1, 0))
+        for start in range(0, B, size):
+            stop = min(start + size, B)
+            values = [self.bag_values_V[bounds_MB[m * B + start] : bounds_MB[m * B + stop]] for m in range(M)]
+            yield Batch(
+                sparse_BS=self.sparse_BS[start:stop],
+                bag_values_V=torch.cat(values) if values else self.bag_values_V,
+                bag_lengths_MB=self.bag_lengths_MB[:, start:stop],
+                dense_BD=self.dense_BD[start:stop],
+                labels_BT=self.labels_BT[start:stop],
+            )
 
 
 def to_batch(table: pa.Table, schema: Schema) -> Batch:

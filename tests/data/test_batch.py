@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.regroup import Regroup
+from exfm_ray.data.stream import EventStream
 from exfm_ray.training.lane import pad
 
 
@@ -67,3 +68,15 @@ def test_regroup_keeps_rows_and_order(sizes: list[int], rows: int) -> None:
     assert len(rest) <= 1 and all(0 < piece.num_rows < rows for piece in rest)
     assert [i for piece in pieces + rest for i in piece["id"].to_pylist()] == list(range(start))
     assert not list(regroup.rest())
+
+
+@pytest.mark.parametrize("size", [1, 7, 400, 1000])
+def test_split_gives_the_rows_in_order(stream: EventStream, size: int) -> None:
+    """Wrong: the DAS scores rows with the keywords or clicked ads of other rows."""
+    table = stream.read(0, stream.window(0).fragments[0])
+    pieces = list(to_batch(table, stream.schema).split(size))
+    assert [len(p) for p in pieces] == [min(size, 400 - start) for start in range(0, 400, size)]
+    for i, piece in enumerate(pieces):
+        expected = to_batch(table.slice(i * size, size), stream.schema)
+        for name, tensor in vars(expected).items():
+            assert torch.equal(getattr(piece, name), tensor), name
