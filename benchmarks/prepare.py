@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -20,6 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from benchmarks.common import bar, report
 from exfm_ray.config import Config
 from exfm_ray.data.prepare import prepare
 
@@ -35,12 +37,13 @@ def child(source: str, root: str, run: str, windows: int) -> None:
     if source == "criteo":
         data["window"] = {"by": "rows", "rows": 100_000}
     config = Config.model_validate({"name": source, "run": {"dir": run}, "data": data})
+    resident: list[float] = []
     start, start_cpu = time.perf_counter(), time.process_time()
-    stream = prepare(config)
+    stream = prepare(config, lambda window, rows: resident.append(psutil.Process().memory_info().rss / 2**20))
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     rows = sum(stream.window(i).rows for i in stream.windows())
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"rows": rows, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak_mb}))
+    print(json.dumps({"rows": rows, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak_mb, "last_window_mb": resident[-1]}))
 
 
 def measure(source: str, root: Path, windows: int = 1) -> dict[str, float]:
@@ -50,7 +53,8 @@ def measure(source: str, root: Path, windows: int = 1) -> dict[str, float]:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     figures["rows_per_s"] = figures["rows"] / figures["seconds"]
-    print(f"  {source}: {figures['rows']:,.0f} rows, {figures['rows_per_s']:,.0f} rows/s, peak {figures['peak_mb']:.0f} MB", flush=True)
+    print(f"  {source}: {figures['rows']:,.0f} rows, {figures['rows_per_s']:,.0f} rows/s, peak {figures['peak_mb']:.0f} MB, "
+        f"{figures['last_window_mb']:.0f} MB at the last window", flush=True)
     return figures
 
 
@@ -88,13 +92,11 @@ def main() -> None:
     generated = measure("embedded", options.data, windows=3 if options.quick else 12)
     growth = large["peak_mb"] / small["peak_mb"]
     bars = {
-        "criteo_rows_per_s": {"value": large["rows_per_s"], "bar": ROWS_PER_S, "holds": large["rows_per_s"] >= ROWS_PER_S},
-        "peak_memory_growth_10x": {"value": growth, "bar": GROWTH, "holds": growth <= GROWTH},
-        "embedded_events_per_s": {"value": generated["rows_per_s"], "bar": EMBEDDED_PER_S, "holds": generated["rows_per_s"] >= EMBEDDED_PER_S},
+        "criteo_rows_per_s": bar(large["rows_per_s"], ROWS_PER_S),
+        "peak_memory_growth_10x": bar(growth, GROWTH, at_least=False),
+        "embedded_events_per_s": bar(generated["rows_per_s"], EMBEDDED_PER_S),
     }
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    figures = {"criteo": small, "criteo_10x": large, "embedded": generated}
-    print(json.dumps({"benchmark": "prepare", "machine": machine, "figures": figures, "bars": bars}))
+    report("prepare", {"criteo": small, "criteo_10x": large, "embedded": generated}, bars)
 
 
 if __name__ == "__main__":
