@@ -14,9 +14,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from exfm_ray.errors import UserError, nearest
+from exfm_ray.model_config import MODEL_TYPES, MLPConfig, ModelConfig, Widths, WukongConfig
 from exfm_ray.schema import Model, Name
 
-Widths = tuple[Annotated[int, Field(ge=1)], ...]
 Folder = Annotated[Path, AfterValidator(Path.absolute)]
 """Absolute from the start: a run's workers have working folders of their own."""
 
@@ -67,55 +67,6 @@ class DataConfig(Model):
     hash_rows: int = Field(100_000, ge=2, description="table rows of hashed high-cardinality features in the built-in sources")
     memory_mb: int = Field(1_000, ge=100, description="memory that sorting raw data may use before it goes to disk")
     embedded: EmbeddedConfig = EmbeddedConfig()
-
-
-class WukongConfig(Model):
-    """Wukong (arXiv 2403.02545): l layers of n_F + n_L rows with a rank-k projection; MLP widths of FMB and head."""
-
-    type: Literal["wukong"] = "wukong"
-    dim: int = Field(16, ge=1)
-    l: int = Field(2, ge=1)  # noqa: E741 - the paper's own name
-    n_F: int = Field(8, ge=0)
-    n_L: int = Field(8, ge=0)
-    k: int = Field(8, ge=1)
-    fmb_mlp: Widths = (128,)
-    mlp: Widths = (128,)
-    dense_rows: int = Field(2, ge=1, description="rows that the dense features become")
-
-    @model_validator(mode="after")
-    def _rows(self) -> Self:
-        if self.n_F + self.n_L == 0:
-            raise ValueError("n_F + n_L is 0: a Wukong layer needs rows; set n_F or n_L to 1 or more")
-        return self
-
-
-class MLPConfig(Model):
-    """A multi-layer perceptron over the flattened embeddings and the dense features."""
-
-    type: Literal["mlp"] = "mlp"
-    dim: int = Field(16, ge=1)
-    mlp: Widths = (64, 32)
-
-
-class DLRMConfig(Model):
-    """DLRM (arXiv 1906.00091): dot products of all pairs of embeddings, dense features through a bottom MLP."""
-
-    type: Literal["dlrm"] = "dlrm"
-    dim: int = Field(16, ge=1)
-    bottom_mlp: Widths = (32,)
-    top_mlp: Widths = (64, 32)
-
-
-class DCNv2Config(Model):
-    """DCN-V2 (arXiv 2008.13535), parallel form: full-rank cross layers beside an MLP."""
-
-    type: Literal["dcnv2"] = "dcnv2"
-    dim: int = Field(16, ge=1)
-    cross_layers: int = Field(2, ge=1)
-    mlp: Widths = (64, 32)
-
-
-ModelConfig = Annotated[WukongConfig | MLPConfig | DLRMConfig | DCNv2Config, Field(discriminator="type")]
 
 
 class OptimizerConfig(Model):
@@ -304,7 +255,7 @@ def _explain(error: Any) -> str:
         known = _known_keys(error["loc"][:-1])
         return f"unknown setting '{place}'." + (nearest(str(error["loc"][-1]), known) or f" Known here: {', '.join(known)}.")
     if error["type"] == "union_tag_not_found":
-        return f"setting '{place}': give it a 'type': wukong, mlp, dlrm or dcnv2"
+        return f"setting '{place}': give it a 'type': {', '.join(MODEL_TYPES)}"
     message = error["msg"].removeprefix("Value error, ")
     given = f" (given: {error['input']!r})" if not isinstance(error["input"], dict | list | tuple | BaseModel) else ""
     return f"setting '{place}': {message}{given}"

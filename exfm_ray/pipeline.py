@@ -19,13 +19,14 @@ from typing import Any
 import ray
 import torch
 
-from exfm_ray.config import Arm, Config, ModelConfig, StudentConfig, dump_config
+from exfm_ray.config import Arm, Config, StudentConfig, dump_config
 from exfm_ray.das.lag import version_for
 from exfm_ray.das.service import DAS
 from exfm_ray.data.prepare import prepare
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
 from exfm_ray.files import read_json, write_json, write_text
+from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.network import Network
 from exfm_ray.runtime import MemoryMeter, ray_session
 from exfm_ray.schema import Schema

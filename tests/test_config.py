@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from exfm_ray.config import Arm, Config, WukongConfig, dump_config, load_config
+from exfm_ray.config import Arm, Config, dump_config, load_config
 from exfm_ray.errors import UserError, nearest
+from exfm_ray.model_config import WukongConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -23,7 +24,7 @@ MISTAKES = {
     "fm.zero_stage=4": r"setting 'fm.zero_stage': .*less than or equal to 3",
     "fm.optimizer.dense_lr=0": r"setting 'fm.optimizer.dense_lr': .*greater than 0",
     "fm.model.type=transformer": r"setting 'fm.model': .*'wukong', 'mlp', 'dlrm', 'dcnv2'",
-    "fm.model={n_F: 3}": r"setting 'fm.model': give it a 'type': wukong, mlp, dlrm or dcnv2",
+    "fm.model={n_F: 3}": r"setting 'fm.model': give it a 'type': wukong, mlp, dlrm, dcnv2, deepfm",
     "fm.model={type: wukong, n_f: 3}": r"unknown setting 'fm.model.wukong.n_f'. Did you mean 'n_F'\?",
     "fm.model={type: wukong, mlp: [8, 0]}": r"setting 'fm.model.wukong.mlp.1': .*greater than or equal to 1",
     "vm.arms=[labels,kdd]": r"setting 'vm.arms.1': .*'labels', 'kd', 'ah' or 'ah_sa' \(given: 'kdd'\)",

@@ -8,10 +8,10 @@ import pytest
 import torch
 from example import SCHEMA, make_rows
 
-from exfm_ray.config import DCNv2Config, DLRMConfig, MLPConfig, ModelConfig, WukongConfig
 from exfm_ray.data.batch import to_batch
 from exfm_ray.errors import UserError
 from exfm_ray.files import read_json, write_json
+from exfm_ray.model_config import DCNv2Config, DLRMConfig, MLPConfig, ModelConfig, WukongConfig
 from exfm_ray.models.embeddings import PlainTables
 from exfm_ray.models.network import build_network
 from exfm_ray.models.stored import MANIFEST, PlainModel, commit_model, load_model, write_tables
@@ -24,7 +24,7 @@ MODELS: list[ModelConfig] = [
 
 def store(folder: Path, config: ModelConfig, cuts: int) -> PlainModel:
     """Write a model whose tables `cuts` workers hold, rows of each table in turn."""
-    model = PlainModel(PlainTables(SCHEMA, 4, seed=1), build_network(config, SCHEMA, 2, seed=1)).eval()
+    model = PlainModel(PlainTables(SCHEMA, config, seed=1), build_network(config, SCHEMA, 2, seed=1)).eval()
     for rank in reversed(range(cuts)):
         shards = {}
         for name, table in model.tables.tables().items():

@@ -1,7 +1,7 @@
 """Packed rows as tensors: the form in which models, trainers and scorers take examples.
 
 Shape suffixes here and in `models`: B batch, S single-valued features, M bags (multi-valued and sequence features),
-F = S + M sparse features, D dense features, T tasks, V values of all bags together, E embedding dimension.
+R embedded rows (see `models.layout`), D dense features, T tasks, V values of all bags together, E embedding dimension.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from exfm_ray.config import Arm, DistillationConfig, Widths
+from exfm_ray.config import Arm, DistillationConfig
+from exfm_ray.model_config import Widths
 from exfm_ray.models.layers import seeded
 from exfm_ray.models.network import Head, Network
 
@@ -57,12 +58,12 @@ class Student(nn.Module):
         self.auxiliary_head = _extra_head(inputs, config.ah.mlp, seed, 1) if arm in (Arm.AH, Arm.AH_SA) else None
         self.adapter_head = _extra_head(inputs, config.ah.mlp, seed, 2) if own_head else None
 
-    def forward(self, embedded_BFE: Tensor, dense_BD: Tensor) -> Logits:
-        """Embedded features (B, F, E) and dense ones (B, D) to the logits of all heads.
+    def forward(self, embedded_BRE: Tensor, dense_BD: Tensor) -> Logits:
+        """Embedded features (B, R, E) and dense ones (B, D) to the logits of all heads.
 
         The gradient of the extra heads into the backbone, and through it into the tables, is multiplied by beta.
         """
-        x_BH = self.network.features(embedded_BFE, dense_BD)
+        x_BH = self.network.features(embedded_BRE, dense_BD)
         serving_BT = self.network.head(x_BH)
         if self.auxiliary_head is None:
             return Logits(serving_BT, None, None)

@@ -15,6 +15,7 @@ from exfm_ray.data.batch import Batch
 from exfm_ray.distillation.student import Logits, Student
 from exfm_ray.engine.dense import gathered_state, shard_dense
 from exfm_ray.engine.tables import ShardedTables
+from exfm_ray.model_config import ModelConfig
 from exfm_ray.schema import Schema
 
 
@@ -24,16 +25,16 @@ class Engine:
     All workers call every method in step, with batches of one and the same length.
     """
 
-    def __init__(self, schema: Schema, config: TrainerConfig, student: Student, dim: int, seed: int, device: torch.device) -> None:
+    def __init__(self, schema: Schema, config: TrainerConfig, student: Student, model: ModelConfig, seed: int, device: torch.device) -> None:
         self.device = device
-        self.tables = ShardedTables(schema, config, dim, seed, device)
+        self.tables = ShardedTables(schema, config, model, seed, device)
         self.dense: Any = shard_dense(student.to(device), config, dist.get_world_size())
         self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
 
     def forward(self, batch: Batch) -> Logits:
         """Logits in float32; keeps the graph when gradients are on."""
-        embedded_BFE = self.tables(batch).to(self._dtype)
-        logits: Logits = self.dense(embedded_BFE, batch.dense_BD.to(self._dtype))
+        embedded_BRE = self.tables(batch).to(self._dtype)
+        logits: Logits = self.dense(embedded_BRE, batch.dense_BD.to(self._dtype))
         return logits
 
     @torch.no_grad()
@@ -55,7 +56,7 @@ class Engine:
 
     def table_shards(self) -> dict[str, Tensor]:
         """This worker's table rows on the CPU, keyed `table@first_row`; views, not copies, where they lie there already."""
-        return {f"{s.table}@{s.first_row}": s.weight_RE.cpu() for s in self.tables.shards()}
+        return {f"{s.table}@{s.first_row}": s.weight_RW.cpu() for s in self.tables.shards()}
 
     def save(self, folder: Path) -> None:
         """Write this worker's part of a checkpoint."""
@@ -63,7 +64,7 @@ class Engine:
         state: dict[str, Tensor] = {}
         for shard in self.tables.shards():
             key = f"{shard.table}@{shard.first_row}"
-            state |= {f"{key}/weight": shard.weight_RE.cpu(), f"{key}/momentum": shard.momentum_R.cpu()}
+            state |= {f"{key}/weight": shard.weight_RW.cpu(), f"{key}/momentum": shard.momentum_R.cpu()}
         save_file(state, folder / f"tables.rank{dist.get_rank():04d}.safetensors")
         self.dense.save_checkpoint(str(folder), tag="dense", save_latest=False)
 
@@ -72,6 +73,6 @@ class Engine:
         state = load_file(folder / f"tables.rank{dist.get_rank():04d}.safetensors")
         for shard in self.tables.shards():
             key = f"{shard.table}@{shard.first_row}"
-            shard.weight_RE.copy_(state[f"{key}/weight"])
+            shard.weight_RW.copy_(state[f"{key}/weight"])
             shard.momentum_R.copy_(state[f"{key}/momentum"])
         self.dense.load_checkpoint(str(folder), tag="dense")

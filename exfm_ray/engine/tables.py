@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,9 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingEnv
 
 from exfm_ray.config import TrainerConfig
 from exfm_ray.data.batch import Batch
+from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.embeddings import initial_table
+from exfm_ray.models.layout import POOLED, Layout, expand_bags
 from exfm_ray.schema import Schema
 
 ADAGRAD_EPS = 1e-8
@@ -32,28 +35,32 @@ class Shard:
 
     table: str
     first_row: int
-    weight_RE: Tensor
+    weight_RW: Tensor
     momentum_R: Tensor
 
 
 class ShardedTables(nn.Module):
     """Tables of a schema over all workers of the default process group.
 
-    forward: Batch -> embedded_BFE, float32, features in the order (*schema.single, *schema.bags), bags mean-pooled.
+    forward: Batch -> embedded_BRE, float32, rows in the order of `models.layout`, bags mean-pooled.
     Every worker must call forward and backward in step, with batches of one and the same length.
     """
 
-    def __init__(self, schema: Schema, config: TrainerConfig, dim: int, seed: int, device: torch.device) -> None:
+    def __init__(self, schema: Schema, config: TrainerConfig, model: ModelConfig, seed: int, device: torch.device) -> None:
         super().__init__()
-        features = (*schema.single, *schema.bags)
-        self.keys = [f.name for f in features]
-        self.dim, self.device = dim, device
+        layout = Layout.of(model, schema)
+        self.slots = (*layout.single, *layout.bags)
+        self.keys = [slot.key for slot in self.slots]
+        self.dim, self.device = model.dim, device
+        self.bag_O = torch.tensor(layout.bag_of_O, dtype=torch.int64, device=device)
+        self.position_O = torch.tensor([slot.position for slot in layout.bags], dtype=torch.int64, device=device)
+        self.whole_bags = all(slot.position == POOLED for slot in layout.bags)
         collection = EmbeddingBagCollection(
             device=torch.device("meta"),
             tables=[
                 EmbeddingBagConfig(
-                    name=name, embedding_dim=dim, num_embeddings=rows, pooling=PoolingType.MEAN,
-                    feature_names=[f.name for f in features if (f.table or f.name) == name],
+                    name=name, embedding_dim=layout.embeddings[name] * model.dim, num_embeddings=rows, pooling=PoolingType.MEAN,
+                    feature_names=[slot.key for slot in self.slots if slot.table == name],
                 )
                 for name, rows in schema.tables.items()
             ],
@@ -66,24 +73,33 @@ class ShardedTables(nn.Module):
         self.collection = sharder.shard(collection, plan, env, device=device)
         self._order: list[int] | None = None
         for shard in self.shards():
-            last = shard.first_row + len(shard.weight_RE)
-            shard.weight_RE.copy_(initial_table(shard.table, schema.tables[shard.table], dim, seed, shard.first_row, last))
+            last = shard.first_row + len(shard.weight_RW)
+            width = shard.weight_RW.shape[1]
+            shard.weight_RW.copy_(initial_table(shard.table, schema.tables[shard.table], width, seed, shard.first_row, last))
 
     def forward(self, batch: Batch) -> Tensor:
         B, S = batch.sparse_BS.shape
+        values_V, lengths_OB = batch.bag_values_V, batch.bag_lengths_MB
+        if not self.whole_bags:
+            values_V, lengths_OB = expand_bags(values_V, lengths_OB, self.bag_O, self.position_O)
         jagged = KeyedJaggedTensor(
             keys=self.keys,
-            values=torch.cat([batch.sparse_BS.T.flatten(), batch.bag_values_V]),
-            lengths=torch.cat([torch.ones(S * B, dtype=torch.int64, device=self.device), batch.bag_lengths_MB.flatten()]),
+            values=torch.cat([batch.sparse_BS.T.flatten(), values_V]),
+            lengths=torch.cat([torch.ones(S * B, dtype=torch.int64, device=self.device), lengths_OB.flatten()]),
         )
         pooled = self.collection(jagged).wait()
-        embedded_BFE: Tensor = pooled.values().view(B, len(self.keys), self.dim)
-        if self._order is None:  # sharding groups the features by table: put them back, once it is known how
-            position = {key: i for i, key in enumerate(pooled.keys())}
-            self._order = [position[key] for key in self.keys]
-        if self._order != list(range(len(self.keys))):
-            embedded_BFE = embedded_BFE[:, self._order]
-        return embedded_BFE
+        embedded_BRE: Tensor = pooled.values().view(B, -1, self.dim)
+        if self._order is None:
+            self._order = self._rows_in_order(pooled.keys())
+        if self._order != list(range(len(self._order))):
+            embedded_BRE = embedded_BRE[:, self._order]
+        return embedded_BRE
+
+    def _rows_in_order(self, keys: list[str]) -> list[int]:
+        """Sharding groups the slots by table: where the rows of each slot, in the layout's order, stand in its output."""
+        width = {slot.key: slot.width for slot in self.slots}
+        first = dict(zip(keys, accumulate((width[key] for key in keys), initial=0), strict=False))
+        return [first[slot.key] + row for slot in self.slots for row in range(slot.width)]
 
     def shards(self) -> Iterator[Shard]:
         """Views of the rows that this worker holds; writing to them changes the tables."""

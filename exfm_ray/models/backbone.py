@@ -1,4 +1,7 @@
-"""What every interaction model is: embedded and dense features in, one vector per example out."""
+"""What every interaction model is: embedded and dense features in, one vector per example out.
+
+Shape suffixes as in `exfm_ray.data.batch`; R embedded rows, H features out.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Backbone(nn.Module):
-    """Base of the interaction models. Constructed as `Backbone(config, features, dense)`.
+    """Base of the interaction models. Constructed as `Backbone(config, inputs)`.
 
     It knows no tables, tasks or losses. It may be cast to bf16; the caller casts the inputs to its dtype.
 
@@ -16,6 +19,6 @@ class Backbone(nn.Module):
 
     out_features: int
 
-    def forward(self, embedded_BFE: Tensor, dense_BD: Tensor) -> Tensor:
-        """Embedded features (B, F, E) and dense ones (B, D), D may be 0, to x_BH."""
+    def forward(self, embedded_BRE: Tensor, dense_BD: Tensor) -> Tensor:
+        """Embedded rows (B, R, E) and dense features (B, D), D may be 0, to x_BH."""
         raise NotImplementedError

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from exfm_ray.config import DLRMConfig
+from exfm_ray.model_config import DLRMConfig
 from exfm_ray.models.backbone import Backbone
 from exfm_ray.models.layers import mlp_to, relu_mlp, width_out
+from exfm_ray.models.layout import Inputs
 
 
 class DLRM(Backbone):
@@ -15,23 +16,23 @@ class DLRM(Backbone):
 
     pair_index_P: Tensor
 
-    def __init__(self, config: DLRMConfig, features: int, dense: int) -> None:
+    def __init__(self, config: DLRMConfig, inputs: Inputs) -> None:
         super().__init__()
-        rows = features + (dense > 0)
-        self.bottom = mlp_to(dense, config.bottom_mlp, config.dim) if dense else None
+        rows = inputs.rows + (inputs.dense > 0)
+        self.bottom = mlp_to(inputs.dense, config.bottom_mlp, config.dim, dropout=config.dropout) if inputs.dense else None
         first_P, second_P = torch.triu_indices(rows, rows, offset=1)
         self.register_buffer("pair_index_P", first_P * rows + second_P, persistent=False)
-        inputs = len(first_P) + (config.dim if dense else 0)
-        self.top = relu_mlp(inputs, config.top_mlp)
-        self.out_features = width_out(inputs, config.top_mlp)
+        width = len(first_P) + (config.dim if inputs.dense else 0)
+        self.top = relu_mlp(width, config.top_mlp, config.dropout)
+        self.out_features = width_out(width, config.top_mlp)
 
-    def forward(self, embedded_BFE: Tensor, dense_BD: Tensor) -> Tensor:
-        """(B, F, E) and (B, D) to (B, H)."""
+    def forward(self, embedded_BRE: Tensor, dense_BD: Tensor) -> Tensor:
+        """(B, R, E) and (B, D) to (B, H)."""
         if self.bottom is None:
-            x_BH: Tensor = self.top(self.pairs(embedded_BFE))
+            x_BH: Tensor = self.top(self.pairs(embedded_BRE))
             return x_BH
         bottom_BE = self.bottom(dense_BD)
-        pairs_BP = self.pairs(torch.cat([embedded_BFE, bottom_BE.unsqueeze(1)], dim=1))
+        pairs_BP = self.pairs(torch.cat([embedded_BRE, bottom_BE.unsqueeze(1)], dim=1))
         x_BH = self.top(torch.cat([bottom_BE, pairs_BP], dim=1))
         return x_BH
 

@@ -1,6 +1,6 @@
 """Embedding tables in plain torch: for one device, for export, and to read. The engine trains with TorchRec's tables.
 
-Features are in the order F = (*schema.single, *schema.bags) everywhere. Shape suffixes as in `exfm_ray.data.batch`.
+Rows are in the order of `exfm_ray.models.layout`. Shape suffixes as in `exfm_ray.data.batch`; O slots of bags.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exfm_ray.data.batch import Batch
-from exfm_ray.schema import Schema, SparseFeature
+from exfm_ray.model_config import ModelConfig
+from exfm_ray.models.layout import POOLED, Layout, Slot, expand_bags
+from exfm_ray.schema import Schema
 
 INIT_STD = 0.05
 """Standard deviation of a fresh row. As large as one step of row-wise Adagrad at the default rate (its first step has a
@@ -49,54 +51,80 @@ def _initial_block(name: str, start: int, rows: int, dim: int, seed: int) -> Ten
 
 
 class PlainTables(nn.Module):
-    """All tables stacked in one parameter; a feature's ids are moved by the offset of the table that it reads.
+    """All tables stacked in one parameter; a slot's ids are moved by the offset of the table that it reads.
 
     So neither the single-valued features nor the bags need a loop: one gather for the former, one `embedding_bag` for
-    the latter.
+    the latter. A table with several embeddings for an id holds them in consecutive rows.
 
     Attributes:
-        weight: float32 (sum of the tables' rows, E).
+        weight: float32 (sum over the tables of rows times embeddings, E).
     """
 
+    single_S: Tensor
+    single_scale_S: Tensor
     single_offset_S: Tensor
-    bag_offset_M: Tensor
+    bag_O: Tensor
+    position_O: Tensor
+    bag_scale_O: Tensor
+    bag_offset_O: Tensor
 
-    def __init__(self, schema: Schema, dim: int, seed: int | None) -> None:
+    def __init__(self, schema: Schema, config: ModelConfig, seed: int | None) -> None:
         """Fresh tables from `seed`; zeros, to be loaded, where it is None."""
         super().__init__()
-        self.rows = dict(schema.tables)
-        ends = list(accumulate(self.rows.values()))
+        layout = Layout.of(config, schema)
+        self.rows, self.embeddings = dict(schema.tables), layout.embeddings
+        ends = list(accumulate(rows * self.embeddings[name] for name, rows in self.rows.items()))
         self.first_row = dict(zip(self.rows, [0, *ends], strict=False))
-        self.weight = nn.Parameter(torch.zeros(ends[-1], dim))
-        self.register_buffer("single_offset_S", self._offsets(schema.single), persistent=False)
-        self.register_buffer("bag_offset_M", self._offsets(schema.bags), persistent=False)
+        self.weight = nn.Parameter(torch.zeros(ends[-1], config.dim))
+        self._numbers("single", layout.single, tuple(range(len(layout.single))))
+        self._numbers("bag", layout.bags, layout.bag_of_O)
+        positions = [slot.position for slot in layout.bags for _ in range(slot.width)]
+        self.register_buffer("position_O", torch.tensor(positions, dtype=torch.int64), persistent=False)
+        self.whole_bags = len(self.bag_O) == len(schema.bags) and all(position == POOLED for position in positions)
         if seed is not None:
-            self.load_tables({name: initial_table(name, rows, dim, seed) for name, rows in self.rows.items()})
+            self.load_tables({name: initial_table(name, table.shape[0], table.shape[1], seed) for name, table in self.tables().items()})
 
-    def _offsets(self, features: tuple[SparseFeature, ...]) -> Tensor:
-        return torch.tensor([self.first_row[f.table or f.name] for f in features], dtype=torch.int64)
+    def _numbers(self, kind: str, slots: tuple[Slot, ...], source: tuple[int, ...]) -> None:
+        """For every embedded row: from which column its ids come, and how an id becomes a row of `weight`."""
+        each = [(column, slot, embedding) for column, slot in zip(source, slots, strict=True) for embedding in range(slot.width)]
+        suffix = "S" if kind == "single" else "O"
+        numbers = {
+            f"{kind}_{suffix}": [column for column, _, _ in each],
+            f"{kind}_scale_{suffix}": [slot.width for _, slot, _ in each],
+            f"{kind}_offset_{suffix}": [self.first_row[slot.table] + embedding for _, slot, embedding in each],
+        }
+        for name, values in numbers.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
 
     def forward(self, batch: Batch) -> Tensor:
-        """A batch to embedded_BFE."""
+        """A batch to embedded_BRE."""
         return self.embed(batch.sparse_BS, batch.bag_values_V, batch.bag_lengths_MB)
 
     def embed(self, sparse_BS: Tensor, bag_values_V: Tensor, bag_lengths_MB: Tensor) -> Tensor:
-        """The tensors of a `Batch` to embedded_BFE: a row for a single value, the mean row for a bag, zeros for an empty bag."""
-        single_BSE = F.embedding(sparse_BS + self.single_offset_S, self.weight)
-        if not len(self.bag_offset_M):
-            return single_BSE
-        return torch.cat([single_BSE, self._embed_bags(bag_values_V, bag_lengths_MB)], dim=1)
+        """The tensors of a `Batch` to embedded_BRE: a row for a single value, the mean row for a bag, zeros for what is absent."""
+        ids_BS = sparse_BS[:, self.single_S] * self.single_scale_S + self.single_offset_S
+        single_BRE = F.embedding(ids_BS, self.weight)
+        if not len(self.bag_offset_O):
+            return single_BRE
+        if not self.whole_bags:
+            bag_values_V, bag_lengths_MB = expand_bags(bag_values_V, bag_lengths_MB, self.bag_O, self.position_O)
+        return torch.cat([single_BRE, self._embed_bags(bag_values_V, bag_lengths_MB)], dim=1)
 
-    def _embed_bags(self, values_V: Tensor, lengths_MB: Tensor) -> Tensor:
-        offset_V = torch.repeat_interleave(self.bag_offset_M, lengths_MB.sum(dim=1), output_size=values_V.shape[0])
-        ends_MB = lengths_MB.flatten().cumsum(0)
-        bags = F.embedding_bag(values_V + offset_V, self.weight, ends_MB - lengths_MB.flatten(), mode="mean")
-        return bags.view(*lengths_MB.shape, self.weight.shape[1]).transpose(0, 1)
+    def _embed_bags(self, values_V: Tensor, lengths_OB: Tensor) -> Tensor:
+        slot_V = torch.repeat_interleave(lengths_OB.sum(dim=1), output_size=values_V.shape[0])
+        rows_V = values_V * self.bag_scale_O[slot_V] + self.bag_offset_O[slot_V]
+        ends_X = lengths_OB.flatten().cumsum(0)
+        bags = F.embedding_bag(rows_V, self.weight, ends_X - lengths_OB.flatten(), mode="mean")
+        return bags.view(*lengths_OB.shape, self.weight.shape[1]).transpose(0, 1)
 
     def tables(self) -> dict[str, Tensor]:
-        """Views of the tables by name, without gradient: writing to one writes to `weight`."""
-        weight = self.weight.detach()
-        return {name: weight[first : first + self.rows[name]] for name, first in self.first_row.items()}
+        """Views of the tables by name, (rows, embeddings times E), without gradient: writing to one writes to `weight`."""
+        weight, dim = self.weight.detach(), self.weight.shape[1]
+        found = {}
+        for name, first in self.first_row.items():
+            rows, embeddings = self.rows[name], self.embeddings[name]
+            found[name] = weight[first : first + rows * embeddings].view(rows, embeddings * dim)
+        return found
 
     def load_tables(self, tables: Mapping[str, Tensor]) -> None:
         """Copy tables in by name. ValueError, before anything is copied, for a name or a shape that does not fit."""

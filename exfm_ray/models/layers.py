@@ -29,17 +29,17 @@ def linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
     return layer
 
 
-def relu_mlp(inputs: int, widths: Sequence[int]) -> nn.Sequential:
-    """Linear and ReLU for every width; the identity where there is none. Output: `width_out(inputs, widths)`."""
+def relu_mlp(inputs: int, widths: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
+    """Linear, ReLU and dropout for every width; the identity where there is none. Output: `width_out(inputs, widths)`."""
     layers: list[nn.Module] = []
     for before, width in zip((inputs, *widths), widths, strict=False):
-        layers += [linear(before, width, RELU_GAIN), nn.ReLU()]
+        layers += [linear(before, width, RELU_GAIN), nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
     return nn.Sequential(*layers)
 
 
-def mlp_to(inputs: int, widths: Sequence[int], outputs: int, gain: float = 1.0) -> nn.Sequential:
+def mlp_to(inputs: int, widths: Sequence[int], outputs: int, gain: float = 1.0, dropout: float = 0.0) -> nn.Sequential:
     """ReLU layers of `widths`, then a linear layer to `outputs`."""
-    return nn.Sequential(*relu_mlp(inputs, widths), linear(width_out(inputs, widths), outputs, gain))
+    return nn.Sequential(*relu_mlp(inputs, widths, dropout), linear(width_out(inputs, widths), outputs, gain))
 
 
 def width_out(inputs: int, widths: Sequence[int]) -> int:

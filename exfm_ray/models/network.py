@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from exfm_ray.config import ModelConfig
+from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.layers import mlp_to, seeded
+from exfm_ray.models.layout import Layout
 from exfm_ray.models.registry import build_backbone
 from exfm_ray.schema import Schema
 
@@ -33,18 +34,17 @@ class Network(nn.Module):
 
     def __init__(self, config: ModelConfig, schema: Schema, tasks: int) -> None:
         super().__init__()
-        features = len(schema.single) + len(schema.bags)
-        self.backbone = build_backbone(config, features, len(schema.dense))
+        self.backbone = build_backbone(config, Layout.of(config, schema).inputs(len(schema.dense)))
         self.head = Head(self.backbone.out_features, (), tasks)
 
-    def forward(self, embedded_BFE: Tensor, dense_BD: Tensor) -> Tensor:
-        """Embedded features (B, F, E) and dense ones (B, D) to float32 logits_BT."""
-        logits_BT: Tensor = self.head(self.features(embedded_BFE, dense_BD))
+    def forward(self, embedded_BRE: Tensor, dense_BD: Tensor) -> Tensor:
+        """Embedded rows (B, R, E) and dense features (B, D) to float32 logits_BT."""
+        logits_BT: Tensor = self.head(self.features(embedded_BRE, dense_BD))
         return logits_BT
 
-    def features(self, embedded_BFE: Tensor, dense_BD: Tensor) -> Tensor:
+    def features(self, embedded_BRE: Tensor, dense_BD: Tensor) -> Tensor:
         """x_BH, what the heads see."""
-        x_BH: Tensor = self.backbone(embedded_BFE, dense_BD)
+        x_BH: Tensor = self.backbone(embedded_BRE, dense_BD)
         return x_BH
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from exfm_ray.config import DCNv2Config, DLRMConfig, MLPConfig, ModelConfig, WukongConfig
+from exfm_ray.model_config import DCNv2Config, DLRMConfig, MLPConfig, ModelConfig, WukongConfig
 from exfm_ray.models.backbone import Backbone
 from exfm_ray.models.dcnv2 import DCNv2
 from exfm_ray.models.dlrm import DLRM
+from exfm_ray.models.layout import Inputs
 from exfm_ray.models.mlp import MLP
 from exfm_ray.models.wukong import Wukong
 
-BACKBONES: dict[type, Callable[[Any, int, int], Backbone]] = {
+BACKBONES: dict[type, Callable[[Any, Inputs], Backbone]] = {
     WukongConfig: Wukong,
     MLPConfig: MLP,
     DLRMConfig: DLRM,
@@ -20,6 +21,6 @@ BACKBONES: dict[type, Callable[[Any, int, int], Backbone]] = {
 }
 
 
-def build_backbone(config: ModelConfig, features: int, dense: int) -> Backbone:
-    """The interaction model of `config` for so many embedded and dense features."""
-    return BACKBONES[type(config)](config, features, dense)
+def build_backbone(config: ModelConfig, inputs: Inputs) -> Backbone:
+    """The interaction model of `config`. ValueError where its sizes do not fit the inputs."""
+    return BACKBONES[type(config)](config, inputs)

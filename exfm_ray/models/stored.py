@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from exfm_ray.config import ModelConfig
 from exfm_ray.data.batch import Batch
 from exfm_ray.errors import UserError
 from exfm_ray.files import atomic_path, read_json, sha256, write_json
+from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.embeddings import PlainTables
 from exfm_ray.models.network import Network
 from exfm_ray.schema import Model, Schema
@@ -47,8 +47,8 @@ class PlainModel(nn.Module):
 
     def forward(self, sparse_BS: Tensor, bag_values_V: Tensor, bag_lengths_MB: Tensor, dense_BD: Tensor) -> Tensor:
         """Logits_BT, float32."""
-        embedded_BFE = self.tables.embed(sparse_BS, bag_values_V, bag_lengths_MB)
-        logits_BT: Tensor = self.network(embedded_BFE, dense_BD).float()
+        embedded_BRE = self.tables.embed(sparse_BS, bag_values_V, bag_lengths_MB)
+        logits_BT: Tensor = self.network(embedded_BRE, dense_BD).float()
         return logits_BT
 
     @torch.inference_mode()
@@ -95,7 +95,7 @@ def load_model(folder: Path) -> tuple[PlainModel, StoredModel]:
     for name, expected in manifest.files.items():
         if Path(name).name != name or not (folder / name).exists() or sha256(folder / name) != expected:
             raise UserError(f"{folder / name}: missing or not the file that {MANIFEST} describes; this model is damaged")
-    tables = PlainTables(manifest.example, manifest.network.dim, seed=None)
+    tables = PlainTables(manifest.example, manifest.network, seed=None)
     parts: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in manifest.example.tables}
     for file in (name for name in sorted(manifest.files) if name.startswith("tables.")):
         for key, rows in load_file(folder / file).items():

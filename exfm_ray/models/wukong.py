@@ -14,10 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from exfm_ray.config import WukongConfig
+from exfm_ray.model_config import WukongConfig
 from exfm_ray.models.backbone import Backbone
 from exfm_ray.models.embeddings import INIT_STD
 from exfm_ray.models.layers import fan_in_normal_, mlp_to, relu_mlp, width_out
+from exfm_ray.models.layout import Inputs
 
 
 class RowMix(nn.Module):
@@ -70,9 +71,10 @@ class WukongLayer(nn.Module):
 class Wukong(Backbone):
     """l layers over the embedded features and `dense_rows` rows made of the dense features; then flatten and MLP."""
 
-    def __init__(self, config: WukongConfig, features: int, dense: int) -> None:
+    def __init__(self, config: WukongConfig, inputs: Inputs) -> None:
         super().__init__()
-        rows, out = features + (config.dense_rows if dense else 0), config.n_F + config.n_L
+        dense = inputs.dense
+        rows, out = inputs.rows + (config.dense_rows if dense else 0), config.n_F + config.n_L
         rows_of_layers = [rows, *[out] * (config.l - 1)]
         if config.n_F and config.k > min(rows_of_layers):
             layer = next(i for i, n in enumerate(rows_of_layers) if n < config.k)
@@ -88,9 +90,9 @@ class Wukong(Backbone):
         self.mlp = relu_mlp(out * config.dim, config.mlp)
         self.out_features = width_out(out * config.dim, config.mlp)
 
-    def forward(self, embedded_BFE: Tensor, dense_BD: Tensor) -> Tensor:
-        """(B, F, E) and (B, D) to (B, H)."""
-        x_BNE = embedded_BFE
+    def forward(self, embedded_BRE: Tensor, dense_BD: Tensor) -> Tensor:
+        """(B, R, E) and (B, D) to (B, H)."""
+        x_BNE = embedded_BRE
         if self.dense is not None:
             x_BNE = torch.cat([x_BNE, self.dense(dense_BD).view(-1, *self.dense_shape)], dim=1)
         x_BH: Tensor = self.mlp(self.layers(x_BNE).flatten(1))

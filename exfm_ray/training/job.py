@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from exfm_ray.config import Arm, Config, ModelConfig, StudentConfig, TrainerConfig
+from exfm_ray.config import Arm, Config, StudentConfig, TrainerConfig
 from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.das.supervision import AugmentedReader, SupervisionStore
 from exfm_ray.data.feed import FeedClient, FragmentReader, Pass, StreamReader
@@ -19,6 +19,7 @@ from exfm_ray.distillation.adapter import Adapter
 from exfm_ray.distillation.student import Student
 from exfm_ray.engine.engine import Engine
 from exfm_ray.engine.replica import Replica
+from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.network import build_network
 from exfm_ray.models.stored import commit_model, write_tables
 from exfm_ray.schema import Schema
@@ -101,7 +102,7 @@ def _lane(
     seed, distillation = job.config.seed, job.config.distillation
     student = Student(build_network(network, schema, len(tasks), seed), arm or Arm.LABELS, distillation, seed)
     adapter = Replica(Adapter(distillation.sa, seed), distillation.sa.lr, device) if arm is Arm.AH_SA else None
-    return Lane(model, arm, tasks, Engine(schema, job.trainer, student, network.dim, seed, device), distillation, adapter)
+    return Lane(model, arm, tasks, Engine(schema, job.trainer, student, network, seed, device), distillation, adapter)
 
 
 @dataclass

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from example import SCHEMA
 
-from exfm_ray.config import MLPConfig
 from exfm_ray.das.snapshots import SnapshotStore
+from exfm_ray.model_config import MLPConfig
 from exfm_ray.models.embeddings import PlainTables
 from exfm_ray.models.network import build_network
 from exfm_ray.models.stored import commit_model, write_tables
@@ -20,7 +20,7 @@ def publish(root: Path, version: int, schema: Schema = SCHEMA, named: int | None
     """Version `version` of teacher fm, weights drawn from `version`; `named`: the version that its manifest tells."""
     store = SnapshotStore(root, "fm")
     folder = store.folder(version)
-    write_tables(folder, 0, {f"{name}@0": table for name, table in PlainTables(schema, 4, seed=version).tables().items()})
+    write_tables(folder, 0, {f"{name}@0": table for name, table in PlainTables(schema, MODEL, seed=version).tables().items()})
     network = build_network(MODEL, schema, len(schema.tasks), version)
     commit_model(folder, MODEL, schema, schema.tasks, network.state_dict(), {"teacher": "fm", "version": named or version})
     return store

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from exfm_ray.config import AHConfig, Arm, DistillationConfig, MLPConfig, SAConfig
+from exfm_ray.config import AHConfig, Arm, DistillationConfig, SAConfig
 from exfm_ray.distillation.objective import objective_B
 from exfm_ray.distillation.student import Student, scale_gradient
+from exfm_ray.model_config import MLPConfig
 from exfm_ray.models.network import build_network
 from exfm_ray.schema import Schema, SparseFeature
 

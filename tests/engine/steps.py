@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from example import SCHEMA, make_rows
 
-from exfm_ray.config import Arm, DistillationConfig, MLPConfig, ModelConfig, VMConfig, WukongConfig
+from exfm_ray.config import Arm, DistillationConfig, VMConfig
 from exfm_ray.das.supervision import TEACHER_COLUMN
 from exfm_ray.data.stream import list_values
+from exfm_ray.model_config import MLPConfig, ModelConfig, WukongConfig
 
 WUKONG = WukongConfig(dim=4, l=1, n_F=2, n_L=2, k=2, fmb_mlp=(8,), mlp=(8,))
 MLP = MLPConfig(dim=4, mlp=(8,))
@@ -57,7 +58,7 @@ def make_group(case: Case) -> Any:
     tasks = (0, 1) if case.arm is None else (0,)
     device = torch.device("cpu")
     student = Student(build_network(case.model, SCHEMA, len(tasks), SEED), case.arm or Arm.LABELS, distillation, SEED)
-    engine = Engine(SCHEMA, config, student, case.model.dim, SEED, device)
+    engine = Engine(SCHEMA, config, student, case.model, SEED, device)
     adapter = Replica(Adapter(distillation.sa, SEED), distillation.sa.lr, device) if case.arm is Arm.AH_SA else None
     lane = Lane("m", case.arm, tasks, engine, distillation, adapter)
     return Group(SCHEMA, [lane], None, 64, device, 0, 1)
@@ -69,7 +70,7 @@ def state(group: Any) -> dict[str, np.ndarray]:
     found = {f"dense/{name}": tensor.numpy() for name, tensor in lane.engine.dense_state().items()}
     if lane.adapter:
         found |= {f"adapter/{name}": tensor.numpy().copy() for name, tensor in lane.adapter.module.state_dict().items()}
-    mine = [(s.table, s.first_row, s.weight_RE.numpy().copy(), s.momentum_R.numpy().copy()) for s in lane.engine.tables.shards()]
+    mine = [(s.table, s.first_row, s.weight_RW.numpy().copy(), s.momentum_R.numpy().copy()) for s in lane.engine.tables.shards()]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     shards = sorted((shard for part in everyone for shard in part), key=lambda shard: shard[:2])
@@ -117,6 +118,6 @@ def embed(sharding: str, sizes: Sequence[int]) -> list[np.ndarray]:
     from exfm_ray.data.batch import to_batch
     from exfm_ray.engine.tables import ShardedTables
 
-    tables = ShardedTables(SCHEMA, VMConfig(sharding=sharding), 4, SEED, torch.device("cpu"))
+    tables = ShardedTables(SCHEMA, VMConfig(sharding=sharding), MLPConfig(dim=4), SEED, torch.device("cpu"))
     with torch.no_grad():
         return [tables(to_batch(make_rows(size, seed=size + dist.get_rank()), SCHEMA)).numpy() for size in sizes]

@@ -57,7 +57,7 @@ def test_table_wise_equals_row_wise(groups: dict[int, Workers], world: int) -> N
 
 def plain_torch(case: Case) -> dict[str, np.ndarray]:
     """The same training of an FM written down anew: autograd, AdamW, row-wise Adagrad by its formula."""
-    tables = PlainTables(SCHEMA, case.model.dim, steps.SEED)
+    tables = PlainTables(SCHEMA, case.model, steps.SEED)
     network = build_network(case.model, SCHEMA, 2, steps.SEED)
     adam = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.01)
     momentum = torch.zeros(len(tables.weight))
@@ -85,7 +85,7 @@ def test_learns_what_plain_torch_learns(groups: dict[int, Workers]) -> None:
     trainer = {"optimizer": {"table_lr": 0.05, "dense_lr": 1e-3, "dense_weight_decay": 0.01}}
     case = Case(trainer=trainer, arm=None, batches=(64, 64, 64), model=steps.MLP)
     found = groups[1].run(steps.train, case)[0]
-    fresh = PlainTables(SCHEMA, 4, steps.SEED).tables()
+    fresh = PlainTables(SCHEMA, case.model, steps.SEED).tables()
     for name in SCHEMA.tables:
         assert (found[f"momentum/{name}"] > 0).any(), name
         assert not np.array_equal(found[f"tables/{name}"], fresh[name].numpy()), name

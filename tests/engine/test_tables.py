@@ -9,6 +9,7 @@ from example import SCHEMA, make_rows
 from workers import Workers
 
 from exfm_ray.data.batch import to_batch
+from exfm_ray.model_config import MLPConfig
 from exfm_ray.models.embeddings import PlainTables
 
 
@@ -17,7 +18,7 @@ from exfm_ray.models.embeddings import PlainTables
 def test_sharded_tables_equal_plain_tables(groups: dict[int, Workers], world: int, sharding: str) -> None:
     """Wrong: what is trained and what is exported or scores with the same weights see different embeddings."""
     sizes = (1, 5, 64)
-    plain = PlainTables(SCHEMA, 4, seed=steps.SEED)
+    plain = PlainTables(SCHEMA, MLPConfig(dim=4), seed=steps.SEED)
     for rank, found in enumerate(groups[world].run(steps.embed, sharding, sizes)):
         for size, embedded in zip(sizes, found, strict=True):
             expected = plain(to_batch(make_rows(size, seed=size + rank), SCHEMA)).detach().numpy()

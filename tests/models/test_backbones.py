@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from exfm_ray.config import DCNv2Config, DLRMConfig, MLPConfig, ModelConfig, WukongConfig
+from exfm_ray.model_config import DCNv2Config, DLRMConfig, MLPConfig, ModelConfig, WukongConfig
 from exfm_ray.models.dcnv2 import DCNv2
 from exfm_ray.models.dlrm import DLRM
 from exfm_ray.models.layers import mlp_to, relu_mlp, seeded
+from exfm_ray.models.layout import Inputs
 from exfm_ray.models.mlp import MLP
 from exfm_ray.models.registry import BACKBONES, build_backbone
 
@@ -38,7 +39,7 @@ def noisy(model: nn.Module) -> None:
 @pytest.mark.parametrize("dense", [0, 3])
 def test_mlp(dense: int) -> None:
     """Wrong: features are lost or the last activation is missing."""
-    model = MLP(MLPConfig(dim=4, mlp=(8, 5)), 3, dense).double()
+    model = MLP(MLPConfig(dim=4, mlp=(8, 5)), Inputs(3, dense)).double()
     noisy(model)
     x, d = inputs(3, 4, dense)
     expected = run(model.hidden, np.concatenate([x.reshape(13, 12).numpy(), d.numpy()], axis=1))
@@ -49,7 +50,7 @@ def test_mlp(dense: int) -> None:
 @pytest.mark.parametrize("dense", [0, 3])
 def test_dlrm(dense: int) -> None:
     """Wrong: a pair is missing or counted twice, or the bottom row does not reach the top MLP."""
-    model = DLRM(DLRMConfig(dim=4, bottom_mlp=(6,), top_mlp=(7, 5)), 3, dense).double()
+    model = DLRM(DLRMConfig(dim=4, bottom_mlp=(6,), top_mlp=(7, 5)), Inputs(3, dense)).double()
     noisy(model)
     x, d = inputs(3, 4, dense)
     expected = []
@@ -66,7 +67,7 @@ def test_dlrm(dense: int) -> None:
 @pytest.mark.parametrize("dense", [0, 3])
 def test_dcnv2(dense: int) -> None:
     """Wrong: the cross is not x0 * (W x + b) + x, or the two halves are not in parallel."""
-    model = DCNv2(DCNv2Config(dim=4, cross_layers=3, mlp=(7, 5)), 3, dense).double()
+    model = DCNv2(DCNv2Config(dim=4, cross_layers=3, mlp=(7, 5)), Inputs(3, dense)).double()
     noisy(model)
     x, d = inputs(3, 4, dense)
     start = np.concatenate([x.reshape(13, 12).numpy(), d.numpy()], axis=1)
@@ -81,7 +82,7 @@ def test_dcnv2(dense: int) -> None:
 @pytest.mark.parametrize("dense", [0, 2])
 def test_every_backbone_keeps_its_promises(config: ModelConfig, dense: int) -> None:
     """Wrong: a model has another width than it says, leaves a parameter without gradient, fails in bf16 or on no examples."""
-    model = build_backbone(config, 6, dense)
+    model = build_backbone(config, Inputs(6, dense))
     x, d = inputs(6, config.dim, dense)
     y = model(x.float(), d.float())
     assert y.shape == (13, model.out_features)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from exfm_ray.data.batch import Batch
+from exfm_ray.model_config import MLPConfig
 from exfm_ray.models import embeddings
 from exfm_ray.models.embeddings import INIT_STD, PlainTables, initial_table
 from exfm_ray.schema import Kind, Schema, SparseFeature
@@ -23,6 +24,9 @@ SCHEMA = Schema(
     tasks=("click",),
     domains=("a", "b"),
 )
+
+
+CONFIG = MLPConfig(dim=4)
 
 
 def make_batch(size: int, seed: int = 0) -> Batch:
@@ -47,7 +51,7 @@ def per_feature(tables: dict[str, Tensor], batch: Batch) -> Tensor:
 @pytest.mark.parametrize("size", [0, 1, 64])
 def test_equals_one_embedding_bag_per_feature(size: int) -> None:
     """Wrong: an offset points into another table, the order of the features differs, or a bag is not averaged."""
-    tables, batch = PlainTables(SCHEMA, 4, seed=3), make_batch(size)
+    tables, batch = PlainTables(SCHEMA, CONFIG, seed=3), make_batch(size)
     embedded = tables(batch)
     assert embedded.shape == (size, len(SCHEMA.single) + len(SCHEMA.bags), 4)
     if size:
@@ -56,14 +60,14 @@ def test_equals_one_embedding_bag_per_feature(size: int) -> None:
 
 def test_empty_bags_are_zero() -> None:
     """Wrong: a missing list takes a neighbour's values or NaN."""
-    tables, batch = PlainTables(SCHEMA, 4, seed=3), make_batch(3)
+    tables, batch = PlainTables(SCHEMA, CONFIG, seed=3), make_batch(3)
     nothing = torch.zeros(len(SCHEMA.bags), 3, dtype=torch.int64)
     assert not tables.embed(batch.sparse_BS, batch.bag_values_V[:0], nothing)[:, len(SCHEMA.single) :].any()
 
 
 def test_gradients_reach_the_rows_that_were_read_only() -> None:
     """Wrong: learning one id moves another."""
-    tables, batch = PlainTables(SCHEMA, 4, seed=3), make_batch(2)
+    tables, batch = PlainTables(SCHEMA, CONFIG, seed=3), make_batch(2)
     tables(batch).sum().backward()
     touched = {int(i) for i in tables.weight.grad.abs().sum(1).nonzero()}
     rows = {tables.first_row[f.table or f.name] + int(i) for f, ids in zip(SCHEMA.single, batch.sparse_BS.T, strict=True) for i in ids}
@@ -74,7 +78,7 @@ def test_gradients_reach_the_rows_that_were_read_only() -> None:
 
 def test_tables_go_out_and_in() -> None:
     """Wrong: a snapshot's tables come back in other places."""
-    full, empty = PlainTables(SCHEMA, 4, seed=3), PlainTables(SCHEMA, 4, seed=None)
+    full, empty = PlainTables(SCHEMA, CONFIG, seed=3), PlainTables(SCHEMA, CONFIG, seed=None)
     assert not empty.weight.any()
     assert {n: len(t) for n, t in full.tables().items()} == dict(SCHEMA.tables)
     empty.load_tables(full.tables())
@@ -83,8 +87,8 @@ def test_tables_go_out_and_in() -> None:
 
 def test_tables_that_do_not_fit_are_refused_and_nothing_is_changed() -> None:
     """Wrong: part of another schema's tables is loaded before the mistake is found."""
-    tables = PlainTables(SCHEMA, 4, seed=None)
-    good = PlainTables(SCHEMA, 4, seed=1).tables()
+    tables = PlainTables(SCHEMA, CONFIG, seed=None)
+    good = PlainTables(SCHEMA, CONFIG, seed=1).tables()
     for bad, message in [
         ({n: t for n, t in good.items() if n != "item"}, "table 'item' is missing"),
         (good | {"item": torch.zeros(8, 4)}, r"'item' has shape \(8, 4\), the schema and dim say \(7, 4\)"),
@@ -125,7 +129,7 @@ def test_exports_with_any_batch_size() -> None:
     class Graph(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.tables = PlainTables(SCHEMA, 4, seed=3)
+            self.tables = PlainTables(SCHEMA, CONFIG, seed=3)
 
         def forward(self, sparse: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
             return self.tables.embed(sparse, values, lengths)

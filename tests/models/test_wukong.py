@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from exfm_ray.config import WukongConfig
+from exfm_ray.model_config import WukongConfig
 from exfm_ray.models.layers import seeded
+from exfm_ray.models.layout import Inputs
 from exfm_ray.models.wukong import RowMix, Wukong, WukongLayer
 
 NO_DENSE = torch.empty(0, 0)
@@ -16,7 +17,7 @@ NO_DENSE = torch.empty(0, 0)
 
 def make(config: WukongConfig, features: int, dense: int = 0, seed: int = 0) -> Wukong:
     with seeded(seed):
-        model = Wukong(config, features, dense).double()
+        model = Wukong(config, Inputs(features, dense)).double()
         for parameter in model.parameters():  # biases and norms too: a term that is left out must show
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model
@@ -105,7 +106,7 @@ def test_gradients_at_the_start_neither_vanish_nor_explode(scale: float) -> None
     norms = {}
     for depth in (2, 4, 8, 16):
         with seeded(0):
-            model = Wukong(WukongConfig(l=depth), 20, 0)
+            model = Wukong(WukongConfig(l=depth), Inputs(20, 0))
             x = (torch.randn(256, 20, 16) * scale).requires_grad_()
         model(x, torch.empty(256, 0)).square().mean().backward()
         layers = [torch.stack([p.grad.norm() for p in layer.parameters()]).norm().item() for layer in model.layers]
@@ -125,7 +126,7 @@ def test_an_example_does_not_see_the_others() -> None:
 def test_dense_features_matter_and_their_rows_start_at_the_scale_of_embeddings() -> None:
     """Wrong: dense features are dropped, or their rows are so large that the norm in FMB hides the embeddings."""
     with seeded(0):
-        model = Wukong(WukongConfig(), 20, 5)
+        model = Wukong(WukongConfig(), Inputs(20, 5))
         dense = torch.randn(512, 5)
     assert model.dense is not None
     assert 0.02 < model.dense(dense).std() < 0.1
@@ -136,16 +137,16 @@ def test_dense_features_matter_and_their_rows_start_at_the_scale_of_embeddings()
 def test_rank_above_the_rows_is_refused() -> None:
     """Wrong: a projection that expands instead of compressing is built without a word."""
     with pytest.raises(ValueError, match=r"model.k is 9, above the 8 rows that enter layer 1.*set k to 8 or less"):
-        Wukong(WukongConfig(k=9), 8, 0)
+        Wukong(WukongConfig(k=9), Inputs(8, 0))
     with pytest.raises(ValueError, match="above the 4 rows that enter layer 2"):
-        Wukong(WukongConfig(k=5, n_F=2, n_L=2), 8, 0)
-    Wukong(WukongConfig(k=9, n_F=0), 8, 0)  # without FMB there is no projection
+        Wukong(WukongConfig(k=5, n_F=2, n_L=2), Inputs(8, 0))
+    Wukong(WukongConfig(k=9, n_F=0), Inputs(8, 0))  # without FMB there is no projection
 
 
 def test_bf16() -> None:
     """Wrong: a float32 tensor inside the model breaks bf16, or bf16 gives another function."""
     with seeded(0):
-        model = Wukong(WukongConfig(), 20, 3)
+        model = Wukong(WukongConfig(), Inputs(20, 3))
         x, dense = torch.randn(64, 20, 16) * 0.05, torch.randn(64, 3)
     full = model(x, dense)
     half = model.bfloat16()(x.bfloat16(), dense.bfloat16())
@@ -155,4 +156,4 @@ def test_bf16() -> None:
 
 def test_empty_batch() -> None:
     """Wrong: a worker whose share of the last batch is empty fails."""
-    assert Wukong(WukongConfig(), 20, 0)(torch.empty(0, 20, 16), NO_DENSE).shape == (0, 128)
+    assert Wukong(WukongConfig(), Inputs(20, 0))(torch.empty(0, 20, 16), NO_DENSE).shape == (0, 128)
