@@ -16,6 +16,7 @@ from exfm_ray.data.feed import FragmentReader, Pass
 from exfm_ray.data.stream import EventStream
 from exfm_ray.training.job import Job, build_groups
 from exfm_ray.training.loop import Loop
+from exfm_ray.training.static import EarlyStopping
 
 
 class BareClient:
@@ -59,13 +60,26 @@ def one_process() -> None:
     dist.init_process_group("gloo")
 
 
+def bare_static(job: Job) -> tuple[list[dict[str, Any]], EarlyStopping]:
+    """Passes over the job's static set until early stopping; the best pass's rows, and how it went."""
+    windows = EventStream.open(job.stream_root).windows()
+    static = job.static(windows)
+    assert static
+    loop, _ = bare_loop(job, windows)
+    stopping, best = EarlyStopping(static.config), []
+    while not stopping.over:
+        rows = loop.run_passes(static.works(stopping.last + 1), stopping.last + 1)
+        best = rows if stopping.take(rows) else best
+    return best, stopping
+
+
 def bare_loop(job: Job, windows: Sequence[int]) -> tuple[Loop, Rows]:
     """The job's loop, ready to run `windows`."""
     one_process()
     schema = EventStream.open(job.stream_root).schema
     torch.manual_seed(job.config.seed)
     report, reader = Rows(), job.reader(schema)
-    client: Any = BareClient(reader, job.passes(windows))
+    client: Any = BareClient(reader, job.passes(windows, 0))
     groups = build_groups(job, schema, torch.device("cpu"))
     loop = Loop(
         role=job.role, seed=job.config.seed, groups=groups, reader=reader, client=client, report=report,

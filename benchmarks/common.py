@@ -6,17 +6,20 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 
-def arguments(name: str, says: str) -> argparse.Namespace:
-    """Parse `[--data DIR] [--quick]` and say what will be done."""
+def arguments(name: str, says: str, paths: Mapping[str, str] = {}) -> argparse.Namespace:
+    """Parse `[--data DIR] [--quick]`, and options of one's own that are paths (option -> help), and say what will be done."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=says)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("EXFM_DATA", "../shared/data")), help="folder of the raw data sets")
     parser.add_argument("--quick", action="store_true", help="smaller, less exact")
+    for option, explained in paths.items():
+        parser.add_argument(option, type=Path, help=explained)
     options = parser.parse_args()
     print(says, flush=True)
     return options

@@ -73,6 +73,11 @@ def prepare(config: Config) -> None:
     stream = prepare_stream(config)
     windows = [stream.window(w) for w in stream.windows()]
     print(f"{stream.root}: {len(windows)} windows, {sum(w.rows for w in windows):,} events, {sum(w.duplicates for w in windows):,} duplicates")
+    tables = read_json(stream.root / "manifest.json").get("tables", {})
+    shares = {name: table["values_in_shared_rows"] / table["values"] for name, table in tables.items() if table["shared"]}
+    for name in sorted(shares, key=lambda name: -shares[name]):
+        used, rows = tables[name]["used"], tables[name]["rows"] - 1
+        print(f"  table {name}: {shares[name]:.1%} of the values share their row with another id; {used:,} of {rows:,} rows used")
 
 
 def _run(config: Config, fm: bool, das: bool, vm: bool) -> None:
@@ -119,18 +124,20 @@ def show(config: Config) -> None:
     summary = read_json(config.folder / "summary.json")
     wanted = {student.domain for student in config.vm.models} | {"all"}
     rows = [row for row in summary["figures"] if row["domain"] in wanted]
+    place = {"pass": "best pass", "window": "window"} if config.fm.static else {}
     console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 120)))
     table = Table(title=f"{config.name}: windows {summary['windows'][0]} to {summary['windows'][-1]}" if summary["windows"] else config.name)
-    for column in ("domain", "task", "model", "arm"):
+    for column in (*place.values(), "domain", "task", "model", "arm"):
         table.add_column(column)
-    columns = {"ne": "NE", "best_ne": "best NE", "auc": "AUC", "gauc": "gAUC", "calibration": "calibr."}
-    columns |= {"ne_gain": "NE gain %", "transfer_ratio": "TR"}
+    columns = {"ne": "NE", "auc": "AUC", "gauc": "gAUC", "calibration": "calibr."}
+    columns |= {"log_loss": "log loss"} if config.fm.static else {"best_ne": "best NE", "ne_gain": "NE gain %", "transfer_ratio": "TR"}
     for heading in columns.values():
         table.add_column(heading, justify="right")
     for row in sorted(rows, key=lambda row: (row["domain"] != "all", row["domain"], row["task"])):
-        table.add_row(row["domain"], row["task"], row["model"], row["arm"], *(_cell(key, row.get(key)) for key in columns))
+        identity = (str(row[key]) for key in (*place, "domain", "task", "model", "arm"))
+        table.add_row(*identity, *(_cell(key, row.get(key)) for key in columns))
     console.print(table)
-    seconds = ", ".join(f"{role} {r['examples']:,} examples in {r['seconds']:.0f} s" for role, r in summary["roles"].items())
+    seconds = ", ".join(f"{role} {r['examples']:,} examples in {r['seconds']:.0f} s" for role, r in summary["roles"].items() if r["examples"])
     memory = f"peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB"
     console.print(f"{seconds}; {memory}. Everything is in {config.folder}", highlight=False, soft_wrap=True)
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.model_config import MODEL_TYPES, MLPConfig, ModelConfig, Widths, WukongConfig
 from exfm_ray.schema import Model, Name
 
+Rows = Annotated[int, Field(ge=2, le=2**31 - 1)]
 Folder = Annotated[Path, AfterValidator(Path.absolute)]
 """Absolute from the start: a run's workers have working folders of their own."""
 
@@ -31,9 +32,10 @@ class Arm(StrEnum):
 
 
 class WindowConfig(Model):
-    """How the stream is cut. `time`: by event time; `rows`: every so many events, for data that have only an order."""
+    """How the stream is cut. `time`: by event time; `rows`: every so many events, for data that have only an order; `file`: each
+    file of the raw data is a window, for static sets that come split into training, validation and test."""
 
-    by: Literal["time", "rows"] = "time"
+    by: Literal["time", "rows", "file"] = "time"
     length_s: int = Field(86_400, ge=1, description="seconds in a window (by: time)")
     offset_s: int = Field(0, description="windows start at multiples of length_s plus this many seconds since the epoch")
     rows: int = Field(100_000, ge=1, description="events in a window (by: rows)")
@@ -65,6 +67,7 @@ class DataConfig(Model):
     max_rows: int | None = Field(None, ge=1, description="stop after this many events")
     fragment_rows: int = Field(50_000, ge=1, description="events in a fragment, the unit of work of DAS and feed")
     hash_rows: int = Field(100_000, ge=2, description="table rows of hashed high-cardinality features in the built-in sources")
+    table_rows: dict[Name, Rows] = Field({}, description="rows of hashed tables by name, instead of hash_rows or of the schema file's")
     memory_mb: int = Field(1_000, ge=100, description="memory that sorting raw data may use before it goes to disk")
     embedded: EmbeddedConfig = EmbeddedConfig()
 
@@ -73,8 +76,12 @@ class OptimizerConfig(Model):
     """Row-wise Adagrad for the tables, Adam for the dense part."""
 
     table_lr: float = Field(0.05, gt=0)
+    table_weight_decay: float = Field(0.0, ge=0, description="L2: this much of a row is added to its gradient, in steps that use the row")
     dense_lr: float = Field(1e-3, gt=0)
     dense_weight_decay: float = Field(0.0, ge=0)
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay per step of an exponential moving average of all weights, which is evaluated and published instead"
+    )
 
 
 class TrainerConfig(Model):
@@ -85,15 +92,36 @@ class TrainerConfig(Model):
     workers: int = Field(1, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = Field(False, description="torch.compile the interaction model")
     zero_stage: int = Field(0, ge=0, le=3)
     sharding: Literal["row_wise", "table_wise"] = "row_wise"
     threads: int = Field(0, ge=0, description="torch threads of a CPU worker; 0 leaves torch's own choice")
+    reset_unused: int | None = Field(
+        None, ge=1, description="rows that no example of the last so many windows used are reset, with their optimizer state"
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        for setting, used in (("optimizer.ema", self.optimizer.ema > 0), ("compile", self.compile)):
+            if used and self.zero_stage == 3:
+                raise ValueError(f"{setting} is set with zero_stage 3, where no worker holds the weights whole; choose stage 0, 1 or 2")
+        return self
+
+
+class StaticConfig(Model):
+    """A set without time: the windows before `validation_window` are learnt in several passes, until that window's figure stops improving."""
+
+    passes: int = Field(50, ge=1)
+    patience: int = Field(3, ge=1, description="passes without improvement after which training ends")
+    monitor: Literal["auc", "log_loss"] = "auc"
+    validation_window: int = Field(1, ge=1, description="later windows are tests: evaluated after each pass, never looked at by the choice")
 
 
 class FMConfig(TrainerConfig):
     """The foundation model: one network, all domains, a head for every task."""
 
     name: Name = "fm"
+    static: StaticConfig | None = Field(None, description="several passes over a static set instead of one over the stream")
     tasks: tuple[Name, ...] = Field((), description="tasks it learns; empty means all of the stream's")
     model: ModelConfig = WukongConfig()
 
@@ -114,12 +142,27 @@ class DASConfig(Model):
         return self
 
 
+def _listed(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+def _distinct(tasks: tuple[str, ...]) -> tuple[str, ...]:
+    if not tasks:
+        raise ValueError("names no task; give one, or a list of them")
+    for task in tasks:
+        if tasks.count(task) > 1:
+            raise ValueError(f"names task '{task}' twice")
+    return tasks
+
+
 class StudentConfig(Model):
-    """One vertical model: its domain, its task, its network (`vm.model` where it names none)."""
+    """One vertical model: its domain, its task or list of tasks, its network (`vm.model` where it names none)."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     name: Name
     domain: Name
-    task: Name
+    tasks: Annotated[tuple[Name, ...], BeforeValidator(_listed), AfterValidator(_distinct)] = Field(alias="task")
     model: ModelConfig | None = None
 
 
@@ -199,6 +242,12 @@ class Config(Model):
     vm: VMConfig = VMConfig()
     distillation: DistillationConfig = DistillationConfig()
     metrics: MetricsConfig = MetricsConfig()
+
+    @model_validator(mode="after")
+    def _static(self) -> Self:
+        if self.fm.static and self.vm.models:
+            raise ValueError("fm.static is set: in a set without time no teacher is ignorant of its answers; remove vm.models, or fm.static")
+        return self
 
     @property
     def folder(self) -> Path:

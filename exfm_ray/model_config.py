@@ -21,6 +21,7 @@ class BackboneConfig(Model):
     embeddings: dict[Name, Annotated[int, Field(ge=1)]] = Field(
         {}, description="embedding table -> how many rows of width `dim` each of its ids has; 1 where it is not named"
     )
+    init_std: float = Field(0.05, gt=0, description="standard deviation of a fresh embedding row")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of hidden units left out in training, after each ReLU")
 
     @property

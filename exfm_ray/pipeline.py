@@ -32,7 +32,7 @@ from exfm_ray.runtime import MemoryMeter, ray_session
 from exfm_ray.schema import Schema
 from exfm_ray.summary import summary_rows
 from exfm_ray.tracking.progress import ProgressView
-from exfm_ray.tracking.recorder import RecorderActor
+from exfm_ray.tracking.recorder import RecorderActor, read_metrics
 from exfm_ray.training.checkpoint import JobResult
 from exfm_ray.training.job import Job, fm_tasks
 from exfm_ray.training.launch import run_job, start_feed
@@ -67,16 +67,24 @@ def check_models(config: Config, schema: Schema) -> None:
     except ValueError as error:
         raise UserError(f"setting 'fm.tasks': {error}") from None
     for i, student in enumerate(config.vm.models):
-        try:
-            schema.domain_index(student.domain)
-            schema.task_index(student.task)
-        except ValueError as error:
-            raise UserError(f"setting 'vm.models.{i}': {error}") from None
-        if set(config.vm.arms) != {Arm.LABELS} and student.task not in fm_tasks(config, schema):
-            raise UserError(f"setting 'vm.models.{i}.task': '{student.task}' is none of fm.tasks, so '{student.name}' would have no teacher")
+        _check_student(f"vm.models.{i}", student, config, schema)
     _check_sizes("fm.model", config.fm.model, schema)
     for i, student in enumerate(config.vm.models):
         _check_sizes(f"vm.models.{i}.model" if student.model else "vm.model", student.model or config.vm.model, schema)
+
+
+def _check_student(setting: str, student: StudentConfig, config: Config, schema: Schema) -> None:
+    try:
+        schema.domain_index(student.domain)
+    except ValueError as error:
+        raise UserError(f"setting '{setting}.domain': {error}") from None
+    for task in student.tasks:
+        try:
+            schema.task_index(task)
+        except ValueError as error:
+            raise UserError(f"setting '{setting}.task': {error}") from None
+        if set(config.vm.arms) != {Arm.LABELS} and task not in fm_tasks(config, schema):
+            raise UserError(f"setting '{setting}.task': '{task}' is none of fm.tasks, so '{student.name}' would have no teacher for it")
 
 
 def _check_sizes(setting: str, model: ModelConfig, schema: Schema) -> None:
@@ -112,9 +120,10 @@ class Run:
 
     def execute(self, fm: bool = True, das: bool = True, vm: bool = True) -> None:
         """Run the roles asked for, side by side, to the end of the stream. Rule 5: only what is missing is done."""
+        self._check_static(das)
         self._claim()
         jobs = ([Job("fm", self.config)] if fm else []) + (vm_jobs(self.config) if vm else [])
-        jobs = [job for job in jobs if job.checkpoints.latest() < len(self.windows)]
+        jobs = [job for job in jobs if not job.finished(self.windows)]
         scoring = self.das.missing(self.windows) if das else []
         if not jobs and not scoring:
             return
@@ -160,6 +169,17 @@ class Run:
         if lacking:
             raise UserError(f"{self.das.store.root}: no supervision of window {lacking[0]} by '{self.config.fm.name}'; run das first")
 
+    def _check_static(self, das: bool) -> None:
+        """UserError where a static set is asked for what needs time, or lacks windows."""
+        static = Job("fm", self.config).static(self.windows)
+        if static and das:
+            raise UserError("fm.static is set: a static set has no order in time and so no DAS; run train-fm, or remove fm.static")
+        if static and (not static.learnt or static.config.validation_window not in self.windows):
+            raise UserError(
+                f"setting 'fm.static.validation_window' is {static.config.validation_window}, the stream has windows "
+                f"{self.windows[0]} to {self.windows[-1]}; windows before it are learnt (data.window.by=file makes each file a window)"
+            )
+
     def _claim(self) -> None:
         """Write the resolved config; a folder that holds a run of other settings is refused."""
         path = self.folder / "config.yaml"
@@ -174,7 +194,7 @@ class Run:
         sizes = {w: self.stream.window(w) for w in self.windows}
         totals = {}
         for job in jobs:
-            left = self.windows[job.checkpoints.latest() :]
+            left = [work.window for work in job.passes(self.windows, job.checkpoints.latest()) if work.purpose == "learn"]
             domains = [self.stream.schema.domain_index(s.domain) for s in job.students]
             totals[job.name] = sum(sum(f.domain_rows[d] for d in domains) if domains else f.rows for w in left for f in sizes[w].fragments)
         return totals | ({"das": sum(sizes[w].rows for w in scoring)} if scoring else {})
@@ -207,16 +227,22 @@ class Run:
         path = self.folder / "summary.json"
         before = read_json(path)["peak_memory_bytes"] if path.exists() else 0
         roles = {name: {"seconds": r.seconds, "examples": r.examples} for name, r in found.items()}
+        static = Job("fm", self.config).static(self.windows)
         summary = {
             "name": self.config.name,
             "seed": self.config.seed,
-            "windows": [w for w in self.windows if w >= self.config.metrics.warmup_windows],
-            "figures": summary_rows(self.config, self.stream, found.values()),
+            "windows": static.held_out if static else [w for w in self.windows if w >= self.config.metrics.warmup_windows],
+            "figures": self._best_pass() if static else summary_rows(self.config, self.stream, found.values()),
             "roles": roles | {"das": {"seconds": das_seconds, "examples": das_examples}},
             "peak_memory_bytes": max(self.memory.peak, before),
         }
         write_json(path, summary)
         return summary
+
+    def _best_pass(self) -> list[dict[str, Any]]:
+        """Figures of a static set: the best pass's rows of the validation window and of the tests."""
+        stopping = Job("fm", self.config).checkpoints.stopping()
+        return [row for row in read_metrics(self.folder / "metrics.jsonl") if stopping and row["pass"] == stopping["best"]]
 
     def _result(self, job: Job) -> JobResult | None:
         done = job.checkpoints.latest()

@@ -20,6 +20,7 @@ from exfm_ray.config import Config
 from exfm_ray.das.lag import version_for
 from exfm_ray.das.scorer import Scorer
 from exfm_ray.das.service import DAS
+from exfm_ray.data.batch import to_batch
 from exfm_ray.data.feed import FragmentReader, Pass
 from exfm_ray.data.stream import EventStream
 from exfm_ray.pipeline import Run, prepare_stream, vm_jobs
@@ -59,7 +60,7 @@ def train(job: Job, windows: Sequence[int], dies_at: int | None) -> None:
     report = LocalReport(job.config.folder / "metrics.jsonl") if dist.get_rank() == 0 else None
     dist.barrier()
     worker = Worker(job, None, report, torch.device("cpu"))
-    worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows[done:]))  # type: ignore[assignment]
+    worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, done))  # type: ignore[assignment]
     if dies_at is None:
         worker.run(windows, done)
         return
@@ -68,7 +69,7 @@ def train(job: Job, windows: Sequence[int], dies_at: int | None) -> None:
     for position, window in list(enumerate(windows))[done:]:
         worker.loop.run(window)
         if job.role == "fm":
-            worker.publish(window)
+            worker.publish(window + 1)
         if window == dies_at:
             return
         job.checkpoints.save(position + 1, worker.loop, worker.lanes)
@@ -87,6 +88,16 @@ def score(config: Config) -> int:
         rows += sum(scored.rows for scored in scorer.score(window, manifest.fragments, version))
         das.store.commit(manifest, version, das.snapshots.tasks(version), config.das.fm_lag)
     return rows
+
+
+def predictions(config: Config, rows: int) -> dict[str, Any]:
+    """Logits of trained lanes, from the last checkpoint, on the stream's first rows."""
+    (job,) = vm_jobs(config)
+    worker = Worker(job, None, None, torch.device("cpu"))
+    job.checkpoints.load(job.checkpoints.latest(), worker.loop, worker.lanes)
+    stream = EventStream.open(config.folder / "stream")
+    batch = to_batch(stream.read(0, stream.window(0).fragments[0]).slice(0, rows), stream.schema)
+    return {lane.name: lane.engine.predict(batch).numpy() for lane in worker.lanes}
 
 
 def run_locally(groups: dict[int, Workers], config: Config) -> dict[str, Any]:

@@ -41,9 +41,11 @@ FRESH: dict[str, tuple[list[str], str]] = {
     "unknown setting": (["fm.batchsize=3"], "unknown setting 'fm.batchsize'. Did you mean 'batch_size'?"),
     "wrong type": (["fm.workers=two"], "setting 'fm.workers'"),
     "FM's task": (["fm.tasks=[clik]"], "setting 'fm.tasks': unknown task 'clik'"),
-    "VM's task": ([MODEL % ("feed", "clik")], "setting 'vm.models.0': unknown task 'clik': the stream has click, conversion. Did you mean 'click'?"),
-    "VM's domain": ([MODEL % ("fed", "click")], "setting 'vm.models.0': unknown domain 'fed'"),
+    "VM's task": ([MODEL % ("feed", "clik")], ".models.0.task': unknown task 'clik': the stream has click, conversion. Did you mean 'click'?"),
+    "one of VM's tasks": ([MODEL % ("feed", "[click, conversio]")], "setting 'vm.models.0.task': unknown task 'conversio'"),
+    "VM's domain": ([MODEL % ("fed", "click")], "setting 'vm.models.0.domain': unknown domain 'fed'"),
     "no teacher": (["fm.tasks=[conversion]", MODEL % ("feed", "click")], "setting 'vm.models.0.task': 'click' is none of fm.tasks"),
+    "no teacher for one": (["fm.tasks=[click]", MODEL % ("feed", "[click, conversion]")], "vm.models.0.task': 'conversion' is none of fm.tasks"),
     "sizes": (["fm.model.k=99"], "setting 'fm.model'"),
     "VM's sizes": (["vm.model={type: wukong, k: 99}"], "setting 'vm.model'"),
     "no data": (["data.source=frappe", "data.root=/nowhere"], "/nowhere"),
@@ -110,6 +112,19 @@ def test_prepare_tells_what_it_made(capsys: pytest.CaptureFixture[str], tmp_path
     before = {path: path.read_bytes() for path in (tmp_path / "runs/p/stream").rglob("*.parquet")}
     assert main(["prepare", "--config", str(file), "--name", "p"]) == 0
     assert {path: path.read_bytes() for path in (tmp_path / "runs/p/stream").rglob("*.parquet")} == before
+
+
+def test_prepare_tells_what_shares_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path, file: Path) -> None:
+    """Wrong: a table that is far too small for its ids goes unnoticed, or roomy ones and index tables fill the screen."""
+    lines = [f"{i},user{i % 60},{i % 8},{i % 3},{i % 2}\n" for i in range(600)]
+    (tmp_path / "log.csv").write_text("at,user,ad,hour,click\n" + "".join(lines))
+    features: list[dict[str, Any]] = [{"name": "user", "rows": 999}, {"name": "ad", "rows": 99_999}, {"name": "hour", "rows": 9, "encoding": "index"}]
+    spec = {"format": "csv", "files": "log.csv", "event_time": {"column": "at"}, "schema": {"features": features, "tasks": ["click"]}}
+    (tmp_path / "schema.yaml").write_text(yaml.safe_dump(spec))
+    settings = ["data.source=table", f"data.root={tmp_path}", f"data.schema_file={tmp_path / 'schema.yaml'}", "vm.models=[]"]
+    settings.append("data.table_rows={user: 3}")
+    assert main(["prepare", "--config", str(file), "--name", "shared", *(f"--set={setting}" for setting in settings)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["  table user: 100.0% of the values share their row with another id; 2 of 2 rows used"]
 
 
 def test_an_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str], file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

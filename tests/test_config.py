@@ -33,8 +33,14 @@ MISTAKES = {
     "vm.models=[{name: a}]": r"setting 'vm.models.0.domain': Field required; setting 'vm.models.0.task': Field required",
     "vm.models=[{name: a, domain: d, task: t, taks: u}]": r"unknown setting 'vm.models.0.taks'. Did you mean 'task'\?",
     "vm.models=[{name: a, domain: d, task: t}, {name: a, domain: d, task: t}]": r"setting 'vm': two vertical models are named 'a'",
+    "vm.models=[{name: a, domain: d, task: []}]": r"setting 'vm.models.0.task': names no task; give one, or a list of them$",
+    "vm.models=[{name: a, domain: d, task: [t, u, t]}]": r"setting 'vm.models.0.task': names task 't' twice$",
+    "vm.models=[{name: a, domain: d, task: [t, 3]}]": r"setting 'vm.models.0.task.1': .*string \(given: 3\)$",
+    "vm.models=[{name: a, domain: d, task: 3}]": r"setting 'vm.models.0.task': .*\(given: 3\)$",
     "das.fm_lag=0": r"setting 'das.fm_lag': .*greater than or equal to 1",
     "das.min_actors=3": r"setting 'das': das.max_actors is 1, below das.min_actors = 3",
+    "fm.reset_unused=0": r"setting 'fm.reset_unused': .*greater than or equal to 1 \(given: 0\)",
+    "data.table_rows.user=1": r"setting 'data.table_rows.user': .*greater than or equal to 2 \(given: 1\)",
     "data.source=kuairan": r"setting 'data.source': .*'kuairand'.*\(given: 'kuairan'\)",
     "distillation.ah.alpha=0": r"setting 'distillation.ah.alpha': .*greater than 0",
     "name=../elsewhere": r"setting 'name': .*pattern",
@@ -94,6 +100,13 @@ def test_files_that_are_no_config(tmp_path: Path, content: bytes, told: str) -> 
 def test_ready_configs_load_and_survive_a_dump(path: Path) -> None:
     """Wrong: a config of the project does not load, or config.yaml in a run's folder is not the run's config."""
     config = load_config(path)
+    assert Config.model_validate(yaml.safe_load(dump_config(config))) == config
+
+
+def test_a_vertical_model_has_one_task_or_several(file: Path) -> None:
+    """Wrong: one name is taken for a list of letters, a list loses its order, or a run's config.yaml does not load again."""
+    config = load_config(file, ["vm.models=[{name: a, domain: d, task: t}, {name: b, domain: d, task: [u, t]}]"])
+    assert [student.tasks for student in config.vm.models] == [("t",), ("u", "t")]
     assert Config.model_validate(yaml.safe_load(dump_config(config))) == config
 
 

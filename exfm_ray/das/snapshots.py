@@ -54,5 +54,9 @@ class SnapshotStore:
         """Delete versions that no window will need any more."""
         for old in self.versions():
             if old < version:
-                (self.folder(old) / MANIFEST).unlink()
-                shutil.rmtree(self.folder(old))
+                self.remove(old)
+
+    def remove(self, version: int) -> None:
+        """Delete a version; a kill in the middle leaves none that is only half there."""
+        (self.folder(version) / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(self.folder(version), ignore_errors=True)

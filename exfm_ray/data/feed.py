@@ -28,10 +28,11 @@ BLOCKS_AHEAD = 4
 
 @dataclass(frozen=True)
 class Pass:
-    """One reading of a window."""
+    """One reading of a window. `number`: of the pass over a static set, counted from 1; 0 in a stream, which is read once."""
 
     window: int
     purpose: Literal["evaluate", "learn"]
+    number: int = 0
 
 
 class FragmentReader(Protocol):

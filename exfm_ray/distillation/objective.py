@@ -6,7 +6,8 @@
     ah_sa    h(z_S, y) + w h(z_D, min(1, alpha p)) + sa.w h(z_D', t)
 
 y label, p the teacher's probability, t the adapter's target; h binary cross-entropy of a logit against a target in [0, 1],
-without temperature. The scaling of gradients by beta is the student's, not the objective's.
+without temperature. Of several tasks every term is the mean, so that the scale of the loss does not move with their number.
+The scaling of gradients by beta is the student's, not the objective's.
 """
 
 from __future__ import annotations
@@ -18,34 +19,32 @@ from exfm_ray.config import Arm, DistillationConfig
 from exfm_ray.distillation.student import Logits
 
 
-def bce_B(logit_B: Tensor, target_B: Tensor) -> Tensor:
-    """h(z, y) of each example in nats: log(1 + e^z) - y z; targets may be soft."""
-    return F.binary_cross_entropy_with_logits(logit_B, target_B, reduction="none")
+def bce_BT(logit_BT: Tensor, target_BT: Tensor) -> Tensor:
+    """h(z, y) of each example and task in nats: log(1 + e^z) - y z; targets may be soft."""
+    return F.binary_cross_entropy_with_logits(logit_BT, target_BT, reduction="none")
 
 
 def labels_objective_B(logits_BT: Tensor, labels_BT: Tensor) -> Tensor:
-    """Mean of h over the tasks, per example: the number of tasks does not change the scale of the loss."""
-    return F.binary_cross_entropy_with_logits(logits_BT, labels_BT, reduction="none").mean(dim=1)
+    """Mean of h over the tasks, per example."""
+    return bce_BT(logits_BT, labels_BT).mean(dim=1)
 
 
 def objective_B(
-    arm: Arm, config: DistillationConfig, logits: Logits, label_B: Tensor, teacher_B: Tensor | None, target_B: Tensor | None
+    arm: Arm, config: DistillationConfig, logits: Logits, labels_BT: Tensor, teacher_BT: Tensor | None, target_BT: Tensor | None
 ) -> Tensor:
-    """The arm's loss of each example of a one-task student.
+    """The arm's loss of each example.
 
-    `teacher_B` holds the teacher's probabilities; None, where the window has no supervision, leaves the label term to
-    every arm. `target_B` holds the adapter's targets, which the ah_sa arm needs whenever there is a teacher.
+    `teacher_BT` holds the teacher's probabilities; None, where the window has no supervision, leaves the label term to
+    every arm. `target_BT` holds the adapter's targets, which the ah_sa arm needs whenever there is a teacher.
     """
-    assert logits.serving_BT.shape[1] == 1, "a vertical model has one task"
-    serving_B = logits.serving_BT[:, 0]
-    loss_B = bce_B(serving_B, label_B)
-    if teacher_B is None or arm is Arm.LABELS:
-        return loss_B
+    loss_BT = bce_BT(logits.serving_BT, labels_BT)
+    if teacher_BT is None or arm is Arm.LABELS:
+        return loss_BT.mean(dim=1)
     if arm is Arm.KD:
-        return loss_B + config.kd.w * bce_B(serving_B, teacher_B)
-    assert logits.auxiliary_B is not None, f"the {arm} arm has an auxiliary head"
-    loss_B = loss_B + config.ah.w * bce_B(logits.auxiliary_B, (config.ah.alpha * teacher_B).clamp(max=1.0))
+        return (loss_BT + config.kd.w * bce_BT(logits.serving_BT, teacher_BT)).mean(dim=1)
+    assert logits.auxiliary_BT is not None, f"the {arm} arm has an auxiliary head"
+    loss_BT = loss_BT + config.ah.w * bce_BT(logits.auxiliary_BT, (config.ah.alpha * teacher_BT).clamp(max=1.0))
     if arm is Arm.AH:
-        return loss_B
-    assert logits.adapter_B is not None and target_B is not None, f"the {arm} arm learns the adapter's target"
-    return loss_B + config.sa.w * bce_B(logits.adapter_B, target_B)
+        return loss_BT.mean(dim=1)
+    assert logits.adapter_BT is not None and target_BT is not None, f"the {arm} arm learns the adapter's target"
+    return (loss_BT + config.sa.w * bce_BT(logits.adapter_BT, target_BT)).mean(dim=1)

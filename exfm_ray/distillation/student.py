@@ -14,17 +14,17 @@ from exfm_ray.models.network import Head, Network
 
 
 class Logits(NamedTuple):
-    """What a student says of a batch, float32.
+    """What a student says of a batch, float32, one logit per task.
 
     Attributes:
         serving_BT: z_S, learns the labels (in the kd arm the teacher's prediction too).
-        auxiliary_B: z_D, learns the teacher's prediction; None in the arms without it.
-        adapter_B: z_D', learns the adapter's target; the same tensor as `auxiliary_B` without a head of its own.
+        auxiliary_BT: z_D, learns the teacher's prediction; None in the arms without it.
+        adapter_BT: z_D', learns the adapter's target; the same tensor as `auxiliary_BT` without a head of its own.
     """
 
     serving_BT: Tensor
-    auxiliary_B: Tensor | None
-    adapter_B: Tensor | None
+    auxiliary_BT: Tensor | None
+    adapter_BT: Tensor | None
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -45,7 +45,7 @@ def scale_gradient(x: Tensor, beta: float) -> Tensor:
 
 
 class Student(nn.Module):
-    """A network and the extra heads of its arm. The foundation model is a student of the labels arm with T tasks."""
+    """A network and the extra heads of its arm, each with one output per task. The foundation model is a student of the labels arm."""
 
     def __init__(self, network: Network, arm: Arm, config: DistillationConfig, seed: int = 0) -> None:
         """`seed` makes the extra heads' weights; they depend on nothing else, and the network is taken as it is."""
@@ -54,9 +54,8 @@ class Student(nn.Module):
         self.arm = arm
         self.beta = config.ah.beta
         own_head = arm is Arm.AH_SA and config.sa.own_head
-        inputs = network.backbone.out_features
-        self.auxiliary_head = _extra_head(inputs, config.ah.mlp, seed, 1) if arm in (Arm.AH, Arm.AH_SA) else None
-        self.adapter_head = _extra_head(inputs, config.ah.mlp, seed, 2) if own_head else None
+        self.auxiliary_head = _extra_head(network, config.ah.mlp, seed, 1) if arm in (Arm.AH, Arm.AH_SA) else None
+        self.adapter_head = _extra_head(network, config.ah.mlp, seed, 2) if own_head else None
 
     def forward(self, embedded_BRE: Tensor, dense_BD: Tensor) -> Logits:
         """Embedded features (B, R, E) and dense ones (B, D) to the logits of all heads.
@@ -68,14 +67,16 @@ class Student(nn.Module):
         if self.auxiliary_head is None:
             return Logits(serving_BT, None, None)
         scaled_BH = scale_gradient(x_BH, self.beta)
-        auxiliary_B = self.auxiliary_head(scaled_BH).squeeze(1)
+        auxiliary_BT = self.auxiliary_head(scaled_BH)
         if self.arm is Arm.AH:
-            return Logits(serving_BT, auxiliary_B, None)
-        adapter_B = auxiliary_B if self.adapter_head is None else self.adapter_head(scaled_BH).squeeze(1)
-        return Logits(serving_BT, auxiliary_B, adapter_B)
+            return Logits(serving_BT, auxiliary_BT, None)
+        adapter_BT = auxiliary_BT if self.adapter_head is None else self.adapter_head(scaled_BH)
+        return Logits(serving_BT, auxiliary_BT, adapter_BT)
 
 
-def _extra_head(inputs: int, widths: Widths | tuple[()], seed: int, number: int) -> Head:
-    """A head from a generator state of its own, so that one head's presence changes no other's weights."""
+def _extra_head(network: Network, widths: Widths | tuple[()], seed: int, number: int) -> Head:
+    """A head for the network's tasks, from a generator state of its own: one head's presence changes no other's weights."""
+    final = network.head.mlp[-1]
+    assert isinstance(final, nn.Linear), "a head ends in a linear layer"
     with seeded(1_000_003 * (seed + 1) + number):
-        return Head(inputs, widths, 1)
+        return Head(network.backbone.out_features, widths, final.out_features)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -13,9 +16,12 @@ from torch import Tensor
 from exfm_ray.config import TrainerConfig
 from exfm_ray.data.batch import Batch
 from exfm_ray.distillation.student import Logits, Student
+from exfm_ray.engine.average import Average
+from exfm_ray.engine.decay import RowDecay
 from exfm_ray.engine.dense import gathered_state, shard_dense
 from exfm_ray.engine.tables import ShardedTables
 from exfm_ray.model_config import ModelConfig
+from exfm_ray.models.layout import Layout
 from exfm_ray.schema import Schema
 
 
@@ -28,14 +34,27 @@ class Engine:
     def __init__(self, schema: Schema, config: TrainerConfig, student: Student, model: ModelConfig, seed: int, device: torch.device) -> None:
         self.device = device
         self.tables = ShardedTables(schema, config, model, seed, device)
+        if config.compile:
+            student.network.backbone.compile()
         self.dense: Any = shard_dense(student.to(device), config, dist.get_world_size())
+        weight_decay = config.optimizer.table_weight_decay
+        self._decay = RowDecay(Layout.of(model, schema), weight_decay, dist.get_world_size()) if weight_decay else None
+        weights = [*(shard.weight_RW for shard in self.tables.shards()), *self.dense.module.parameters()]
+        self._average = Average(weights, config.optimizer.ema) if config.optimizer.ema else None
         self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
 
-    def forward(self, batch: Batch) -> Logits:
-        """Logits in float32; keeps the graph when gradients are on."""
-        embedded_BRE = self.tables(batch).to(self._dtype)
-        logits: Logits = self.dense(embedded_BRE, batch.dense_BD.to(self._dtype))
+    def forward(self, batch: Batch, repeats_BS: Tensor | None = None) -> Logits:
+        """Logits in float32; keeps the graph when gradients are on. `repeats_BS`: see `decay`, needed to learn where `decays`."""
+        embedded_BRE = self.tables(batch)
+        if self._decay and repeats_BS is not None:
+            embedded_BRE = self._decay(embedded_BRE, repeats_BS)
+        logits: Logits = self.dense(embedded_BRE.to(self._dtype), batch.dense_BD.to(self._dtype))
         return logits
+
+    @property
+    def decays(self) -> bool:
+        """True when learning needs `repeats_BS`."""
+        return self._decay is not None
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
@@ -49,6 +68,18 @@ class Engine:
         """One step of both optimizers. `loss` is this worker's share: the gradient is the mean over workers."""
         self.dense.backward(loss)
         self.dense.step()
+        if self._average:
+            self._average.step()
+
+    def reset_rows(self, rows: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Make table rows (table -> row numbers) fresh again, with their optimizer state and their moving average."""
+        for number, (shard, row_X) in enumerate(self.tables.reset(rows)):
+            if self._average:
+                self._average.averages[number][row_X] = shard.weight_RW[row_X]
+
+    def evaluated(self) -> AbstractContextManager[None]:
+        """Inside, the weights are those to evaluate and to publish: their moving average, where there is one."""
+        return self._average.applied() if self._average else nullcontext()
 
     def dense_state(self) -> dict[str, Tensor]:
         """The whole dense part, float32 on the CPU; every worker must call it."""
@@ -65,6 +96,8 @@ class Engine:
         for shard in self.tables.shards():
             key = f"{shard.table}@{shard.first_row}"
             state |= {f"{key}/weight": shard.weight_RW.cpu(), f"{key}/momentum": shard.momentum_R.cpu()}
+        if self._average:
+            state |= self._average.state()
         save_file(state, folder / f"tables.rank{dist.get_rank():04d}.safetensors")
         self.dense.save_checkpoint(str(folder), tag="dense", save_latest=False)
 
@@ -75,4 +108,6 @@ class Engine:
             key = f"{shard.table}@{shard.first_row}"
             shard.weight_RW.copy_(state[f"{key}/weight"])
             shard.momentum_R.copy_(state[f"{key}/momentum"])
+        if self._average:
+            self._average.restore(state)
         self.dense.load_checkpoint(str(folder), tag="dense")

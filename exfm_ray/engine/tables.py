@@ -5,10 +5,12 @@ The same tables on one device, without fbgemm, are `models.embeddings.PlainTable
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -22,7 +24,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingEnv
 from exfm_ray.config import TrainerConfig
 from exfm_ray.data.batch import Batch
 from exfm_ray.model_config import ModelConfig
-from exfm_ray.models.embeddings import initial_table
+from exfm_ray.models.embeddings import initial_rows, initial_table
 from exfm_ray.models.layout import POOLED, Layout, expand_bags
 from exfm_ray.schema import Schema
 
@@ -51,7 +53,8 @@ class ShardedTables(nn.Module):
         layout = Layout.of(model, schema)
         self.slots = (*layout.single, *layout.bags)
         self.keys = [slot.key for slot in self.slots]
-        self.dim, self.device = model.dim, device
+        self.dim, self.init_std, self.device = model.dim, model.init_std, device
+        self.rows, self.seed = schema.tables, seed
         self.bag_O = torch.tensor(layout.bag_of_O, dtype=torch.int64, device=device)
         self.position_O = torch.tensor([slot.position for slot in layout.bags], dtype=torch.int64, device=device)
         self.whole_bags = all(slot.position == POOLED for slot in layout.bags)
@@ -66,7 +69,9 @@ class ShardedTables(nn.Module):
             ],
         )  # fmt: skip
         sharder = _Sharder(
-            fused_params={"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": config.optimizer.table_lr, "eps": ADAGRAD_EPS}
+            fused_params={
+                "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": config.optimizer.table_lr, "eps": ADAGRAD_EPS,
+            }
         )
         plan = sharding_plan(schema, config.sharding, collection, sharder, device)
         env = ShardingEnv.from_process_group(dist.group.WORLD)
@@ -75,7 +80,7 @@ class ShardedTables(nn.Module):
         for shard in self.shards():
             last = shard.first_row + len(shard.weight_RW)
             width = shard.weight_RW.shape[1]
-            shard.weight_RW.copy_(initial_table(shard.table, schema.tables[shard.table], width, seed, shard.first_row, last))
+            shard.weight_RW.copy_(initial_table(shard.table, schema.tables[shard.table], width, seed, shard.first_row, last, model.init_std))
 
     def forward(self, batch: Batch) -> Tensor:
         B, S = batch.sparse_BS.shape
@@ -110,6 +115,25 @@ class ShardedTables(nn.Module):
                 for table, weight, state in zip(kernel.config.embedding_tables, weights, states, strict=True):
                     assert table.local_metadata is not None
                     yield Shard(table.name, table.local_metadata.shard_offsets[0], weight.detach(), state[0].detach())
+
+    @torch.no_grad()
+    def reset(self, rows: Mapping[str, np.ndarray[Any, Any]]) -> list[tuple[Shard, Tensor]]:
+        """Give rows (table -> row numbers, int64 ascending) their first values and a momentum of zero, those of them that this worker holds.
+
+        Returns:
+            All shards, in the order of `shards`, each with the rows reset in it, counted from the shard's first.
+        """
+        none = np.empty(0, np.int64)
+        done = []
+        for shard in self.shards():
+            own_X = rows.get(shard.table, none)
+            own_X = own_X[(own_X >= shard.first_row) & (own_X < shard.first_row + len(shard.weight_RW))]
+            fresh_XW = initial_rows(shard.table, self.rows[shard.table], shard.weight_RW.shape[1], self.seed, own_X, self.init_std)
+            row_X = torch.from_numpy(own_X - shard.first_row).to(self.device)
+            shard.weight_RW[row_X] = fresh_XW.to(self.device)
+            shard.momentum_R[row_X] = 0
+            done.append((shard, row_X))
+        return done
 
 
 class _Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]  # torchrec has no types

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from exfm_ray.models.layout import POOLED, Layout, Slot, expand_bags
 from exfm_ray.schema import Schema
 
 INIT_STD = 0.05
-"""Standard deviation of a fresh row. As large as one step of row-wise Adagrad at the default rate (its first step has a
+"""Standard deviation of a fresh row by default. As large as one step of row-wise Adagrad at the default rate (its first step has a
 root mean square of `table_lr` = 0.05 whatever the gradient), so one event suffices to tell an id from its random start;
 and not so small that the layer norm after Wukong's FM, whose input is quadratic in it, sees nothing but its epsilon."""
 
@@ -27,10 +29,10 @@ BLOCK_ROWS = 65_536
 """Rows drawn from one generator. Part of the definition of the initial tables: another value gives other tables."""
 
 
-def initial_table(name: str, rows: int, dim: int, seed: int, first_row: int = 0, last_row: int | None = None) -> Tensor:
+def initial_table(name: str, rows: int, dim: int, seed: int, first_row: int = 0, last_row: int | None = None, std: float = INIT_STD) -> Tensor:
     """Rows [first_row, last_row) of the fresh table `name`, float32 (last_row - first_row, dim).
 
-    A row depends on (seed, name, rows, dim) only and not on the slice asked for, so each worker of a row-wise sharded table
+    A row depends on (seed, name, rows, dim, std) only and not on the slice asked for, so each worker of a row-wise sharded table
     makes its own rows and all ways to shard start alike. Row 0, the missing value, is a row like any other.
     """
     last = rows if last_row is None else last_row
@@ -38,16 +40,26 @@ def initial_table(name: str, rows: int, dim: int, seed: int, first_row: int = 0,
         raise ValueError(f"rows [{first_row}, {last}) of table '{name}', which has {rows} rows")
     table = torch.empty(last - first_row, dim)
     for start in range(first_row - first_row % BLOCK_ROWS, last, BLOCK_ROWS):
-        block = _initial_block(name, start, min(BLOCK_ROWS, rows - start), dim, seed)
+        block = _initial_block(name, start, min(BLOCK_ROWS, rows - start), dim, seed, std)
         low, high = max(first_row, start), min(last, start + len(block))
         table[low - first_row : high - first_row] = block[low - start : high - start]
     return table
 
 
-def _initial_block(name: str, start: int, rows: int, dim: int, seed: int) -> Tensor:
+def initial_rows(name: str, rows: int, dim: int, seed: int, row_X: np.ndarray[Any, Any], std: float = INIT_STD) -> Tensor:
+    """Some rows of `initial_table`, by their numbers, int64 in ascending order: float32 (X, dim)."""
+    numbers, begins = np.unique(row_X // BLOCK_ROWS, return_index=True)
+    found = [torch.empty(0, dim)]
+    for start, own_X in zip((numbers * BLOCK_ROWS).tolist(), np.split(row_X, begins[1:]), strict=False):  # no rows: one empty part
+        block = _initial_block(name, start, min(BLOCK_ROWS, rows - start), dim, seed, std)
+        found.append(block[torch.from_numpy(own_X - start)])
+    return torch.cat(found)
+
+
+def _initial_block(name: str, start: int, rows: int, dim: int, seed: int, std: float) -> Tensor:
     key = hashlib.sha256(f"{seed}/{name}/{start // BLOCK_ROWS}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
-    return torch.empty(rows, dim).normal_(0.0, INIT_STD, generator=generator)
+    return torch.empty(rows, dim).normal_(0.0, std, generator=generator)
 
 
 class PlainTables(nn.Module):
@@ -82,7 +94,8 @@ class PlainTables(nn.Module):
         self.register_buffer("position_O", torch.tensor(positions, dtype=torch.int64), persistent=False)
         self.whole_bags = len(self.bag_O) == len(schema.bags) and all(position == POOLED for position in positions)
         if seed is not None:
-            self.load_tables({name: initial_table(name, table.shape[0], table.shape[1], seed) for name, table in self.tables().items()})
+            fresh = {name: initial_table(name, table.shape[0], table.shape[1], seed, std=config.init_std) for name, table in self.tables().items()}
+            self.load_tables(fresh)
 
     def _numbers(self, kind: str, slots: tuple[Slot, ...], source: tuple[int, ...]) -> None:
         """For every embedded row: from which column its ids come, and how an id becomes a row of `weight`."""

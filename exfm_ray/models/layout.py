@@ -55,8 +55,8 @@ class Slot:
 
     @property
     def key(self) -> str:
-        """Names the slot."""
-        return self.feature.name if self.position == POOLED else f"{self.feature.name}@{self.position}"
+        """Names the slot. No feature's name has a colon; an "@" TorchRec would take for the start of a table's name."""
+        return self.feature.name if self.position == POOLED else f"{self.feature.name}:{self.position}"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Recorder:
 
     @staticmethod
     def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[key] for key in IDENTITY)
+        return (row.get("pass"), *(row[key] for key in IDENTITY))  # `pass` stands only in the rows of a static set
 
     def metrics(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append the rows that are not there yet, in one write."""

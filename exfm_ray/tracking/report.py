@@ -67,11 +67,12 @@ def _cell(value: Any) -> str:
 
 
 def _chart(domain: str, task: str, rows: Sequence[Row]) -> str:
-    """NE per window of every model and arm on one domain and task, as an SVG figure."""
+    """NE per window of every model and arm on one domain and task, as an SVG figure; for a static set, per pass on its validation window."""
     curves: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
+    validation = min((row["window"] for row in rows if "pass" in row), default=None)
     for row in rows:
-        if (row["domain"], row["task"]) == (domain, task) and row["ne"] is not None:
-            curves[row["model"], row["arm"]].append((row["window"], row["ne"]))
+        if (row["domain"], row["task"]) == (domain, task) and row["ne"] is not None and validation in (None, row["window"]):
+            curves[row["model"], row["arm"]].append((row.get("pass", row["window"]), row["ne"]))
     if not curves:
         return ""
     points = [point for curve in curves.values() for point in curve]

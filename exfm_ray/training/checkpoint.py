@@ -2,6 +2,7 @@
 
     <root>/windows=003/<lane>/...       each worker's part of each lane
     <root>/windows=003/metrics.npz      metric states so far
+    <root>/windows=003/usage.<model>.npz  when rows were last used, where unused ones are reset
     <root>/windows=003/manifest.json    written last: windows learnt, workers, timings
 """
 
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from exfm_ray.errors import UserError
 from exfm_ray.files import atomic_path, read_json, write_json
@@ -57,18 +60,23 @@ class Checkpoints:
     def _folder(self, windows: int) -> Path:
         return self.root / f"windows={windows:03d}"
 
-    def save(self, windows: int, loop: Loop, lanes: Sequence[Lane]) -> None:
-        """Write the state after `windows` windows; every worker calls it."""
+    def save(self, windows: int, loop: Loop, lanes: Sequence[Lane], stopping: dict[str, Any] | None = None) -> None:
+        """Write the state after `windows` windows, or passes over a static set; every worker calls it.
+
+        `stopping`: the state of early stopping, for a static set."""
         folder = self._folder(windows)
         if dist.get_rank() == 0 and folder.exists():
             shutil.rmtree(folder)  # what a killed run had begun
         dist.barrier()
         for lane in lanes:
             lane.save(folder)
+        save_file({"cpu": torch.get_rng_state()}, folder / _rng_file())
         dist.barrier()
         if dist.get_rank() == 0:
             _save_states(folder / "metrics.npz", loop.states)
-            facts = {"windows": windows, "workers": dist.get_world_size(), "timings": [t._asdict() for t in loop.timings]}
+            for group in loop.groups:
+                group.save_usage(folder)
+            facts = {"windows": windows, "workers": dist.get_world_size(), "timings": [t._asdict() for t in loop.timings], "stopping": stopping}
             write_json(folder / "manifest.json", facts)
             for old in sorted(self.root.glob("windows=*"), key=_windows)[:-KEPT]:
                 (old / "manifest.json").unlink(missing_ok=True)
@@ -85,13 +93,27 @@ class Checkpoints:
             )
         for lane in lanes:
             lane.load(folder)
+        for group in loop.groups:
+            group.load_usage(folder)
+        torch.set_rng_state(load_file(folder / _rng_file())["cpu"])  # dropout draws from it
         result = self.result(windows)
         loop.states, loop.timings = result.states, result.timings
+
+    def stopping(self) -> dict[str, Any] | None:
+        """The state of early stopping at the newest whole checkpoint; None without any."""
+        done = self.latest()
+        state: dict[str, Any] | None = read_json(self._folder(done) / "manifest.json")["stopping"] if done else None
+        return state
 
     def result(self, windows: int) -> JobResult:
         """The figures after `windows` windows."""
         manifest = read_json(self._folder(windows) / "manifest.json")
         return JobResult(_load_states(self._folder(windows) / "metrics.npz"), [Timing(**t) for t in manifest["timings"]])
+
+
+def _rng_file() -> str:
+    """This worker's random state."""
+    return f"rng.rank{dist.get_rank():04d}.safetensors"
 
 
 def _windows(folder: Path) -> int:

@@ -14,6 +14,7 @@ from exfm_ray.config import Arm, Config, StudentConfig, TrainerConfig
 from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.das.supervision import AugmentedReader, SupervisionStore
 from exfm_ray.data.feed import FeedClient, FragmentReader, Pass, StreamReader
+from exfm_ray.data.shuffle import ShuffledReader
 from exfm_ray.data.stream import EventStream
 from exfm_ray.distillation.adapter import Adapter
 from exfm_ray.distillation.student import Student
@@ -26,6 +27,7 @@ from exfm_ray.schema import Schema
 from exfm_ray.training.checkpoint import Checkpoints
 from exfm_ray.training.lane import Group, Lane
 from exfm_ray.training.loop import Loop, Report
+from exfm_ray.training.static import EarlyStopping, StaticSet
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,12 @@ class Job:
 
     def tasks(self) -> tuple[str, ...]:
         """Tasks whose supervision the students read."""
-        return tuple(dict.fromkeys(student.task for student in self.students))
+        return tuple(dict.fromkeys(task for student in self.students for task in student.tasks))
 
     def reader(self, schema: Schema) -> FragmentReader:
         """What the feed reads for this job."""
+        if self.config.fm.static:
+            return ShuffledReader(self.stream_root, self.config.seed)
         if not self.students:
             return StreamReader(self.stream_root)
         distilled = set(self.config.vm.arms) != {Arm.LABELS}
@@ -69,9 +73,23 @@ class Job:
         domains = tuple(sorted({schema.domain_index(student.domain) for student in self.students}))
         return AugmentedReader(self.stream_root, store, self.config.das.fm_lag, domains, self.tasks())
 
-    def passes(self, windows: Sequence[int]) -> list[Pass]:
-        """What is read, in order: each window to evaluate, then to learn."""
-        return [work for window in windows for work in (Pass(window, "evaluate"), Pass(window, "learn"))]
+    def static(self, windows: Sequence[int]) -> StaticSet | None:
+        """The windows as a static set, where the config says so."""
+        return StaticSet(self.config.fm.static, tuple(windows)) if self.config.fm.static else None
+
+    def passes(self, windows: Sequence[int], done: int) -> list[Pass]:
+        """What is read, in order, after `done` windows: each window to evaluate, then to learn; after `done` passes, for a static set."""
+        static = self.static(windows)
+        if static:
+            return [work for number in range(done + 1, static.config.passes + 1) for work in static.works(number)]
+        return [work for window in windows[done:] for work in (Pass(window, "evaluate"), Pass(window, "learn"))]
+
+    def finished(self, windows: Sequence[int]) -> bool:
+        """True when nothing is left to do."""
+        if self.config.fm.static:
+            stopping = self.checkpoints.stopping()
+            return stopping is not None and EarlyStopping.restore(self.config.fm.static, stopping).over
+        return self.checkpoints.latest() >= len(windows)
 
 
 def fm_tasks(config: Config, schema: Schema) -> tuple[str, ...]:
@@ -80,18 +98,20 @@ def fm_tasks(config: Config, schema: Schema) -> tuple[str, ...]:
 
 
 def build_groups(job: Job, schema: Schema, device: torch.device) -> list[Group]:
-    """The job's lanes: one for the FM over all domains; else one for each student and arm, students of a domain and task together."""
+    """The job's lanes: one for the FM over all domains; else a group for each student, with a lane for each arm."""
     config = job.config
     if job.role == "fm":
         tasks = tuple(schema.task_index(task) for task in fm_tasks(config, schema))
-        return [Group(schema, [_lane(job, config.fm.name, config.fm.model, None, tasks, schema, device)], None, config.fm.batch_size, device)]
+        lane = _lane(job, config.fm.name, config.fm.model, None, tasks, schema, device)
+        return [Group(schema, [lane], None, config.fm.batch_size, device, reset_unused=config.fm.reset_unused)]
     groups = []
     for student in job.students:
-        task = schema.task_index(student.task)
+        tasks = tuple(schema.task_index(task) for task in student.tasks)
         network = student.model or config.vm.model
-        lanes = [_lane(job, student.name, network, arm, (task,), schema, device) for arm in config.vm.arms]
-        teacher = job.tasks().index(student.task)
-        groups.append(Group(schema, lanes, schema.domain_index(student.domain), config.vm.batch_size, device, teacher, len(job.tasks())))
+        lanes = [_lane(job, student.name, network, arm, tasks, schema, device) for arm in config.vm.arms]
+        teacher = tuple(job.tasks().index(task) for task in student.tasks)
+        domain, trainer = schema.domain_index(student.domain), config.vm
+        groups.append(Group(schema, lanes, domain, trainer.batch_size, device, teacher, len(job.tasks()), trainer.reset_unused))
     return groups
 
 
@@ -101,7 +121,7 @@ def _lane(
     """All arms of a student start from the same tables and the same serving network."""
     seed, distillation = job.config.seed, job.config.distillation
     student = Student(build_network(network, schema, len(tasks), seed), arm or Arm.LABELS, distillation, seed)
-    adapter = Replica(Adapter(distillation.sa, seed), distillation.sa.lr, device) if arm is Arm.AH_SA else None
+    adapter = Replica(Adapter(distillation.sa, len(tasks), seed), distillation.sa.lr, device) if arm is Arm.AH_SA else None
     return Lane(model, arm, tasks, Engine(schema, job.trainer, student, network, seed, device), distillation, adapter)
 
 
@@ -129,23 +149,47 @@ class Worker:
         )  # fmt: skip
 
     def run(self, windows: Sequence[int], done: int) -> None:
-        """Go on after the `done` windows that are learnt already."""
+        """Go on after the `done` windows, or passes over a static set, that are done already."""
         if done:
             self.job.checkpoints.load(done, self.loop, self.lanes)
+        static = self.job.static(windows)
+        if static:
+            self.run_static(static)
+            return
         for position, window in list(enumerate(windows))[done:]:
             self.loop.run(window)
             if self.job.role == "fm":
-                self.publish(window)
+                self.publish(window + 1)
             self.job.checkpoints.save(position + 1, self.loop, self.lanes)
         if self.job.role == "vm":
             self.export(len(windows))
 
-    def publish(self, window: int) -> None:
-        """Publish the state after `window` as a snapshot for the DAS."""
-        config, version = self.job.config, window + 1
-        store = SnapshotStore(config.folder / "snapshots", config.fm.name)
+    def run_static(self, static: StaticSet) -> None:
+        """Passes over a static set until early stopping; the best one's state is published, and only that."""
+        before = self.job.checkpoints.stopping()
+        stopping = EarlyStopping.restore(static.config, before) if before else EarlyStopping(static.config)
+        while not stopping.over:
+            number, worse = stopping.last + 1, stopping.best
+            rows = self.loop.run_passes(static.works(number), number)
+            decided: list[Any] = [stopping.take(rows) if dist.get_rank() == 0 else None, stopping.state()]
+            dist.broadcast_object_list(decided)  # only rank 0 knows the figures
+            better, stopping = decided[0], EarlyStopping.restore(static.config, decided[1])
+            if better:
+                self.publish(number)
+            self.job.checkpoints.save(number, self.loop, self.lanes, stopping.state())
+            if better and worse and dist.get_rank() == 0:
+                self.snapshots.remove(worse)
+
+    @property
+    def snapshots(self) -> SnapshotStore:
+        """Where the FM publishes."""
+        return SnapshotStore(self.job.config.folder / "snapshots", self.job.config.fm.name)
+
+    def publish(self, version: int) -> None:
+        """Publish the state as a snapshot: of the first `version` windows, or of pass `version` over a static set."""
+        config = self.job.config
         facts = {"teacher": config.fm.name, "version": version, "seed": config.seed}
-        self._store(store.folder(version), self.lanes[0], config.fm.model, facts)
+        self._store(self.snapshots.folder(version), self.lanes[0], config.fm.model, facts)
 
     def export(self, windows: int) -> None:
         """Export each VM as it is served: tables, network and serving head; no auxiliary head, no adapter."""
@@ -156,8 +200,9 @@ class Worker:
             self._store(config.folder / "exported" / lane.name, lane, networks[lane.model], facts)
 
     def _store(self, folder: Path, lane: Lane, network: ModelConfig, facts: dict[str, Any]) -> None:
-        write_tables(folder, dist.get_rank(), lane.engine.table_shards())
-        dense = lane.engine.dense_state()
+        with lane.engine.evaluated():
+            write_tables(folder, dist.get_rank(), lane.engine.table_shards())
+            dense = lane.engine.dense_state()
         dist.barrier()
         if dist.get_rank() == 0:
             serving = {name.removeprefix("network."): tensor for name, tensor in dense.items() if name.startswith("network.")}

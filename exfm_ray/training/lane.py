@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from exfm_ray.das.supervision import teacher_values
 from exfm_ray.data.batch import Batch, to_batch
 from exfm_ray.data.feed import Share, share
 from exfm_ray.data.stream import list_values
-from exfm_ray.distillation.adapter import target_B
-from exfm_ray.distillation.objective import bce_B, labels_objective_B, objective_B
+from exfm_ray.distillation.adapter import target_BT
+from exfm_ray.distillation.objective import labels_objective_B, objective_B
+from exfm_ray.engine.decay import Repeats
 from exfm_ray.engine.engine import Engine
 from exfm_ray.engine.replica import Replica
 from exfm_ray.schema import Schema
+from exfm_ray.training.usage import Usage
 
 
 @dataclass
@@ -45,23 +47,23 @@ class Lane:
         """Names the lane in files."""
         return f"{self.model}-{self.arm}" if self.arm else self.model
 
-    def learn(self, batch: Batch, weight_B: Tensor, teacher_B: Tensor | None) -> None:
+    def learn(self, batch: Batch, weight_B: Tensor, teacher_BT: Tensor | None, repeats_BS: Tensor | None = None) -> None:
         """One step. `weight_B` makes the sum over this worker's rows the mean over the global batch after averaging
         over workers; it is 0 for rows that only fill up the share."""
         started = time.perf_counter()
-        logits = self.engine.forward(batch)
+        logits = self.engine.forward(batch, repeats_BS)
         labels_BT = batch.labels_BT[:, list(self.tasks)]
         if self.arm is None:
             loss_B = labels_objective_B(logits.serving_BT, labels_BT)
             self.engine.update((loss_B * weight_B).sum())
-        elif self.adapter and teacher_B is not None:
-            adapted_B = self.adapter.module(teacher_B)
-            loss_B = objective_B(self.arm, self.distillation, logits, labels_BT[:, 0], teacher_B, target_B(adapted_B))
+        elif self.adapter and teacher_BT is not None:
+            adapted_BT = self.adapter.module(teacher_BT)
+            loss_B = objective_B(self.arm, self.distillation, logits, labels_BT, teacher_BT, target_BT(adapted_BT))
             # One backward pass serves both: the adapter's target carries no gradient, so neither loss reaches the other's weights.
-            self.engine.update(((loss_B + bce_B(adapted_B, labels_BT[:, 0])) * weight_B).sum())
+            self.engine.update(((loss_B + labels_objective_B(adapted_BT, labels_BT)) * weight_B).sum())
             self.adapter.update()
         else:
-            loss_B = objective_B(self.arm, self.distillation, logits, labels_BT[:, 0], teacher_B, None)
+            loss_B = objective_B(self.arm, self.distillation, logits, labels_BT, teacher_BT, None)
             self.engine.update((loss_B * weight_B).sum())
         self.seconds += time.perf_counter() - started
 
@@ -104,34 +106,69 @@ class Evaluated:
 
 @dataclass
 class Group:
-    """Lanes that see the same rows: one domain's, or all (`domain` None)."""
+    """Lanes that see the same rows: one domain's, or all (`domain` None).
+
+    Attributes:
+        teacher_columns: which of the `teacher_tasks` columns of predictions are the lanes' tasks, in their order.
+        reset_unused: after how many windows without use a row is reset; None: never.
+    """
 
     schema: Schema
     lanes: Sequence[Lane]
     domain: int | None
     batch_size: int
     device: torch.device
-    teacher_task: int = 0
+    teacher_columns: tuple[int, ...] = ()
     teacher_tasks: int = 0
+    reset_unused: int | None = None
+    _usage: Usage | None = field(init=False)
 
     def __post_init__(self) -> None:
+        self._usage = Usage(self.schema, self.reset_unused) if self.reset_unused else None
         names = [f.name for f in self.schema.single]
         self._group_column = names.index(self.schema.group_by) if self.schema.group_by else None
         self._worker, self._workers = dist.get_rank(), dist.get_world_size()
+        self._repeats = Repeats(self.schema) if any(lane.engine.decays for lane in self.lanes) else None
 
     def select(self, table: pa.Table) -> pa.Table:
         """The group's rows of a fragment."""
         return table if self.domain is None else table.filter(pc.equal(table["domain"], self.domain))
 
+    def mark(self, rows: pa.Table) -> None:
+        """These rows, of a fragment, are going to be learnt."""
+        if self._usage:
+            self._usage.mark(rows)
+
+    def end_window(self) -> None:
+        """A window is learnt: reset the table rows that have been out of use for too long."""
+        if self._usage:
+            stale = self._usage.end_window()
+            for lane in self.lanes:
+                lane.engine.reset_rows(stale)
+
+    def save_usage(self, folder: Path) -> None:
+        """Write when rows were last used, for all workers: one of them is enough."""
+        if self._usage:
+            self._usage.save(self._usage_path(folder))
+
+    def load_usage(self, folder: Path) -> None:
+        """Restore what `save_usage` wrote."""
+        if self._usage:
+            self._usage.load(self._usage_path(folder))
+
+    def _usage_path(self, folder: Path) -> Path:
+        return folder / f"usage.{self.lanes[0].model}.npz"
+
     def learn(self, rows: pa.Table) -> None:
         """One step of every lane on a global batch."""
         mine = share(rows, self._worker, self._workers)
         batch = self._batch(mine)
+        repeats_BS = self._share_of(self._repeats.count(list_values(rows["sparse"], len(self.schema.single))), mine) if self._repeats else None
         weight_B = torch.zeros(mine.length, device=self.device)
         weight_B[: mine.table.num_rows] = self._workers / mine.total
-        teacher_B = self._teacher(mine)
+        teacher_BT = self._teacher(mine)
         for lane in self.lanes:
-            lane.learn(batch, weight_B, teacher_B)
+            lane.learn(batch, weight_B, teacher_BT, repeats_BS)
 
     def evaluate(self, rows: pa.Table) -> Evaluated:
         """What the models, as they are, say of this worker's rows of a global batch."""
@@ -157,12 +194,17 @@ class Group:
     def _batch(self, mine: Share) -> Batch:
         return pad(to_batch(mine.table, self.schema), mine.length).to(self.device)
 
+    def _share_of(self, values_NS: Tensor, mine: Share) -> Tensor:
+        """This worker's rows of what belongs to a global batch, filled up with zeros."""
+        own_BS = values_NS[self._worker * mine.length :][: mine.length]
+        return F.pad(own_BS, (0, 0, 0, mine.length - len(own_BS))).to(self.device)
+
     def _teacher(self, mine: Share) -> Tensor | None:
         values = teacher_values(mine.table, self.teacher_tasks)
         if values is None:
             return None
-        teacher_B = torch.from_numpy(values[:, self.teacher_task].copy())
-        return F.pad(teacher_B, (0, mine.length - len(teacher_B))).to(self.device)
+        teacher_BT = torch.from_numpy(values[:, list(self.teacher_columns)])
+        return F.pad(teacher_BT, (0, 0, 0, mine.length - len(teacher_BT))).to(self.device)
 
 
 def pad(batch: Batch, length: int) -> Batch:

@@ -34,7 +34,7 @@ class _RecorderReport:
 def start_feed(job: Job, windows: Sequence[int]) -> Any:
     """The actor that reads for a job what it has still to do. To kill it ends the job: its workers fail at their next block."""
     workers, reader = job.trainer.workers, job.reader(EventStream.open(job.stream_root).schema)
-    passes = job.passes(windows[job.checkpoints.latest() :])
+    passes = job.passes(windows, job.checkpoints.latest())
     return Feed.options(max_concurrency=workers + 2).remote(reader, passes, workers, FEED_WAIT_S)  # type: ignore[attr-defined]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -38,7 +39,7 @@ class Report(Protocol):
 
 
 class Timing(NamedTuple):
-    """Seconds of one window; both kinds of waiting for data are part of the seconds before them."""
+    """Seconds of one window, or of one pass over a static set; both kinds of waiting for data are part of the seconds before them."""
 
     window: int
     examples: int
@@ -65,49 +66,73 @@ class Loop:
 
     def run(self, window: int) -> None:
         """Evaluate window `window` with models that have not seen it, then learn it."""
-        begun, waited_0 = time.perf_counter(), self.client.waited
-        evaluated = self._evaluate(window)
-        between, waited_1 = time.perf_counter(), self.client.waited
-        learnt = self._learn(window)
-        ended, waited_2 = time.perf_counter(), self.client.waited
-        self.timings.append(Timing(window, sum(learnt), between - begun, ended - between, waited_1 - waited_0, waited_2 - waited_1))
+        self.run_passes([Pass(window, "evaluate"), Pass(window, "learn")], window)
+
+    def run_passes(self, works: Sequence[Pass], number: int) -> list[dict[str, Any]]:
+        """Evaluate and learn what `works` says, in that order; the rows for metrics.jsonl, reported too (rank 0).
+
+        `number` names the passes in the timings.
+        """
+        evaluated: list[tuple[Pass, list[Evaluated | None]]] = []
+        learnt = [0] * len(self.groups)
+        seconds, waited = {"evaluate": 0.0, "learn": 0.0}, {"evaluate": 0.0, "learn": 0.0}
+        for lane in (lane for group in self.groups for lane in group.lanes):
+            lane.seconds = 0.0
+        for work in works:
+            begun, waited_before = time.perf_counter(), self.client.waited
+            if work.purpose == "evaluate":
+                evaluated.append((work, self._evaluate(work)))
+            else:
+                learnt = [before + more for before, more in zip(learnt, self._learn(work), strict=True)]
+            seconds[work.purpose] += time.perf_counter() - begun
+            waited[work.purpose] += self.client.waited - waited_before
+        self.timings.append(Timing(number, sum(learnt), seconds["evaluate"], seconds["learn"], waited["evaluate"], waited["learn"]))
+        rows: list[dict[str, Any]] = []
         if self.report:
-            rows: list[dict[str, Any]] = []
-            for group, result, examples in zip(self.groups, evaluated, learnt, strict=True):
-                rows += self._rows(window, group, result, examples) if result else []
+            for work, results in evaluated:
+                for group, result, examples in zip(self.groups, results, learnt, strict=True):
+                    rows += self._rows(work, group, result, examples) if result else []
             self.report.metrics(rows)
+        return rows
 
     def _batches(self, work: Pass, size: Callable[[Group], int]) -> Iterator[tuple[int, pa.Table]]:
         """Global batches of one pass, each with the number of the group whose rows they are."""
         regroups = [Regroup(size(group)) for group in self.groups]
         for fragment in self.client.fragments(len(self.reader.fragments(work))):
             for i, (group, regroup) in enumerate(zip(self.groups, regroups, strict=True)):
-                for rows in regroup.add(group.select(fragment)):
+                selected = group.select(fragment)
+                if work.purpose == "learn":
+                    group.mark(selected)
+                for rows in regroup.add(selected):
                     yield i, rows
         for i, regroup in enumerate(regroups):
             for rows in regroup.rest():
                 yield i, rows
 
-    def _evaluate(self, window: int) -> list[Evaluated | None]:
+    def _evaluate(self, work: Pass) -> list[Evaluated | None]:
         parts: list[list[Evaluated]] = [[] for _ in self.groups]
-        for i, rows in self._batches(Pass(window, "evaluate"), lambda group: EVALUATION_BATCH):
-            parts[i].append(self.groups[i].evaluate(rows))
+        with ExitStack() as stack:
+            for lane in (lane for group in self.groups for lane in group.lanes):
+                stack.enter_context(lane.engine.evaluated())
+            for i, rows in self._batches(work, lambda group: EVALUATION_BATCH):
+                parts[i].append(self.groups[i].evaluate(rows))
         return [group.gather(mine) for group, mine in zip(self.groups, parts, strict=True)]
 
-    def _learn(self, window: int) -> list[int]:
+    def _learn(self, work: Pass) -> list[int]:
         learnt = [0] * len(self.groups)
-        for lane in (lane for group in self.groups for lane in group.lanes):
-            lane.seconds = 0.0
-        for i, rows in self._batches(Pass(window, "learn"), lambda group: group.batch_size):
+        for i, rows in self._batches(work, lambda group: group.batch_size):
             self.groups[i].learn(rows)
             learnt[i] += rows.num_rows
             if self.report:
-                self.report.progress(window, rows.num_rows)
+                self.report.progress(work.window, rows.num_rows)
+        for group in self.groups:
+            group.end_window()
         return learnt
 
-    def _rows(self, window: int, group: Group, result: Evaluated, learnt: int) -> list[dict[str, Any]]:
+    def _rows(self, work: Pass, group: Group, result: Evaluated, learnt: int) -> list[dict[str, Any]]:
         """One row for each lane, domain and task; for lanes over all domains also one for the domains together."""
-        rows = []
+        rows, window = [], work.window
+        place = {"pass": work.number, "window": window} if work.number else {"window": window}
         for lane in group.lanes:
             for domain, chosen_N in _domains(group, result):
                 for column, task in enumerate(lane.tasks):
@@ -121,7 +146,7 @@ class Loop:
                         self.states[key] = self.states.get(key, MetricState()) + state
                     speed = learnt / lane.seconds if lane.seconds else None
                     identity = {"role": self.role, **describe(key), "seed": self.seed, "snapshot": supervisor(key, window, self.fm_lag)}
-                    rows.append({"window": window, **identity, **state.figures(), "examples_per_s": speed})
+                    rows.append({**place, **identity, **state.figures(), "examples_per_s": speed})
         return rows
 
 

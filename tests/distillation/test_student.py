@@ -13,13 +13,13 @@ from exfm_ray.model_config import MLPConfig
 from exfm_ray.models.network import build_network
 from exfm_ray.schema import Schema, SparseFeature
 
-SCHEMA = Schema(features=(SparseFeature(name="u", rows=9), SparseFeature(name="i", rows=9)), tasks=("click",))
+SCHEMA = Schema(features=(SparseFeature(name="u", rows=9), SparseFeature(name="i", rows=9)), tasks=("click", "like"))
 DENSE = torch.empty(6, 0)
 
 
-def make(arm: Arm, beta: float = 4.0, own_head: bool = True, seed: int = 0) -> Student:
+def make(arm: Arm, beta: float = 4.0, own_head: bool = True, seed: int = 0, tasks: int = 2) -> Student:
     config = DistillationConfig(ah=AHConfig(beta=beta, mlp=(5,)), sa=SAConfig(own_head=own_head))
-    return Student(build_network(MLPConfig(dim=4, mlp=(8,)), SCHEMA, 1, seed=0), arm, config, seed)
+    return Student(build_network(MLPConfig(dim=4, mlp=(8,)), SCHEMA, tasks, seed=0), arm, config, seed)
 
 
 def embedded() -> Tensor:
@@ -36,12 +36,12 @@ def test_heads_of_each_arm(arm: Arm, own_head: bool, heads: int) -> None:
     logits = student(embedded(), DENSE)
     names = {name.split(".")[0] for name, _ in student.named_parameters()} - {"network"}
     assert len(names) == heads
-    assert (logits.auxiliary_B is not None) == (arm in (Arm.AH, Arm.AH_SA))
-    assert (logits.adapter_B is not None) == (arm is Arm.AH_SA)
+    assert (logits.auxiliary_BT is not None) == (arm in (Arm.AH, Arm.AH_SA))
+    assert (logits.adapter_BT is not None) == (arm is Arm.AH_SA)
     if arm is Arm.AH_SA:
-        assert (logits.adapter_B is logits.auxiliary_B) == (not own_head)
-        assert own_head != torch.equal(logits.adapter_B, logits.auxiliary_B)
-    assert all(z is None or z.dtype == torch.float32 for z in logits)
+        assert (logits.adapter_BT is logits.auxiliary_BT) == (not own_head)
+        assert own_head != torch.equal(logits.adapter_BT, logits.auxiliary_BT)
+    assert all(z is None or (z.dtype, z.shape) == (torch.float32, (6, 2)) for z in logits)
 
 
 def test_all_arms_start_with_the_same_serving_network() -> None:
@@ -73,15 +73,16 @@ def test_scaling_is_exact() -> None:
     assert torch.equal(x.grad, torch.arange(1000.0) * 0.1)
 
 
+@pytest.mark.parametrize("tasks", [1, 2])
 @pytest.mark.parametrize("own_head", [True, False])
-def test_beta_scales_what_reaches_backbone_and_tables_and_nothing_else(own_head: bool) -> None:
+def test_beta_scales_what_reaches_backbone_and_tables_and_nothing_else(own_head: bool, tasks: int) -> None:
     """Wrong: beta changes the forward pass, the heads' own gradients, or misses the backbone or the tables."""
     gradients, forwards = {}, {}
     for beta in (0.0, 1.0, 4.0):
-        student, x = make(Arm.AH_SA, beta, own_head), embedded()
+        student, x = make(Arm.AH_SA, beta, own_head, tasks=tasks), embedded()
         logits = student(x, DENSE)
         forwards[beta] = logits
-        (logits.auxiliary_B.sum() + logits.adapter_B.sum()).backward()
+        (logits.auxiliary_BT.sum() + logits.adapter_BT.sum()).backward()
         gradients[beta] = {n: p.grad for n, p in student.named_parameters()} | {"tables": x.grad}
     for beta in (0.0, 4.0):
         assert all(torch.equal(a, b) for a, b in zip(forwards[beta], forwards[1.0], strict=True))
@@ -96,9 +97,9 @@ def test_beta_scales_what_reaches_backbone_and_tables_and_nothing_else(own_head:
 @pytest.mark.parametrize("arm", [Arm.AH, Arm.AH_SA])
 def test_the_teacher_does_not_reach_the_serving_head(arm: Arm) -> None:
     """Wrong: the serving head's gradient depends on the teacher: its bias leaks into what is served."""
-    label = torch.tensor([0.0, 1, 0, 0, 1, 0])
+    label = torch.tensor([[0.0, 1], [0, 0], [1, 0]]).repeat(2, 1)
     serving = []
-    for teacher in (torch.full((6,), 0.01), torch.full((6,), 0.99)):
+    for teacher in (torch.full((6, 2), 0.01), torch.full((6, 2), 0.99)):
         student = make(arm)
         objective_B(arm, DistillationConfig(), student(embedded(), DENSE), label, teacher, 1 - teacher).sum().backward()
         serving.append([p.grad for p in student.network.head.parameters()])
@@ -108,8 +109,25 @@ def test_the_teacher_does_not_reach_the_serving_head(arm: Arm) -> None:
 def test_the_label_does_not_reach_the_auxiliary_head() -> None:
     """Wrong: the auxiliary head learns the label, which blunts its use as a channel for the teacher."""
     heads = []
-    for label in (torch.zeros(6), torch.ones(6)):
+    for label in (torch.zeros(6, 2), torch.ones(6, 2)):
         student = make(Arm.AH)
-        objective_B(Arm.AH, DistillationConfig(), student(embedded(), DENSE), label, torch.full((6,), 0.3), None).sum().backward()
+        objective_B(Arm.AH, DistillationConfig(), student(embedded(), DENSE), label, torch.full((6, 2), 0.3), None).sum().backward()
         heads.append([p.grad for p in student.auxiliary_head.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*heads, strict=True))
+
+
+@pytest.mark.parametrize("arm", list(Arm))
+def test_each_task_teaches_its_own_outputs(arm: Arm) -> None:
+    """Wrong: an output of one task, served or not, gets a gradient from labels, teacher or adapter's target of another task."""
+    generator = torch.Generator().manual_seed(1)
+    first = [torch.rand(6, 2, generator=generator) for _ in range(3)]
+    found = []
+    for changed in (False, True):
+        label, teacher, target = (torch.stack([x[:, 0], 1 - x[:, 1]], dim=1) if changed else x for x in first)
+        student = make(arm)
+        objective_B(arm, DistillationConfig(), student(embedded(), DENSE), label.round(), teacher, target).sum().backward()
+        heads = [head for head in (student.network.head, student.auxiliary_head, student.adapter_head) if head is not None]
+        found.append([parameter.grad for head in heads for parameter in head.mlp[-1].parameters()])
+    for before, after in zip(*found, strict=True):
+        assert before[0].any() and torch.equal(before[0], after[0])
+        assert not torch.equal(before[1], after[1])

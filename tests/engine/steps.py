@@ -25,21 +25,22 @@ SEED = 3
 
 @dataclass(frozen=True)
 class Case:
-    """One training: settings, sizes of the global batches, and which of them have supervision (all, or from one on)."""
+    """One training: settings, sizes of the global batches, which of them have supervision (all, or from one on), a VM's tasks."""
 
     trainer: dict[str, Any] = field(default_factory=dict)
     arm: Arm | None = Arm.LABELS
     batches: tuple[int, ...] = (64, 64, 64, 64, 64, 33, 1)
     supervised_from: int = 0
     model: ModelConfig = MLP
+    tasks: tuple[int, ...] = (0,)
 
 
 def global_batches(case: Case) -> list[pa.Table]:
-    """The case's batches; teacher's predictions are noisy labels."""
+    """The case's batches; teacher's predictions, for both tasks, are noisy labels."""
     rows = make_rows(sum(case.batches), seed=7)
-    labels = list_values(rows["labels"], len(SCHEMA.tasks))[:, 0]
-    p = (0.2 + 0.5 * labels + 0.1 * np.random.default_rng(1).random(len(labels))).astype(np.float32)
-    augmented = rows.append_column(TEACHER_COLUMN, pa.FixedSizeListArray.from_arrays(pa.array(p), 1))
+    labels = list_values(rows["labels"], len(SCHEMA.tasks))
+    p = (0.2 + 0.5 * labels + 0.1 * np.random.default_rng(1).random(labels.shape)).astype(np.float32)
+    augmented = rows.append_column(TEACHER_COLUMN, pa.FixedSizeListArray.from_arrays(pa.array(p.ravel()), len(SCHEMA.tasks)))
     starts = np.cumsum((0, *case.batches))
     pieces = [(augmented if i >= case.supervised_from else rows).slice(s, n) for i, (s, n) in enumerate(zip(starts, case.batches, strict=False))]
     return pieces
@@ -55,13 +56,13 @@ def make_group(case: Case) -> Any:
     from exfm_ray.training.lane import Group, Lane
 
     config, distillation = VMConfig(**case.trainer), DistillationConfig()
-    tasks = (0, 1) if case.arm is None else (0,)
+    tasks = (0, 1) if case.arm is None else case.tasks
     device = torch.device("cpu")
     student = Student(build_network(case.model, SCHEMA, len(tasks), SEED), case.arm or Arm.LABELS, distillation, SEED)
     engine = Engine(SCHEMA, config, student, case.model, SEED, device)
-    adapter = Replica(Adapter(distillation.sa, SEED), distillation.sa.lr, device) if case.arm is Arm.AH_SA else None
+    adapter = Replica(Adapter(distillation.sa, len(tasks), SEED), distillation.sa.lr, device) if case.arm is Arm.AH_SA else None
     lane = Lane("m", case.arm, tasks, engine, distillation, adapter)
-    return Group(SCHEMA, [lane], None, 64, device, 0, 1)
+    return Group(SCHEMA, [lane], None, 64, device, tasks, len(SCHEMA.tasks))
 
 
 def state(group: Any) -> dict[str, np.ndarray]:
@@ -70,10 +71,16 @@ def state(group: Any) -> dict[str, np.ndarray]:
     found = {f"dense/{name}": tensor.numpy() for name, tensor in lane.engine.dense_state().items()}
     if lane.adapter:
         found |= {f"adapter/{name}": tensor.numpy().copy() for name, tensor in lane.adapter.module.state_dict().items()}
-    mine = [(s.table, s.first_row, s.weight_RW.numpy().copy(), s.momentum_R.numpy().copy()) for s in lane.engine.tables.shards()]
+    return found | whole(lane.engine.tables)
+
+
+def whole(tables: Any) -> dict[str, np.ndarray]:
+    """All tables and their momentum, gathered from all workers."""
+    mine = [(s.table, s.first_row, s.weight_RW.numpy().copy(), s.momentum_R.numpy().copy()) for s in tables.shards()]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     shards = sorted((shard for part in everyone for shard in part), key=lambda shard: shard[:2])
+    found = {}
     for table in SCHEMA.tables:
         own = [shard for shard in shards if shard[0] == table]
         found[f"tables/{table}"] = np.concatenate([weight for _, _, weight, _ in own])
@@ -113,11 +120,17 @@ def resume(case: Case, folder: Path, cut: int) -> tuple[dict[str, np.ndarray], d
     return state(straight), state(fresh)
 
 
-def embed(sharding: str, sizes: Sequence[int]) -> list[np.ndarray]:
-    """Embedded rows of batches of equal length on every worker, sharded."""
+def embed(sharding: str, model: ModelConfig, sizes: Sequence[int]) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """Embedded rows of batches of equal length on every worker, sharded; the tables after a step on `some_loss` of the last."""
     from exfm_ray.data.batch import to_batch
     from exfm_ray.engine.tables import ShardedTables
 
-    tables = ShardedTables(SCHEMA, VMConfig(sharding=sharding), MLPConfig(dim=4), SEED, torch.device("cpu"))
-    with torch.no_grad():
-        return [tables(to_batch(make_rows(size, seed=size + dist.get_rank()), SCHEMA)).numpy() for size in sizes]
+    tables = ShardedTables(SCHEMA, VMConfig(sharding=sharding), model, SEED, torch.device("cpu"))
+    embedded = [tables(to_batch(make_rows(size, seed=size + dist.get_rank()), SCHEMA)) for size in sizes]
+    some_loss(embedded[-1]).backward()
+    return [tensor.detach().numpy() for tensor in embedded], whole(tables)
+
+
+def some_loss(embedded_BRE: torch.Tensor) -> torch.Tensor:
+    """A weighted sum whose gradient differs at every place."""
+    return (embedded_BRE * torch.arange(embedded_BRE.numel()).cos().view_as(embedded_BRE)).sum()

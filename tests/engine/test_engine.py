@@ -37,13 +37,13 @@ def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
 
 
 @pytest.mark.parametrize("stage", ZERO)
-@pytest.mark.parametrize("arm", [None, Arm.AH_SA])
-def test_two_workers_equal_one(groups: dict[int, Workers], stage: int, arm: Arm | None) -> None:
+@pytest.mark.parametrize(("arm", "tasks"), [(None, (0, 1)), (Arm.AH_SA, (0,)), (Arm.AH_SA, (1, 0))])
+def test_two_workers_equal_one(groups: dict[int, Workers], stage: int, arm: Arm | None, tasks: tuple[int, ...]) -> None:
     """Wrong: the gradient is not the mean over the global batch (a short last batch, or a worker without a row, counts
     wrongly), or a ZeRO stage changes the result."""
     model = steps.WUKONG if arm is None else steps.MLP
-    one = groups[1].run(steps.train, Case(arm=arm, model=model))[0]
-    two = groups[2].run(steps.train, Case(trainer={"zero_stage": stage}, arm=arm, model=model))
+    one = groups[1].run(steps.train, Case(arm=arm, model=model, tasks=tasks))[0]
+    two = groups[2].run(steps.train, Case(trainer={"zero_stage": stage}, arm=arm, model=model, tasks=tasks))
     assert_equal(two[0], two[1])
     assert_close(two[0], one, **TOLERANCE)
 
@@ -95,7 +95,7 @@ def test_learns_what_plain_torch_learns(groups: dict[int, Workers]) -> None:
 @pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
 def test_goes_on_from_a_checkpoint_to_the_bit(groups: dict[int, Workers], tmp_path: Path, world: int, stage: int) -> None:
     """Wrong: a checkpoint lacks a part of the state (a moment, the tables' momentum, the adapter, its optimizer)."""
-    case = Case(trainer={"zero_stage": stage}, arm=Arm.AH_SA)
+    case = Case(trainer={"zero_stage": stage}, arm=Arm.AH_SA, tasks=(1, 0))
     for straight, resumed in groups[world].run(steps.resume, case, tmp_path, 4):
         assert_equal(resumed, straight)
 

@@ -8,19 +8,48 @@ import steps
 from example import SCHEMA, make_rows
 from workers import Workers
 
+from exfm_ray.config import OptimizerConfig
 from exfm_ray.data.batch import to_batch
-from exfm_ray.model_config import MLPConfig
+from exfm_ray.engine.tables import ADAGRAD_EPS
+from exfm_ray.model_config import DINConfig, MLPConfig, ModelConfig
 from exfm_ray.models.embeddings import PlainTables
+
+MODELS: dict[str, ModelConfig] = {
+    "plain": MLPConfig(dim=4),
+    "embeddings": MLPConfig(dim=4, embeddings={"user": 2, "ad": 3, "keywords": 2}),
+    "unpooled": DINConfig(dim=4, sequence_length=3),
+    "both": DINConfig(dim=4, sequence_length=3, embeddings={"ad": 2}),
+}
 
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
-def test_sharded_tables_equal_plain_tables(groups: dict[int, Workers], world: int, sharding: str) -> None:
-    """Wrong: what is trained and what is exported or scores with the same weights see different embeddings."""
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_sharded_tables_equal_plain_tables(groups: dict[int, Workers], world: int, sharding: str, model: ModelConfig) -> None:
+    """Wrong: what is trained and what is exported or scores with the same weights see different embeddings, or a gradient goes to another row."""
     sizes = (1, 5, 64)
-    plain = PlainTables(SCHEMA, MLPConfig(dim=4), seed=steps.SEED)
-    for rank, found in enumerate(groups[world].run(steps.embed, sharding, sizes)):
+    plain = PlainTables(SCHEMA, model, seed=steps.SEED)
+    for rank, (found, learnt) in enumerate(groups[world].run(steps.embed, sharding, model, sizes)):
         for size, embedded in zip(sizes, found, strict=True):
             expected = plain(to_batch(make_rows(size, seed=size + rank), SCHEMA)).detach().numpy()
             # sums of at most 5 float32 values of size 0.05, in another order
             np.testing.assert_allclose(embedded, expected, rtol=1e-5, atol=1e-7)
+        for name, (weight, momentum) in after_a_step(model, world, sizes[-1]).items():
+            # one step of float32, whose sums over a batch are in another order
+            np.testing.assert_allclose(learnt[f"tables/{name}"], weight, rtol=1e-4, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(learnt[f"momentum/{name}"], momentum, rtol=1e-4, atol=1e-9, err_msg=name)
+
+
+def after_a_step(model: ModelConfig, world: int, size: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Plain tables and momentum after a step of row-wise Adagrad on the mean of the workers' losses."""
+    plain, fresh = PlainTables(SCHEMA, model, seed=None), PlainTables(SCHEMA, model, seed=steps.SEED)
+    for rank in range(world):
+        (steps.some_loss(fresh(to_batch(make_rows(size, seed=size + rank), SCHEMA))) / world).backward()
+    assert fresh.weight.grad is not None
+    plain.weight.data.copy_(fresh.weight.grad)
+    found = {}
+    for name, gradient in plain.tables().items():
+        momentum = gradient.square().mean(dim=1)  # of all embeddings of an id together
+        step = OptimizerConfig().table_lr * gradient / (momentum.sqrt() + ADAGRAD_EPS)[:, None]
+        found[name] = ((fresh.tables()[name] - step).numpy(), momentum.numpy())
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from exfm_ray.data.batch import Batch
 from exfm_ray.model_config import MLPConfig
 from exfm_ray.models import embeddings
-from exfm_ray.models.embeddings import INIT_STD, PlainTables, initial_table
+from exfm_ray.models.embeddings import INIT_STD, PlainTables, initial_rows, initial_table
 from exfm_ray.schema import Kind, Schema, SparseFeature
 
 SCHEMA = Schema(
@@ -108,6 +109,16 @@ def test_a_shard_makes_its_own_rows(rows: int, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embeddings, "BLOCK_ROWS", 16)
         assert torch.equal(initial_table("t", rows, 3, 0)[first:last], initial_table("t", rows, 3, 0, first, last))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 60), st.data())
+def test_some_rows_are_those_of_the_table(rows: int, data: st.DataObject) -> None:
+    """Wrong: a row that is reset does not become what it was at first."""
+    chosen = np.array(sorted(data.draw(st.sets(st.integers(0, rows - 1)))), np.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embeddings, "BLOCK_ROWS", 16)
+        assert torch.equal(initial_rows("t", rows, 3, 5, chosen), initial_table("t", rows, 3, 5)[torch.from_numpy(chosen)])
 
 
 def test_initial_rows() -> None:

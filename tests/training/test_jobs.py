@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from local_runs import run_locally, score, train
+from local_runs import predictions, run_locally, score, train
 from safetensors.torch import load_file
 from small_runs import WINDOWS, assert_close, figures, metrics, small_config
 from workers import Workers
@@ -187,18 +187,6 @@ def test_serving_pays_nothing(base: Config) -> None:
             graph = torch.export.export(model, inputs).graph_module.code
             seen.add((tuple(sorted(files.items())), frozenset(shapes), graph))
         assert len(seen) == 1
-
-
-def predictions(config: Config, rows: int) -> dict[str, Any]:
-    """Logits of trained lanes, from the last checkpoint, on the stream's first rows."""
-    from exfm_ray.training.job import Worker
-
-    (job,) = vm_jobs(config)
-    worker = Worker(job, None, None, torch.device("cpu"))
-    job.checkpoints.load(WINDOWS, worker.loop, worker.lanes)
-    stream = EventStream.open(config.folder / "stream")
-    batch = to_batch(stream.read(0, stream.window(0).fragments[0]).slice(0, rows), stream.schema)
-    return {lane.name: lane.engine.predict(batch).numpy() for lane in worker.lanes}
 
 
 def test_exported_models_say_what_the_trained_ones_say(base: Config, groups: dict[int, Workers]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from exfm_ray.config import Config
 from exfm_ray.data.prepare import avazu, criteo, embedded, frappe, kuairand, movielens, table
 from exfm_ray.data.prepare.cutter import Cutter, Progress
 from exfm_ray.data.prepare.pack import Packer
-from exfm_ray.data.prepare.reader import read
-from exfm_ray.data.prepare.source import RawSource
+from exfm_ray.data.prepare.reader import part_rows, read
+from exfm_ray.data.prepare.source import RawSource, with_table_rows
 from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.errors import UserError
 from exfm_ray.files import read_json
@@ -59,7 +60,8 @@ def prepare(config: Config, progress: Progress | None = None, check: Callable[[S
     if _finished_elsewhere(root, config):
         return EventStream.open(root)
     source = None if config.data.source == "embedded" else SOURCES[config.data.source](config)
-    schema = source.schema if source else embedded.schema(config.data.embedded)
+    schema = with_table_rows(source.schema if source else embedded.schema(config.data.embedded), config.data.table_rows)
+    source = replace(source, schema=schema) if source else None
     _check_windows(config, source)
     if check:
         check(schema)
@@ -76,7 +78,8 @@ def prepare(config: Config, progress: Progress | None = None, check: Callable[[S
 def _stream(config: Config, writer: StreamWriter, source: RawSource, progress: Progress | None) -> dict[str, Any]:
     """Read, encode, cut, write."""
     packer = Packer(source, drop_duplicates=config.data.duplicates == "drop")
-    cutter = Cutter(writer, config.data.window, source.name, progress)
+    file_rows = part_rows(source, config.data.memory_mb) if config.data.window.by == "file" else ()
+    cutter = Cutter(writer, config.data.window, source.name, progress, file_rows)
     with closing(read(source, config.data.memory_mb, config.folder / "prepare.tmp")) as tables:
         for raw in tables:
             rows = packer.encode(raw)
@@ -87,7 +90,7 @@ def _stream(config: Config, writer: StreamWriter, source: RawSource, progress: P
             if cutter.rows == config.data.max_rows:
                 break
     cutter.finish()
-    return cutter.statistics()
+    return cutter.statistics() | {"tables": packer.collisions.statistics()}
 
 
 def _settings(config: Config, schema: Schema, source: RawSource | None) -> dict[str, Any]:
@@ -112,6 +115,11 @@ def _check_windows(config: Config, source: RawSource | None) -> None:
         raise UserError(
             f"setting 'data.window.by' is 'time', but the data of '{config.data.source}' have only an order, no times: "
             "set data.window.by=rows and data.window.rows"
+        )
+    if config.data.window.by == "file" and not (source and source.parts):
+        raise UserError(
+            f"setting 'data.window.by' is 'file', but the events of '{config.data.source}' do not follow one another file by file: "
+            "set data.window.by to time or rows"
         )
 
 

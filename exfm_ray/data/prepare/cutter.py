@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,13 +21,16 @@ LARGEST_GAP = 20_000
 
 class Cutter:
     """Windows by time count from the first event's window, empty ones between included where they are allowed; windows by rows hold
-    `rows` events."""
+    `rows` events, windows by file as many as `file_rows` says."""
 
-    def __init__(self, writer: StreamWriter, config: WindowConfig, source: str, progress: Progress | None) -> None:
+    def __init__(
+        self, writer: StreamWriter, config: WindowConfig, source: str, progress: Progress | None, file_rows: Sequence[int] = ()
+    ) -> None:
         self.normaliser = Normaliser([d.name for d in writer.schema.dense])
         self.rows = self.duplicates = self.windows = 0
         self._writer, self._config, self._source, self._progress = writer, config, source, progress
         self._first: int | None = None
+        self._file_ends = np.cumsum(file_rows)
         self._window: WindowWriter | None = None
         self._window_rows = self._window_duplicates = 0
 
@@ -43,9 +46,10 @@ class Cutter:
 
     def _indices(self, times_N: Array, kept_N: Array) -> Array:
         """Window of each event, counted from 0."""
-        if self._config.by == "rows":
+        if self._config.by != "time":
             # A dropped repetition belongs to the window of the event before it.
-            return np.asarray(np.maximum(self.rows + np.cumsum(kept_N) - 1, 0) // self._config.rows)
+            number_N = np.maximum(self.rows + np.cumsum(kept_N) - 1, 0)
+            return np.asarray(number_N // self._config.rows if self._config.by == "rows" else np.searchsorted(self._file_ends, number_N, "right"))
         absolute_N = (times_N - self._config.offset_s * 1000) // (self._config.length_s * 1000)
         if self._first is None and len(times_N):
             self._first = int(absolute_N[0])
@@ -74,7 +78,7 @@ class Cutter:
         window = self._window
         assert window
         self._window_duplicates += int(piece.repeated_N.sum())
-        if self._config.by == "rows":
+        if self._config.by != "time":
             window.end_ms = int(piece.times_N[-1]) + 1
         if not kept_N.all():
             piece = piece.take(kept_N)

@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from exfm_ray.data.prepare.collisions import Watch
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.schema import Encoding, Schema, SparseFeature
 
@@ -30,24 +31,33 @@ def salt(table: str) -> np.uint64:
     return np.uint64(zlib.crc32(table.encode()) * 0x9E3779B1)
 
 
-def hash_rows(values: pa.Array, table: str, rows: int) -> Array:
-    """Rows 1..rows-1 of the raw `values` (text, integers, numbers, booleans) without nulls: int32 (N,)."""
+def hash_rows(values: pa.Array, table: str, rows: int, watch: Watch | None = None) -> Array:
+    """Rows 1..rows-1 of the raw `values` (text, integers, numbers, booleans) without nulls: int32 (N,). `watch` is told of them."""
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         encoded = values.dictionary_encode()
         text = encoded.dictionary.to_numpy(zero_copy_only=False)
-        hashed = pd.util.hash_array(text, categorize=False) if len(text) else np.empty(0, np.uint64)
-        return np.asarray(_spread(hashed, table, rows)[encoded.indices.to_numpy()])
+        hashed_U = pd.util.hash_array(text, categorize=False) if len(text) else np.empty(0, np.uint64)
+        index_N = encoded.indices.to_numpy()
+        id_U, row_U = _spread(hashed_U, table, rows)
+        if watch:
+            watch(table, id_U, row_U, np.bincount(index_N, minlength=len(id_U)))
+        return np.asarray(row_U[index_N])
     if pa.types.is_floating(values.type):
-        bits = (values.cast(pa.float64()).to_numpy(zero_copy_only=False) + 0.0).view(np.uint64)  # + 0.0 makes -0 and 0 one value
+        bits_N = (values.cast(pa.float64()).to_numpy(zero_copy_only=False) + 0.0).view(np.uint64)  # + 0.0 makes -0 and 0 one value
     elif pa.types.is_uint64(values.type):
-        bits = values.to_numpy(zero_copy_only=False)
+        bits_N = values.to_numpy(zero_copy_only=False)
     else:
-        bits = values.cast(pa.int64()).to_numpy(zero_copy_only=False).view(np.uint64)
-    return _spread(bits, table, rows)
+        bits_N = values.cast(pa.int64()).to_numpy(zero_copy_only=False).view(np.uint64)
+    id_N, row_N = _spread(bits_N, table, rows)
+    if watch:
+        watch(table, id_N, row_N, 1)
+    return row_N
 
 
-def _spread(bits: Array, table: str, rows: int) -> Array:
-    return (splitmix64(bits ^ salt(table)) % np.uint64(rows - 1) + np.uint64(1)).astype(np.int32)
+def _spread(bits: Array, table: str, rows: int) -> tuple[Array, Array]:
+    """Ids, uint64, and the rows that they fall on, int32."""
+    ids = splitmix64(bits ^ salt(table))
+    return ids, (ids % np.uint64(rows - 1) + np.uint64(1)).astype(np.int32)
 
 
 def index_rows(values: pa.Array, feature: SparseFeature, source: str) -> Array:
@@ -67,8 +77,8 @@ def index_rows(values: pa.Array, feature: SparseFeature, source: str) -> Array:
     return np.asarray(ids + 1, np.int32)
 
 
-def encode_values(values: pa.Array, feature: SparseFeature, source: str) -> Array:
-    """Table rows of one value per entry: int32 (N,), row 0 where the value is missing."""
+def encode_values(values: pa.Array, feature: SparseFeature, source: str, watch: Watch | None = None) -> Array:
+    """Table rows of one value per entry: int32 (N,), row 0 where the value is missing. `watch` is told of hashed values."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if pa.types.is_null(values.type):
@@ -77,7 +87,7 @@ def encode_values(values: pa.Array, feature: SparseFeature, source: str) -> Arra
     if feature.encoding is Encoding.INDEX:
         rows = index_rows(present, feature, source)
     else:
-        rows = hash_rows(present, feature.table or feature.name, feature.rows)
+        rows = hash_rows(present, feature.table or feature.name, feature.rows, watch)
     if not values.null_count:
         return rows
     out = np.zeros(len(values), np.int32)
@@ -85,12 +95,12 @@ def encode_values(values: pa.Array, feature: SparseFeature, source: str) -> Arra
     return out
 
 
-def encode_bag(values: pa.Array, feature: SparseFeature, source: str) -> pa.Array:
+def encode_bag(values: pa.Array, feature: SparseFeature, source: str, watch: Watch | None = None) -> pa.Array:
     """A list column (N lists) as list<int32> of table rows: missing entries left out, the last `max_length` kept."""
     if pa.types.is_large_list(values.type):
         values = values.cast(pa.list_(values.type.value_type))
     lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    rows = encode_values(values.flatten(), feature, source)
+    rows = encode_values(values.flatten(), feature, source, watch)
     owner = np.repeat(np.arange(len(lengths)), lengths)
     owner, rows = owner[rows != MISSING_ROW], rows[rows != MISSING_ROW]
     lengths = np.bincount(owner, minlength=len(lengths))

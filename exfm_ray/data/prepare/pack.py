@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
+from exfm_ray.data.prepare.collisions import Collisions
 from exfm_ray.data.prepare.duplicates import DuplicateFinder, fold, fold_bag
 from exfm_ray.data.prepare.encode import encode_bag, encode_dense, encode_domains, encode_labels, encode_values
 from exfm_ray.data.prepare.history import HistoryBuilder
@@ -83,6 +84,7 @@ class Packer:
 
     def __init__(self, source: RawSource, drop_duplicates: bool) -> None:
         self.source, self.schema = source, source.schema
+        self.collisions = Collisions(source.schema)
         self._drop = drop_duplicates
         self._finder = DuplicateFinder()
         self._history = HistoryBuilder(source.history.length) if source.history else None
@@ -94,13 +96,13 @@ class Packer:
         rows = len(raw)
         times_N = self._times(raw)
         numbers_N = np.arange(self._read, self._read + rows)
-        schema, name = self.schema, self.source.name
+        schema, name, watch = self.schema, self.source.name, self.collisions.add
         domain_N = encode_domains(_column(raw, "domain"), schema, name) if "domain" in raw.column_names else np.zeros(rows, np.int32)
         labels = [encode_labels(_column(raw, task), task, name) for task in schema.tasks]
-        sparse = [encode_values(_column(raw, f.name), f, name) for f in schema.single[:-1]]
+        sparse = [encode_values(_column(raw, f.name), f, name, watch) for f in schema.single[:-1]]
         dense = [encode_dense(_column(raw, d.name), d.transform, d.name, name) for d in schema.dense]
         built = self.source.history.feature if self.source.history else None
-        bags = {f.name: encode_bag(_column(raw, f.name), f, name) for f in schema.bags if f.name != built}
+        bags = {f.name: encode_bag(_column(raw, f.name), f, name, watch) for f in schema.bags if f.name != built}
         encoded = Rows(
             example_id_N=self._ids(raw) if "example_id" in raw.column_names else numbers_N,
             times_N=times_N,
@@ -177,7 +179,7 @@ class Packer:
         if self._drop:
             acted_N = acted_N & ~rows.repeated_N
         feature = next(f for f in self.schema.bags if f.name == spec.feature)
-        return encode_bag(builder.extend(users_N, rows.times_N, items_N, acted_N), feature, self.source.name)
+        return encode_bag(builder.extend(users_N, rows.times_N, items_N, acted_N), feature, self.source.name, self.collisions.add)
 
     def kept(self, rows: Rows) -> Array:
         """Which rows go into the stream: bool (N,)."""

@@ -39,6 +39,15 @@ def read(source: RawSource, memory_mb: int, scratch: Path) -> Generator[pa.Table
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def part_rows(source: RawSource, memory_mb: int) -> list[int]:
+    """Events in each of the source's parts."""
+    try:
+        with duckdb.connect() as connection:
+            return [int(row[0]) for part in source.parts for row in connection.sql(f"SELECT count(*) FROM {part}").fetchall()]
+    except duckdb.Error as error:
+        raise explain(error, source, memory_mb) from None
+
+
 def explain(error: Exception, source: RawSource, memory_mb: int) -> UserError:
     """What the database says, in one line a user can act on."""
     message = str(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class RawSource:
             `example_id` (BIGINT; a running number without) and `event_key` (anything hashable: identifies an event).
         history: a sequence feature that the common path builds; not a column of the query.
         ordered_only: there is no time, only an order.
+        parts: a DuckDB table expression for each file, in event order, where the events of the files follow one another.
         seeded: the query depends on the config's seed.
     """
 
@@ -37,6 +38,7 @@ class RawSource:
     query: str
     history: History | None = None
     ordered_only: bool = False
+    parts: tuple[str, ...] = ()
     seeded: bool = False
 
     @property
@@ -115,6 +117,20 @@ def read_csv(files: Sequence[Path], types: dict[str, str], delimiter: str = ",")
         f"read_csv([{names}], {PLAIN}, header=true, delim={text(delimiter)}, quote='\"', escape='\"', nullstr='', "
         f"columns={{{declared}}})"
     )  # fmt: skip
+
+
+def with_table_rows(schema: Schema, rows: Mapping[str, int]) -> Schema:
+    """The schema with other sizes of the hashed tables named in `rows`, also for the features that share them."""
+    features = {f.name: f for f in schema.features}
+    for table in rows:
+        if table not in schema.tables:
+            owner = features[table].table if table in features else None
+            way_out = f" It shares that of '{owner}'." if owner else nearest(table, schema.tables) or f" There are {', '.join(schema.tables)}."
+            raise UserError(f"setting 'data.table_rows': no embedding table is named '{table}'.{way_out}")
+        if table not in features or features[table].encoding is Encoding.INDEX:
+            raise UserError(f"setting 'data.table_rows.{table}': the rows of this table are the ids themselves, not hashes of them; remove it")
+    sized = [f.model_copy(update={"rows": rows.get(f.table or f.name, f.rows)}) for f in schema.features]
+    return Schema.model_validate(schema.model_dump() | {"features": sized})
 
 
 def hashed(names: Iterable[str], rows: int) -> list[SparseFeature]:

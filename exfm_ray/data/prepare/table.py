@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,9 @@ class TableFile(Model):
     """The schema file. Feature, dense and task names are the files' column names."""
 
     format: Literal["csv", "parquet"]
-    files: str = Field(description="a file name or glob below data.root; several files are read in the order of their names")
+    files: str | tuple[str, ...] = Field(
+        description="file names or globs below data.root; read in the order given, the files of a glob in the order of their names"
+    )
     delimiter: str = Field(",", min_length=1, max_length=1)
     list_delimiter: str = Field("|", min_length=1, description="between the values of a multi-valued or sequence feature held as text")
     event_time: EventTime | None = None
@@ -75,11 +77,20 @@ def source(config: Config) -> RawSource:
         raise UserError(f"{config.data.schema_file}: {len(schema.domains)} domains but no `domain` column to tell them; name one, or keep one domain")
     if spec.sort and spec.event_time is None:
         raise UserError(f"{config.data.schema_file}: `sort: true` needs an `event_time`")
-    files = require_glob(config.data.root, spec.files)
+    patterns = (spec.files,) if isinstance(spec.files, str) else spec.files
+    files = tuple(path for pattern in patterns for path in require_glob(config.data.root, pattern))
     query = _csv(spec, files) if spec.format == "csv" else _parquet(spec, files)
     if spec.sort:
         query = f"SELECT * EXCLUDE (place) FROM ({query}) ORDER BY event_time, place"
-    return RawSource(schema=schema, files=files, query=query, ordered_only=spec.event_time is None)
+    parts = () if spec.sort else tuple(_table(spec, [path]) for path in files)
+    return RawSource(schema=schema, files=files, query=query, ordered_only=spec.event_time is None, parts=parts)
+
+
+def _table(spec: TableFile, files: Sequence[Path]) -> str:
+    """A DuckDB table expression over files: the types of a CSV file come from the schema, those of Parquet from the files."""
+    if spec.format == "csv":
+        return read_csv(files, _csv_types(spec), spec.delimiter)
+    return f"read_parquet([{', '.join(text(path) for path in files)}])"
 
 
 def _columns(spec: TableFile, bag: Callable[[SparseFeature], str], casts: dict[str, str]) -> str:
@@ -106,7 +117,7 @@ def _wanted(spec: TableFile) -> list[str]:
     return [*schema.tasks, *(f.name for f in schema.features), *(d.name for d in schema.dense), *(c for c in special if c)]
 
 
-def _csv(spec: TableFile, files: tuple[Path, ...]) -> str:
+def _csv_types(spec: TableFile) -> dict[str, str]:
     """Types come from the schema, never from a guess: a value of another type is an error with its line."""
     schema = spec.table_schema
     types = dict.fromkeys(_wanted(spec), "VARCHAR")
@@ -116,8 +127,11 @@ def _csv(spec: TableFile, files: tuple[Path, ...]) -> str:
         types[spec.example_id] = "BIGINT"
     if spec.event_time:
         types[spec.event_time.column] = {"s": "DOUBLE", "iso": "TIMESTAMP"}.get(spec.event_time.unit, "BIGINT")
-    table = read_csv(files, types, spec.delimiter)
-    return f"SELECT {_columns(spec, lambda f: _split(spec, f.name), {})} FROM {table}"
+    return types
+
+
+def _csv(spec: TableFile, files: tuple[Path, ...]) -> str:
+    return f"SELECT {_columns(spec, lambda f: _split(spec, f.name), {})} FROM {_table(spec, files)}"
 
 
 def _split(spec: TableFile, column: str) -> str:
@@ -139,8 +153,7 @@ def _parquet(spec: TableFile, files: tuple[Path, ...]) -> str:
         return name(feature.name) if _is_list(first.field(feature.name).type) else _split(spec, feature.name)
 
     numbers = [*spec.table_schema.tasks, *(d.name for d in spec.table_schema.dense)]
-    names = ", ".join(text(p) for p in files)
-    return f"SELECT {_columns(spec, bag, dict.fromkeys(numbers, 'DOUBLE'))} FROM read_parquet([{names}])"
+    return f"SELECT {_columns(spec, bag, dict.fromkeys(numbers, 'DOUBLE'))} FROM {_table(spec, files)}"
 
 
 def _check_types(path: Path, spec: TableFile, there: pa.Schema) -> None:

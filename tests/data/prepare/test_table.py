@@ -101,6 +101,28 @@ def test_sorting_is_stable(run: Prepare) -> None:
     assert [stream.window(i).rows for i in stream.windows()] == [3, 1]
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_window_for_each_file(run: Prepare, tmp_path: Path, kind: str) -> None:
+    """Otherwise the rows of a static set's validation file are among those learnt, or files are read in another order than given."""
+    (tmp_path / "raw").mkdir()
+    for file, users in (("valid", ["v"]), ("train", ["t1", "t2", "t3"]), ("test", ["x1", "x2"])):
+        table = pa.table({"at": [0] * len(users), "place": ["feed"] * len(users), "user": users, "ad": [1] * len(users),
+                          "words": [""] * len(users), "price": [1.0] * len(users), "click": [0] * len(users)})  # fmt: skip
+        if kind == "csv":
+            table.to_pandas().to_csv(tmp_path / "raw" / f"{file}.csv", index=False)
+        else:
+            pq.write_table(table, tmp_path / "raw" / f"{file}.parquet")
+    files = [f"{file}.{kind}" for file in ("train", "valid", "test")]
+    stream = run(format=kind, files=files, event_time=None, data={"window": {"by": "file"}, "fragment_rows": 2})
+    assert [stream.window(i).rows for i in stream.windows()] == [3, 1, 2]
+
+
+def test_windows_by_file_need_files_in_order(run: Prepare) -> None:
+    """Otherwise sorted events, which no longer follow one another file by file, are cut by the sizes of the files."""
+    with pytest.raises(UserError, match=r"data\.window\.by' is 'file'.*set data\.window\.by to time or rows"):
+        run(LINES, sort=True, data={"window": {"by": "file"}})
+
+
 def test_iso_times(run: Prepare) -> None:
     """Otherwise the most common way to write a time is refused or read in another zone."""
     lines = ["1970-01-01T01:00:00Z" + line[line.index(",") :] for line in LINES[:1]]

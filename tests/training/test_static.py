@@ -1,0 +1,195 @@
+"""Passes over a static set: what is learnt, what chooses, when it stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from local_runs import LocalClient, LocalReport
+from small_runs import assert_close, flip_labels, rewrite, small_config
+from workers import Workers
+
+from exfm_ray.config import Config, StaticConfig
+from exfm_ray.das.snapshots import SnapshotStore
+from exfm_ray.data.batch import to_batch
+from exfm_ray.data.feed import Pass
+from exfm_ray.data.shuffle import ShuffledReader
+from exfm_ray.data.stream import EventStream, list_values
+from exfm_ray.errors import UserError
+from exfm_ray.metrics.state import MetricState
+from exfm_ray.pipeline import Run, prepare_stream
+from exfm_ray.tracking.recorder import read_metrics
+from exfm_ray.training.job import Job, Worker
+from exfm_ray.training.static import EarlyStopping, StaticSet
+
+VALIDATION, TEST = 2, 3
+MODEL = {"type": "wukong", "dim": 4, "l": 1, "n_F": 2, "n_L": 2, "k": 2, "fmb_mlp": [8], "mlp": [8], "dropout": 0.1}
+
+
+def static_config(folder: Path, name: str, **fm: Any) -> Config:
+    """Windows 0 and 1 of the tiny stream to learn, 2 to validate, 3 to test; dropout and moving average on."""
+    settings = {
+        "model": MODEL, "optimizer": {"ema": 0.9},
+        "static": {"passes": 3, "patience": 2, "monitor": "log_loss", "validation_window": VALIDATION}, **fm,
+    }  # fmt: skip
+    return small_config(folder, name, fm=settings, vm={"models": []})
+
+
+class DyingReport(LocalReport):
+    """Fails when the figures of pass `dies_at` are to be written."""
+
+    dies_at: int = 0
+
+    def metrics(self, rows: Any) -> None:
+        if rows[0]["pass"] == self.dies_at:
+            raise RuntimeError("killed")
+        super().metrics(rows)
+
+
+def train(job: Job, windows: list[int], dies_at: int) -> None:
+    """A worker's part of the job, from its latest checkpoint on."""
+    done = job.checkpoints.latest()
+    report = DyingReport(job.config.folder / "metrics.jsonl")
+    report.dies_at = dies_at
+    worker = Worker(job, None, report if torch.distributed.get_rank() == 0 else None, torch.device("cpu"))
+    worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, done))  # type: ignore[assignment]
+    worker.run(windows, done)
+
+
+def run(groups: dict[int, Workers], config: Config, dies_at: int = 0) -> list[dict[str, Any]]:
+    """Train to the end; the rows of metrics.jsonl without their speed."""
+    stream = prepare_stream(config)
+    groups[config.fm.workers].run(train, Job("fm", config), stream.windows(), dies_at)
+    return [{k: v for k, v in row.items() if k != "examples_per_s"} for row in read_metrics(config.folder / "metrics.jsonl")]
+
+
+def published(config: Config) -> SnapshotStore:
+    return SnapshotStore(config.folder / "snapshots", "fm")
+
+
+def weights(config: Config) -> dict[str, torch.Tensor]:
+    """Of the one published snapshot."""
+    store = published(config)
+    (version,) = store.versions()
+    return store.load(version, EventStream.open(config.folder / "stream").schema.digest)[0].state_dict()
+
+
+@pytest.fixture(scope="module")
+def base(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Config:
+    config = static_config(tmp_path_factory.mktemp("static"), "base")
+    run(groups, config)
+    return config
+
+
+def test_each_pass_is_evaluated_on_the_held_out_windows(base: Config) -> None:
+    """Wrong: a training window is evaluated, a pass leaves no figures, or a row lacks its pass."""
+    rows = read_metrics(base.folder / "metrics.jsonl")
+    passes = Job("fm", base).checkpoints.latest()
+    found = {(row["pass"], row["window"]) for row in rows}
+    assert found == {(number, window) for number in range(1, passes + 1) for window in (VALIDATION, TEST)}
+    (timing,) = {t.examples for t in Job("fm", base).checkpoints.result(passes).timings}
+    assert timing == 2 * 900
+
+
+def test_the_best_pass_is_published_and_summed_up(base: Config) -> None:
+    """Wrong: the last pass is published in place of the best, or the summary gives another pass's figures or raw weights' ones."""
+    rows = [row for row in read_metrics(base.folder / "metrics.jsonl") if row["domain"] == "all"]
+    losses = {n: np.mean([r["log_loss"] for r in rows if (r["pass"], r["window"]) == (n, VALIDATION)]) for n in {row["pass"] for row in rows}}
+    best = min(losses, key=lambda number: losses[number])
+    store, stream = published(base), EventStream.open(base.folder / "stream")
+    assert store.versions() == [best]
+    figures = Run(base, stream).summarise()["figures"]
+    assert {row["pass"] for row in figures} == {best} and {row["window"] for row in figures} == {VALIDATION, TEST}
+    model, tasks = store.load(best, stream.schema.digest)
+    for window in (VALIDATION, TEST):
+        tables = [stream.read(window, fragment) for fragment in stream.window(window).fragments]
+        p_NT = np.concatenate([model.score(to_batch(table, stream.schema)).numpy() for table in tables]).astype(np.float64)
+        labels_NT = np.concatenate([list_values(table["labels"], len(tasks)) for table in tables])
+        for i, task in enumerate(tasks):
+            state = MetricState.of(np.log(p_NT[:, i] / (1 - p_NT[:, i])), labels_NT[:, i])
+            (row,) = (r for r in figures if (r["window"], r["domain"], r["task"]) == (window, "all", task))
+            assert state.figures()["log_loss"] == pytest.approx(row["log_loss"], rel=1e-5)
+
+
+def test_the_tests_choose_nothing(groups: dict[int, Workers], base: Config, tmp_path: Path) -> None:
+    """Wrong: the test window is learnt, or has a say in the best pass: flipping its labels would change the weights."""
+    config = static_config(tmp_path, "flipped")
+    rewrite(prepare_stream(config), TEST, flip_labels)
+    rows = run(groups, config)
+    assert published(config).versions() == published(base).versions()
+    for name, tensor in weights(base).items():
+        assert torch.equal(tensor, weights(config)[name]), name
+    before = [row for row in read_metrics(base.folder / "metrics.jsonl") if row["window"] == TEST and row["domain"] == "all"]
+    after = [row for row in rows if row["window"] == TEST and row["domain"] == "all"]
+    assert all(one["log_loss"] != other["log_loss"] for one, other in zip(before, after, strict=True))
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(groups: dict[int, Workers], base: Config, tmp_path: Path) -> None:
+    """Wrong: a resumed run learns a pass twice, or forgets the moving average, the dropout's random state or the best pass."""
+    config = static_config(tmp_path, "killed")
+    with pytest.raises(AssertionError, match="killed"):
+        run(groups, config, dies_at=3)
+    assert Job("fm", config).checkpoints.latest() == 2 and not Job("fm", config).finished([])
+    rows = run(groups, config)
+    assert_close(rows, [{k: v for k, v in r.items() if k != "examples_per_s"} for r in read_metrics(base.folder / "metrics.jsonl")], 0)
+    assert Job("fm", config).finished([])
+    for name, tensor in weights(base).items():
+        assert torch.equal(tensor, weights(config)[name]), name
+
+
+def test_two_workers_make_the_same_choice(groups: dict[int, Workers], tmp_path: Path) -> None:
+    """Wrong: workers shuffle differently or disagree on when to stop. Without dropout, whose masks follow the workers' rows."""
+    model = MODEL | {"dropout": 0.0}
+    one, two = (static_config(tmp_path, f"workers{n}", workers=n, model=model) for n in (1, 2))
+    assert_close(run(groups, two), run(groups, one), 1e-3)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("monitor", ["auc", "log_loss"])
+def test_early_stopping(monitor: Any) -> None:
+    """Wrong: the direction of a figure is the wrong one, patience counts otherwise, or other windows and domains have a say."""
+    stopping = EarlyStopping(StaticConfig(passes=9, patience=2, monitor=monitor, validation_window=1))
+    sign = 1 if monitor == "auc" else -1
+    improved = []
+    for value in (0.5, 0.7, 0.6, 0.8, 0.8, 0.7):
+        assert not stopping.over
+        rows = [{"window": 1, "domain": "all", monitor: sign * value}]
+        rows += [{"window": 2, "domain": "all", monitor: sign * 99}, {"window": 1, "domain": "feed", monitor: sign * 99}]
+        improved.append(stopping.take(rows))
+    assert improved == [True, True, False, True, False, False]
+    assert (stopping.best, stopping.last, stopping.over) == (4, 6, True)
+    assert EarlyStopping.restore(stopping.config, stopping.state()) == stopping
+
+
+def test_a_pass_learns_before_it_evaluates() -> None:
+    """Wrong: a held-out window is among those learnt."""
+    static = StaticSet(StaticConfig(validation_window=2), (0, 1, 2, 3))
+    assert static.works(5) == [Pass(0, "learn", 5), Pass(1, "learn", 5), Pass(2, "evaluate", 5), Pass(3, "evaluate", 5)]
+
+
+def test_each_pass_has_its_own_order(base: Config) -> None:
+    """Wrong: rows are lost or doubled by the shuffle, all passes have one order, or evaluation is shuffled."""
+    root = base.folder / "stream"
+    stream, reader = EventStream.open(root), ShuffledReader(root, seed=1)
+
+    def ids(work: Pass) -> list[int]:
+        return [i for fragment in reader.fragments(work) for i in reader.read(work, fragment)["example_id"].to_pylist()]
+
+    straight = [i for fragment in stream.window(0).fragments for i in stream.read(0, fragment)["example_id"].to_pylist()]
+    first, again, second = ids(Pass(0, "learn", 1)), ids(Pass(0, "learn", 1)), ids(Pass(0, "learn", 2))
+    assert first == again != second and sorted(first) == sorted(second) == sorted(straight)
+    assert first != straight == ids(Pass(0, "evaluate", 1))
+
+
+def test_what_a_static_set_cannot_do_is_refused(base: Config, tmp_path: Path) -> None:
+    """Wrong: a run without time waits for a DAS for ever, or starts without a window to learn or to validate."""
+    with pytest.raises(UserError, match="no DAS; run train-fm"):
+        Run(base, EventStream.open(base.folder / "stream")).execute(fm=True, das=True, vm=False)
+    with pytest.raises(ValueError, match=r"no teacher is ignorant of its answers; remove vm.models"):
+        small_config(tmp_path, "students", fm={"static": {}})
+    for window in (4, 9):
+        config = static_config(tmp_path, f"window{window}", static={"validation_window": window})
+        with pytest.raises(UserError, match=rf"validation_window' is {window}, the stream has windows 0 to 3"):
+            Run(config, prepare_stream(config)).execute(fm=True, das=False, vm=False)
