@@ -38,6 +38,7 @@ from exfm_ray.training.job import Job, fm_tasks
 from exfm_ray.training.launch import run_job, start_feed
 
 PACKAGES = ("torch", "ray", "deepspeed", "torchrec", "pyarrow", "numpy")
+TABLE_DIM_MULTIPLE = 4
 POLL_S = 0.2
 STOP_S = 60.0
 """Longest wait for the other jobs to end once one has failed."""
@@ -89,6 +90,9 @@ def _check_student(setting: str, student: StudentConfig, config: Config, schema:
 
 def _check_sizes(setting: str, model: ModelConfig, schema: Schema) -> None:
     """Build the network without memory for it: sizes that do not fit are found before any worker starts."""
+    if model.dim % TABLE_DIM_MULTIPLE:
+        up = -(-model.dim // TABLE_DIM_MULTIPLE) * TABLE_DIM_MULTIPLE
+        raise UserError(f"setting '{setting}.dim' is {model.dim}: fbgemm's tables take multiples of {TABLE_DIM_MULTIPLE}; set it to {up}")
     try:
         with torch.device("meta"):
             Network(model, schema, tasks=1)

@@ -48,6 +48,12 @@ FRESH: dict[str, tuple[list[str], str]] = {
     "no teacher for one": (["fm.tasks=[click]", MODEL % ("feed", "[click, conversion]")], "vm.models.0.task': 'conversion' is none of fm.tasks"),
     "sizes": (["fm.model.k=99"], "setting 'fm.model'"),
     "VM's sizes": (["vm.model={type: wukong, k: 99}"], "setting 'vm.model'"),
+    "no rows": (["fm.model={type: wukong, n_F: 0, n_L: 0}"], "setting 'fm.model.wukong': n_F + n_L is 0"),
+    "dim": (["vm.model.dim=10"], "setting 'vm.model.dim' is 10: fbgemm's tables take multiples of 4; set it to 12"),
+    "heads": (["vm.model={type: finalmlp, heads: 7}"], "heads is 7, which does not divide 32, the last width of mlp_1"),
+    "table": (["fm.model.embeddings={usr: 2}"], "setting 'fm.model': embeddings: no table is named 'usr'. Did you mean 'user"),
+    "compile": (["fm.compile=true", "fm.zero_stage=3"], "setting 'fm': compile is set with zero_stage 3"),
+    "static": (["fm.static={passes: 3}"], "fm.static is set: in a set without time no teacher is ignorant of its answers"),
     "no data": (["data.source=frappe", "data.root=/nowhere"], "/nowhere"),
 }
 

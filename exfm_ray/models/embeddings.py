@@ -22,8 +22,7 @@ from exfm_ray.schema import Schema
 
 INIT_STD = 0.05
 """Standard deviation of a fresh row by default. As large as one step of row-wise Adagrad at the default rate (its first step has a
-root mean square of `table_lr` = 0.05 whatever the gradient), so one event suffices to tell an id from its random start;
-and not so small that the layer norm after Wukong's FM, whose input is quadratic in it, sees nothing but its epsilon."""
+root mean square of `table_lr` = 0.05 whatever the gradient), so one event suffices to tell an id from its random start."""
 
 BLOCK_ROWS = 65_536
 """Rows drawn from one generator. Part of the definition of the initial tables: another value gives other tables."""

@@ -65,8 +65,9 @@ class Checkpoints:
 
         `stopping`: the state of early stopping, for a static set."""
         folder = self._folder(windows)
-        if dist.get_rank() == 0 and folder.exists():
-            shutil.rmtree(folder)  # what a killed run had begun
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # what a killed run had begun
+            folder.mkdir(parents=True)
         dist.barrier()
         for lane in lanes:
             lane.save(folder)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import steps
 import torch
+import torch.nn.functional as F
 from example import SCHEMA
 from steps import Case
+from torch import Tensor, nn
 from workers import Workers
 
-from exfm_ray.config import Arm
+from exfm_ray.config import Arm, DistillationConfig, SAConfig
+from exfm_ray.das.supervision import TEACHER_COLUMN
 from exfm_ray.data.batch import to_batch
+from exfm_ray.data.stream import list_values
+from exfm_ray.distillation.adapter import Adapter
 from exfm_ray.distillation.objective import labels_objective_B
+from exfm_ray.distillation.student import Logits, Student
 from exfm_ray.engine.tables import ADAGRAD_EPS
 from exfm_ray.models.embeddings import PlainTables
 from exfm_ray.models.network import build_network
@@ -55,17 +62,23 @@ def test_table_wise_equals_row_wise(groups: dict[int, Workers], world: int) -> N
     assert_close(table, row, **TOLERANCE)
 
 
-def plain_torch(case: Case) -> dict[str, np.ndarray]:
-    """The same training of an FM written down anew: autograd, AdamW, row-wise Adagrad by its formula."""
+Loss = Callable[[Logits, Tensor, Tensor], Tensor]
+"""Of the logits, the labels and the teacher's predictions of all of the stream's tasks."""
+
+
+def plain_torch(case: Case, loss: Loss, adapter: nn.Module) -> dict[str, np.ndarray]:
+    """The same training written down anew: autograd, AdamW, row-wise Adagrad by its formula."""
     tables = PlainTables(SCHEMA, case.model, steps.SEED)
     network = build_network(case.model, SCHEMA, 2, steps.SEED)
-    adam = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.01)
+    student = Student(network, case.arm or Arm.LABELS, DistillationConfig(), steps.SEED)
+    adam = torch.optim.AdamW([{"params": student.parameters(), "weight_decay": 0.01}, {"params": adapter.parameters(), "weight_decay": 0}], lr=1e-3)
     momentum = torch.zeros(len(tables.weight))
     for rows in steps.global_batches(case):
         batch = to_batch(rows, SCHEMA)
         tables.weight.grad = None
         adam.zero_grad()
-        labels_objective_B(network(tables(batch), batch.dense_BD), batch.labels_BT).mean().backward()
+        teacher = torch.tensor(list_values(rows[TEACHER_COLUMN], 2))
+        loss(student(tables(batch), batch.dense_BD), batch.labels_BT, teacher).backward()
         adam.step()
         gradient = tables.weight.grad
         assert gradient is not None
@@ -73,23 +86,46 @@ def plain_torch(case: Case) -> dict[str, np.ndarray]:
         with torch.no_grad():
             tables.weight -= 0.05 * gradient / (momentum.sqrt() + ADAGRAD_EPS)[:, None]
     first = tables.first_row
-    found = {f"dense/network.{name}": tensor.detach().numpy() for name, tensor in network.state_dict().items()}
+    found = {f"dense/{name}": tensor.detach().numpy() for name, tensor in student.state_dict().items()}
+    found |= {f"adapter/{name}": tensor.numpy() for name, tensor in adapter.state_dict().items()}
     for name, table in tables.tables().items():
         found[f"tables/{name}"] = table.numpy()
         found[f"momentum/{name}"] = momentum[first[name] : first[name] + tables.rows[name]].numpy()
     return found
 
 
+OPTIMIZER = {"optimizer": {"table_lr": 0.05, "dense_lr": 1e-3, "dense_weight_decay": 0.01}}
+
+
 def test_learns_what_plain_torch_learns(groups: dict[int, Workers]) -> None:
     """Wrong: the tables stay as they are, or the optimizers are not row-wise Adagrad and AdamW at the set rates."""
-    trainer = {"optimizer": {"table_lr": 0.05, "dense_lr": 1e-3, "dense_weight_decay": 0.01}}
-    case = Case(trainer=trainer, arm=None, batches=(64, 64, 64), model=steps.MLP)
+    case = Case(trainer=OPTIMIZER, arm=None, batches=(64, 64, 64), model=steps.MLP)
     found = groups[1].run(steps.train, case)[0]
     fresh = PlainTables(SCHEMA, case.model, steps.SEED).tables()
     for name in SCHEMA.tables:
         assert (found[f"momentum/{name}"] > 0).any(), name
         assert not np.array_equal(found[f"tables/{name}"], fresh[name].numpy()), name
-    assert_close(found, plain_torch(case), **TOLERANCE)
+    expected = plain_torch(case, lambda logits, labels, _: labels_objective_B(logits.serving_BT, labels).mean(), nn.Module())
+    assert_close(found, expected, **TOLERANCE)
+
+
+def test_two_tasks_learn_what_plain_torch_learns(groups: dict[int, Workers]) -> None:
+    """Wrong: a task learns labels, predictions or an adapter's targets of another, or the adapter's target contains its labels."""
+    case = Case(trainer=OPTIMIZER, arm=Arm.AH_SA, batches=(64, 64, 64), tasks=(1, 0))
+    mlps = Adapter(SAConfig(), 2, steps.SEED).mlps
+
+    def loss(logits: Logits, labels: Tensor, teacher: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for output, task in enumerate(case.tasks):
+            z_s, z_d, z_a = (logit[:, output] for logit in logits)
+            y, p, z = labels[:, task], teacher[:, task], torch.logit(teacher[:, task])
+            adapted = z + mlps[output](z[:, None])[:, 0]
+            targets = {z_s: y, z_d: p, z_a: adapted.detach().sigmoid(), adapted: y}
+            total = total + sum(F.binary_cross_entropy_with_logits(z, target) for z, target in targets.items()) / len(case.tasks)
+        return total
+
+    expected = plain_torch(case, loss, nn.ModuleDict({"mlps": mlps}))
+    assert_close(groups[1].run(steps.train, case)[0], expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,9 +49,10 @@ def test_every_arm_has_figures_for_both_tasks(config: Config) -> None:
         assert row["fm_ne_gain"] == pytest.approx((labels - fm[task]) / labels), (arm, task)
 
 
-def test_a_model_of_one_task_is_what_it_is_alone(config: Config, groups: dict[int, Workers]) -> None:
+@pytest.mark.parametrize("model", [MODELS[0] | {"task": ["click"]}, MODELS[1]], ids=["one", "both"])
+def test_each_model_is_what_it_is_alone(config: Config, groups: dict[int, Workers], model: dict[str, Any]) -> None:
     """Wrong: another model's tasks shift which predictions teach this one, or a list of one task is not that task."""
-    alone = small_config(config.run.dir, "alone", vm={"models": [MODELS[0] | {"task": ["click"]}]})
+    alone = small_config(config.run.dir, f"{model['name']}-alone", vm={"models": [model]})
     run_locally(groups, alone)
     for key, row in metrics(alone).items():
         assert metrics(config)[key] == row
@@ -67,13 +69,13 @@ def taught(config: Config) -> list[tuple[np.ndarray, np.ndarray]]:
     p = pa.array((0.1 + 0.8 * labels).astype(np.float32).ravel())
     rows = rows.append_column(TEACHER_COLUMN, pa.FixedSizeListArray.from_arrays(p, 2))
     seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def learn(lane: Any, batch: Any, weight_B: Any, teacher_BT: Any, *_: Any) -> None:
+        seen.append((batch.labels_BT[:, list(lane.tasks)].numpy(), teacher_BT.numpy()))
+
     for group in build_groups(job, stream.schema, torch.device("cpu")):
         for lane in group.lanes:
-
-            def learn(batch: Any, weight_B: Any, teacher_BT: Any, tasks: Any = lane.tasks) -> None:
-                seen.append((batch.labels_BT[:, list(tasks)].numpy(), teacher_BT.numpy()))
-
-            lane.learn = learn  # type: ignore[method-assign]
+            lane.learn = partial(learn, lane)  # type: ignore[method-assign]
         group.learn(rows)
     return seen
 

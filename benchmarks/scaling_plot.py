@@ -1,0 +1,60 @@
+"""Draws NE against FLOPs per example, a line and points for each family, as a standalone SVG."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from exfm_ray.files import write_text
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 440, 80, 130, 30, 60
+COLOURS = {"wukong": "#1b6ca8", "dcnv2": "#c4572a", "mlp": "#5a7d3a"}
+TITLES = {"wukong": "Wukong", "dcnv2": "DCN-V2", "mlp": "MLP"}
+
+
+def draw(families: dict[str, Any], path: Path) -> None:
+    """`families`: name -> sizes (each with flops, ne, ne_seeds), a and b of the fit. Dots are means over seeds, bars their range."""
+    sizes = [size for family in families.values() for size in family["sizes"]]
+    logs = [math.log2(size["flops"]) for size in sizes]
+    nes = [ne for size in sizes for ne in size["ne_seeds"]]
+    low, high, bottom, top = min(logs) - 0.2, max(logs) + 0.2, min(nes), max(nes)
+    margin = 0.06 * (top - bottom)
+    bottom, top = bottom - margin, top + margin
+
+    def x(log: float) -> float:
+        return LEFT + (log - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+
+    def y(ne: float) -> float:
+        return HEIGHT - BOTTOM - (ne - bottom) / (top - bottom) * (HEIGHT - BOTTOM - TOP)
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13">',
+             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']  # fmt: skip
+    for log in range(math.ceil(low), math.floor(high) + 1):
+        parts.append(_line(x(log), HEIGHT - BOTTOM, x(log), TOP, "#e4e4e4") + _text(x(log), HEIGHT - BOTTOM + 18, f"{2**log / 1e6:.2g}"))
+    step = 10 ** math.floor(math.log10(top - bottom)) / 2
+    for tick in range(math.ceil(bottom / step), math.floor(top / step) + 1):
+        at = y(tick * step)
+        parts.append(_line(LEFT, at, WIDTH - RIGHT, at, "#e4e4e4") + _text(LEFT - 28, at + 4, f"{tick * step:.3f}"))
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 16, "MFLOP of the forward pass per example"))
+    parts.append(f'<g transform="rotate(-90 18 {middle})">{_text(18, middle, "NE of the click (lower is better)")}</g>')
+    for name, family in families.items():
+        ends = [math.log2(size["flops"]) for size in (family["sizes"][0], family["sizes"][-1])]
+        heights = [y(family["a"] - family["b"] * end) for end in ends]
+        parts.append(_line(x(ends[0]), heights[0], x(ends[1]), heights[1], COLOURS[name]))
+        for size in family["sizes"]:
+            at = x(math.log2(size["flops"]))
+            parts.append(_line(at, y(min(size["ne_seeds"])), at, y(max(size["ne_seeds"])), COLOURS[name]))
+            parts.append(f'<circle cx="{at:.1f}" cy="{y(size["ne"]):.1f}" r="4" fill="{COLOURS[name]}"/>')
+        label = f'{TITLES[name]} <tspan x="{WIDTH - RIGHT + 12}" dy="15">{-family["b"]:+.4f} / doubling</tspan>'
+        parts.append(f'<text x="{WIDTH - RIGHT + 12}" y="{heights[1]:.1f}" fill="{COLOURS[name]}">{label}</text>')
+    write_text(path, "\n".join([*parts, "</svg>"]) + "\n")
+
+
+def _line(x_1: float, y_1: float, x_2: float, y_2: float, colour: str) -> str:
+    return f'<line x1="{x_1:.1f}" y1="{y_1:.1f}" x2="{x_2:.1f}" y2="{y_2:.1f}" stroke="{colour}" stroke-width="1.5"/>'
+
+
+def _text(x: float, y: float, content: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle" fill="#333">{content}</text>'
