@@ -16,16 +16,17 @@ BELOW = {
     "errors": set[str](),
     "files": {"errors"},
     "schema": set[str](),
-    "config": {"schema"},
+    "model_config": {"schema"},
+    "config": {"schema", "model_config"},
     "data": {"config", "schema"},
-    "models": {"config", "schema", "data"},
-    "distillation": {"config", "schema", "data", "models"},
+    "models": {"config", "schema", "model_config", "data"},
+    "distillation": {"config", "schema", "model_config", "data", "models"},
     "metrics": {"config", "schema", "data"},
-    "engine": {"config", "schema", "data", "models", "distillation"},
-    "das": {"config", "schema", "data", "models"},
+    "engine": {"config", "schema", "model_config", "data", "models", "distillation"},
+    "das": {"config", "schema", "model_config", "data", "models"},
     "tracking": {"config", "schema", "metrics"},
-    "training": {"config", "schema", "data", "models", "distillation", "engine", "das", "metrics", "tracking"},
-    "serving": {"config", "schema", "data", "models"},
+    "training": {"config", "schema", "model_config", "data", "models", "distillation", "engine", "das", "metrics", "tracking"},
+    "serving": {"config", "schema", "model_config", "data", "models"},
     "summary": {"config", "schema", "data", "metrics", "training"},
     "runtime": {"config", "schema"},
 }
@@ -74,7 +75,7 @@ def test_frameworks_stay_in_their_rooms(path: Path) -> None:
     assert here not in PLAIN_TORCH or not roots & FRAMEWORKS
     if here != "engine":
         assert not roots & {"deepspeed", "torchrec", "fbgemm_gpu"}
-    if here in ("schema", "config", "errors", "files"):
+    if here in ("schema", "model_config", "config", "errors", "files"):
         assert not roots & {"torch", "ray"}
 
 
