@@ -25,7 +25,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import ray
 import torch
 
-from benchmarks.bare import bare_loop
 from benchmarks.common import arguments, bar, report
 from exfm_ray.config import Arm, Config, dump_config, load_config
 from exfm_ray.das.scorer import ScorerActor
@@ -38,6 +37,7 @@ from exfm_ray.tracking.recorder import RecorderActor
 from exfm_ray.training.checkpoint import JobResult
 from exfm_ray.training.job import Job
 from exfm_ray.training.launch import run_job, start_feed
+from exfm_ray.training.local import local_loop
 from exfm_ray.training.loop import Timing
 
 SAYS = "Times FM, DAS and VMs with and without Ray on the embedded stream: about 5 minutes on two cores (--quick: 2)."
@@ -76,7 +76,7 @@ def print_bare(folder: str, name: str) -> None:
     torch.set_num_threads(1)
     settings = load_config(Path(folder) / name / "config.yaml")
     job, windows = Job("fm", settings), EventStream.open(settings.folder / "stream").windows()
-    loop, _ = bare_loop(job, windows)
+    loop, _ = local_loop(job, windows)
     for window in windows:
         loop.run(window)
     print(json.dumps([t._asdict() for t in loop.timings]))
@@ -144,7 +144,7 @@ def vm(settings: Config, batch_size: int) -> dict[str, Any]:
     """Seconds per example of each arm over those of the labels arm, in windows with supervision: median over VMs and windows."""
     settings = settings.model_copy(update={"vm": settings.vm.model_copy(update={"batch_size": batch_size})})
     windows = EventStream.open(settings.folder / "stream").windows()
-    loop, report = bare_loop(Job("vm", settings, settings.vm.models), windows)
+    loop, report = local_loop(Job("vm", settings, settings.vm.models), windows)
     for window in windows:
         loop.run(window)
     speeds = {(r["model"], r["window"], r["arm"]): r["examples_per_s"] for r in report.rows if r["window"] > 0}

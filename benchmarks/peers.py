@@ -32,7 +32,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks.bare import one_process
 from benchmarks.common import arguments, bar, report
 from benchmarks.peer_models import LOADERS, READY
 from exfm_ray.config import Config
@@ -44,6 +43,7 @@ from exfm_ray.data.regroup import regroup
 from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.schema import DOMAIN_FEATURE, Schema
 from exfm_ray.training.job import Job, build_groups
+from exfm_ray.training.local import one_process
 
 SAYS = "Times training of Wukong and DCNv2 and of their peers on Frappe, and with a table of 5 million ids: about 9 minutes (--quick: 2)."
 INSTALL = "python3.11 -m venv peers && peers/bin/pip install torch==2.13.0 fuxictr==2.3.10 torch-rechub==0.9.0"
@@ -66,8 +66,8 @@ class Setting(NamedTuple):
     pairs: int
 
 
-FULL = (Setting("frappe", None, 50, 5), Setting("ids_5m", MANY_IDS, 6, 3))
-QUICK = (Setting("frappe", None, 10, 1), Setting("ids_5m", MANY_IDS, 3, 1))
+FULL = (Setting("frappe", None, 50, 3), Setting("ids_5m", MANY_IDS, 5, 3))
+QUICK = (Setting("frappe", None, 5, 1), Setting("ids_5m", MANY_IDS, 2, 1))
 
 
 class Pairing(NamedTuple):
@@ -188,14 +188,14 @@ def compare(ours: Ours, train: Callable[[str], float], loader: str, pairs: int) 
     return figures
 
 
-def variants(folder: Path, model: str, passes: int) -> dict[str, float]:
-    """Examples/s of ours over batches in memory, by precision and compilation."""
+def variants(folder: Path, model: str, quick: bool) -> dict[str, float]:
+    """Examples/s of ours over batches in memory, by precision and, if not `quick`, compilation."""
     speeds = {}
-    for compiled in (False, True):
+    for compiled in (False,) if quick else (False, True):
         for precision in ("fp32", "bf16"):
             ours = Ours(folder, model, precision=precision, compile=compiled)
-            seconds = [ours(READY) for _ in range(passes + 1)][1:]
-            speeds[precision + ("_compiled" if compiled else "")] = sum(len(batch) for batch in ours.ready) / statistics.median(seconds)
+            seconds = [ours(READY) for _ in range(3)][1:]
+            speeds[precision + ("_compiled" if compiled else "")] = sum(len(batch) for batch in ours.ready) / min(seconds)
     print(f"{model}, steps: " + ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds.items()) + " examples/s", flush=True)
     return speeds
 
@@ -238,9 +238,9 @@ def main() -> None:
             folder.mkdir()
             write_setting(folder, raw[: setting.batches * BATCH_SIZE], setting.user_ids)
             for pairing in (p for p in PAIRINGS if p.setting == setting.name):
-                found = run(python, folder, pairing, loaders.get(pairing[1:3]), setting.pairs)
-                figures[pairing.name], loaders[pairing[1:3]] = found, found["loader"]
-        figures["variants"] = {m: variants(Path(scratch) / "frappe", m, 1 if options.quick else 3) for m in ("dcnv2", "wukong")}
+                found = run(python, folder, pairing, loaders.get(pairing.peer), setting.pairs)
+                figures[pairing.name], loaders[pairing.peer] = found, found["loader"]
+        figures["variants"] = {model: variants(Path(scratch) / "frappe", model, options.quick) for model in ("dcnv2", "wukong")}
     bars = {p.name: bar(figures[p.name]["pass"]["ratio"], p.least) for p in PAIRINGS if p.least}
     report("peers", {"threads": THREADS, "batch_size": BATCH_SIZE, "models": MODELS, **figures}, bars)
 

@@ -30,8 +30,10 @@ def draw(families: dict[str, Any], path: Path) -> None:
 
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13">',
              f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']  # fmt: skip
-    for log in range(math.ceil(low), math.floor(high) + 1):
-        parts.append(_line(x(log), HEIGHT - BOTTOM, x(log), TOP, "#e4e4e4") + _text(x(log), HEIGHT - BOTTOM + 18, f"{2**log / 1e6:.2g}"))
+    base = math.log2(1e5)
+    for doubling in range(math.ceil(low - base), math.floor(high - base) + 1):
+        at = x(base + doubling)
+        parts.append(_line(at, HEIGHT - BOTTOM, at, TOP, "#e4e4e4") + _text(at, HEIGHT - BOTTOM + 18, f"{0.1 * 2**doubling:g}"))
     step = 10 ** math.floor(math.log10(top - bottom)) / 2
     for tick in range(math.ceil(bottom / step), math.floor(top / step) + 1):
         at = y(tick * step)
@@ -39,7 +41,8 @@ def draw(families: dict[str, Any], path: Path) -> None:
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 16, "MFLOP of the forward pass per example"))
     parts.append(f'<g transform="rotate(-90 18 {middle})">{_text(18, middle, "NE of the click (lower is better)")}</g>')
-    for name, family in families.items():
+    free = float(TOP)  # labels must not overlap: each at the end of its line, or below the one before
+    for name, family in sorted(families.items(), key=lambda item: -(item[1]["a"] - item[1]["b"] * high)):
         ends = [math.log2(size["flops"]) for size in (family["sizes"][0], family["sizes"][-1])]
         heights = [y(family["a"] - family["b"] * end) for end in ends]
         parts.append(_line(x(ends[0]), heights[0], x(ends[1]), heights[1], COLOURS[name]))
@@ -47,8 +50,10 @@ def draw(families: dict[str, Any], path: Path) -> None:
             at = x(math.log2(size["flops"]))
             parts.append(_line(at, y(min(size["ne_seeds"])), at, y(max(size["ne_seeds"])), COLOURS[name]))
             parts.append(f'<circle cx="{at:.1f}" cy="{y(size["ne"]):.1f}" r="4" fill="{COLOURS[name]}"/>')
+        free = max(heights[1], free)
         label = f'{TITLES[name]} <tspan x="{WIDTH - RIGHT + 12}" dy="15">{-family["b"]:+.4f} / doubling</tspan>'
-        parts.append(f'<text x="{WIDTH - RIGHT + 12}" y="{heights[1]:.1f}" fill="{COLOURS[name]}">{label}</text>')
+        parts.append(f'<text x="{WIDTH - RIGHT + 12}" y="{free:.1f}" fill="{COLOURS[name]}">{label}</text>')
+        free += 36
     write_text(path, "\n".join([*parts, "</svg>"]) + "\n")
 
 

@@ -6,12 +6,11 @@ Ray takes 40; one test holds the two equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 from workers import Workers
@@ -21,24 +20,11 @@ from exfm_ray.das.lag import version_for
 from exfm_ray.das.scorer import Scorer
 from exfm_ray.das.service import DAS
 from exfm_ray.data.batch import to_batch
-from exfm_ray.data.feed import FragmentReader, Pass
 from exfm_ray.data.stream import EventStream
 from exfm_ray.pipeline import Run, prepare_stream, vm_jobs
 from exfm_ray.tracking.recorder import Recorder
 from exfm_ray.training.job import Job, Worker
-
-
-class LocalClient:
-    """The passes' fragments in order, read here."""
-
-    def __init__(self, reader: FragmentReader, passes: Sequence[Pass]) -> None:
-        self.waited = 0.0
-        self._work = ((reader, work, fragment) for work in passes for fragment in reader.fragments(work))
-
-    def fragments(self, count: int) -> Iterator[pa.Table]:
-        for _ in range(count):
-            reader, work, fragment = next(self._work)
-            yield reader.read(work, fragment)
+from exfm_ray.training.local import LocalClient
 
 
 @dataclass

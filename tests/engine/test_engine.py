@@ -171,3 +171,12 @@ def test_bf16_learns(groups: dict[int, Workers]) -> None:
     for name in exact:
         # bf16 holds 8 bits: 0.4% of a value; gradients of one sign make Adam and Adagrad step by lr all the same
         np.testing.assert_allclose(coarse[name], exact[name], atol=0.05, rtol=0.1, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_compiled_learns_the_same(groups: dict[int, Workers], stage: int) -> None:
+    """Wrong: torch.compile, under DeepSpeed, changes what is learnt, or stops learning. Slow: it compiles C++."""
+    eager = Case(trainer={"zero_stage": stage}, arm=None, model=steps.WUKONG, batches=(64, 64, 64))
+    compiled = Case(trainer={"zero_stage": stage, "compile": True}, arm=None, model=steps.WUKONG, batches=(64, 64, 64))
+    assert_close(groups[1].run(steps.train, compiled)[0], groups[1].run(steps.train, eager)[0], **TOLERANCE)

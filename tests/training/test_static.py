@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from local_runs import LocalClient, LocalReport
+from local_runs import LocalReport
 from small_runs import assert_close, flip_labels, rewrite, small_config
 from workers import Workers
 
@@ -23,6 +23,7 @@ from exfm_ray.metrics.state import MetricState
 from exfm_ray.pipeline import Run, prepare_stream
 from exfm_ray.tracking.recorder import read_metrics
 from exfm_ray.training.job import Job, Worker
+from exfm_ray.training.local import LocalClient
 from exfm_ray.training.static import EarlyStopping, StaticSet
 
 VALIDATION, TEST = 2, 3

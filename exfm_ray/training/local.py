@@ -1,0 +1,73 @@
+"""A training job without Ray: the same lanes, loop and files in this process. For sweeps' trials, benchmarks and tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+
+from exfm_ray.data.feed import FragmentReader, Pass
+from exfm_ray.data.stream import EventStream
+from exfm_ray.training.job import Job, build_groups
+from exfm_ray.training.loop import Loop
+
+
+class LocalClient:
+    """The passes' fragments in order, read here when they are asked for. `waited`: seconds that reading took."""
+
+    def __init__(self, reader: FragmentReader, passes: Sequence[Pass]) -> None:
+        self.waited = 0.0
+        self._tables = (reader.read(work, fragment) for work in passes for fragment in reader.fragments(work))
+
+    def fragments(self, count: int) -> Iterator[pa.Table]:
+        """The next `count` fragments."""
+        for _ in range(count):
+            started = time.perf_counter()
+            table = next(self._tables)
+            self.waited += time.perf_counter() - started
+            yield table
+
+
+class KeptRows:
+    """A report that keeps the rows of metrics.jsonl in memory."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def metrics(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Keep them."""
+        self.rows += rows
+
+    def progress(self, window: int, examples: int) -> None:
+        """Nobody looks."""
+
+
+def one_process() -> None:
+    """Make a process group of this process alone, where there is none."""
+    if dist.is_initialized():
+        return
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    dist.init_process_group("gloo")
+
+
+def local_loop(job: Job, windows: Sequence[int], reader: FragmentReader | None = None) -> tuple[Loop, KeptRows]:
+    """The job's loop, ready to run `windows` from fresh models. `reader`: of the job's rows, where they are not read from the run's folder."""
+    one_process()
+    schema = EventStream.open(job.stream_root).schema
+    torch.manual_seed(job.config.seed)
+    report, reader = KeptRows(), reader or job.reader(schema)
+    client: Any = LocalClient(reader, job.passes(windows, 0))
+    loop = Loop(
+        role=job.role, seed=job.config.seed, groups=build_groups(job, schema, torch.device("cpu")), reader=reader, client=client,
+        report=report, fm_lag=job.config.das.fm_lag, warmup_windows=job.config.metrics.warmup_windows,
+    )  # fmt: skip
+    return loop, report
