@@ -119,6 +119,13 @@ def train_vm(config: Config) -> None:
     show(config)
 
 
+def tune(config: Config) -> None:
+    """Search the settings of the vertical models' arms; the section `tune` says which."""
+    from tuning.sweep import tune
+
+    tune(config)
+
+
 def show(config: Config) -> None:
     """Print the run's summary."""
     summary = read_json(config.folder / "summary.json")
@@ -154,5 +161,6 @@ COMMANDS: dict[str, Callable[[Config], None]] = {
     "train-fm": train_fm,
     "das": das,
     "train-vm": train_vm,
+    "tune": tune,
     "report": report,
 }

@@ -5,7 +5,7 @@ Keys read like the papers: w, alpha, beta (ExFM, arXiv 2502.17494), l, n_F, n_L,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.model_config import MODEL_TYPES, MLPConfig, ModelConfig, Widths, WukongConfig
 from exfm_ray.schema import Model, Name
+from exfm_ray.tune_config import TuneConfig
 
 Rows = Annotated[int, Field(ge=2, le=2**31 - 1)]
 Folder = Annotated[Path, AfterValidator(Path.absolute)]
@@ -92,6 +93,9 @@ class TrainerConfig(Model):
     workers: int = Field(1, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
+    matmul_precision: Literal["highest", "high", "medium"] = Field(
+        "highest", description="torch.set_float32_matmul_precision: TF32 on a GPU and faster kernels on a CPU, where below highest"
+    )
     compile: bool = Field(False, description="torch.compile the interaction model")
     zero_stage: int = Field(0, ge=0, le=3)
     sharding: Literal["row_wise", "table_wise"] = "row_wise"
@@ -242,6 +246,13 @@ class Config(Model):
     vm: VMConfig = VMConfig()
     distillation: DistillationConfig = DistillationConfig()
     metrics: MetricsConfig = MetricsConfig()
+    tune: TuneConfig | None = Field(None, description="a sweep over the settings of the vertical models")
+
+    @model_validator(mode="after")
+    def _sweep(self) -> Self:
+        if self.tune:
+            _check_sweep(self, self.tune)
+        return self
 
     @model_validator(mode="after")
     def _static(self) -> Self:
@@ -253,6 +264,33 @@ class Config(Model):
     def folder(self) -> Path:
         """The run's folder."""
         return self.run.dir / self.name
+
+
+def with_settings(config: Config, settings: Mapping[str, object]) -> Config:
+    """The config with other values of dotted settings and without its `tune` section; ValidationError for values that do not fit."""
+    tree = config.model_dump(mode="json", exclude={"tune"})
+    for setting, value in settings.items():
+        _put(tree, setting, value)
+    return Config.model_validate(tree)
+
+
+def _check_sweep(config: Config, tune: TuneConfig) -> None:
+    """ValueError for students and settings that are not there, and for values of a space that no config may have."""
+    students = [student.name for student in config.vm.models]
+    for name in tune.students:
+        if name not in students:
+            raise ValueError(f"tune.students names '{name}', which is none of vm.models.{nearest(name, students)}")
+    searchable = [f"distillation.{part}.{key}" for part, section in config.distillation for key in type(section).model_fields]
+    searchable += [f"vm.optimizer.{key}" for key in OptimizerConfig.model_fields] + ["vm.batch_size"]
+    for setting, distribution in tune.space.items():
+        if setting not in searchable:
+            told = nearest(setting, searchable) or f" A sweep may search {', '.join(searchable)}."
+            raise ValueError(f"tune.space: unknown setting '{setting}'.{told}")
+        for value in distribution.ends():
+            try:
+                with_settings(config, {setting: value})
+            except ValidationError as error:
+                raise ValueError("tune.space: " + "; ".join(_explain(e) for e in error.errors())) from None
 
 
 def load_config(file: Path, overrides: Sequence[str] = (), name: str | None = None) -> Config:
@@ -285,16 +323,23 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override}: write it as section.key=value")
+    try:
+        _put(tree, key, yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: '{value}' is not a YAML value ({error})") from None
+    except ValueError as error:
+        raise UserError(f"--set {override}: {error}") from None
+
+
+def _put(tree: dict[str, Any], key: str, value: object) -> None:
+    """Set a dotted key of a tree; ValueError where a part of it is no section."""
     *path, last = key.split(".")
     for part in path:
         below = tree.setdefault(part, {})
         if not isinstance(below, dict):
-            raise UserError(f"--set {override}: '{part}' is a value, not a section")
+            raise ValueError(f"'{part}' is a value, not a section")
         tree = below
-    try:
-        tree[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: '{value}' is not a YAML value ({error})") from None
+    tree[last] = value
 
 
 def _explain(error: Any) -> str:
@@ -316,8 +361,8 @@ def _known_keys(path: Sequence[str | int]) -> list[str]:
     node: dict[str, Any] = schema
 
     def resolve(n: dict[str, Any]) -> dict[str, Any]:
-        while "$ref" in n:
-            n = schema["$defs"][n["$ref"].rpartition("/")[2]]
+        while "$ref" in n or {"type": "null"} in n.get("anyOf", []):
+            n = schema["$defs"][n["$ref"].rpartition("/")[2]] if "$ref" in n else n["anyOf"][0]  # a section that may be left out
         return n
 
     for part in path:

@@ -46,9 +46,10 @@ def ray_session(config: Config) -> Iterator[None]:
 
 
 def logical_cpus(config: Config) -> int:
-    """CPUs that the roles ask for, and some for Ray Data."""
+    """CPUs that the roles, or a sweep's trials, ask for, and some for Ray Data."""
     jobs = 1 if config.vm.share_pass else len(config.vm.models)
-    return config.fm.workers + config.vm.workers * jobs + config.das.max_actors + DATA_CPUS
+    roles = config.fm.workers + config.vm.workers * jobs + config.das.max_actors
+    return max(roles, config.tune.concurrent if config.tune else 0) + DATA_CPUS
 
 
 def _log_to(path: Path) -> None:

@@ -34,6 +34,7 @@ class Engine:
     def __init__(self, schema: Schema, config: TrainerConfig, student: Student, model: ModelConfig, seed: int, device: torch.device) -> None:
         self.device = device
         self.tables = ShardedTables(schema, config, model, seed, device)
+        torch.set_float32_matmul_precision(config.matmul_precision)
         if config.compile:
             student.network.backbone.compile()
         self.dense: Any = shard_dense(student.to(device), config, dist.get_world_size())

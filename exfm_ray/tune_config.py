@@ -1,0 +1,155 @@
+"""The `tune` section of the config: which settings a sweep searches, for which students and arms, and which windows judge.
+
+A setting is named as on the command line (`distillation.ah.w`). A space may hold the settings of all arms: each arm
+searches those that bear on it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from exfm_ray.schema import Model, Name
+
+ArmName = Literal["labels", "kd", "ah", "ah_sa"]
+Value = bool | int | float | str | tuple[int, ...]
+Settings = dict[str, Value]
+"""Dotted setting -> value."""
+
+ARMS_OF: Mapping[str, tuple[ArmName, ...]] = {
+    "distillation.kd.": ("kd",),
+    "distillation.ah.": ("ah", "ah_sa"),
+    "distillation.sa.": ("ah_sa",),
+    "vm.": ("labels", "kd", "ah", "ah_sa"),
+}
+"""Beginning of a setting's name -> the arms on which it bears."""
+
+
+class Distribution(Model):
+    """What one setting is drawn from: a range (`low`, `high`), or a list (`choice`)."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = Field(False, description="draw the logarithm evenly")
+    integer: bool = False
+    choice: tuple[Value, ...] = ()
+    when: dict[str, Value] = Field({}, description="asked only where these settings of the space, named before it, have these values")
+    arms: tuple[ArmName, ...] = Field((), description="arms that search it; empty: those on which the setting bears")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        ends = (self.low, self.high)
+        if self.choice:
+            if ends != (None, None) or self.log or self.integer:
+                raise ValueError("give low and high, or a choice, not both")
+            if len({as_text(value) for value in self.choice}) < len(self.choice):
+                raise ValueError("names a value twice")
+            return self
+        if self.low is None or self.high is None:
+            raise ValueError("give low and high, or a choice")
+        if not self.low < self.high:
+            raise ValueError(f"low is {self.low:g}, which is not below high = {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"log is set with low = {self.low:g}; a logarithm needs low above 0")
+        if self.integer and not (self.low.is_integer() and self.high.is_integer()):
+            raise ValueError(f"integer is set with ends {self.low:g} and {self.high:g}; give whole numbers")
+        return self
+
+    def ends(self) -> tuple[Value, ...]:
+        """Values that stand for all: the two ends of a range, every choice."""
+        if self.choice:
+            return self.choice
+        assert self.low is not None and self.high is not None
+        return (int(self.low), int(self.high)) if self.integer else (self.low, self.high)
+
+    def match(self, value: Value) -> Value | None:
+        """The value as the distribution holds it; None where it does not."""
+        if self.choice:
+            return next((choice for choice in self.choice if choice == value), None)
+        low, high = self.low, self.high
+        assert low is not None and high is not None
+        return value if isinstance(value, int | float) and low <= value <= high else None
+
+
+def as_text(value: Value) -> str:
+    """A choice's value as text: strings as they are, the rest as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def default_space() -> dict[str, Distribution]:
+    """Around the values that the configs here use. The adapter's settings are searched in ah_sa only."""
+    return {
+        "vm.optimizer.table_lr": Distribution(low=0.01, high=0.5, log=True),
+        "vm.optimizer.dense_lr": Distribution(low=3e-4, high=2e-2, log=True),
+        "distillation.kd.w": Distribution(low=0.05, high=4, log=True),
+        "distillation.ah.w": Distribution(low=0.1, high=4, log=True),
+        "distillation.ah.alpha": Distribution(low=0.5, high=2, log=True),
+        "distillation.ah.beta": Distribution(low=0.25, high=16, log=True),
+        "distillation.ah.mlp": Distribution(choice=((), (16,), (32,))),
+        "distillation.sa.w": Distribution(low=0.1, high=4, log=True),
+        "distillation.sa.mlp": Distribution(choice=((), (16,), (32, 16))),
+        "distillation.sa.lr": Distribution(low=1e-4, high=3e-2, log=True),
+        "distillation.sa.input": Distribution(choice=("probability", "logit")),
+        "distillation.sa.own_head": Distribution(choice=(False, True)),
+    }
+
+
+class TuneConfig(Model):
+    """A sweep: `trials` settings for each student and arm, scored on earlier windows, judged on later ones that no choice has seen."""
+
+    students: tuple[Name, ...] = Field((), description="names of vm.models; empty: all of them")
+    arms: tuple[ArmName, ...] = ("labels", "kd", "ah", "ah_sa")
+    trials: int = Field(32, ge=1, description="for each student and arm; the first one is the config as it stands")
+    search: Literal["tpe", "random"] = "tpe"
+    early_stopping: Literal["asha", "none"] = "asha"
+    score_windows: tuple[int, int] = Field(description="first and last window whose NE scores a trial")
+    judge_windows: tuple[int, int] = Field(description="first and last window on which the best ones are judged")
+    judge_seeds: int = Field(3, ge=1)
+    calibration: tuple[float, float] = Field((0.95, 1.05), description="a trial outside ranks behind all that are within")
+    concurrent: int = Field(2, ge=1, description="trials side by side, a logical CPU each")
+    space: dict[str, Distribution] = Field({}, description="setting -> distribution; empty: a space of sensible ranges")
+
+    @model_validator(mode="after")
+    def _windows(self) -> Self:
+        for setting, (first, last) in (("score_windows", self.score_windows), ("judge_windows", self.judge_windows)):
+            if not 0 <= first <= last:
+                raise ValueError(f"tune.{setting} is [{first}, {last}]: give the first and the last window, in this order")
+        if self.judge_windows[0] <= self.score_windows[1]:
+            raise ValueError(
+                f"tune.judge_windows begin at {self.judge_windows[0]}, tune.score_windows end at {self.score_windows[1]}: "
+                "what judges must lie after what chose; begin later"
+            )
+        if not 0 <= self.calibration[0] < 1 < self.calibration[1]:
+            raise ValueError(f"tune.calibration is {list(self.calibration)}: give a bound below 1 and one above")
+        return self
+
+    @model_validator(mode="after")
+    def _arms(self) -> Self:
+        if "labels" not in self.arms:
+            raise ValueError("tune.arms leaves out labels, over which all gains are told; add it")
+        for names, setting in ((self.arms, "arms"), (self.students, "students")):
+            if len(set(names)) < len(names):
+                raise ValueError(f"tune.{setting} names one twice")
+        return self
+
+    @model_validator(mode="after")
+    def _conditions(self) -> Self:
+        before: dict[str, Distribution] = {}
+        for setting, distribution in self.space.items():
+            for other, value in distribution.when.items():
+                if other not in before:
+                    raise ValueError(f"tune.space '{setting}': when names '{other}', which the space does not name before it")
+                if not before[other].choice:
+                    raise ValueError(f"tune.space '{setting}': when names '{other}', which is a range; only a choice can be a condition")
+                if value not in before[other].choice:
+                    raise ValueError(f"tune.space '{setting}': when asks for {other} = {as_text(value)}, which is none of its choices")
+            before[setting] = distribution
+        return self
+
+    def space_of(self, arm: str) -> dict[str, Distribution]:
+        """The settings that an arm searches."""
+        space = self.space or default_space()
+        return {name: d for name, d in space.items() if arm in (d.arms or next(arms for start, arms in ARMS_OF.items() if name.startswith(start)))}

@@ -1,0 +1,75 @@
+"""The `tune` section: mistakes are told when the config is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from exfm_ray.config import Config, dump_config, load_config, with_settings
+from exfm_ray.errors import UserError
+
+GOOD = {"score_windows": [1, 2], "judge_windows": [3, 4]}
+W, SA_W, SA_LR, SA_MLP = "distillation.ah.w", "distillation.sa.w", "distillation.sa.lr", "distillation.sa.mlp"
+RANGE = {"low": 1, "high": 2}
+SPACES = {
+    "typo": ({"distillation.ah.wt": RANGE}, r"tune.space: unknown setting 'distillation.ah.wt'. Did you mean 'distillation.ah.w'\?"),
+    "not searchable": ({"fm.batch_size": RANGE}, r"unknown setting 'fm.batch_size'"),
+    "nothing near": ({"zzz": RANGE}, r"unknown setting 'zzz'. A sweep may search distillation.kd.w, "),
+    "value": ({W: {"low": -1, "high": 1}}, r"tune.space: setting 'distillation.ah.w': .*greater than or equal to 0"),
+    "choice": ({"distillation.sa.input": {"choice": ["logit", "lo"]}}, r"tune.space: setting 'distillation.sa.input': .*'lo'"),
+    "order of ends": ({W: {"low": 2, "high": 1}}, r"tune.space.distillation.ah.w': low is 2, which is not below high = 1"),
+    "log": ({W: {"low": 0, "high": 1, "log": True}}, r"log is set with low = 0"),
+    "integer": ({"vm.batch_size": {"low": 1.5, "high": 4, "integer": True}}, r"give whole numbers"),
+    "both": ({W: {**RANGE, "choice": [1]}}, r"low and high, or a choice, not both"),
+    "neither": ({W: {"low": 0}}, r"give low and high, or a choice"),
+    "twice": ({W: {"choice": [1, 2, 1]}}, r"names a value twice"),
+    "key": ({W: {"lo": 0, "high": 1}}, r"unknown setting 'tune.space.distillation.ah.w.lo'"),
+    "condition": ({SA_LR: {**RANGE, "when": {SA_MLP: [8]}}}, r"which the space does not name before"),
+    "range as condition": ({SA_W: RANGE, SA_LR: {**RANGE, "when": {SA_W: 1}}}, r"when names 'distillation.sa.w', which is a range"),
+    "condition's value": ({SA_MLP: {"choice": [[4]]}, SA_LR: {**RANGE, "when": {SA_MLP: [8]}}}, r"distillation.sa.mlp = \[8\], which is none"),
+}
+MISTAKES: dict[str, tuple[dict[str, object], str]] = {name: ({"space": space}, told) for name, (space, told) in SPACES.items()} | {
+    "student": ({"students": ["tab22"]}, r"tune.students names 'tab22', which is none of vm.models. Did you mean 'tab2'\?"),
+    "arm": ({"arms": ["labels", "ahh"]}, r"setting 'tune.arms.1'"),
+    "no labels": ({"arms": ["ah"]}, r"tune.arms leaves out labels"),
+    "overlap": ({"judge_windows": [2, 4]}, r"tune.judge_windows begin at 2, tune.score_windows end at 2: what judges must lie after what chose"),
+    "backwards": ({"score_windows": [2, 1]}, r"tune.score_windows is \[2, 1\]"),
+    "calibration": ({"calibration": [1.05, 1.1]}, r"tune.calibration is \[1.05, 1.1\]: give a bound below 1"),
+    "unknown key": ({"trails": 3}, r"unknown setting 'tune.trails'. Did you mean 'trials'\?"),
+}
+
+
+def written(folder: Path, tune: object) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"vm": {"models": [{"name": "tab2", "domain": "2", "task": "click"}]}, "tune": tune}, sort_keys=False))
+    return path
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(tmp_path: Path, name: str) -> None:
+    """Wrong: a sweep starts with a space that fails in every trial, or chooses on the windows that judge it."""
+    change, told = MISTAKES[name]
+    with pytest.raises(UserError, match=told):
+        load_config(written(tmp_path, {**GOOD, **change}))
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    """Wrong: a run's folder holds another sweep than the one that was asked for, and its own config is refused."""
+    space = {"distillation.ah.mlp": {"choice": [[], [8, 4]]}, "distillation.ah.w": {"low": 0.1, "high": 3, "when": {"distillation.ah.mlp": [8, 4]}}}
+    config = load_config(written(tmp_path, {**GOOD, "space": space}))
+    assert Config.model_validate(yaml.safe_load(dump_config(config))) == config
+    assert config.tune is not None and config.tune.space["distillation.ah.mlp"].choice == ((), (8, 4))
+
+
+def test_with_settings() -> None:
+    """Wrong: trials learn under other settings, or under ones that no config may have."""
+    config = Config()
+    changed = with_settings(config, {"distillation.sa.mlp": (), "vm.optimizer.dense_lr": 0.5})
+    assert (changed.distillation.sa.mlp, changed.vm.optimizer.dense_lr) == ((), 0.5)
+    assert with_settings(changed, {"distillation.sa.mlp": (16,), "vm.optimizer.dense_lr": 0.001}) == config
+    with pytest.raises(ValueError, match="greater than 0"):
+        with_settings(config, {"distillation.ah.alpha": 0})
+    assert json.dumps(config.model_dump(mode="json"))  # the original is untouched and whole

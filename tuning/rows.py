@@ -1,0 +1,51 @@
+"""A student's rows with their supervision, read once and shared by all its trials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from exfm_ray.config import Arm, Config, StudentConfig
+from exfm_ray.das.supervision import TEACHER_COLUMN
+from exfm_ray.data.feed import Pass
+from exfm_ray.data.stream import EventStream, Fragment
+from exfm_ray.training.job import Job
+
+
+@dataclass(frozen=True)
+class StudentRows:
+    """Reads like `AugmentedReader`, from memory: in Ray's object store its tables are read in place by every trial.
+
+    Attributes:
+        listed: window -> its fragments that hold rows of the student.
+        tables: (window, fragment's file) -> packed rows, with the teacher's predictions where there are any.
+    """
+
+    listed: Mapping[int, tuple[Fragment, ...]]
+    tables: Mapping[tuple[int, str], pa.Table]
+
+    @classmethod
+    def read_from(cls, config: Config, student: StudentConfig, windows: Sequence[int]) -> StudentRows:
+        """Read them from the run's folder."""
+        distilled = config.model_copy(update={"vm": config.vm.model_copy(update={"arms": (Arm.LABELS, Arm.KD)})})
+        job = Job("tune", distilled, (student,))
+        reader = job.reader(EventStream.open(job.stream_root).schema)
+        listed = {window: tuple(reader.fragments(Pass(window, "learn"))) for window in windows}
+        tables = {(window, f.file): reader.read(Pass(window, "learn"), f) for window, fragments in listed.items() for f in fragments}
+        return cls(listed, tables)
+
+    def ready(self, work: Pass) -> bool:
+        return work.window in self.listed
+
+    def awaits(self, work: Pass) -> str:
+        return f"window {work.window}, which was not put into memory"
+
+    def fragments(self, work: Pass) -> Sequence[Fragment]:
+        return self.listed[work.window]
+
+    def read(self, work: Pass, fragment: Fragment) -> pa.Table:
+        table = self.tables[work.window, fragment.file]
+        hidden = work.purpose == "evaluate" and TEACHER_COLUMN in table.column_names
+        return table.drop_columns([TEACHER_COLUMN]) if hidden else table
