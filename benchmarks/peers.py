@@ -193,12 +193,14 @@ def compare(ours: Ours, fast: Ours, train: Callable[[str], float], loader: str, 
 
 def variants(folder: Path, model: str, quick: bool) -> dict[str, float]:
     """Examples/s of ours over batches in memory, by precision and, if not `quick`, compilation."""
+    settings: dict[str, dict[str, Any]] = {"fp32": {}, "fp32_medium": {"matmul_precision": "medium"}, "bf16": FAST}
+    if not quick:
+        settings |= {"fp32_compiled": {"compile": True}, "bf16_compiled": {**FAST, "compile": True}}
     speeds = {}
-    for compiled in (False,) if quick else (False, True):
-        for precision in ("fp32", "bf16"):
-            ours = Ours(folder, model, precision=precision, compile=compiled)
-            seconds = [ours(READY) for _ in range(3)][1:]
-            speeds[precision + ("_compiled" if compiled else "")] = sum(len(batch) for batch in ours.ready) / min(seconds)
+    for name, changed in settings.items():
+        ours = Ours(folder, model, **changed)
+        seconds = [ours(READY) for _ in range(3)][1:]
+        speeds[name] = sum(len(batch) for batch in ours.ready) / min(seconds)
     print(f"{model}, steps: " + ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds.items()) + " examples/s", flush=True)
     return speeds
 
