@@ -48,13 +48,13 @@ class Workers:
         """Results in the order of ranks; the first worker's error fails the test."""
         for connection in self._connections:
             connection.send((function, arguments))
-        results = []
-        for rank, connection in enumerate(self._connections):
+        answers = []
+        for rank, connection in enumerate(self._connections):  # all of them, or the next run would get what this one left
             assert connection.poll(TIMEOUT_S), f"worker {rank} of {self.world} gave no answer in {TIMEOUT_S} s"
-            result, error = connection.recv()
+            answers.append(connection.recv())
+        for rank, (_, error) in enumerate(answers):
             assert error is None, f"worker {rank} of {self.world}:\n{error}"
-            results.append(result)
-        return results
+        return [result for result, _ in answers]
 
     def stop(self) -> None:
         for connection in self._connections:
