@@ -246,7 +246,7 @@ def main() -> None:
             for pairing in (p for p in PAIRINGS if p.setting == setting.name):
                 found = run(python, folder, pairing, loaders.get(pairing.peer), setting.pairs)
                 figures[pairing.name], loaders[pairing.peer] = found, found["loader"]
-        figures["variants"] = {model: variants(Path(scratch) / "frappe", model, options.quick) for model in ("dcnv2", "wukong")}
+        figures["variants"] = {model: variants(Path(scratch) / "frappe", model, options.quick) for model in MODELS}
     bars = {p.name: bar(figures[p.name]["pass"]["ratio"], p.least) for p in PAIRINGS if p.least}
     bars |= {f"{p.name}_fast": bar(figures[p.name]["pass"]["fast_ratio"], p.least) for p in PAIRINGS if p.least}
     report("peers", {"threads": THREADS, "batch_size": BATCH_SIZE, "models": MODELS, **figures}, bars)
