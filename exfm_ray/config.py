@@ -234,6 +234,13 @@ class RunConfig(Model):
     dir: Folder = Field(Path("runs"), validate_default=True)
 
 
+class WandbConfig(Model):
+    """Runs in wandb (Weights & Biases), under <run>/wandb. Its API key is no setting: wandb reads WANDB_API_KEY or .netrc."""
+
+    mode: Literal["offline", "online", "disabled"] = Field("offline", description="offline: files that `wandb sync` sends later; disabled: none")
+    project: Name = "exfm-ray"
+
+
 class Config(Model):
     """A whole run."""
 
@@ -246,6 +253,7 @@ class Config(Model):
     vm: VMConfig = VMConfig()
     distillation: DistillationConfig = DistillationConfig()
     metrics: MetricsConfig = MetricsConfig()
+    wandb: WandbConfig = WandbConfig()
     tune: TuneConfig | None = Field(None, description="a sweep over the settings of the vertical models")
 
     @model_validator(mode="after")

@@ -27,6 +27,17 @@ ARMS_OF: Mapping[str, tuple[ArmName, ...]] = {
 }
 """Beginning of a setting's name -> the arms on which it bears."""
 
+STACKABLE = frozenset(
+    {
+        "vm.optimizer.table_lr", "vm.optimizer.dense_lr", "vm.optimizer.dense_weight_decay", "distillation.kd.w",
+        "distillation.ah.w", "distillation.ah.alpha", "distillation.ah.beta", "distillation.sa.w", "distillation.sa.lr",
+    }
+)  # fmt: skip
+"""Settings in which trials that learn together may differ. All others are structure: equal within a block."""
+
+POPULATION = 4
+"""Fewest members of a population: a quarter of them is replaced."""
+
 
 class Distribution(Model):
     """What one setting is drawn from: a range (`low`, `high`), or a list (`choice`)."""
@@ -103,13 +114,15 @@ class TuneConfig(Model):
     students: tuple[Name, ...] = Field((), description="names of vm.models; empty: all of them")
     arms: tuple[ArmName, ...] = ("labels", "kd", "ah", "ah_sa")
     trials: int = Field(32, ge=1, description="for each student and arm; the first one is the config as it stands")
-    search: Literal["tpe", "random"] = "tpe"
+    together: int = Field(1, ge=1, description="so many trials of one student and arm learn in one process, on the same batches")
+    seeds: int = Field(1, ge=1, description="trainings of a trial, with seed, seed + 1, ...; its figures are their means")
+    search: Literal["tpe", "random", "pbt"] = "tpe"
     early_stopping: Literal["asha", "none"] = "asha"
     score_windows: tuple[int, int] = Field(description="first and last window whose NE scores a trial")
     judge_windows: tuple[int, int] = Field(description="first and last window on which the best ones are judged")
     judge_seeds: int = Field(3, ge=1)
     calibration: tuple[float, float] = Field((0.95, 1.05), description="a trial outside ranks behind all that are within")
-    concurrent: int = Field(2, ge=1, description="trials side by side, a logical CPU each")
+    concurrent: int = Field(2, ge=1, description="processes side by side, a logical CPU each")
     space: dict[str, Distribution] = Field({}, description="setting -> distribution; empty: a space of sensible ranges")
 
     @model_validator(mode="after")
@@ -146,10 +159,43 @@ class TuneConfig(Model):
                     raise ValueError(f"tune.space '{setting}': when names '{other}', which is a range; only a choice can be a condition")
                 if value not in before[other].choice:
                     raise ValueError(f"tune.space '{setting}': when asks for {other} = {as_text(value)}, which is none of its choices")
+                if self.together > 1 and other in STACKABLE and setting not in STACKABLE:
+                    raise ValueError(
+                        f"tune.space '{setting}': when names '{other}', in which trials of one process differ, but '{setting}' must be equal "
+                        "within it; set tune.together to 1"
+                    )
             before[setting] = distribution
+        return self
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        for arm in self.arms if self.together > 1 else ():
+            space = self.space_of(arm)
+            if space and not STACKABLE & set(space):
+                raise ValueError(
+                    f"tune.together is {self.together}: trials of arm {arm} would be alike within a process, for of what it searches "
+                    f"({', '.join(space)}) nothing may differ there; set it to 1, or search {', '.join(sorted(STACKABLE))}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _population(self) -> Self:
+        if self.search != "pbt":
+            return self
+        if self.together < POPULATION:
+            raise ValueError(f"tune.together is {self.together}: search pbt makes it the size of a population; give at least {POPULATION}")
+        if self.trials % self.together:
+            raise ValueError(f"tune.trials is {self.trials}: search pbt trains whole populations; give a multiple of tune.together = {self.together}")
+        if self.early_stopping != "none":
+            raise ValueError(f"tune.early_stopping is {self.early_stopping}: search pbt replaces poor trials itself; set it to none")
+        if self.seeds > 1:
+            raise ValueError(f"tune.seeds is {self.seeds}: search pbt copies one training to another; set it to 1")
+        if self.score_windows[0] == self.score_windows[1]:
+            raise ValueError("tune.score_windows holds one window: search pbt replaces trials between two; give more windows")
         return self
 
     def space_of(self, arm: str) -> dict[str, Distribution]:
         """The settings that an arm searches."""
         space = self.space or default_space()
-        return {name: d for name, d in space.items() if arm in (d.arms or next(arms for start, arms in ARMS_OF.items() if name.startswith(start)))}
+        bearing = {name: next((arms for start, arms in ARMS_OF.items() if name.startswith(start)), ()) for name in space}
+        return {name: d for name, d in space.items() if arm in (d.arms or bearing[name])}

@@ -26,7 +26,7 @@ BELOW = {
     "engine": {"config", "schema", "model_config", "data", "models", "distillation"},
     "das": {"config", "schema", "model_config", "data", "models"},
     "tracking": {"config", "schema", "metrics"},
-    "training": {"config", "schema", "model_config", "data", "models", "distillation", "engine", "das", "metrics", "tracking"},
+    "training": {"config", "schema", "model_config", "data", "models", "distillation", "engine", "das", "metrics", "tracking", "tune_config"},
     "serving": {"config", "schema", "model_config", "data", "models"},
     "summary": {"config", "schema", "data", "metrics", "training"},
     "runtime": {"config", "schema"},
@@ -76,6 +76,8 @@ def test_frameworks_stay_in_their_rooms(path: Path) -> None:
     assert here not in PLAIN_TORCH or not roots & FRAMEWORKS
     if here != "engine":
         assert not roots & {"deepspeed", "torchrec", "fbgemm_gpu"}
+    if here != "tracking":
+        assert "wandb" not in roots
     if here in ("schema", "model_config", "config", "errors", "files"):
         assert not roots & {"torch", "ray"}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from exfm_ray.config import Config, StudentConfig
 from exfm_ray.files import read_json, write_json
 from exfm_ray.tune_config import Settings, TuneConfig
 from tuning.results import Search, Trial
-from tuning.trial import learn, trial_job
+from tuning.trial import Figures, Outcome, learn, trial_job
 
 Variant = Literal["tuned", "untuned"]
 
@@ -48,7 +49,10 @@ def best_trial(trials: Sequence[Trial], search: Search) -> Trial | None:
 def judge(
     config: Config, sweep: TuneConfig, students: Sequence[StudentConfig], rows: Mapping[str, Any], trials: Sequence[Trial], path: Path
 ) -> list[Judged]:
-    """Train what `path` does not hold yet, `sweep.concurrent` side by side; all results. Needs a Ray session."""
+    """Train what `path` does not hold yet, the seeds together and `sweep.concurrent` processes side by side; all results.
+
+    Needs a Ray session.
+    """
     wanted: list[Judged] = []
     for student in students:
         for arm in sweep.arms:
@@ -57,20 +61,21 @@ def judge(
             seeds = range(config.seed, config.seed + sweep.judge_seeds)
             wanted += [Judged(student.name, arm, variant, seed, settings) for variant, settings in variants for seed in seeds]
     known = {one.identity: one for one in _read(path)}
-    missing = [one for one in wanted if one.identity not in known]
+    missing = [list(seeds) for _, seeds in groupby((one for one in wanted if one.identity not in known), _but_seed)]
     by_name = {student.name: student for student in students}
     train = ray.remote(num_cpus=1)(_train)
     running: list[Any] = []
     for number in range(len(missing) + sweep.concurrent):
         if number < len(missing):
-            one = missing[number]
-            running.append(train.remote(config, by_name[one.student], one, rows[one.student]))
+            student_name = missing[number][0].student
+            running.append(train.remote(config, by_name[student_name], missing[number], rows[student_name]))
         if running and (len(running) >= sweep.concurrent or number >= len(missing)):
             (ended,), running = ray.wait(running, num_returns=1)
-            result: Judged = ray.get(ended)
-            known[result.identity] = result
+            results: list[Judged] = ray.get(ended)
+            known |= {one.identity: one for one in results}
             write_json(path, [asdict(one) for one in known.values()])
-            print(f"judged {len(known)}: {result.student} {result.arm} {result.variant} seed {result.seed}: {result.ne}", file=sys.stderr)
+            for one in results:
+                print(f"judged: {one.student} {one.arm} {one.variant} seed {one.seed}: {one.ne or one.error}", file=sys.stderr)
     return [known[one.identity] for one in wanted]
 
 
@@ -79,14 +84,23 @@ def _read(path: Path) -> list[Judged]:
     return [Judged(**{**e, "settings": {k: tuple(v) if isinstance(v, list) else v for k, v in e["settings"].items()}}) for e in entries]
 
 
-def _train(config: Config, student: StudentConfig, one: Judged, rows: Any) -> Judged:
-    """`one` with its figures. What goes wrong in a training is a result too."""
+def _but_seed(one: Judged) -> tuple[str, str, str]:
+    return one.student, one.arm, one.variant
+
+
+def _train(config: Config, student: StudentConfig, seeds: Sequence[Judged], rows: Any) -> list[Judged]:
+    """`seeds`, which learn together, with their figures. What goes wrong in a training is a result too."""
     assert config.tune is not None
     first, last = config.tune.judge_windows
     try:
-        job = trial_job(config, student, one.arm, one.settings, first, one.seed)
-        *_, (figures, _) = learn(job, rows, range(last + 1))
-        assert figures is not None
+        jobs = [trial_job(config, student, one.arm, one.settings, first, one.seed) for one in seeds]
+        *_, outcomes = learn(jobs, rows, range(last + 1))
     except Exception as error:
-        return Judged(**{**asdict(one), "error": str(error)})
-    return Judged(**{**asdict(one), "ne": figures.ne, "calibration": figures.calibration})
+        outcomes = [f"{type(error).__name__}: {error}" for _ in seeds]
+    return [_judged(one, outcome) for one, outcome in zip(seeds, outcomes, strict=True)]
+
+
+def _judged(one: Judged, outcome: Outcome) -> Judged:
+    if isinstance(outcome, Figures):
+        return replace(one, ne=outcome.ne, calibration=outcome.calibration)
+    return replace(one, error=outcome)

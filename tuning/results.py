@@ -20,7 +20,7 @@ State = Literal["complete", "stopped", "failed"]
 COLUMNS = {
     "student": pa.string(), "arm": pa.string(), "trial": pa.int32(), "state": pa.string(), "score": pa.float64(), "ne": pa.float64(),
     "calibration": pa.float64(), "windows": pa.list_(pa.int32()), "ne_curve": pa.list_(pa.float64()),
-    "calibration_curve": pa.list_(pa.float64()), "seconds": pa.float64(), "error": pa.string(),
+    "calibration_curve": pa.list_(pa.float64()), "labels_curve": pa.list_(pa.float64()), "seconds": pa.float64(), "error": pa.string(),
 }  # fmt: skip
 
 
@@ -38,7 +38,9 @@ class Trial:
     Attributes:
         state: all windows seen; stopped early, for others were better; failed with `error`.
         score: after the last window of the curve; None for a failed trial.
+        settings: those of its last window; population-based training changes them on the way.
         curve: figures over the score windows up to each.
+        seconds: its share of the seconds of the process in which it learnt together with others.
     """
 
     search: Search
@@ -56,14 +58,15 @@ class Trial:
         return {
             "student": self.search.student, "arm": self.search.arm, "trial": self.number, "state": self.state, "score": self.score,
             "ne": last and last.ne, "calibration": last and last.calibration, "windows": [f.window for f in self.curve],
-            "ne_curve": [f.ne for f in self.curve], "calibration_curve": [f.calibration for f in self.curve], "seconds": self.seconds,
-            "error": self.error, **{name: encoded(space[name], value) for name, value in self.settings.items()},
+            "ne_curve": [f.ne for f in self.curve], "calibration_curve": [f.calibration for f in self.curve],
+            "labels_curve": [f.labels for f in self.curve], "seconds": self.seconds, "error": self.error,
+            **{name: encoded(space[name], value) for name, value in self.settings.items()},
         }  # fmt: skip
 
     @classmethod
     def of(cls, row: Mapping[str, Any], space: Mapping[str, Distribution]) -> Self:
         """The trial that a row holds."""
-        curve = zip(row["windows"], row["ne_curve"], row["calibration_curve"], strict=True)
+        curve = zip(row["windows"], row["ne_curve"], row["calibration_curve"], row["labels_curve"], strict=True)
         return cls(
             search=Search(row["student"], row["arm"]), number=row["trial"], state=row["state"], score=row["score"],
             curve=tuple(Figures(*point) for point in curve), seconds=row["seconds"], error=row["error"],

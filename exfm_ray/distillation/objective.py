@@ -12,6 +12,8 @@ The scaling of gradients by beta is the student's, not the objective's.
 
 from __future__ import annotations
 
+from typing import NamedTuple, Self
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,18 +21,32 @@ from exfm_ray.config import Arm, DistillationConfig
 from exfm_ray.distillation.student import Logits
 
 
+class Weights(NamedTuple):
+    """Weights of the terms: numbers, or tensors that broadcast against (..., B, T) where several students learn together."""
+
+    kd_w: float | Tensor
+    ah_w: float | Tensor
+    ah_alpha: float | Tensor
+    sa_w: float | Tensor
+
+    @classmethod
+    def of(cls, config: DistillationConfig) -> Self:
+        """The config's."""
+        return cls(config.kd.w, config.ah.w, config.ah.alpha, config.sa.w)
+
+
 def bce_BT(logit_BT: Tensor, target_BT: Tensor) -> Tensor:
     """h(z, y) of each example and task in nats: log(1 + e^z) - y z; targets may be soft."""
-    return F.binary_cross_entropy_with_logits(logit_BT, target_BT, reduction="none")
+    return F.binary_cross_entropy_with_logits(logit_BT, target_BT.expand_as(logit_BT), reduction="none")
 
 
 def labels_objective_B(logits_BT: Tensor, labels_BT: Tensor) -> Tensor:
     """Mean of h over the tasks, per example."""
-    return bce_BT(logits_BT, labels_BT).mean(dim=1)
+    return bce_BT(logits_BT, labels_BT).mean(dim=-1)
 
 
 def objective_B(
-    arm: Arm, config: DistillationConfig, logits: Logits, labels_BT: Tensor, teacher_BT: Tensor | None, target_BT: Tensor | None
+    arm: Arm, weights: Weights, logits: Logits, labels_BT: Tensor, teacher_BT: Tensor | None, target_BT: Tensor | None
 ) -> Tensor:
     """The arm's loss of each example.
 
@@ -39,12 +55,12 @@ def objective_B(
     """
     loss_BT = bce_BT(logits.serving_BT, labels_BT)
     if teacher_BT is None or arm is Arm.LABELS:
-        return loss_BT.mean(dim=1)
+        return loss_BT.mean(dim=-1)
     if arm is Arm.KD:
-        return (loss_BT + config.kd.w * bce_BT(logits.serving_BT, teacher_BT)).mean(dim=1)
+        return (loss_BT + weights.kd_w * bce_BT(logits.serving_BT, teacher_BT)).mean(dim=-1)
     assert logits.auxiliary_BT is not None, f"the {arm} arm has an auxiliary head"
-    loss_BT = loss_BT + config.ah.w * bce_BT(logits.auxiliary_BT, (config.ah.alpha * teacher_BT).clamp(max=1.0))
+    loss_BT = loss_BT + weights.ah_w * bce_BT(logits.auxiliary_BT, (weights.ah_alpha * teacher_BT).clamp(max=1.0))
     if arm is Arm.AH:
-        return loss_BT.mean(dim=1)
+        return loss_BT.mean(dim=-1)
     assert logits.adapter_BT is not None and target_BT is not None, f"the {arm} arm learns the adapter's target"
-    return (loss_BT + config.sa.w * bce_BT(logits.adapter_BT, target_BT)).mean(dim=1)
+    return (loss_BT + weights.sa_w * bce_BT(logits.adapter_BT, target_BT)).mean(dim=-1)

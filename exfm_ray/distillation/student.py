@@ -28,18 +28,24 @@ class Logits(NamedTuple):
 
 
 class _ScaleGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, beta: float) -> Tensor:
-        ctx.beta = beta
+    def forward(x: Tensor, beta: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.beta, None
+        (beta,) = ctx.saved_tensors
+        return gradients[0] * beta, None
 
 
-def scale_gradient(x: Tensor, beta: float) -> Tensor:
-    """x unchanged to the bit; its gradient times `beta`."""
+def scale_gradient(x: Tensor, beta: Tensor) -> Tensor:
+    """x unchanged to the bit; its gradient times `beta`, a tensor of no axes."""
     scaled: Tensor = _ScaleGradient.apply(x, beta)  # type: ignore[no-untyped-call]
     return scaled
 
@@ -57,8 +63,8 @@ class Student(nn.Module):
         self.auxiliary_head = _extra_head(network, config.ah.mlp, seed, 1) if arm in (Arm.AH, Arm.AH_SA) else None
         self.adapter_head = _extra_head(network, config.ah.mlp, seed, 2) if own_head else None
 
-    def forward(self, embedded_BRE: Tensor, dense_BD: Tensor) -> Logits:
-        """Embedded features (B, R, E) and dense ones (B, D) to the logits of all heads.
+    def forward(self, embedded_BRE: Tensor, dense_BD: Tensor, beta: Tensor | None = None) -> Logits:
+        """Embedded features (B, R, E) and dense ones (B, D) to the logits of all heads. `beta`: instead of the config's, no axes.
 
         The gradient of the extra heads into the backbone, and through it into the tables, is multiplied by beta.
         """
@@ -66,7 +72,7 @@ class Student(nn.Module):
         serving_BT = self.network.head(x_BH)
         if self.auxiliary_head is None:
             return Logits(serving_BT, None, None)
-        scaled_BH = scale_gradient(x_BH, self.beta)
+        scaled_BH = scale_gradient(x_BH, torch.tensor(self.beta, device=x_BH.device) if beta is None else beta)
         auxiliary_BT = self.auxiliary_head(scaled_BH)
         if self.arm is Arm.AH:
             return Logits(serving_BT, auxiliary_BT, None)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 
 class Replica:
@@ -16,7 +17,11 @@ class Replica:
         self.module = module.to(device)
         self._optimizer = torch.optim.Adam(self.module.parameters(), lr=lr, fused=True)
 
-    def update(self) -> None:
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The module's output."""
+        return self.module(*inputs)
+
+    def step(self) -> None:
         """One step on the gradients that the last backward pass left: their mean over the workers."""
         world = dist.get_world_size()
         if world > 1:

@@ -79,10 +79,11 @@ class PlainTables(nn.Module):
     bag_scale_O: Tensor
     bag_offset_O: Tensor
 
-    def __init__(self, schema: Schema, config: ModelConfig, seed: int | None) -> None:
-        """Fresh tables from `seed`; zeros, to be loaded, where it is None."""
+    def __init__(self, schema: Schema, config: ModelConfig, seed: int | None, sparse: bool = False) -> None:
+        """Fresh tables from `seed`; zeros, to be loaded, where it is None. `sparse`: `weight` gets sparse gradients."""
         super().__init__()
         layout = Layout.of(config, schema)
+        self.sparse = sparse
         self.rows, self.embeddings = dict(schema.tables), layout.embeddings
         ends = list(accumulate(rows * self.embeddings[name] for name, rows in self.rows.items()))
         self.first_row = dict(zip(self.rows, [0, *ends], strict=False))
@@ -115,7 +116,7 @@ class PlainTables(nn.Module):
     def embed(self, sparse_BS: Tensor, bag_values_V: Tensor, bag_lengths_MB: Tensor) -> Tensor:
         """The tensors of a `Batch` to embedded_BRE: a row for a single value, the mean row for a bag, zeros for what is absent."""
         ids_BS = sparse_BS[:, self.single_S] * self.single_scale_S + self.single_offset_S
-        single_BRE = F.embedding(ids_BS, self.weight)
+        single_BRE = F.embedding(ids_BS, self.weight, sparse=self.sparse)
         if not len(self.bag_offset_O):
             return single_BRE
         if not self.whole_bags:
@@ -126,7 +127,7 @@ class PlainTables(nn.Module):
         slot_V = torch.repeat_interleave(lengths_OB.sum(dim=1), output_size=values_V.shape[0])
         rows_V = values_V * self.bag_scale_O[slot_V] + self.bag_offset_O[slot_V]
         ends_X = lengths_OB.flatten().cumsum(0)
-        bags = F.embedding_bag(rows_V, self.weight, ends_X - lengths_OB.flatten(), mode="mean")
+        bags = F.embedding_bag(rows_V, self.weight, ends_X - lengths_OB.flatten(), mode="mean", sparse=self.sparse)
         return bags.view(*lengths_OB.shape, self.weight.shape[1]).transpose(0, 1)
 
     def tables(self) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from exfm_ray.data.feed import FeedClient, FragmentReader, Pass, StreamReader
 from exfm_ray.data.shuffle import ShuffledReader
 from exfm_ray.data.stream import EventStream
 from exfm_ray.distillation.adapter import Adapter
+from exfm_ray.distillation.objective import Weights
 from exfm_ray.distillation.student import Student
 from exfm_ray.engine.engine import Engine
 from exfm_ray.engine.replica import Replica
@@ -122,7 +123,7 @@ def _lane(
     seed, distillation = job.config.seed, job.config.distillation
     student = Student(build_network(network, schema, len(tasks), seed), arm or Arm.LABELS, distillation, seed)
     adapter = Replica(Adapter(distillation.sa, len(tasks), seed), distillation.sa.lr, device) if arm is Arm.AH_SA else None
-    return Lane(model, arm, tasks, Engine(schema, job.trainer, student, network, seed, device), distillation, adapter)
+    return Lane(model, arm, tasks, Engine(schema, job.trainer, student, network, seed, device), Weights.of(distillation), adapter)
 
 
 @dataclass

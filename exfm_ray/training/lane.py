@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,18 +16,26 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from exfm_ray.config import Arm, DistillationConfig
+from exfm_ray.config import Arm
 from exfm_ray.das.supervision import teacher_values
 from exfm_ray.data.batch import Batch, to_batch
 from exfm_ray.data.feed import Share, share
 from exfm_ray.data.stream import list_values
 from exfm_ray.distillation.adapter import target_BT
-from exfm_ray.distillation.objective import labels_objective_B, objective_B
+from exfm_ray.distillation.objective import Weights, labels_objective_B, objective_B
 from exfm_ray.engine.decay import Repeats
 from exfm_ray.engine.engine import Engine
 from exfm_ray.engine.replica import Replica
+from exfm_ray.engine.stacked import StackedModule
 from exfm_ray.schema import Schema
 from exfm_ray.training.usage import Usage
+
+
+class Learner(NamedTuple):
+    """A model that a lane teaches: its name in files, its name in figures."""
+
+    name: str
+    model: str
 
 
 @dataclass
@@ -38,14 +46,23 @@ class Lane:
     arm: Arm | None
     tasks: tuple[int, ...]
     engine: Engine
-    distillation: DistillationConfig
-    adapter: Replica | None = None
+    weights: Weights
+    adapter: Replica | StackedModule | None = None
     seconds: float = 0.0
 
     @property
     def name(self) -> str:
         """Names the lane in files."""
         return f"{self.model}-{self.arm}" if self.arm else self.model
+
+    @property
+    def learners(self) -> Sequence[Learner]:
+        """The model that it teaches."""
+        return (Learner(self.name, self.model),)
+
+    def predict(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Serving logits_BT, float32, of each learner by name."""
+        return {self.name: self.engine.predict(batch)}
 
     def learn(self, batch: Batch, weight_B: Tensor, teacher_BT: Tensor | None, repeats_BS: Tensor | None = None) -> None:
         """One step. `weight_B` makes the sum over this worker's rows the mean over the global batch after averaging
@@ -57,26 +74,26 @@ class Lane:
             loss_B = labels_objective_B(logits.serving_BT, labels_BT)
             self.engine.update((loss_B * weight_B).sum())
         elif self.adapter and teacher_BT is not None:
-            adapted_BT = self.adapter.module(teacher_BT)
-            loss_B = objective_B(self.arm, self.distillation, logits, labels_BT, teacher_BT, target_BT(adapted_BT))
+            adapted_BT = self.adapter(teacher_BT)
+            loss_B = objective_B(self.arm, self.weights, logits, labels_BT, teacher_BT, target_BT(adapted_BT))
             # One backward pass serves both: the adapter's target carries no gradient, so neither loss reaches the other's weights.
             self.engine.update(((loss_B + labels_objective_B(adapted_BT, labels_BT)) * weight_B).sum())
-            self.adapter.update()
+            self.adapter.step()
         else:
-            loss_B = objective_B(self.arm, self.distillation, logits, labels_BT, teacher_BT, None)
+            loss_B = objective_B(self.arm, self.weights, logits, labels_BT, teacher_BT, None)
             self.engine.update((loss_B * weight_B).sum())
         self.seconds += time.perf_counter() - started
 
     def save(self, folder: Path) -> None:
         """Write this worker's part of the lane's state."""
         self.engine.save(folder / self.name)
-        if self.adapter and dist.get_rank() == 0:
+        if isinstance(self.adapter, Replica) and dist.get_rank() == 0:
             self.adapter.save(folder / self.name / "adapter.pt")
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote."""
         self.engine.load(folder / self.name)
-        if self.adapter:
+        if isinstance(self.adapter, Replica):
             self.adapter.load(folder / self.name / "adapter.pt")
 
 
@@ -109,7 +126,8 @@ class Group:
     """Lanes that see the same rows: one domain's, or all (`domain` None).
 
     Attributes:
-        teacher_columns: which of the `teacher_tasks` columns of predictions are the lanes' tasks, in their order.
+        teacher_columns: which of the `teacher_tasks` columns of predictions are the lanes' tasks, in their order; where the lane
+            teaches several models, those of each of them.
         reset_unused: after how many windows without use a row is reset; None: never.
     """
 
@@ -118,7 +136,7 @@ class Group:
     domain: int | None
     batch_size: int
     device: torch.device
-    teacher_columns: tuple[int, ...] = ()
+    teacher_columns: Sequence[int] | Sequence[Sequence[int]] = ()
     teacher_tasks: int = 0
     reset_unused: int | None = None
     _usage: Usage | None = field(init=False)
@@ -176,7 +194,7 @@ class Group:
         batch, count = self._batch(mine), mine.table.num_rows
         sparse_NS = list_values(mine.table["sparse"], len(self.schema.single))
         return Evaluated(
-            logits={lane.name: lane.engine.predict(batch)[:count].cpu().numpy() for lane in self.lanes},
+            logits={name: logits_BT[:count].cpu().numpy() for lane in self.lanes for name, logits_BT in lane.predict(batch).items()},
             labels_NT=list_values(mine.table["labels"], len(self.schema.tasks)),
             domain_N=mine.table["domain"].to_numpy(),
             group_N=np.zeros(count, np.int32) if self._group_column is None else sparse_NS[:, self._group_column],
@@ -203,8 +221,8 @@ class Group:
         values = teacher_values(mine.table, self.teacher_tasks)
         if values is None:
             return None
-        teacher_BT = torch.from_numpy(values[:, list(self.teacher_columns)])
-        return F.pad(teacher_BT, (0, 0, 0, mine.length - len(teacher_BT))).to(self.device)
+        teacher_BT = torch.from_numpy(values[:, np.array(self.teacher_columns)]).movedim(0, -2)  # (K, B, T) with several models
+        return F.pad(teacher_BT, (0, 0, 0, mine.length - mine.table.num_rows)).to(self.device)
 
 
 def pad(batch: Batch, length: int) -> Batch:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from exfm_ray.data.feed import FragmentReader, Pass
 from exfm_ray.data.stream import EventStream
 from exfm_ray.training.job import Job, build_groups
+from exfm_ray.training.lane import Group
 from exfm_ray.training.loop import Loop
 
 
@@ -59,15 +60,22 @@ def one_process() -> None:
     dist.init_process_group("gloo")
 
 
-def local_loop(job: Job, windows: Sequence[int], reader: FragmentReader | None = None) -> tuple[Loop, KeptRows]:
-    """The job's loop, ready to run `windows` from fresh models. `reader`: of the job's rows, where they are not read from the run's folder."""
+def local_loop(
+    job: Job, windows: Sequence[int], reader: FragmentReader | None = None, groups: Sequence[Group] | None = None
+) -> tuple[Loop, KeptRows]:
+    """The job's loop, ready to run `windows` from fresh models.
+
+    Args:
+        reader: of the job's rows, where they are not read from the run's folder.
+        groups: what learns, where it is not the job's own lanes.
+    """
     one_process()
     schema = EventStream.open(job.stream_root).schema
     torch.manual_seed(job.config.seed)
     report, reader = KeptRows(), reader or job.reader(schema)
     client: Any = LocalClient(reader, job.passes(windows, 0))
     loop = Loop(
-        role=job.role, seed=job.config.seed, groups=build_groups(job, schema, torch.device("cpu")), reader=reader, client=client,
+        role=job.role, seed=job.config.seed, groups=groups or build_groups(job, schema, torch.device("cpu")), reader=reader, client=client,
         report=report, fm_lag=job.config.das.fm_lag, warmup_windows=job.config.metrics.warmup_windows,
     )  # fmt: skip
     return loop, report

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -114,7 +115,7 @@ class Loop:
         with ExitStack() as stack:
             for lane in (lane for group in self.groups for lane in group.lanes):
                 stack.enter_context(lane.engine.evaluated())
-            for i, rows in self._batches(work, lambda group: EVALUATION_BATCH):
+            for i, rows in self._batches(work, lambda group: EVALUATION_BATCH // max(len(lane.learners) for lane in group.lanes)):
                 parts[i].append(self.groups[i].evaluate(rows))
         return [group.gather(mine) for group, mine in zip(self.groups, parts, strict=True)]
 
@@ -134,14 +135,14 @@ class Loop:
         rows, window = [], work.window
         place = {"pass": work.number, "window": window} if work.number else {"window": window}
         for lane in group.lanes:
-            for domain, chosen_N in _domains(group, result):
+            for learner, (domain, chosen_N) in product(lane.learners, _domains(group, result)):
                 for column, task in enumerate(lane.tasks):
                     state = MetricState.of(
-                        result.logits[lane.name][chosen_N, column],
+                        result.logits[learner.name][chosen_N, column],
                         result.labels_NT[chosen_N, task],
                         result.group_N[chosen_N] if group.schema.group_by else None,
                     )
-                    key = (lane.model, str(lane.arm or FM_ARM), domain, group.schema.tasks[task])
+                    key = (learner.model, str(lane.arm or FM_ARM), domain, group.schema.tasks[task])
                     if window >= self.warmup_windows:
                         self.states[key] = self.states.get(key, MetricState()) + state
                     speed = learnt / lane.seconds if lane.seconds else None

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exfm_ray.config import AHConfig, Arm, DistillationConfig, KDConfig, SAConfig
-from exfm_ray.distillation.objective import bce_BT, labels_objective_B, objective_B
+from exfm_ray.distillation.objective import Weights, bce_BT, labels_objective_B, objective_B
 from exfm_ray.distillation.student import Logits
 
-CONFIG = DistillationConfig(kd=KDConfig(w=0.5), ah=AHConfig(w=0.25, alpha=3.0, beta=7.0), sa=SAConfig(w=2.0))
+WEIGHTS = Weights.of(DistillationConfig(kd=KDConfig(w=0.5), ah=AHConfig(w=0.25, alpha=3.0, beta=7.0), sa=SAConfig(w=2.0)))
 LOGITS = Logits(torch.tensor([[0.3], [-2.0]]), torch.tensor([[1.1], [-0.4]]), torch.tensor([[-1.7], [0.6]]))
 LABELS, TEACHER, TARGET = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.2], [0.8]]), torch.tensor([[0.35], [0.05]])
 
@@ -36,7 +36,7 @@ EXPECTED = {
 @pytest.mark.parametrize("arm", list(Arm))
 def test_formula_of_each_arm(arm: Arm) -> None:
     """Wrong: a weight multiplies another term than its name says, alpha is not clipped, or heads are confused."""
-    torch.testing.assert_close(objective_B(arm, CONFIG, LOGITS, LABELS, TEACHER, TARGET), torch.tensor(EXPECTED[arm]))
+    torch.testing.assert_close(objective_B(arm, WEIGHTS, LOGITS, LABELS, TEACHER, TARGET), torch.tensor(EXPECTED[arm]))
 
 
 def some(rows: int, tasks: int, seed: int) -> tuple[Logits, Tensor, Tensor, Tensor]:
@@ -60,7 +60,7 @@ def test_every_term_is_the_mean_over_the_tasks(arm: Arm, tasks: int) -> None:
 
     terms = {"labels": term(z_s, y), "kd": 0.5 * term(z_s, p), "ah": 0.25 * term(z_d, np.minimum(1, 3 * p)), "sa": 2 * term(z_a, t)}
     parts = {Arm.LABELS: ["labels"], Arm.KD: ["labels", "kd"], Arm.AH: ["labels", "ah"], Arm.AH_SA: ["labels", "ah", "sa"]}
-    found = objective_B(arm, CONFIG, logits, labels, teacher, target)
+    found = objective_B(arm, WEIGHTS, logits, labels, teacher, target)
     np.testing.assert_allclose(found.double().numpy(), sum(terms[part] for part in parts[arm]), rtol=1e-5)  # float32 against float64
 
 
@@ -76,13 +76,13 @@ def test_one_task_is_the_plain_formula_to_the_bit(arm: Arm) -> None:
         loss = loss + 0.25 * F.binary_cross_entropy_with_logits(z_d, (3 * p).clamp(max=1), reduction="none")
     if arm is Arm.AH_SA:
         loss = loss + 2 * F.binary_cross_entropy_with_logits(z_a, t, reduction="none")
-    assert torch.equal(objective_B(arm, CONFIG, logits, labels, teacher, target), loss)
+    assert torch.equal(objective_B(arm, WEIGHTS, logits, labels, teacher, target), loss)
 
 
 @pytest.mark.parametrize("arm", list(Arm))
 def test_without_supervision_every_arm_learns_the_labels(arm: Arm) -> None:
     """Wrong: an arm skips or invents something where there is no teacher, and the comparison of arms is not fair."""
-    assert torch.equal(objective_B(arm, CONFIG, LOGITS, LABELS, None, None), bce_BT(LOGITS.serving_BT, LABELS)[:, 0])
+    assert torch.equal(objective_B(arm, WEIGHTS, LOGITS, LABELS, None, None), bce_BT(LOGITS.serving_BT, LABELS)[:, 0])
 
 
 def test_extreme_logits_and_soft_targets() -> None:
@@ -101,4 +101,4 @@ def test_tasks_are_averaged() -> None:
 def test_the_adapter_arm_needs_its_target() -> None:
     """Wrong: a forgotten target silently makes ah_sa the same as ah."""
     with pytest.raises(AssertionError, match="adapter's target"):
-        objective_B(Arm.AH_SA, CONFIG, LOGITS, LABELS, TEACHER, None)
+        objective_B(Arm.AH_SA, WEIGHTS, LOGITS, LABELS, TEACHER, None)

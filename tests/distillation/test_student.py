@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from exfm_ray.config import AHConfig, Arm, DistillationConfig, SAConfig
-from exfm_ray.distillation.objective import objective_B
+from exfm_ray.distillation.objective import Weights, objective_B
 from exfm_ray.distillation.student import Student, scale_gradient
 from exfm_ray.model_config import MLPConfig
 from exfm_ray.models.network import build_network
@@ -15,6 +15,7 @@ from exfm_ray.schema import Schema, SparseFeature
 
 SCHEMA = Schema(features=(SparseFeature(name="u", rows=9), SparseFeature(name="i", rows=9)), tasks=("click", "like"))
 DENSE = torch.empty(6, 0)
+WEIGHTS = Weights.of(DistillationConfig())
 
 
 def make(arm: Arm, beta: float = 4.0, own_head: bool = True, seed: int = 0, tasks: int = 2) -> Student:
@@ -67,7 +68,7 @@ def test_extra_heads_depend_on_their_seed_only() -> None:
 def test_scaling_is_exact() -> None:
     """Wrong: the forward pass changes by a rounding, or the gradient is not beta times the plain one."""
     x = torch.randn(1000).mul(1e3).requires_grad_()
-    y = scale_gradient(x, 0.1)
+    y = scale_gradient(x, torch.tensor(0.1))
     assert torch.equal(x, y)
     y.backward(torch.arange(1000.0))
     assert torch.equal(x.grad, torch.arange(1000.0) * 0.1)
@@ -101,7 +102,7 @@ def test_the_teacher_does_not_reach_the_serving_head(arm: Arm) -> None:
     serving = []
     for teacher in (torch.full((6, 2), 0.01), torch.full((6, 2), 0.99)):
         student = make(arm)
-        objective_B(arm, DistillationConfig(), student(embedded(), DENSE), label, teacher, 1 - teacher).sum().backward()
+        objective_B(arm, WEIGHTS, student(embedded(), DENSE), label, teacher, 1 - teacher).sum().backward()
         serving.append([p.grad for p in student.network.head.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*serving, strict=True))
 
@@ -111,7 +112,7 @@ def test_the_label_does_not_reach_the_auxiliary_head() -> None:
     heads = []
     for label in (torch.zeros(6, 2), torch.ones(6, 2)):
         student = make(Arm.AH)
-        objective_B(Arm.AH, DistillationConfig(), student(embedded(), DENSE), label, torch.full((6, 2), 0.3), None).sum().backward()
+        objective_B(Arm.AH, WEIGHTS, student(embedded(), DENSE), label, torch.full((6, 2), 0.3), None).sum().backward()
         heads.append([p.grad for p in student.auxiliary_head.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*heads, strict=True))
 
@@ -125,7 +126,7 @@ def test_each_task_teaches_its_own_outputs(arm: Arm) -> None:
     for changed in (False, True):
         label, teacher, target = (torch.stack([x[:, 0], 1 - x[:, 1]], dim=1) if changed else x for x in first)
         student = make(arm)
-        objective_B(arm, DistillationConfig(), student(embedded(), DENSE), label.round(), teacher, target).sum().backward()
+        objective_B(arm, WEIGHTS, student(embedded(), DENSE), label.round(), teacher, target).sum().backward()
         heads = [head for head in (student.network.head, student.auxiliary_head, student.adapter_head) if head is not None]
         found.append([parameter.grad for head in heads for parameter in head.mlp[-1].parameters()])
     for before, after in zip(*found, strict=True):

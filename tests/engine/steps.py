@@ -49,6 +49,7 @@ def global_batches(case: Case) -> list[pa.Table]:
 def make_group(case: Case) -> Any:
     """A group of one lane: the FM (arm None, both tasks) or a vertical model in one arm."""
     from exfm_ray.distillation.adapter import Adapter
+    from exfm_ray.distillation.objective import Weights
     from exfm_ray.distillation.student import Student
     from exfm_ray.engine.engine import Engine
     from exfm_ray.engine.replica import Replica
@@ -61,7 +62,7 @@ def make_group(case: Case) -> Any:
     student = Student(build_network(case.model, SCHEMA, len(tasks), SEED), case.arm or Arm.LABELS, distillation, SEED)
     engine = Engine(SCHEMA, config, student, case.model, SEED, device)
     adapter = Replica(Adapter(distillation.sa, len(tasks), SEED), distillation.sa.lr, device) if case.arm is Arm.AH_SA else None
-    lane = Lane("m", case.arm, tasks, engine, distillation, adapter)
+    lane = Lane("m", case.arm, tasks, engine, Weights.of(distillation), adapter)
     return Group(SCHEMA, [lane], None, 64, device, tasks, len(SCHEMA.tasks))
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from exfm_ray.config import Arm, DistillationConfig
 from exfm_ray.data.batch import to_batch
-from exfm_ray.distillation.objective import objective_B
+from exfm_ray.distillation.objective import Weights, objective_B
 from exfm_ray.distillation.student import Student
 from exfm_ray.model_config import (
     MODEL_TYPES,
@@ -240,7 +240,7 @@ def test_every_arm_trains_every_model(config: ModelConfig, arm: Arm) -> None:
     student = Student(build_network(config, SCHEMA, 1, seed=0), arm, distillation)
     logits = student(tables(batch), batch.dense_BD)
     teacher_BT = torch.rand(64, 1, generator=torch.Generator().manual_seed(0))
-    loss_B = objective_B(arm, distillation, logits, batch.labels_BT[:, :1], teacher_BT, 1 - teacher_BT)
+    loss_B = objective_B(arm, Weights.of(distillation), logits, batch.labels_BT[:, :1], teacher_BT, 1 - teacher_BT)
     assert logits.serving_BT.shape == (64, 1) and loss_B.shape == (64,) and loss_B.isfinite().all()
     loss_B.mean().backward()
     parameters = [*tables.named_parameters(), *student.named_parameters()]

@@ -66,7 +66,7 @@ def test_pooled_windows() -> None:
 
 def finished(number: int, ne: float, state: State = "complete", w: float = 1.0, beta: float = 1.0) -> Trial:
     settings = {"distillation.ah.w": w, "distillation.ah.beta": beta}
-    return Trial(Search("s", "ah"), number, dict(settings), state, None if state == "failed" else ne, (Figures(4, ne, 1.0),), 1.0)
+    return Trial(Search("s", "ah"), number, dict(settings), state, None if state == "failed" else ne, (Figures(4, ne, 1.0, 500.0),), 1.0)
 
 
 def test_best_is_complete() -> None:

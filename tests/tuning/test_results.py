@@ -20,7 +20,7 @@ SPACE = {
     "distillation.sa.input": Distribution(choice=("probability", "logit")),
 }
 B, A = Search("b", "ah"), Search("a", "ah_sa")
-CURVE = (Figures(3, 0.9, 1.1), Figures(4, 0.8, 1.0))
+CURVE = (Figures(3, 0.9, 1.1, 7.0), Figures(4, 0.8, 1.0, 15.0))
 TRIALS = [
     Trial(B, 1, {"distillation.ah.w": 0.1 + 0.2, "distillation.ah.mlp": ()}, "complete", 0.8, CURVE, 2.5),
     Trial(B, 0, {"vm.batch_size": 32, "distillation.ah.mlp": (16, 8)}, "stopped", 1.9, CURVE[:1], 1.0),
@@ -42,7 +42,7 @@ def test_columns(tmp_path: Path) -> None:
     frame = pq.read_table(tmp_path / "trials.parquet").to_pandas().set_index(["student", "arm", "trial"])
     best = frame.loc[("b", "ah", 1)]
     assert (best["ne"], best["calibration"], best["score"], best["state"]) == (0.8, 1.0, 0.8, "complete")
-    assert list(best["ne_curve"]) == [0.9, 0.8] and list(best["windows"]) == [3, 4]
+    assert list(best["ne_curve"]) == [0.9, 0.8] and list(best["windows"]) == [3, 4] and list(best["labels_curve"]) == [7, 15]
     assert best["distillation.ah.w"] == 0.1 + 0.2 and best["distillation.ah.mlp"] == "[]"
     assert frame["distillation.sa.input"].isna().tolist() == [False, True, True]
     assert frame.loc[("a", "ah_sa", 0)]["error"] == "diverged"

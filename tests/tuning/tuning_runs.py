@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from exfm_ray.pipeline import prepare_stream
 from exfm_ray.training.job import Job
 from exfm_ray.tune_config import Settings
 from tuning.rows import StudentRows
-from tuning.trial import Figures, learn, trial_job
+from tuning.trial import Outcome, learn, trial_job
 
 SWEEP: dict[str, Any] = {
     "students": ["feed"],
     "arms": ["labels", "ah", "kd"],
-    "trials": 2,
+    "trials": 3,
+    "together": 2,
+    "seeds": 2,
     "score_windows": [1, 2],
     "judge_windows": [3, 3],
     "judge_seeds": 2,
@@ -44,9 +47,9 @@ def taught(groups: dict[int, Workers], folder: Path, **changes: Any) -> Config:
     return config
 
 
-def trial(config: Config, student: str, arm: str, settings: Settings, count_from: int, last: int) -> tuple[list[Figures], list[dict[str, Any]]]:
-    """A trial's figures and its rows of metrics.jsonl, over windows 0 to `last`."""
+def trials(config: Config, student: str, arm: str, members: Sequence[Settings], count_from: int, last: int, seeds: int = 1) -> list[list[Outcome]]:
+    """Of each counted window, the outcomes of trainings that learn together over windows 0 to `last`: each member's with each seed."""
     found = next(s for s in config.vm.models if s.name == student)
     windows = range(last + 1)
-    told = list(learn(trial_job(config, found, arm, settings, count_from), StudentRows.read_from(config, found, windows), windows))
-    return [figures for figures, _ in told if figures], [row for _, rows in told for row in rows]
+    jobs = [trial_job(config, found, arm, settings, count_from, seed) for settings in members for seed in range(seeds)]
+    return list(learn(jobs, StudentRows.read_from(config, found, windows), windows))[count_from:]

@@ -1,0 +1,46 @@
+"""Reads offline runs of wandb back with its own reader."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def run_files(folder: Path) -> dict[str, Path]:
+    """Id -> file of all offline runs in <folder>/wandb; no id twice."""
+    paths = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    found = {path.stem.removeprefix("run-"): path for path in paths}
+    assert len(found) == len(paths), "a run was written twice"
+    return found
+
+
+class OfflineRun:
+    """A run: how it began (`start`), its `config`, `metrics` (name -> step axis), `history`, `summary`, `exit`; without wandb's own keys."""
+
+    def __init__(self, path: Path) -> None:
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", str(path), "--json"]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+        self.records: list[Record] = [json.loads(line) for line in lines]
+        (self.start,) = self._of("run")
+        self.config = _plain(self.start["config"]["update"])
+        self.metrics = {one.get("name") or one["glob_name"]: one.get("step_metric") for one in self._of("metric")}
+        self.history = [_plain(record["item"]) for record in self._of("history")]
+        self.summary = {key: value for record in self._of("summary") for key, value in _plain(record["update"]).items()}
+        self.exit = self._of("exit")
+
+    def _of(self, kind: str) -> list[Record]:
+        return [record[kind] for record in self.records if record["type"] == kind]
+
+
+def _plain(items: Record) -> Record:
+    return {key: value for key, value in items.items() if not key.startswith("_")}
+
+
+def content(folder: Path) -> bytes:
+    """All bytes of all files below a folder."""
+    return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
