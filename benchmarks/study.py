@@ -38,7 +38,7 @@ from exfm_ray.models.flops import forward_flops
 from exfm_ray.models.layout import Layout
 from tuning.trial import Figures
 
-SAYS = "Trains teachers and students of the ablation study on two streams with five seeds: about 40 minutes on two cores (--quick: 2)."
+SAYS = "Trains teachers and students of the ablation study on two streams with five seeds: about 25 minutes on two cores (--quick: 2)."
 ROOT = Path(__file__).parents[1]
 DRAWING = ROOT / "docs" / "study.svg"
 SEEDS = (0, 1, 2, 3, 4)

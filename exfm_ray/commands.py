@@ -14,6 +14,7 @@ from rich.table import Table
 from exfm_ray.config import Config, load_config
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.files import read_json
+from exfm_ray.places import base, lasting, placed
 
 USER_ERROR = 2
 
@@ -22,8 +23,18 @@ def main(arguments: Sequence[str]) -> int:
     """Run one command; the exit code is 0 only when everything asked for was done."""
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started")  # read when ray is imported
     try:
+        if arguments and arguments[0] == "export":
+            export(_export_parser().parse_args(arguments[1:]))
+            return 0
+        if arguments and arguments[0] == "submit":
+            return submit(_submit_parser().parse_args(arguments[1:]))
+        if arguments and arguments[0] in FOLDERS:
+            _look(arguments[0], arguments[1:])
+            return 0
         options = _parser().parse_args(arguments)
         config = load_config(options.config, options.set, options.name)
+        if placed():
+            print(f"relative folders lie below {base()} (EXFM_HOME), which all nodes must see; this run: {config.folder}")
         COMMANDS[options.command](config)
     except UserError as error:
         return _fail(error)
@@ -51,19 +62,65 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _command(word: str) -> str:
+    if word in OTHERS:
+        raise UserError(f"'{word}' does not go here: it is `run.py {word}`, see run.py {word} --help")
     if word not in COMMANDS:
-        raise UserError(f"unknown command '{word}': there are {', '.join(COMMANDS)}." + nearest(word, COMMANDS))
+        known = [*COMMANDS, *OTHERS]
+        raise UserError(f"unknown command '{word}': there are {', '.join(known)}." + nearest(word, known))
     return word
 
 
 def _parser() -> argparse.ArgumentParser:
-    lines = "\n".join(f"  {name:10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items())
+    lines = "\n".join(f"  {name:10} {(command.__doc__ or '').splitlines()[0]}" for name, command in (COMMANDS | OTHERS).items())
     parser = _Parser(prog="run.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=f"ExFM on Ray.\n\ncommands:\n{lines}")
     parser.add_argument("command", type=_command, metavar="COMMAND")
     parser.add_argument("--config", type=Path, required=True, help="a YAML file; configs/ holds ready ones")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting; may be repeated")
     parser.add_argument("--name", help="name of the run; the same command with the same name goes on where it stopped")
     return parser
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="run.py export", description=export.__doc__)
+    parser.add_argument("run", type=lasting, metavar="RUN", help="the run's folder, such as runs/demo")
+    parser.add_argument("--vm", required=True, help="name of the vertical model")
+    parser.add_argument("--arm", default="ah_sa", help="the arm that is served (default: ah_sa)")
+    parser.add_argument("--to", type=lasting, metavar="DIR", help="a new folder (default: RUN/serving/<vm>-<arm>, of a delta <vm>-<arm>-delta)")
+    parser.add_argument("--since", type=lasting, metavar="SERVED", help="an earlier served folder of the same student: write only what changed since")
+    parser.add_argument("--aot", action="store_true", help="compile with AOTInductor, too; needs a C++ compiler")
+    return parser
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a trained vertical model as it is served: `run.py export RUN --vm NAME`, see `run.py export --help`."""
+    from exfm_ray.serving.export import export_student
+
+    folder = export_student(options.run, options.vm, options.arm, options.to, options.since, options.aot)
+    files = ", ".join(f"{path.name} {path.stat().st_size:,} bytes" for path in sorted(folder.iterdir()))
+    print(f"{folder}: {files}")
+
+
+def _submit_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="run.py submit", description=submit.__doc__)
+    parser.add_argument("command", nargs="*", metavar="COMMAND", help="a command of run.py with its arguments, after --")
+    parser.add_argument("--address", metavar="URL", help="the cluster's job server (default: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265)")
+    parser.add_argument("--id", metavar="NAME", help="a name for the job; submitted again under it, the command goes on where it stopped")
+    parser.add_argument("--stop", metavar="NAME", help="stop the job of this name instead")
+    return parser
+
+
+def submit(options: argparse.Namespace) -> int:
+    """Run a command on a Ray cluster: `run.py submit [--address URL] [--id NAME] -- COMMAND ARGS...`, `run.py submit --stop NAME`."""
+    if bool(options.stop) == bool(options.command):
+        raise UserError("submit takes a command of run.py after --, or --stop NAME")
+    if options.command and options.command[0] != "export":
+        _command(options.command[0])
+    from cluster import jobs
+
+    if options.stop:
+        jobs.stop(options.address, options.stop)
+        return 0
+    return jobs.submit(options.address, options.id, options.command)
 
 
 def prepare(config: Config) -> None:
@@ -86,14 +143,54 @@ def _run(config: Config, fm: bool, das: bool, vm: bool) -> None:
     run = Run(config, prepare_stream(config))
     run.execute(fm, das, vm)
     run.summarise()
-    report(config)
+    _write_report(config.folder)
 
 
-def report(config: Config) -> None:
-    """Write the run's report.html anew from its figures."""
+def _write_report(folder: Path) -> Path:
     from exfm_ray.tracking.report import write_report
 
-    write_report(config.folder)
+    return write_report(folder)
+
+
+def _look(command: str, arguments: Sequence[str]) -> None:
+    """A command that reads the folders of runs."""
+    parser = _Parser(prog=f"run.py {command}", description=OTHERS[command].__doc__)
+    for name, told in FOLDERS[command].items():
+        if name == "runs":
+            parser.add_argument(name, type=lasting, nargs="?", default=lasting(name), metavar="DIR", help=told)
+        else:
+            parser.add_argument(name, type=lasting, metavar=name.upper(), help=told)
+    OTHERS[command](parser.parse_args(arguments))
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write a run's report.html anew from its files, whole or not: `run.py report RUN`."""
+    from exfm_ray.tracking.overview import figures_table
+    from exfm_ray.tracking.run_files import RunFiles
+
+    path = _write_report(options.run)
+    _console().print(figures_table(RunFiles.open(options.run)))
+    print(path)
+
+
+def runs(options: argparse.Namespace) -> None:
+    """List the runs of a folder with their state and figures: `run.py runs [DIR]`."""
+    from exfm_ray.tracking.overview import runs_table
+
+    _console().print(runs_table(options.runs))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Show two runs' figures beside each other, and the settings in which they differ: `run.py compare A B`."""
+    from exfm_ray.tracking.overview import compare_tables
+    from exfm_ray.tracking.run_files import RunFiles
+
+    for table in compare_tables(RunFiles.open(options.a), RunFiles.open(options.b)):
+        _console().print(table)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 120)))
 
 
 def pipeline(config: Config) -> None:
@@ -132,7 +229,7 @@ def show(config: Config) -> None:
     wanted = {student.domain for student in config.vm.models} | {"all"}
     rows = [row for row in summary["figures"] if row["domain"] in wanted]
     place = {"pass": "best pass", "window": "window"} if config.fm.static else {}
-    console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 120)))
+    console = _console()
     table = Table(title=f"{config.name}: windows {summary['windows'][0]} to {summary['windows'][-1]}" if summary["windows"] else config.name)
     for column in (*place.values(), "domain", "task", "model", "arm"):
         table.add_column(column)
@@ -162,5 +259,14 @@ COMMANDS: dict[str, Callable[[Config], None]] = {
     "das": das,
     "train-vm": train_vm,
     "tune": tune,
-    "report": report,
 }
+OTHERS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "export": export, "submit": submit, "report": report, "runs": runs, "compare": compare,
+}  # fmt: skip
+"""Commands without --config."""
+FOLDERS = {
+    "report": {"run": "the run's folder, such as runs/demo"},
+    "runs": {"runs": "the folder of the runs (default: runs)"},
+    "compare": {"a": "the folder of a run", "b": "that of another"},
+}
+"""Those of them whose arguments are folders of runs."""

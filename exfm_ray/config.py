@@ -15,12 +15,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.model_config import MODEL_TYPES, MLPConfig, ModelConfig, Widths, WukongConfig
+from exfm_ray.places import lasting
 from exfm_ray.schema import Model, Name
 from exfm_ray.tune_config import TuneConfig
 
 Rows = Annotated[int, Field(ge=2, le=2**31 - 1)]
-Folder = Annotated[Path, AfterValidator(Path.absolute)]
-"""Absolute from the start: a run's workers have working folders of their own."""
+Folder = Annotated[Path, AfterValidator(lasting)]
+"""Absolute from the start: a run's workers have working folders of their own, and a job's goes away with it."""
 
 
 class Arm(StrEnum):

@@ -10,8 +10,10 @@ from __future__ import annotations
 import platform
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -31,6 +33,7 @@ from exfm_ray.models.network import Network
 from exfm_ray.runtime import MemoryMeter, ray_session
 from exfm_ray.schema import Schema
 from exfm_ray.summary import summary_rows
+from exfm_ray.tracking.pipeline_runs import PipelineRuns
 from exfm_ray.tracking.progress import ProgressView
 from exfm_ray.tracking.recorder import RecorderActor, read_metrics
 from exfm_ray.training.checkpoint import JobResult
@@ -132,7 +135,9 @@ class Run:
         if not jobs and not scoring:
             return
         self._check_inputs(fm, das, [job for job in jobs if job.role == "vm"], scoring)
-        with ray_session(self.config), ProgressView(self._totals(jobs, scoring)) as view:
+        failure = self.folder / "logs" / "error.txt"
+        failure.unlink(missing_ok=True)
+        with ray_session(self.config), closing(PipelineRuns(self.config, self.summarise)), ProgressView(self._totals(jobs, scoring)) as view:
             self._recorder = RecorderActor.remote(self.folder / "metrics.jsonl")
             ray.get(self._recorder.state.remote())
             feeds = [start_feed(job, self.windows) for job in jobs]
@@ -143,6 +148,9 @@ class Run:
                 while self._pending:
                     watch()
                     time.sleep(POLL_S)
+            except Exception:
+                write_text(failure, traceback.format_exc())  # a killed run leaves none: it is unfinished, not failed
+                raise
             finally:
                 for feed in feeds:
                     ray.kill(feed)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import getpass
 import logging
 import os
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from exfm_ray.config import Config
 from exfm_ray.errors import UserError
@@ -38,11 +39,38 @@ def ray_session(config: Config) -> Iterator[None]:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     with _stderr_to(logs / "driver.log"):  # Ray's C++ core does not log, it prints
         ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
-    _only_for_owner(Path.home() / ".ray" / "auth_token")
+    tighten_token()
     try:
+        if not options:
+            _check_cluster(config)
         yield
     finally:
         ray.shutdown()
+
+
+def _check_cluster(config: Config) -> None:
+    """Say where a cluster has too few CPUs to begin; UserError where one of its nodes does not see the run's folder."""
+    asked, there = logical_cpus(config), ray.cluster_resources().get("CPU", 0)
+    if there < asked:
+        print(f"the cluster has {there:g} CPUs and this run asks for {asked}: it waits until nodes join", file=sys.stderr)
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    marker = config.folder / "logs" / f"seen-{uuid.uuid4().hex}"
+    marker.touch()
+    try:
+        tasks = [ray.remote(_exists).options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], False)) for n in others]
+        seen = ray.get([task.remote(marker) for task in tasks])
+    finally:
+        marker.unlink()
+    blind = [node["NodeManagerAddress"] for node, sees in zip(others, seen, strict=True) if not sees]
+    if blind:
+        raise UserError(
+            f"{config.folder}: {', '.join(blind)} does not see this folder; put run.dir, or EXFM_HOME, on a file system that all nodes share"
+        )
+
+
+def _exists(path: Path) -> bool:
+    return path.exists()
 
 
 def logical_cpus(config: Config) -> int:
@@ -76,9 +104,10 @@ def _stderr_to(path: Path) -> Iterator[None]:
         os.close(saved)
 
 
-def _only_for_owner(token: Path) -> None:
+def tighten_token() -> None:
     """Ray writes its token file for everyone on the machine to read."""
-    if token.exists() and token.owner() == getpass.getuser():
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if token.exists() and token.stat().st_uid == os.getuid():
         token.chmod(0o600)
 
 

@@ -29,9 +29,10 @@ from exfm_ray.training.local import LocalClient
 
 @dataclass
 class LocalReport:
-    """Rank 0's rows go straight to the file."""
+    """Rank 0's rows go straight to the files."""
 
     path: Path
+    job: str
 
     def metrics(self, rows: Sequence[dict[str, Any]]) -> None:
         Recorder(self.path).metrics(rows)
@@ -39,11 +40,14 @@ class LocalReport:
     def progress(self, window: int, examples: int) -> None:
         pass
 
+    def timeline(self, rows: Sequence[dict[str, Any]]) -> None:
+        Recorder(self.path).timeline([{"role": self.job, **row} for row in rows])
+
 
 def train(job: Job, windows: Sequence[int], dies_at: int | None) -> None:
     """A worker's part of a job, from its latest checkpoint on; `dies_at`: after that window's figures, before its checkpoint."""
     done = job.checkpoints.latest()
-    report = LocalReport(job.config.folder / "metrics.jsonl") if dist.get_rank() == 0 else None
+    report = LocalReport(job.config.folder / "metrics.jsonl", job.name) if dist.get_rank() == 0 else None
     dist.barrier()
     worker = Worker(job, None, report, torch.device("cpu"))
     worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, done))  # type: ignore[assignment]

@@ -35,6 +35,7 @@ SETTINGS: dict[str, Any] = {
         ],
     },
     "metrics": {"warmup_windows": 1},
+    "wandb": {"mode": "disabled"},
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from small_runs import SETTINGS, merged
 
-from exfm_ray.commands import COMMANDS, main
+from exfm_ray.commands import COMMANDS, export, main
 from exfm_ray.files import write_json
 
 
@@ -163,7 +163,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    assert all(f"  {name}" in out and (command.__doc__ or "?")[:20] in out for name, command in COMMANDS.items())
+    assert all(f"  {name}" in out and (command.__doc__ or "?")[:20] in out for name, command in [*COMMANDS.items(), ("export", export)])
 
 
 def test_show_without_windows_after_the_warm_up(capsys: pytest.CaptureFixture[str], tmp_path: Path, file: Path) -> None:

@@ -13,10 +13,11 @@ import pytest
 import yaml
 from local_runs import run_locally
 from small_runs import SETTINGS, WINDOWS, assert_close, figures, metrics, run, small_config
+from wandb_files import run_files
 from workers import Workers
 
 from exfm_ray.config import Config
-from exfm_ray.files import read_json
+from exfm_ray.files import read_json, read_lines
 from exfm_ray.pipeline import Run, prepare_stream
 from exfm_ray.runtime import user_error
 
@@ -41,18 +42,31 @@ def assert_same(config: Config, base: Config) -> None:
 def test_side_by_side_on_ray_equals_in_turn(cluster: None, base: Config, tmp_path: Path) -> None:
     """Wrong: running the roles side by side lets one see too much or too little, or the feed loses the order; or a command
     given again does the work again."""
-    config = small_config(tmp_path, "ray")
+    config = small_config(tmp_path, "ray", wandb={"mode": "offline"})
     summary = run(config)
     assert_same(config, base)
+    assert len(run_files(config.folder)) == 1 + 2 * len(config.vm.arms) + 1  # the FM, two students, the DAS
     roles = summary["roles"]
     assert {name: role["examples"] for name, role in roles.items()} == {"fm": 3600, "das": 2700, "vm": roles["vm"]["examples"]}
     assert all(role["seconds"] > 0 for role in roles.values())
     assert summary["peak_memory_bytes"] > 0
+    assert_timeline(config)
     files = {path: path.stat().st_mtime_ns for path in config.folder.rglob("*") if path.is_file() and path.parent.name != "stream"}
     again = run(config)
-    assert again == summary
+    assert again == summary and len(run_files(config.folder)) == 1 + 2 * len(config.vm.arms) + 1
     for path, time_ns in files.items():
         assert path.name in ("config.yaml", "summary.json") or path.stat().st_mtime_ns == time_ns, path
+
+
+def assert_timeline(config: Config) -> None:
+    """Every pass of every role is there once, and the DAS waited for its teacher."""
+    spans = {(span["role"], span["window"], span["phase"]): span for span in read_lines(config.folder / "timeline.jsonl")}
+    passes = {(role, window, phase) for role in ("fm", "vm") for window in range(WINDOWS) for phase in ("evaluate", "learn")}
+    assert spans.keys() == passes | {("das", window, "score") for window in range(1, WINDOWS)}
+    for window in range(1, WINDOWS):
+        scored = spans["das", window, "score"]
+        assert scored["started_s"] + scored["waited_s"] >= spans["fm", window - 1, "learn"]["ended_s"] - 0.05, "two clocks of one machine"
+    assert spans["das", 1, "score"]["waited_s"] > 0
 
 
 def test_two_workers_on_ray_equal_one(cluster: None, base: Config, tmp_path: Path) -> None:
@@ -78,8 +92,11 @@ def test_a_damaged_fragment_ends_the_run_and_it_goes_on_when_repaired(cluster: N
     told = user_error(caught.value)
     assert told is not None and f"{path}: 100 bytes where the manifest says {len(whole)}" in str(told)
     assert time.monotonic() - started < 100, "the other roles did not end"
+    error = config.folder / "logs" / "error.txt"
+    assert f"{path}: 100 bytes" in error.read_text()
     path.write_bytes(whole)
     run(config)
+    assert not error.exists()
     assert_same(config, base)
 
 

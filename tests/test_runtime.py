@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
 from small_runs import small_config
 
+from exfm_ray import runtime
 from exfm_ray.errors import UserError
-from exfm_ray.runtime import DATA_CPUS, logical_cpus, user_error
+from exfm_ray.runtime import DATA_CPUS, logical_cpus, tighten_token, user_error
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -63,6 +65,39 @@ def test_asks_for_cpus_for_every_role_and_for_the_data(tmp_path: Path) -> None:
     assert logical_cpus(config) == 3 + 2 * 2 + 4 + DATA_CPUS
     shared = config.model_copy(update={"vm": config.vm.model_copy(update={"share_pass": True})})
     assert logical_cpus(shared) == 3 + 2 + 4 + DATA_CPUS
+
+
+def test_the_token_is_for_its_owner_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: others on the machine read the token that Ray wrote."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    tighten_token()  # none there
+    default, named = tmp_path / ".ray" / "auth_token", tmp_path / "token"
+    default.parent.mkdir()
+    for path in (default, named):
+        path.write_text("x")
+        path.chmod(0o644)
+    tighten_token()
+    assert [path.stat().st_mode & 0o777 for path in (default, named)] == [0o600, 0o644]
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(named))
+    tighten_token()
+    assert named.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_cluster_is_asked_for_cpus_and_for_the_folder(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong: a run waits without a word for CPUs that are not there, or fails in the middle where a node lacks its folder."""
+    monkeypatch.setattr("exfm_ray.runtime.ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "another"))
+    config = small_config(tmp_path, "x", fm={"workers": 99})
+    logs = config.folder / "logs"
+    logs.mkdir(parents=True)
+    runtime._check_cluster(config)
+    assert "CPUs and this run asks for 103: it waits until nodes join" in capsys.readouterr().err
+    monkeypatch.setattr(runtime, "_exists", lambda path: False)
+    with pytest.raises(UserError, match=f"{config.folder}: [0-9.]+ does not see this folder; put run.dir, or EXFM_HOME, on a file system"):
+        runtime._check_cluster(config)
+    assert not list(logs.iterdir())
 
 
 MEASURE = """

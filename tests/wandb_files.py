@@ -30,7 +30,7 @@ class OfflineRun:
         self.config = _plain(self.start["config"]["update"])
         self.metrics = {one.get("name") or one["glob_name"]: one.get("step_metric") for one in self._of("metric")}
         self.history = [_plain(record["item"]) for record in self._of("history")]
-        self.summary = {key: value for record in self._of("summary") for key, value in _plain(record["update"]).items()}
+        self.summary = {key: value for record in self._of("summary") for key, value in _plain(record.get("update", {})).items()}
         self.exit = self._of("exit")
 
     def _of(self, kind: str) -> list[Record]:

@@ -10,70 +10,42 @@ from typing import Any
 
 import numpy as np
 
-from exfm_ray.files import write_text
-from exfm_ray.tracking.report import STYLES
+from exfm_ray.tracking.marks import MARKS
+from exfm_ray.tracking.page import LAYOUT, Part, place_figure, write_page
 from exfm_ray.tune_config import Distribution, TuneConfig, default_space
 from tuning.judge import best_trial
 from tuning.results import Search, Trial
 from tuning.space import encoded
 
-Part = dict[str, Any]
-"""A figure of plotly or a part of one, as in its JSON schema."""
-
-SYMBOLS = {"labels": "circle", "kd": "square", "ah": "diamond", "ah_sa": "triangle-up"}
-PATTERNS = {"labels": "", "kd": "/", "ah": "x", "ah_sa": "."}
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1200px; padding: 1rem; color: #222; background: #fff }
-h1, h2, h3 { font-weight: 600; line-height: 1.25 } h1 { font-size: 1.4rem }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); gap: .5rem }
-.grid > div { min-width: 0 }
-"""
 LEGEND = (
     "A point is a trial: its NE over the score windows, lower is better. Hollow: calibration out of bounds. Faint: stopped early, so its NE "
     "is of fewer windows. Ringed: the best of its arm. Trials that failed are left out. NE axes show most of the trials; those far above come into "
     "view with the button <i>Autoscale</i>."
 )
-LAYOUT: Mapping[str, Any] = {
-    "template": "none", "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#222"}, "margin": {"l": 60, "r": 15, "t": 60, "b": 50},
-    "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"}, "dragmode": False, "hoverlabel": {"align": "left"},
-}  # fmt: skip
-"""Without a drag mode: on a phone a finger that scrolls the page would zoom into a plot."""
-
 RING: Part = {
     "marker": {"symbol": "circle-open", "size": 20, "color": "#000", "line": {"width": 2}}, "hoverinfo": "skip", "hovertemplate": None,
-}  # fmt: skip
-
-CONTROLS: Mapping[str, Any] = {
-    "responsive": True, "displaylogo": False, "modeBarButtons": [["zoom2d", "autoScale2d", "resetScale2d", "toImage"]],
 }  # fmt: skip
 
 
 def write_plots(tune: TuneConfig, trials: Sequence[Trial], summary: Mapping[str, Any], path: Path) -> None:
     """Write the page. `summary`: what `tuning.analysis.analyse` has returned."""
-    from plotly.offline import get_plotlyjs
-
     (a, b), (c, d) = tune.score_windows, tune.judge_windows
-    title = f"{escape(summary['name'])}: trials scored on windows {a} to {b}, judged on windows {c} to {d}"
+    title = f"{summary['name']}: trials scored on windows {a} to {b}, judged on windows {c} to {d}"
     students = "".join(_student(tune, number, name, trials, told) for number, (name, told) in enumerate(summary["students"].items()))
-    write_text(
-        path,
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body><h1>{title}</h1>"
-        f"<p>{LEGEND}</p>{students}</body></html>\n",
-    )
+    write_page(path, title, f"<p>{LEGEND}</p>{students}")
 
 
 def _student(tune: TuneConfig, number: int, name: str, trials: Sequence[Trial], told: Mapping[str, Any]) -> str:
     """A student's part of the page. Arms come in one order everywhere."""
     arms: dict[str, list[Trial]]
-    arms = {arm: [t for t in trials if t.search == Search(name, arm) and t.curve and t.state != "failed"] for arm in SYMBOLS if arm in tune.arms}
+    arms = {arm: [t for t in trials if t.search == Search(name, arm) and t.curve and t.state != "failed"] for arm in MARKS if arm in tune.arms}
     space = {setting: d for setting, d in (tune.space or default_space()).items() if any(setting in tune.space_of(arm) for arm in arms)}
     extent = _extent([trial for those in arms.values() for trial in those])
     plots = [_against(setting, d, arms, extent) for setting, d in space.items()] if extent else []
-    grid = "".join(_html(plot, f"trials-{number}-{i}", 310) for i, plot in enumerate(plots)) or "<p>No trial has an NE.</p>"
+    grid = "".join(place_figure(plot, f"trials-{number}-{i}", 310) for i, plot in enumerate(plots)) or "<p>No trial has an NE.</p>"
     shares, gains = _importance(told["arms"], list(space)), _gains(told["arms"])
-    below = _html(shares, f"importance-{number}", 130 + 12 * len(space) * len(arms)) if shares["data"] else "<p>Too few complete trials.</p>"
-    last = _html(gains, f"gains-{number}", 130 + 30 * len(gains["data"])) if gains["data"] else "<p>Nothing to compare.</p>"
+    below = place_figure(shares, f"importance-{number}", 130 + 12 * len(space) * len(arms)) if shares["data"] else "<p>Too few complete trials.</p>"
+    last = place_figure(gains, f"gains-{number}", 130 + 30 * len(gains["data"])) if gains["data"] else "<p>Nothing to compare.</p>"
     return (
         f'<h2>{escape(name)}</h2><h3>NE against each setting</h3><div class="grid">{grid}</div>'
         f"<h3>Importance: share of each setting in the differences of NE between complete trials</h3>{below}"
@@ -110,7 +82,7 @@ def _against(setting: str, distribution: Distribution, arms: Mapping[str, Sequen
 
 def _key(arm: str) -> Part:
     """An arm's entry in the legend: of a trace plotly would show the first point, hollow or faint."""
-    marker = {"symbol": SYMBOLS[arm], "color": STYLES[arm][0], "size": 10, "line": {"width": 1.5}}
+    marker = {"symbol": MARKS[arm].symbol, "color": MARKS[arm].colour, "size": 10, "line": {"width": 1.5}}
     return {"type": "scatter", "mode": "markers", "name": arm, "legendgroup": arm, "x": [None], "y": [None], "marker": marker, "showlegend": True}
 
 
@@ -122,7 +94,7 @@ def _points(arm: str, trials: Sequence[Trial], setting: str, distribution: Distr
         "text": [f"{arm} trial {t.number}, {t.state}<br>NE {t.curve[-1].ne:.5f}, calibration {t.curve[-1].calibration:.3f}" for t in trials],
         "hovertemplate": "%{text}<br>%{x}<extra></extra>",
         "marker": {
-            "symbol": [SYMBOLS[arm] + "-open" * hollow for hollow in out], "color": STYLES[arm][0], "size": 10, "line": {"width": 1.5},
+            "symbol": [MARKS[arm].symbol + "-open" * hollow for hollow in out], "color": MARKS[arm].colour, "size": 10, "line": {"width": 1.5},
             "opacity": [0.35 if trial.state == "stopped" else 1.0 for trial in trials],
         },
     }  # fmt: skip
@@ -148,7 +120,7 @@ def _importance(arms: Mapping[str, Any], settings: Sequence[str]) -> Part:
     data = [
         {
             "type": "bar", "orientation": "h", "name": arm, "x": list(told["importance"].values()), "y": list(told["importance"]),
-            "marker": {"color": STYLES[arm][0], "pattern": {"shape": PATTERNS[arm]}, "line": {"width": 1, "color": "#222"}},
+            "marker": {"color": MARKS[arm].colour, "pattern": {"shape": MARKS[arm].pattern}, "line": {"width": 1, "color": "#222"}},
             "hovertemplate": f"{arm}, %{{y}}: %{{x:.1%}}<extra></extra>",
         }
         for arm, told in arms.items() if told["importance"]
@@ -168,18 +140,10 @@ def _gain(arm: str, variant: str, gain: Mapping[str, Any]) -> Part:
     mean, low, high = gain["mean"], gain["low"], gain["high"]
     point: Part = {
         "type": "scatter", "mode": "markers", "name": f"{arm} {variant}", "x": [100 * mean], "y": [f"{arm} {variant}"],
-        "marker": {"symbol": SYMBOLS[arm] + "-open" * (variant == "untuned"), "color": STYLES[arm][0], "size": 12, "line": {"width": 2}},
+        "marker": {"symbol": MARKS[arm].symbol + "-open" * (variant == "untuned"), "color": MARKS[arm].colour, "size": 12, "line": {"width": 2}},
         "hovertemplate": f"{arm} {variant}, {gain['seeds']} seeds: %{{x:.3f}} %<extra></extra>",
     }  # fmt: skip
     if low is None:  # one seed has no interval
         return point
     reach = {"type": "data", "symmetric": False, "array": [100 * (high - mean)], "arrayminus": [100 * (mean - low)], "thickness": 2}
     return point | {"error_x": reach}
-
-
-def _html(figure: Part, place: str, height: int) -> str:
-    """The figure as a div that follows the width of the page; plotly checks every property's name and value."""
-    from plotly.io import to_html
-
-    shown = to_html(figure, include_plotlyjs=False, full_html=False, div_id=place, default_height="100%", config=CONTROLS)
-    return f'<div style="height: {height}px">{shown}</div>'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from exfm_ray.das.scorer import ScorerActor
 from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.das.supervision import SupervisionStore
 from exfm_ray.data.stream import EventStream
+from exfm_ray.files import append_lines, read_lines
 
 POLL_S = 0.1
 
@@ -39,13 +39,13 @@ class DAS:
 
     @property
     def log(self) -> Path:
-        """One JSON object a line for every window scored: what it took. Kept apart, for supervision is the same bytes in every run."""
-        return self.config.folder / "logs" / "das.jsonl"
+        """When each window was scored. Kept apart from the supervision, which is the same bytes in every run."""
+        return self.config.folder / "timeline.jsonl"
 
     def done(self) -> tuple[float, int]:
-        """Seconds and examples of the windows scored so far."""
-        lines = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
-        return sum(line["seconds"] for line in lines), sum(line["rows"] for line in lines)
+        """Seconds, without waiting, and examples of the windows scored so far."""
+        lines = [line for line in read_lines(self.log) if line["role"] == "das"]
+        return sum(line["ended_s"] - line["started_s"] - line["waited_s"] for line in lines), sum(line["examples"] for line in lines)
 
     def run(self, windows: Sequence[int], progress: Callable[[int, int], None], watch: Callable[[], None]) -> None:
         """Score what is missing, in order. `watch` is called while waiting for a snapshot; it raises to end the wait.
@@ -61,10 +61,11 @@ class DAS:
             for window in missing:
                 version = version_for(window, das.fm_lag)
                 assert version is not None
+                started = time.time()
                 while not self.snapshots.has(version):
                     watch()
                     time.sleep(POLL_S)
-                self._score(pool, window, version, progress)
+                self._score(pool, window, version, started, progress)
                 self.snapshots.remove_before(version)
         finally:
             pool.stop()
@@ -73,14 +74,14 @@ class DAS:
         das = self.config.das
         return ScorerActor.remote(self.stream.root, self.snapshots, self.store, das.fm_lag, das.batch_size, das.threads)
 
-    def _score(self, pool: Pool, window: int, version: int, progress: Callable[[int, int], None]) -> None:
-        started = time.perf_counter()
+    def _score(self, pool: Pool, window: int, version: int, started: float, progress: Callable[[int, int], None]) -> None:
+        """Score a window and commit its supervision; `started`: when the wait for its snapshot began."""
+        begun, waited = time.perf_counter(), max(time.time() - started, 0.0)
         manifest = self.stream.window(window)
         for scored in pool.score(manifest, version):
             progress(window, scored.rows)
         tasks = self.snapshots.tasks(version)
         self.store.commit(manifest, version, tasks, self.config.das.fm_lag)
-        told = {"window": window, "snapshot": version, "rows": manifest.rows, "seconds": time.perf_counter() - started}
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a") as log:
-            log.write(json.dumps(told) + "\n")
+        ended = started + waited + time.perf_counter() - begun
+        span = {"role": "das", "window": window, "phase": "score", "started_s": started, "ended_s": ended, "waited_s": waited}
+        append_lines(self.log, [span | {"examples": manifest.rows, "snapshot": version}])

@@ -1,16 +1,22 @@
-"""The one writer of a run's metrics, and the place where its progress is known."""
+"""The one writer of a run's metrics, and the place where its progress is known.
+
+    <run>/metrics.jsonl    a line for each window, model, arm, domain and task
+    <run>/timeline.jsonl   a line for each pass of a role over a window: role, window, phase (evaluate | learn | score), started_s and
+                           ended_s (seconds since the epoch), waited_s (of these, for data or a snapshot), examples
+"""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from exfm_ray.files import append_lines, cut_torn_line, read_lines
+
 IDENTITY = ("window", "role", "model", "arm", "domain", "task", "seed")
+TIMELINE = "timeline.jsonl"
 
 
 class Recorder:
@@ -20,8 +26,9 @@ class Recorder:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._known = {self._identity(row) for row in read_metrics(path)}
-        if path.exists():  # cut off what a kill cut short, or the next row would be glued to it
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        self._timeline = path.with_name(TIMELINE)
+        for file in (path, self._timeline):
+            cut_torn_line(file)
         self._progress: dict[str, tuple[int, int]] = {}
 
     @staticmethod
@@ -33,11 +40,12 @@ class Recorder:
         new = [row for row in rows if self._identity(row) not in self._known]
         if not new:
             return
-        with self._path.open("a") as file:
-            file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in new))
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self._path, new)
         self._known.update(self._identity(row) for row in new)
+
+    def timeline(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append what a job did when. A window that is done again after a kill has rows of both times."""
+        append_lines(self._timeline, rows)
 
     def progress(self, job: str, window: int, examples: int) -> None:
         """`examples` more were learnt (or scored) by `job`, which is at `window`."""
@@ -49,11 +57,8 @@ class Recorder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that is not whole (being written, or cut short by a kill) is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    """Rows of a metrics.jsonl."""
+    return read_lines(path)
 
 
 RecorderActor = ray.remote(num_cpus=0)(Recorder)

@@ -1,101 +1,205 @@
-"""report.html: a run to look at. One file, no script, nothing from elsewhere; curves differ by dash as well as by colour."""
+"""report.html: a run to look at, whole or not."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from exfm_ray.files import read_json, write_text
-from exfm_ray.tracking.recorder import read_metrics
+from exfm_ray.tracking import charts
+from exfm_ray.tracking.clock import PAUSE_S, bars, seconds
+from exfm_ray.tracking.page import STYLE, Part, place_figure, write_page
+from exfm_ray.tracking.run_files import Row, RunFiles, panels
 
-# Okabe and Ito's colours, told apart without colour vision by lightness; each with a dash of its own.
-STYLES = {
-    "fm": ("#000000", "none"),
-    "labels": ("#E69F00", "8 4"),
-    "kd": ("#56B4E9", "2 3"),
-    "ah": ("#009E73", "10 3 2 3"),
-    "ah_sa": ("#D55E00", "4 2"),
-}
 COLUMNS = {
-    "domain": "domain", "task": "task", "model": "model", "arm": "arm", "ne": "NE", "best_ne": "best NE", "auc": "AUC", "gauc": "gAUC",
-    "log_loss": "log loss", "calibration": "calibration", "ne_gain": "NE gain", "transfer_ratio": "transfer ratio", "examples": "examples",
+    "model": "model", "domain": "domain", "task": "task", "arm": "arm", "pass": "pass", "window": "window", "ne": "NE", "fm_ne": "FM's NE",
+    "best_ne": "best NE", "ne_gain": "NE gain", "fm_ne_gain": "FM's NE gain", "transfer_ratio": "transfer ratio", "calibration": "calibration",
+    "auc": "AUC", "gauc": "gAUC", "log_loss": "log loss", "examples": "examples",
 }  # fmt: skip
-WIDTH, HEIGHT, LEFT, BOTTOM = 640, 260, 60, 36
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1000px; padding: 1rem; color: #222; background: #fff }
-h1, h2 { font-weight: 600 } .scroll { overflow-x: auto } svg { max-width: 100%; height: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right }
-td:nth-child(-n+4), th:nth-child(-n+4) { text-align: left } text { font: 12px system-ui, sans-serif }
+GAINS = (
+    "NE gain is over the same model's labels arm; the transfer ratio is the share of the FM's NE gain on the same examples that an arm has. "
+    "The least NE of each model is bold. "
+)
+PERCENT = {"ne_gain", "fm_ne_gain"}
+DARK = """
+:root { color-scheme: light dark; --ink: #222; --paper: #fff; --line: #ddd }
+@media (prefers-color-scheme: dark) { :root { --ink: #ddd; --paper: #15181c; --line: #3a3f45 } }
+body { color: var(--ink); background: var(--paper) }
+.js-plotly-plot :is(.cartesianlayer .xtick, .cartesianlayer .ytick, .infolayer) text { fill: var(--ink) !important }
+@media (prefers-color-scheme: dark) {
+  .js-plotly-plot :is(.gridlayer, .zerolinelayer) path { stroke: var(--line) !important }
+  .js-plotly-plot .cartesianlayer .scatterlayer [style*="rgb(0, 0, 0)"] { stroke: var(--ink) !important }
+  .js-plotly-plot .scatterlayer .point[style*="fill: rgb(0, 0, 0)"] { fill: var(--ink) !important }
+  .js-plotly-plot .legend .traces :is(.legendlines, .legendpoints) path[style*="rgb(0, 0, 0)"] { stroke: var(--ink) !important }
+  .js-plotly-plot .legend .scatterpts[style*="fill: rgb(0, 0, 0)"] { fill: var(--ink) !important }
+  .js-plotly-plot .legend .bg { fill: transparent !important }
+}
 """
-Row = Mapping[str, Any]
+TABLES = """
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 0 } dt { opacity: .7 } dd { margin: 0; overflow-wrap: anywhere }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .875rem; width: 100%; margin-bottom: 1rem }
+th, td { padding: .25rem .35rem; border-bottom: 1px solid var(--line); text-align: right } th { vertical-align: bottom }
+td:nth-child(-n+4), th:nth-child(-n+4) { text-align: left } tr.best td { font-weight: 600 }
+@media (max-width: 1000px) {
+  thead { display: none } tr { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem; padding: .5rem 0; border-bottom: 1px solid var(--line) }
+  td, td:nth-child(-n+4) { display: flex; justify-content: space-between; border: 0; padding: .05rem 0; text-align: right; overflow-wrap: anywhere }
+  td::before { content: attr(data-name); opacity: .7; font-weight: 400; padding-right: .5rem } td:empty { display: none }
+}
+@media (max-width: 480px) { dl { grid-template-columns: 1fr } dd { margin-bottom: .3rem } }
+"""
 
 
 def write_report(folder: Path) -> Path:
-    """Write <folder>/report.html from summary.json and metrics.jsonl; returns its path."""
-    summary, rows = read_json(folder / "summary.json"), read_metrics(folder / "metrics.jsonl")
-    figures = sorted(summary["figures"], key=lambda r: (r["domain"] != "all", r["domain"], r["task"], r["role"]))
-    shown = {(r["domain"], r["task"]) for r in figures if r["role"] == "vm"} or {(r["domain"], r["task"]) for r in figures}
-    curves = "".join(_chart(domain, task, rows) for domain, task in sorted(shown))
-    roles = "".join(f"<li>{escape(role)}: {r['examples']:,} examples in {r['seconds']:.0f} s</li>" for role, r in summary["roles"].items())
-    name = escape(summary["name"])
-    windows = f"windows {summary['windows'][0]} to {summary['windows'][-1]}" if summary["windows"] else "no window after the warm-up"
-    write_text(
-        folder / "report.html",
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{name}</title><style>{STYLE}</style></head><body><h1>{name}</h1><p>Seed {summary['seed']}; figures over {windows}; "
-        f"peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB.</p><ul>{roles}</ul><h2>Normalised entropy by window</h2>"
-        f"<p>Each point comes from a model that had not seen its window. Lower is better; 1 is no better than the mean rate.</p>{curves}"
-        f'<h2>All windows after the warm-up</h2><div class="scroll">{_table(figures)}</div></body></html>\n',
-    )
+    """Write <folder>/report.html from the run's files; returns its path. UserError where the folder holds no run."""
+    run = RunFiles.open(folder)
+    body = _told(run) + _figures(run) + _windows(run) + _times(run) + _drift(run)
+    write_page(folder / "report.html", run.name, body, STYLE + DARK + TABLES)
     return folder / "report.html"
 
 
-def _table(rows: Sequence[Row]) -> str:
-    head = "".join(f"<th>{title}</th>" for title in COLUMNS.values())
-    body = "".join("<tr>" + "".join(f"<td>{_cell(row.get(key))}</td>" for key in COLUMNS) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+def _told(run: RunFiles) -> str:
+    """What was run."""
+    data, fm, vm = (run.setting(name, {}) for name in ("data", "fm", "vm"))
+    worked = [at for span in run.spans for at in (span["started_s"], span["ended_s"])]
+    unit = "passes" if run.static else f"of {run.windows} windows"
+    facts = {
+        "state": f"{run.state}: " + ", ".join(f"{name} {done} {unit}" for name, done in run.done.items()),
+        "run": f"{_date(min(worked))} to {_date(max(worked))}" if worked else "",
+        "data": f"{data.get('source')}, {run.windows} windows; {_role_of_windows(run)}",
+        "FM": f"{_model(fm.get('model', {}))}; {_training(fm)}",
+        "supervision": f"by the snapshot that has learnt up to {run.setting('das.fm_lag', 1)} window(s) before" if vm.get("models") else "",
+        "vertical models": f"{_students(vm)}; {_training(vm)}" if vm.get("models") else "",
+        "arms": ", ".join(vm.get("arms", ())) if vm.get("models") else "",
+        "weights": _weights(run) if vm.get("models") else "",
+        "peak memory": f"{run.summary['peak_memory_bytes'] / 2**30:.1f} GiB" if run.summary else "",
+        "seed": f"{run.setting('seed', 0)}",
+        "versions": ", ".join(run.versions),
+    }
+    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items() if fact) + "</dl>"
 
 
-def _cell(value: Any) -> str:
+def _role_of_windows(run: RunFiles) -> str:
+    if run.static:
+        return f"a static set: those before window {run.setting('fm.static.validation_window')} are learnt in passes, which that one stops"
+    return f"the first {run.setting('metrics.warmup_windows', 0)} are warm-up: in no average"
+
+
+def _date(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def _model(model: Mapping[str, Any]) -> str:
+    """A network and its sizes, those at rest left out."""
+    sizes = ", ".join(f"{name} {value}" for name, value in model.items() if name != "type" and value not in ({}, [], 0, 0.0, None, False))
+    return f"{model.get('type')} ({sizes})"
+
+
+def _training(trainer: Mapping[str, Any]) -> str:
+    rates = trainer.get("optimizer", {})
+    return (
+        f"batch {trainer.get('batch_size')}, rates {rates.get('table_lr')} (tables) and {rates.get('dense_lr')} (dense), "
+        f"{trainer.get('workers')} worker(s), {trainer.get('device')}, {trainer.get('precision')}"
+    )
+
+
+def _students(vm: Mapping[str, Any]) -> str:
+    told = []
+    for student in vm["models"]:
+        tasks = student.get("task", student.get("tasks", ()))
+        tasks = [tasks] if isinstance(tasks, str) else tasks
+        told.append(f"{student['name']} ({student['domain']}, {' and '.join(tasks)}, {(student.get('model') or vm['model'])['type']})")
+    return ", ".join(told)
+
+
+def _weights(run: RunFiles) -> str:
+    kd, ah, sa = (run.setting(f"distillation.{part}", {}) for part in ("kd", "ah", "sa"))
+    return f"kd: w {kd.get('w')}; ah: w {ah.get('w')}, alpha {ah.get('alpha')}, beta {ah.get('beta')}; sa: w {sa.get('w')}"
+
+
+def _figures(run: RunFiles) -> str:
+    """The table over all windows, and gains to look at."""
+    if not run.figures:
+        return "<h2>Figures</h2><p>No window after the warm-up has been evaluated yet.</p>"
+    vms = sorted((row for row in run.figures if row["role"] == "vm" and row["ne"] is not None), key=lambda row: -row["ne"])
+    best = {(row["model"], row["domain"], row["task"]): row["arm"] for row in vms}  # the last one stays: the least NE
+    columns = {key: title for key, title in COLUMNS.items() if any(row.get(key) is not None for row in run.figures)}
+    if not run.static:
+        columns.pop("log_loss", None)
+    wanted = {(row["domain"], row["task"]) for row in run.figures if row["role"] == "vm"}
+    rows = [row for row in run.figures if row["role"] == "vm" or row["domain"] == "all" or not wanted]
+    rows.sort(key=lambda row: (row["role"] == "vm", row["model"], row["task"]))
+    body = "".join(_table_row(row, columns, best.get((row["model"], row["domain"], row["task"])) == row["arm"]) for row in rows)
+    head = "".join(f"<th>{title}</th>" for title in columns.values())
+    pairs = list(dict.fromkeys((row["model"], row["task"]) for row in rows if row["role"] == "vm"))
+    plots = [charts.gains(run.figures, *pair) for pair in pairs]
+    grid = _grid(((plot, 230) for plot in plots if plot["data"]), "gain")
+    what = "the best pass" if run.static else "all windows after the warm-up that are done"
+    return (
+        f"<h2>Figures over {what}</h2><p>{GAINS if pairs else ''}A run has one seed, so no figure here has an interval: repeat it with other seeds "
+        f"before you trust small differences.</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{grid}"
+    )
+
+
+def _table_row(row: Row, columns: Mapping[str, str], best: bool) -> str:
+    cells = "".join(f'<td data-name="{title}">{_cell(key, row.get(key))}</td>' for key, title in columns.items())
+    return f'<tr{" class=best" if best else ""}>{cells}</tr>'
+
+
+def _cell(key: str, value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else escape(str(value))
+    if isinstance(value, float):
+        return f"{value:+.2%}" if key in PERCENT else f"{value:.2f}" if key == "transfer_ratio" else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else escape(str(value))
 
 
-def _chart(domain: str, task: str, rows: Sequence[Row]) -> str:
-    """NE per window of every model and arm on one domain and task, as an SVG figure; for a static set, per pass on its validation window."""
-    curves: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
-    validation = min((row["window"] for row in rows if "pass" in row), default=None)
-    for row in rows:
-        if (row["domain"], row["task"]) == (domain, task) and row["ne"] is not None and validation in (None, row["window"]):
-            curves[row["model"], row["arm"]].append((row.get("pass", row["window"]), row["ne"]))
-    if not curves:
+def _windows(run: RunFiles) -> str:
+    """NE and calibration, window by window."""
+    drawn = [panel for panel in panels(run) if panel.curves]
+    if not drawn:
         return ""
-    points = [point for curve in curves.values() for point in curve]
-    (x0, x1), ys = (min(p[0] for p in points), max(p[0] for p in points)), sorted(p[1] for p in points)
-    y0, y1 = ys[0], ys[int(0.97 * (len(ys) - 1))]  # the first windows may lie far above the rest: they are cut off
-    y0, y1 = y0 - 0.05 * (y1 - y0) - 1e-6, y1 + 0.05 * (y1 - y0) + 1e-6
-
-    def place(x: float, y: float) -> str:
-        across = LEFT + (x - x0) / max(x1 - x0, 1) * (WIDTH - LEFT - 10)
-        return f"{across:.1f},{10 + (y1 - min(y, y1)) / (y1 - y0) * (HEIGHT - BOTTOM - 10):.1f}"
-
-    lines, legend = "", ""
-    for i, ((_, arm), curve) in enumerate(sorted(curves.items(), key=lambda item: list(STYLES).index(item[0][1]))):
-        colour, dash = STYLES[arm]
-        pen = f'fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"'
-        lines += f'<polyline points="{" ".join(place(x, y) for x, y in sorted(curve))}" {pen}/>'
-        at = LEFT + 10 + i * 110
-        legend += f'<path d="M{at},{HEIGHT + 12} h30" {pen}/><text x="{at + 35}" y="{HEIGHT + 16}">{escape(arm)}</text>'
-    ticks = "".join(f'<text x="{LEFT - 6}" y="{place(x0, y).split(",")[1]}" text-anchor="end">{y:.3f}</text>' for y in (y0, (y0 + y1) / 2, y1))
-    ticks += "".join(f'<text x="{place(x, y0).split(",")[0]}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x}</text>' for x in range(x0, x1 + 1))
-    title = escape(f"{domain}, {task}")
-    frame = f'<path d="M{LEFT},10 V{HEIGHT - BOTTOM} H{WIDTH - 10}" fill="none" stroke="#888"/>'
+    over, warmup = "pass" if run.static else "window", run.setting("metrics.warmup_windows", 0)
+    ne = _grid(((charts.by_window(panel, "ne", warmup), 350) for panel in drawn), "ne")
+    calibration = _grid(((charts.by_window(panel, "calibration", warmup), 350) for panel in drawn), "calibration")
     return (
-        f'<figure><figcaption><b>{title}</b></figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT + 24}" width="{WIDTH}" role="img" '
-        f'aria-label="NE by window: {title}">{frame}{ticks}{lines}{legend}</svg></figure>'
+        f"<h2>Normalised entropy by {over}</h2><p>Each point comes from a model that had not learnt its window"
+        f"{': the validation window, after each pass' if run.static else ''}. Lower is better; 1 is no better than the mean rate. "
+        f"{'' if run.static else 'With a vertical model stands the FM on the same examples. The warm-up is shaded. '}"
+        "Points far above the rest come into view with the button <i>Autoscale</i>.</p>"
+        f"{ne}<h2>Calibration by {over}</h2><p>Mean prediction over mean label: 1 is right, more is too high.</p>{calibration}"
     )
+
+
+def _times(run: RunFiles) -> str:
+    """What worked when, and where the time went."""
+    found, cut = bars(run.spans)
+    if not found:
+        return ""
+    totals = seconds(found)
+    height = 140 + 55 * len(totals)
+    pauses = f" Pauses of more than {PAUSE_S:.0f} s in which no role worked, {cut:,.0f} s in all, are cut out." if cut else ""
+    return (
+        "<h2>Timeline</h2><p>Which window (the number in a bar) each role worked on when; a role's waiting for data or for a snapshot is drawn "
+        f"before the phase that it belongs to. The start of the workers is not shown.{pauses}</p>"
+        f"{place_figure(charts.timeline(found), 'timeline', height)}<h2>Where the time went</h2>"
+        f"{place_figure(charts.shares(totals, found), 'time', height)}"
+    )
+
+
+def _drift(run: RunFiles) -> str:
+    """How the data change. Not of a static set, whose windows have no order in time."""
+    if run.static or not run.rows:
+        return ""
+    tasks = list(dict.fromkeys(row["task"] for row in run.rows))
+    plots = [charts.drift(run.rows, task, "label_rate", f"label rate: {task}") for task in tasks]
+    plots.append(charts.drift(run.rows, tasks[0], "examples", "examples"))
+    left_out = len({row["domain"] for row in run.rows}) - len(charts.largest(run.rows))
+    some = f"<p>{left_out} smaller domains without a vertical model are left out.</p>" if left_out else ""
+    return f"<h2>The data by window</h2>{some}{_grid(((plot, 370) for plot in plots), 'drift')}"
+
+
+def _grid(plots: Iterable[tuple[Part, int]], name: str) -> str:
+    shown = "".join(place_figure(plot, f"{name}-{i}", height) for i, (plot, height) in enumerate(plots))
+    return f'<div class="grid">{shown}</div>'

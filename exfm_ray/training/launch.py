@@ -30,6 +30,9 @@ class _RecorderReport:
     def progress(self, window: int, examples: int) -> None:
         self._recorder.progress.remote(self._job, window, examples)
 
+    def timeline(self, rows: Sequence[dict[str, Any]]) -> None:
+        ray.get(self._recorder.timeline.remote([{"role": self._job, **row} for row in rows]))
+
 
 def start_feed(job: Job, windows: Sequence[int]) -> Any:
     """The actor that reads for a job what it has still to do. To kill it ends the job: its workers fail at their next block."""

@@ -48,6 +48,9 @@ class KeptRows:
     def progress(self, window: int, examples: int) -> None:
         """Nobody looks."""
 
+    def timeline(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Nobody looks."""
+
 
 def one_process() -> None:
     """Make a process group of this process alone, where there is none."""

@@ -38,6 +38,10 @@ class Report(Protocol):
         """`examples` more of `window` were learnt."""
         ...
 
+    def timeline(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Rows for timeline.jsonl, all but their role."""
+        ...
+
 
 class Timing(NamedTuple):
     """Seconds of one window, or of one pass over a static set; both kinds of waiting for data are part of the seconds before them."""
@@ -77,16 +81,20 @@ class Loop:
         evaluated: list[tuple[Pass, list[Evaluated | None]]] = []
         learnt = [0] * len(self.groups)
         seconds, waited = {"evaluate": 0.0, "learn": 0.0}, {"evaluate": 0.0, "learn": 0.0}
+        spans: list[dict[str, Any]] = []
         for lane in (lane for group in self.groups for lane in group.lanes):
             lane.seconds = 0.0
         for work in works:
-            begun, waited_before = time.perf_counter(), self.client.waited
+            started, begun, waited_before, examples_before = time.time(), time.perf_counter(), self.client.waited, sum(learnt)
             if work.purpose == "evaluate":
                 evaluated.append((work, self._evaluate(work)))
             else:
                 learnt = [before + more for before, more in zip(learnt, self._learn(work), strict=True)]
-            seconds[work.purpose] += time.perf_counter() - begun
-            waited[work.purpose] += self.client.waited - waited_before
+            took, waited_now = time.perf_counter() - begun, self.client.waited - waited_before
+            seconds[work.purpose] += took
+            waited[work.purpose] += waited_now
+            span = {"window": work.window, "phase": work.purpose, "started_s": started, "ended_s": started + took, "waited_s": waited_now}
+            spans.append(({"pass": work.number} if work.number else {}) | span | {"examples": sum(learnt) - examples_before})
         self.timings.append(Timing(number, sum(learnt), seconds["evaluate"], seconds["learn"], waited["evaluate"], waited["learn"]))
         rows: list[dict[str, Any]] = []
         if self.report:
@@ -94,6 +102,7 @@ class Loop:
                 for group, result, examples in zip(self.groups, results, learnt, strict=True):
                     rows += self._rows(work, group, result, examples) if result else []
             self.report.metrics(rows)
+            self.report.timeline(spans)
         return rows
 
     def _batches(self, work: Pass, size: Callable[[Group], int]) -> Iterator[tuple[int, pa.Table]]:

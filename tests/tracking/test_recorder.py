@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from exfm_ray.files import read_lines
 from exfm_ray.tracking.recorder import Recorder, read_metrics
 
 
@@ -52,3 +53,13 @@ def test_progress_adds_up(tmp_path: Path) -> None:
     recorder.progress("das", 0, 7)
     assert recorder.state() == {"fm": (1, 15), "das": (0, 7)}
     assert json.loads(json.dumps(row(0))) == row(0)
+
+
+def test_the_timeline_keeps_what_was_done_twice(tmp_path: Path) -> None:
+    """Wrong: a line cut short by a kill spoils the timeline, or the time of a window done again is lost."""
+    path, timeline = tmp_path / "metrics.jsonl", tmp_path / "timeline.jsonl"
+    rows = [{"role": "fm", "window": window, "phase": "learn"} for window in (0, 1)]
+    Recorder(path).timeline(rows)
+    timeline.write_bytes(timeline.read_bytes()[:-9])
+    Recorder(path).timeline(rows)
+    assert read_lines(timeline) == [rows[0], *rows]

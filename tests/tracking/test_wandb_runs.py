@@ -39,7 +39,7 @@ def write(config: Config, identity: str, ne: float) -> None:
 
 def test_offline_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Wrong: runs cannot be told apart, or curves are drawn over wandb's own counter instead of the windows, or wandb fills the console."""
-    config = small_config(tmp_path, "one", wandb={"project": "other"})
+    config = small_config(tmp_path, "one", wandb={"mode": "offline", "project": "other"})
     write(config, "abc", 0.8)
     (path,) = run_files(config.folder).values()
     run = OfflineRun(path)
@@ -54,7 +54,7 @@ def test_offline_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_a_run_begun_twice_is_one_run(tmp_path: Path) -> None:
     """Wrong: what a kill has left of a run stands beside the run that was written anew, and a sync sends both."""
-    config = small_config(tmp_path, "one")
+    config = small_config(tmp_path, "one", wandb={"mode": "offline"})
     for identity, ne in (("abc", 0.9), ("xabc", 0.7), ("abc", 0.8)):
         write(config, identity, ne)
         time.sleep(1.1)  # wandb's folders are named by the second
@@ -64,7 +64,7 @@ def test_a_run_begun_twice_is_one_run(tmp_path: Path) -> None:
 
 def test_the_key_is_nowhere(tmp_path: Path) -> None:
     """Wrong: whoever is given a run's folder is given the API key with it."""
-    config = small_config(tmp_path, "one")
+    config = small_config(tmp_path, "one", wandb={"mode": "offline"})
     write(config, "abc", 0.8)
     found = content(tmp_path)
     assert b"sweep/feed" in found and KEY.encode() not in found and b"secret42" not in found
@@ -83,7 +83,7 @@ def test_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_folder(tmp_path: Path) -> None:
     """Wrong: wandb writes to a temporary folder where nobody looks."""
-    config = small_config(tmp_path, "one")
+    config = small_config(tmp_path, "one", wandb={"mode": "offline"})
     config.folder.mkdir()
     (config.folder / "wandb").write_text("no folder")
     with pytest.raises(FileExistsError):

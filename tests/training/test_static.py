@@ -53,7 +53,7 @@ class DyingReport(LocalReport):
 def train(job: Job, windows: list[int], dies_at: int) -> None:
     """A worker's part of the job, from its latest checkpoint on."""
     done = job.checkpoints.latest()
-    report = DyingReport(job.config.folder / "metrics.jsonl")
+    report = DyingReport(job.config.folder / "metrics.jsonl", job.name)
     report.dies_at = dies_at
     worker = Worker(job, None, report if torch.distributed.get_rank() == 0 else None, torch.device("cpu"))
     worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, done))  # type: ignore[assignment]

@@ -1,0 +1,1 @@
+"""Runs on clusters: the client of Ray's job server, and the files that start a cluster."""

@@ -1,0 +1,1 @@
+"""Students as they are served: one graph from table rows to probabilities, in files that need nothing of this project."""

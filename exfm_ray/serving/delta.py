@@ -1,0 +1,142 @@
+"""python -m exfm_ray.serving.delta BASE DELTA TO: what one more window changed in a served student, put into the folder served before.
+
+<folder>/delta.safetensors   per table with changes: `rows/<table>` int32 (X,), `values/<table>` float32 (X, embeddings times E)
+<folder>/model.onnx          the new graph and dense part whole; a few kB, for its tables lie beside it
+<folder>/schema.json         the new normalisation
+<folder>/manifest.json       hash of the tables it starts from, manifest of the folder that results
+
+That folder has no model.pt2, which would hold the tables once more: a full export has it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from exfm_ray.errors import UserError
+from exfm_ray.files import read_json, sha256
+from exfm_ray.schema import Model
+from exfm_ray.serving.folder import MANIFEST, SCHEMA, Served, check_file, hashes, new_folder, read_served, read_tables, write_manifest, write_tables
+from exfm_ray.serving.program import ONNX, TABLES
+
+DELTA = "delta.safetensors"
+
+
+class Delta(Model):
+    """The manifest. `since`: hash of the tables that the rows are put into; `changed`: table to number of rows; `target`: the result's."""
+
+    since: str
+    changed: dict[str, int]
+    target: Served
+    files: dict[str, str]
+
+
+def difference(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of `new` whose bits are not those of `old`, with their numbers in ascending order.
+
+    Args:
+        old, new: table name to float32 (rows, width), of equal names and shapes; ValueError for others.
+    """
+    if {name: table.shape for name, table in old.items()} != {name: table.shape for name, table in new.items()}:
+        raise ValueError("the tables have other names or shapes")
+    found: dict[str, Tensor] = {}
+    for name, table in new.items():
+        # As integers: by value -0 would equal 0, and NaN nothing.
+        changed_X = (old[name].view(torch.int32) != table.view(torch.int32)).any(dim=1).nonzero().squeeze(1)
+        if len(changed_X):
+            found |= {f"rows/{name}": changed_X.to(torch.int32), f"values/{name}": table[changed_X]}
+    return found
+
+
+def apply(tables: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tables with the rows of `difference` put in, bit for bit the new ones; what was given is left as it was."""
+    result = {name: table.clone() for name, table in tables.items()}
+    for key, rows_X in delta.items():
+        kind, _, name = key.partition("/")
+        if kind == "rows":
+            result[name][rows_X.long()] = delta[f"values/{name}"]
+    return result
+
+
+def check_same_student(base: Path, old: Served, new: Served) -> None:
+    """UserError where two served folders are not of one student over one schema."""
+    for said, before, now in (
+        ("vertical model", old.student["vm"], new.student["vm"]),
+        ("arm", old.student["arm"], new.student["arm"]),
+        ("network", old.network, new.network),
+        ("schema", old.schema_digest, new.schema_digest),
+        ("tasks", old.tasks, new.tasks),
+    ):
+        if before != now:
+            raise UserError(f"{base}: another {said} ({before}, now {now}); a delta needs two exports of one student: export it whole")
+
+
+def write_delta(folder: Path, base: Path, full: Path, target: Served) -> None:
+    """Fill `folder` with what changed between the served folders `base` and `full`, whose manifest is `target`."""
+    old = read_served(base)
+    check_same_student(base, old, target)
+    before, after = read_tables(base, old), load_file(full / TABLES)
+    delta = difference(before, after)
+    now = apply(before, delta)
+    assert all(torch.equal(now[name].view(torch.int32), table.view(torch.int32)) for name, table in after.items())
+    save_file({key: tensor.contiguous() for key, tensor in delta.items()}, folder / DELTA)
+    for name in (ONNX, SCHEMA):
+        shutil.copyfile(full / name, folder / name)
+    changed = {key.partition("/")[2]: len(rows) for key, rows in delta.items() if key.startswith("rows/")}
+    files = {name: target.files[name] for name in (ONNX, SCHEMA, TABLES)}
+    result = target.model_copy(update={"files": files, "checked": {**target.checked, "largest_difference": _of(target, files)}})
+    write_manifest(folder, Delta(since=old.files[TABLES], changed=changed, target=result, files=hashes(folder)))
+
+
+def _of(target: Served, files: Mapping[str, str]) -> dict[str, float]:
+    return {name: largest for name, largest in target.checked["largest_difference"].items() if name in files}
+
+
+def apply_folder(base: Path, delta: Path, folder: Path) -> None:
+    """Make the served folder that `delta` leads to from `base`.
+
+    Raises:
+        UserError: one of the two is damaged or they do not belong together, or `folder` is in the way.
+    """
+    try:
+        manifest = Delta.model_validate(read_json(delta / MANIFEST))
+    except ValidationError as error:
+        raise UserError(f"{delta / MANIFEST}: not the manifest of a delta ({error.errors()[0]['msg']})") from None
+    old = read_served(base)
+    check_same_student(base, old, manifest.target)
+    if old.files.get(TABLES) != manifest.since:
+        raise UserError(f"{delta}: starts from other tables than those of {base}; apply the deltas in between first, or take a full export")
+    for name in (DELTA, ONNX, SCHEMA):
+        check_file(delta, name, manifest.files)
+    with new_folder(folder) as new:
+        write_tables(new, apply(read_tables(base, old), load_file(delta / DELTA)))
+        for name in (ONNX, SCHEMA):
+            shutil.copyfile(delta / name, new / name)
+        if sha256(new / TABLES) != manifest.target.files[TABLES]:
+            raise UserError(f"{delta}: the rows put into {base} do not give the tables that its manifest promises; take a full export")
+        write_manifest(new, manifest.target)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; 2 for a mistake, told in one line."""
+    try:
+        if len(arguments) != 3:
+            raise UserError("give three folders: BASE DELTA TO")
+        base, delta, to = map(Path, arguments)
+        apply_folder(base, delta, to)
+    except UserError as error:
+        print("error:", error, file=sys.stderr)
+        return 2
+    print(to)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,141 @@
+"""A pipeline's models and its DAS as runs in wandb, one group: job type fm, das or vm, figures over the examples seen.
+
+A thread follows the files that the run writes anyway, so nothing waits for wandb; what fails in it ends the writing, not the run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from pathlib import Path
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from exfm_ray.config import Config
+from exfm_ray.files import digest, read_json, read_lines, write_json
+from exfm_ray.schema import ALL_DOMAINS
+from exfm_ray.tracking.recorder import TIMELINE, read_metrics
+from exfm_ray.tracking.wandb_runs import close_wandb, open_run
+
+if TYPE_CHECKING:
+    import wandb
+
+POLL_S = 2.0
+FIGURES = ("ne", "auc", "gauc", "calibration", "label_rate")
+
+
+class Learner(NamedTuple):
+    """What has a run of its own."""
+
+    role: str
+    model: str
+    arm: str
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.arm}" if self.role == "vm" else self.model
+
+
+class PipelineRuns:
+    """Writes the runs of a pipeline while it goes on. A pipeline that goes on after a kill writes its runs anew, from the first window.
+
+    The file <run>/wandb/pipeline.json says how much of the run's files is written; where nothing was added, no run is opened.
+    """
+
+    def __init__(self, config: Config, summarise: Callable[[], Mapping[str, Any]]) -> None:
+        """`summarise` is asked at the end for what `summary.json` holds."""
+        self._config, self._ledger = config, config.folder / "wandb" / "pipeline.json"
+        self._runs: dict[Learner, wandb.Run] = {}
+        self._seen: dict[Learner, int] = {}
+        self._read = {"metrics": 0, "das": 0}
+        self._over, self._summarise = Event(), summarise
+        self._thread = Thread(target=self._follow, daemon=True, name="wandb")
+        if config.wandb.mode != "disabled":
+            self._thread.start()
+
+    def close(self) -> None:
+        """Write what is left, the run's summary and references to its snapshots and exports; wait until all is written."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _follow(self) -> None:
+        try:
+            before = read_json(self._ledger) if self._ledger.exists() else self._read
+            while not self._over.wait(POLL_S):
+                self._log_new(before)
+            self._log_new(before)
+            if self._runs:
+                summary = self._summarise()
+                for learner, run in self._runs.items():
+                    self._end(learner, run, summary)
+                write_json(self._ledger, self._read)
+                close_wandb()
+        except Exception as error:
+            told = f"wandb: {type(error).__name__}: {error}"
+            print(f"{told}. The run goes on without wandb; the same command, given again after more windows, writes it anew", file=sys.stderr)
+
+    def _log_new(self, before: Mapping[str, int]) -> None:
+        rows = read_metrics(self._config.folder / "metrics.jsonl")
+        scored = [span for span in read_lines(self._config.folder / TIMELINE) if span["role"] == "das"]
+        if not self._runs and (len(rows), len(scored)) <= (before["metrics"], before["das"]):
+            return
+        new, self._read["metrics"] = rows[self._read["metrics"] :], len(rows)
+        for (learner, _, _), window in groupby(new, key=lambda row: (_learner(row), row.get("pass"), row["window"])):
+            self._log_window(learner, list(window))
+        new, self._read["das"] = scored[self._read["das"] :], len(scored)
+        for span in new:
+            self._log_scored(span)
+
+    def _log_window(self, learner: Learner, rows: list[dict[str, Any]]) -> None:
+        """A window's figures, at the number of examples that the model had seen before it (or after a pass over a static set)."""
+        step = {"pass": rows[0]["pass"]} if "pass" in rows[0] else {"examples": self._seen.get(learner, 0)}
+        told = {f"{key}/{row['task']}/{row['domain']}": row[key] for row in rows for key in FIGURES if row[key] is not None}
+        self._run(learner).log({**step, "window": rows[0]["window"], "examples_per_s": rows[0]["examples_per_s"], **told})
+        own = [row for row in rows if row["domain"] == ALL_DOMAINS] or rows
+        self._seen[learner] = self._seen.get(learner, 0) + own[0]["examples"]
+
+    def _log_scored(self, span: Mapping[str, Any]) -> None:
+        """A window that the DAS has scored, at the number of examples scored so far; freshness_lag: windows from the last one that the
+        snapshot has learnt to this one."""
+        learner = Learner("das", "das", self._config.fm.name)
+        self._seen[learner] = self._seen.get(learner, 0) + span["examples"]
+        told = {"window": span["window"], "snapshot": span["snapshot"], "freshness_lag": span["window"] - span["snapshot"] + 1}
+        speed = span["examples"] / (span["ended_s"] - span["started_s"] - span["waited_s"])
+        self._run(learner).log({"examples": self._seen[learner], **told, "examples_per_s": speed, "waited_s": span["waited_s"]})
+
+    def _run(self, learner: Learner) -> wandb.Run:
+        if learner not in self._runs:
+            config = self._config
+            settings = config.model_dump(mode="json", exclude={"run", "wandb"})
+            identity = digest([settings, *learner])
+            step = "pass" if config.fm.static else "examples"
+            self._runs[learner] = open_run(config, identity, str(learner), config.name, learner.role, {**settings, **learner._asdict()}, step)
+        return self._runs[learner]
+
+    def _end(self, learner: Learner, run: wandb.Run, summary: Mapping[str, Any]) -> None:
+        import wandb
+
+        for row in summary["figures"]:
+            if _learner(row) == learner:
+                told = {key: row.get(key) for key in ("ne", "auc", "calibration", "ne_gain", "transfer_ratio")}
+                run.summary.update({f"all_windows/{key}/{row['task']}/{row['domain']}": value for key, value in told.items() if value is not None})
+        run.summary.update({"peak_memory_bytes": summary["peak_memory_bytes"]})
+        folder = self._made(learner)
+        if folder:
+            artifact = wandb.Artifact(f"{self._config.name}-{str(learner).replace(' ', '-')}", "snapshot" if learner.role == "fm" else "export")
+            artifact.add_reference(folder.absolute().as_uri(), checksum=False)
+            run.log_artifact(artifact)
+        run.finish()
+
+    def _made(self, learner: Learner) -> Path | None:
+        """The folder of the model as it stands: the last snapshot, the exported student."""
+        if learner.role == "fm":
+            return max((self._config.folder / "snapshots" / learner.model).glob("version=*"), default=None)
+        folder = self._config.folder / "exported" / f"{learner.model}-{learner.arm}"
+        return folder if learner.role == "vm" and folder.is_dir() else None
+
+
+def _learner(row: Mapping[str, Any]) -> Learner:
+    return Learner(row["role"], row["model"], row["arm"])
+

@@ -1,0 +1,119 @@
+"""A Ray head with a token on this machine, apart from the other tests' Ray."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+import requests
+
+REPOSITORY = Path(__file__).parents[2]
+START_S = 90.0
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+class Head:
+    """`ray start --head` with token authentication and its own folder, ports and processes; `home` is its EXFM_HOME."""
+
+    def __init__(self, cpus: int) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="exfm-head-"))  # short: sockets lie in it
+        self.home = self.folder / "home"
+        self.token = self.folder / "token"
+        self.token.touch(mode=0o600)
+        self.token.write_text(secrets.token_hex(32))
+        self.port, self.dashboard_port, client, agent = free_ports(4)
+        self.url = f"http://127.0.0.1:{self.dashboard_port}"
+        bare = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))}
+        self.environment = bare | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), bare["PATH"]]),
+            "EXFM_HOME": str(self.home),
+        }
+        self._nodes: list[subprocess.Popen[bytes]] = []
+        ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", f"--ray-client-server-port={client}"]
+        dashboard = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={agent}"]
+        self._start(["--head", *ports, *dashboard, f"--num-cpus={cpus}", f"--temp-dir={self.folder / 'ray'}"])
+        self._wait()
+
+    def _start(self, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """A node whose processes all descend from the one returned."""
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory=200000000", *arguments]
+        log = (self.folder / f"node{len(self._nodes)}.log").open("wb")
+        node = subprocess.Popen(command, env={**self.environment, **(environment or {})}, stdout=log, stderr=log, cwd=self.folder)
+        self._nodes.append(node)
+        return node
+
+    def _wait(self) -> None:
+        ends = time.monotonic() + START_S
+        while time.monotonic() < ends:
+            assert self._nodes[0].poll() is None, (self.folder / "node0.log").read_text()
+            try:
+                if self.get("/api/jobs/", self.token.read_text()).status_code == 200:
+                    return
+            except requests.ConnectionError:
+                pass
+            time.sleep(0.3)
+        raise AssertionError((self.folder / "node0.log").read_text())
+
+    def get(self, path: str, token: str | None = None) -> requests.Response:
+        """GET of the head's HTTP server, with or without a token."""
+        return requests.get(self.url + path, headers={"Authorization": f"Bearer {token}"} if token else {}, timeout=10)
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of the nodes."""
+        roots = [psutil.Process(node.pid) for node in self._nodes if node.poll() is None]
+        return [process for root in roots for process in (root, *root.children(recursive=True))]
+
+    def submit(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """`run.py submit` against this head."""
+        command = [sys.executable, "run.py", "submit", "--address", self.url, *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=REPOSITORY, env=self.environment | environment, stdout=pipe, stderr=pipe, text=True)
+
+    def join(self, cpus: int) -> subprocess.Popen[bytes]:
+        """A second node on this machine; returns when the head counts it."""
+        ports, before = [f"--dashboard-agent-listen-port={free_ports(1)[0]}"], self.alive()
+        node = self._start([f"--address={socket.gethostbyname(socket.gethostname())}:{self.port}", f"--num-cpus={cpus}", *ports])
+        ends = time.monotonic() + START_S
+        while self.alive() <= before:
+            assert time.monotonic() < ends and node.poll() is None, (self.folder / f"node{len(self._nodes) - 1}.log").read_text()
+            time.sleep(0.5)
+        return node
+
+    def alive(self) -> set[str]:
+        """Ids of the nodes that the head takes for alive."""
+        rows = self.get("/nodes?view=summary", self.token.read_text()).json()["data"]["summary"]
+        return {row["raylet"]["nodeId"] for row in rows if row["raylet"].get("state") == "ALIVE"}
+
+    def stop(self) -> None:
+        """End all processes and remove the folder."""
+        alive = self.processes()
+        for node in self._nodes:
+            node.terminate()
+        _, alive = psutil.wait_procs(alive, timeout=3)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=10)
+        shutil.rmtree(self.folder, ignore_errors=True)

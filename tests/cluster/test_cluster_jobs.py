@@ -1,0 +1,200 @@
+"""`run.py submit` against a real head with a token: exit codes, resuming, stopping, what listens where."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import requests
+from head import REPOSITORY, Head
+from ray.job_submission import JobStatus
+
+from cluster.jobs import exit_code
+
+SUBMIT_S = 180
+KEYS = "from ray._raylet import GcsClient; print('read', GcsClient(address='127.0.0.1:{}').internal_kv_keys(b'', None, 5))"
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+TINY = [
+    "data.embedded={windows: 3, events_per_window: 600, users: 150, ads: 80, advertisers: 10}",
+    "fm.model={type: wukong, dim: 4, l: 1, n_F: 2, n_L: 2, k: 2, fmb_mlp: [8], mlp: [8]}",
+    "vm.models=[{name: feed, domain: feed, task: click, model: {type: mlp, dim: 4, mlp: [8]}}]",
+    "vm.arms=[labels, ah_sa]",
+    "fm.threads=1",
+    "vm.threads=1",
+    "das.threads=1",
+    "wandb.mode=disabled",
+]
+PIPELINE = ["pipeline", "--config", "configs/demo.yaml", "--name", "tiny", *(f"--set={setting}" for setting in TINY)]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A head with 6 logical CPUs."""
+    head = Head(cpus=6)
+    yield head
+    head.stop()
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a submission."""
+    out, errors = process.communicate(timeout=SUBMIT_S)
+    return process.returncode, out, errors
+
+
+def until_logged(process: subprocess.Popen[str], text: str) -> None:
+    """Read a submission's stdout up to a line with `text`."""
+    assert process.stdout is not None
+    assert any(text in line for line in process.stdout), f"never printed: {text}"
+
+
+def until_ended(head: Head, job: str) -> Any:
+    """What the job server says of a job once it has ended."""
+    ends = time.monotonic() + SUBMIT_S
+    while time.monotonic() < ends:
+        details = head.get(f"/api/jobs/{job}", head.token.read_text()).json()
+        if details["status"] not in ("PENDING", "RUNNING"):
+            return details
+        time.sleep(0.5)
+    raise AssertionError(details)
+
+
+def test_a_pipeline_ends_with_its_figures_and_goes_on_under_its_id(head: Head) -> None:
+    """Wrong: a cluster's run lacks figures, its folder is lost with the job, or an attempt does the work again."""
+    code, out, errors = ended(head.submit("--id", "tiny", "--", *PIPELINE))
+    assert code == 0, out + errors
+    run = head.home / "runs" / "tiny"
+    assert f"this run: {run}" in out and "NE gain" in out
+    summary = json.loads((run / "summary.json").read_text())
+    assert {(row["model"], row["arm"]) for row in summary["figures"]} == {("fm", "fm"), ("feed", "labels"), ("feed", "ah_sa")}
+    assert summary["roles"]["fm"]["examples"] == 3 * 600
+    lines = (run / "metrics.jsonl").read_bytes()
+
+    code, out, errors = ended(head.submit("--id", "tiny", "--", *PIPELINE))
+    assert code == 0, out + errors
+    assert "job tiny.2: " in errors and out.count("Running entrypoint") == 1
+    assert (run / "metrics.jsonl").read_bytes() == lines
+    assert json.loads((run / "summary.json").read_text()) == summary
+
+    # Ray's own client, which uploads the working folder as it stands
+    (run / "report.html").unlink()
+    report = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", head.url, "--working-dir", ".", "--", "python", "run.py"]
+    report += ["report", *PIPELINE[1:]]
+    process = subprocess.run(report, cwd=REPOSITORY, env=head.environment, capture_output=True, text=True, timeout=SUBMIT_S)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert (run / "report.html").stat().st_size > 1000
+
+
+def test_a_mistake_in_the_config_is_one_line_and_exit_code_2(head: Head, tmp_path: Path) -> None:
+    """Wrong: a failed job ends as if it had succeeded, or its error is not told; or a config of the user's own does not go up."""
+    own = tmp_path / "own.yaml"
+    own.write_text("fm: {batchsize: 3}\n")
+    command = ["submit", "--address", head.url, "--", "pipeline", "--config", "own.yaml"]
+    process = subprocess.run(
+        [sys.executable, str(REPOSITORY / "run.py"), *command],
+        cwd=tmp_path,
+        env=head.environment,
+        capture_output=True,
+        text=True,
+        timeout=SUBMIT_S,
+    )
+    assert process.returncode == 2, process.stdout + process.stderr
+    told = [line for line in process.stdout.splitlines() if "error:" in line]
+    assert told == ["error: own.yaml: unknown setting 'fm.batchsize'. Did you mean 'batch_size'?"]
+    assert "Traceback" not in process.stdout
+
+
+def test_an_interrupt_leaves_the_job_running(head: Head) -> None:
+    """Wrong: Ctrl-C ends the job, or does not say how to stop it."""
+    process = head.submit("--id", "alone", "--", "pipeline", "--config", "configs/demo.yaml", "--set", "fm.batchsize=3")
+    assert process.stderr is not None and process.stderr.readline().startswith("job alone: ")
+    process.send_signal(signal.SIGINT)
+    code, _, errors = ended(process)
+    assert code == 130 and errors.startswith("job alone goes on; `ray job logs --follow alone` follows it, `run.py submit --stop alone` stops it")
+    details = until_ended(head, "alone")
+    assert (details["status"], details["driver_exit_code"]) == ("FAILED", 2)
+
+
+def test_a_running_job_is_refused_and_stopped(head: Head) -> None:
+    """Wrong: two jobs write one run, a stopped job ends with 0, or --stop leaves it running."""
+    waiting = ["pipeline", "--config", "configs/demo.yaml", "--name", "waiting", "--set", "fm.workers=99", "--set", "data.embedded.windows=2"]
+    first = head.submit("--id", "waiting", "--", *waiting)
+    until_logged(first, "relative folders lie below")
+
+    code, out, errors = ended(head.submit("--id", "waiting", "--", *waiting))
+    assert code == 2 and out == "" and errors.startswith("error: job 'waiting' is running: ") and "run.py submit --stop waiting" in errors
+
+    code, out, errors = ended(head.submit("--stop", "waiting"))
+    assert (code, out, errors) == (0, "job waiting: stopped\n", "")
+    assert ended(first)[0] == 130
+    drivers = [process for process in head.processes() if process.is_running() and "pipeline" in process.cmdline()]
+    assert not drivers
+
+
+def test_nobody_gets_in_without_the_token(head: Head) -> None:
+    """Wrong: whoever reaches a port runs code on the cluster."""
+    assert head.token.stat().st_mode & 0o777 == 0o600
+    assert head.get("/api/jobs/", head.token.read_text()).status_code == 200
+    assert head.get("/api/jobs/").status_code == 401
+    assert head.get("/api/jobs/", "0" * 64).status_code == 403
+    code, out, errors = ended(head.submit("--stop", "x", RAY_AUTH_MODE="disabled"))
+    assert code == 2 and out == "" and errors.startswith(f"error: {head.url} refuses the token, or got none: set RAY_AUTH_MODE=token")
+    assert errors.count("\n") == 1
+    spied = subprocess.run(
+        [sys.executable, "-c", KEYS.format(head.port)], env=head.environment | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True
+    )
+    assert spied.returncode != 0 and "uthent" in spied.stderr and "read" not in spied.stdout, spied.stderr
+
+
+def test_only_loopback_leads_to_the_job_server(head: Head) -> None:
+    """Wrong: the job server listens beyond this machine, or another of Ray's ports takes jobs without the token."""
+    listening = [
+        (place.laddr.ip, place.laddr.port)
+        for process in head.processes()
+        for place in process.net_connections("tcp")
+        if place.status == psutil.CONN_LISTEN
+    ]
+    assert {ip for ip, port in listening if port == head.dashboard_port} == {"127.0.0.1"}
+    beyond = {port: ip for ip, port in listening if ip not in LOOPBACK}
+    assert beyond, "Ray's own ports were not found"
+    for port, ip in beyond.items():
+        host = "127.0.0.1" if ip in ("0.0.0.0", "::") else ip.removeprefix("::ffff:")
+        for path in ("/api/jobs/", "/api/job_agent/jobs/"):
+            try:
+                answer = requests.post(f"http://{host}:{port}{path}", json={"entrypoint": "true"}, timeout=3)
+            except requests.RequestException:
+                continue  # gRPC, not HTTP
+            assert answer.status_code in (401, 403, 404, 405), (port, path, answer.status_code)
+
+
+def test_mistakes_before_anything_is_sent(head: Head) -> None:
+    """Wrong: a mistake is found only by the cluster, or a wrong address ends in a traceback."""
+    for arguments, told in [
+        (["--", "pipelin"], "unknown command 'pipelin'"),
+        (["--", "submit", "--stop", "x"], "'submit' does not go here"),
+        ([], "submit takes a command of run.py after --, or --stop NAME"),
+        (["--id", "a/b", "--", *PIPELINE], "--id a/b: letters, digits"),
+        (["--", "pipeline", "--config", "../x.yaml"], "--config ../x.yaml: only a file below the working folder"),
+        (["--", "pipeline", "--config", "none.yaml"], "none.yaml: no such config file here"),
+        (["--stop", "nobody"], "the cluster knows no job 'nobody'"),
+        (["--address", "http://127.0.0.1:1", "--stop", "x"], "no Ray job server answers at http://127.0.0.1:1"),
+    ]:
+        code, out, errors = ended(head.submit(*arguments))
+        assert (code, out, errors.count("\n")) == (2, "", 1) and errors.startswith(f"error: {told}"), (arguments, errors)
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "code"),
+    [("SUCCEEDED", 0, 0), ("STOPPED", None, 130), ("FAILED", 2, 2), ("FAILED", None, 1), ("FAILED", -9, 137)],
+)
+def test_exit_codes(status: str, driver: int | None, code: int) -> None:
+    """Wrong: a job that was stopped, killed or never started looks like a success (Ray's own client says 0 for a stopped one)."""
+    assert exit_code(SimpleNamespace(status=JobStatus(status), driver_exit_code=driver)) == code

@@ -1,0 +1,48 @@
+"""Where relative folders lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_runs import SETTINGS
+
+from exfm_ray.config import Config
+from exfm_ray.places import base, lasting, placed
+
+
+@pytest.fixture
+def upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a Ray job."""
+    folder = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("EXFM_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return folder
+
+
+def test_below_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: a run on this machine goes elsewhere than where it was started."""
+    monkeypatch.delenv("EXFM_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert not placed()
+    assert lasting("runs") == tmp_path / "runs" and lasting(Path("/data")) == Path("/data") and lasting(Path()) == tmp_path
+
+
+def test_a_job_leaves_nothing_in_its_upload(tmp_path: Path, upload: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: a run is lost with the job, or does not go on after a change of the code, which makes another upload."""
+    assert placed() and base() == tmp_path / "home" / "exfm-ray"
+    monkeypatch.setenv("EXFM_HOME", str(tmp_path / "shared"))
+    config = Config.model_validate(SETTINGS | {"run": {}})
+    assert config.run.dir == tmp_path / "shared" / "runs" and config.data.root == tmp_path / "shared"
+    other = upload.with_name("_ray_pkg_4567")
+    other.mkdir()
+    monkeypatch.chdir(other)
+    assert Config.model_validate(SETTINGS | {"run": {}}) == config
+
+
+def test_a_home_that_is_set_counts_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: a command in an image, whose working folder is lost with the container, writes its run there."""
+    monkeypatch.setenv("EXFM_HOME", str(tmp_path))
+    assert placed() and lasting("runs") == tmp_path / "runs"

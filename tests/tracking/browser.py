@@ -1,0 +1,119 @@
+"""A headless Chromium, spoken to over its DevTools protocol with aiohttp, which Ray brings along."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+WAIT_S = 60.0
+
+
+def browser_path() -> str | None:
+    """An installed browser."""
+    return next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+@dataclass
+class Seen:
+    """What a page did: what the script that was asked gave, its errors and warnings, what it asked the network for."""
+
+    value: Any = None
+    complaints: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+
+def look(page: Path, script: str, folder: Path, width: int = 1200, height: int = 900, dark: bool = False, picture: Path | None = None) -> Seen:
+    """Open a page of this width, wait until plotly has drawn, and evaluate a script in it.
+
+    Args:
+        folder: for the browser's files.
+        picture: where to put a picture of what a window of `height` shows.
+    """
+    path = browser_path()
+    assert path
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions"]
+    process = subprocess.Popen(
+        [path, *flags, "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        return asyncio.run(asyncio.wait_for(_look(page, script, folder, (width, height), dark, picture), WAIT_S))
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
+
+
+async def _look(page: Path, script: str, folder: Path, size: tuple[int, int], dark: bool, picture: Path | None) -> Seen:
+    port_file, started = folder / "DevToolsActivePort", time.monotonic()
+    while not port_file.exists() or port_file.read_text().count("\n") < 1:
+        assert time.monotonic() - started < WAIT_S, "the browser does not start"
+        await asyncio.sleep(0.05)
+    port = port_file.read_text().splitlines()[0]
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+            tab = next(one for one in await answer.json() if one["type"] == "page")
+        async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+            talk = _Talk(socket)
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                await talk.ask(f"{domain}.enable")
+            metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size[0] < 600}
+            await talk.ask("Emulation.setDeviceMetricsOverride", **metrics)
+            await talk.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+            await talk.ask("Page.navigate", url=page.resolve().as_uri())
+            drawn = "document.readyState === 'complete' && [...document.querySelectorAll('.js-plotly-plot')].every(e => e.querySelector('.main-svg'))"
+            while not await talk.value(drawn):
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(0.3)  # plotly fits figures to the page once more after it has drawn them
+            seen = Seen(await talk.value(script), talk.complaints, [url for url in talk.requests if url != page.resolve().as_uri()])
+            if picture:
+                picture.write_bytes(base64.b64decode((await talk.ask("Page.captureScreenshot", format="png"))["data"]))
+            return seen
+
+
+class _Talk:
+    """Questions to a tab, and what it says meanwhile."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._socket, self._number = socket, 0
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+
+    async def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self._number += 1
+        await self._socket.send_json({"id": self._number, "method": method, "params": parameters})
+        while True:
+            told = await self._socket.receive_json()
+            if told.get("id") == self._number:
+                assert "error" not in told, told
+                return dict(told["result"])
+            self._hear(told)
+
+    async def value(self, script: str) -> Any:
+        answer = await self.ask("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def _hear(self, told: dict[str, Any]) -> None:
+        method, parameters = told.get("method"), told.get("params", {})
+        if method == "Network.requestWillBeSent":
+            url = parameters["request"]["url"]
+            if not url.startswith("data:"):
+                self.requests.append(url)
+        elif (
+            method == "Runtime.exceptionThrown"
+            or (method == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"))
+            or (method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert"))
+        ):
+            self.complaints.append(str(parameters))
