@@ -24,7 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import ray
 
 from benchmarks.common import arguments, bar, report
-from exfm_ray.config import Config, load_config, with_settings
+from exfm_ray.config import Config, load_config
 from exfm_ray.data.feed import FragmentReader
 from exfm_ray.data.stream import EventStream
 from exfm_ray.pipeline import Run, prepare_stream
@@ -46,6 +46,12 @@ def config(folder: str, quick: bool) -> Config:
     sizes = [f"data.embedded.events_per_window={8000 if quick else 48_000}", f"tune.trials={4 if quick else 16}"]
     choice = ["tune.arms=[labels, ah_sa]", "tune.students=[feed]", "tune.early_stopping=none", f"tune.concurrent={SLOTS}", "vm.threads=1"]
     return load_config(ROOT / "configs" / "tune_demo.yaml", [f"run.dir={folder}", "wandb.mode=disabled", *sizes, *choice])
+
+
+def with_together(settings: Config, together: int) -> Config:
+    """The same sweep with so many trials in a process."""
+    assert settings.tune is not None
+    return settings.model_copy(update={"tune": settings.tune.model_copy(update={"together": together})})
 
 
 def swept(settings: Config, rows: Any) -> dict[str, float]:
@@ -95,10 +101,10 @@ def main() -> None:
             kept = ray.put(rows)
             figures: dict[str, Any] = {"alone": swept(settings, kept)}
             print("a process each", figures["alone"], flush=True)
-            figures["together_4"] = swept(with_settings(settings, {"tune.together": 4}), kept)
+            figures["together_4"] = swept(with_together(settings, 4), kept)
             print("4 in a process", figures["together_4"], flush=True)
         for arm in ("labels", "ah_sa"):
-            figures[f"{TOGETHER}_{arm}"] = together(settings, rows, arm, 1 if options.quick else 5)
+            figures[f"{TOGETHER}_{arm}"] = together(settings, rows, arm, 1 if options.quick else 3)
             print(arm, figures[f"{TOGETHER}_{arm}"], flush=True)
     bars = {"sweep_over_trials": bar(figures["alone"]["over_trials"], 1.3, at_least=False)}
     bars |= {f"together_{arm}": bar(figures[f"{TOGETHER}_{arm}"]["times_faster"], 3.0) for arm in ("labels", "ah_sa")}

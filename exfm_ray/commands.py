@@ -113,7 +113,7 @@ def submit(options: argparse.Namespace) -> int:
     """Run a command on a Ray cluster: `run.py submit [--address URL] [--id NAME] -- COMMAND ARGS...`, `run.py submit --stop NAME`."""
     if bool(options.stop) == bool(options.command):
         raise UserError("submit takes a command of run.py after --, or --stop NAME")
-    if options.command and options.command[0] != "export":
+    if options.command and options.command[0] not in OTHERS.keys() - {"submit"}:
         _command(options.command[0])
     from cluster import jobs
 
