@@ -106,9 +106,10 @@ def _pass(loop: Loop, work: Pass, stack: Stack | None, errors: dict[int, str]) -
     try:
         loop.run_passes([work], work.window)
     except Exception as error:
-        errors |= {number: f"{type(error).__name__}: {error}" for number in range(len(stack.jobs) if stack else 1)}
-    if stack:
-        errors |= {number: f"predictions of window {work.window} are NaN: the model has diverged" for number in stack.failed if number not in errors}
+        for number in range(len(stack.jobs) if stack else 1):
+            errors.setdefault(number, f"{type(error).__name__}: {error}")
+    for number in stack.failed if stack else ():
+        errors.setdefault(number, f"predictions of window {work.window} are NaN: the model has diverged")
 
 
 def _outcome(loop: Loop, name: str, window: int, number: int, errors: dict[int, str]) -> Figures | str:

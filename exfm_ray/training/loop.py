@@ -124,7 +124,7 @@ class Loop:
         with ExitStack() as stack:
             for lane in (lane for group in self.groups for lane in group.lanes):
                 stack.enter_context(lane.engine.evaluated())
-            for i, rows in self._batches(work, lambda group: EVALUATION_BATCH // max(len(lane.learners) for lane in group.lanes)):
+            for i, rows in self._batches(work, evaluation_batch):
                 parts[i].append(self.groups[i].evaluate(rows))
         return [group.gather(mine) for group, mine in zip(self.groups, parts, strict=True)]
 
@@ -158,6 +158,11 @@ class Loop:
                     identity = {"role": self.role, **describe(key), "seed": self.seed, "snapshot": supervisor(key, window, self.fm_lag)}
                     rows.append({**place, **identity, **state.figures(), "examples_per_s": speed})
         return rows
+
+
+def evaluation_batch(group: Group) -> int:
+    """Rows in a batch: as many logits for all models of a lane together, lest their temporaries outgrow the cache."""
+    return EVALUATION_BATCH // max(1, *(len(lane.learners) for lane in group.lanes))
 
 
 def describe(key: Key) -> dict[str, str]:

@@ -99,6 +99,12 @@ def test_a_diverged_model_stays_alone_with_it(base: Config, groups: dict[int, Wo
     assert_same([[one, three] for one, _, three in found], [[one, three] for one, _, three in expected])
 
 
+def test_all_may_diverge(base: Config, groups: dict[int, Workers]) -> None:
+    """Wrong: a stack without a model that counts ends in an error of its own, which hides what went wrong."""
+    (found,) = groups[1].run(together, base, "feed", "labels", [{"vm.optimizer.dense_lr": 1e30}] * 2)
+    assert all("diverged" in str(outcome) for outcome in found[-1])
+
+
 def test_a_moved_model_goes_on_as_its_source(base: Config, groups: dict[int, Workers]) -> None:
     """Wrong: a model that is replaced keeps something of its own: weights, optimizer state, momentum, rates, figures, adapter, its failure."""
     diverging: Settings = {**MEMBERS[1], "vm.optimizer.dense_lr": 1e30}
