@@ -15,6 +15,7 @@ from exfm_ray.config import Config, load_config
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.files import read_json
 from exfm_ray.places import base, lasting, placed
+from exfm_ray.schema import Schema
 
 USER_ERROR = 2
 
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         if arguments and arguments[0] == "submit":
             return submit(_submit_parser().parse_args(arguments[1:]))
+        if arguments and arguments[0] == "plan":
+            plan(_plan_parser().parse_args(arguments[1:]))
+            return 0
         if arguments and arguments[0] in FOLDERS:
             _look(arguments[0], arguments[1:])
             return 0
@@ -74,10 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     lines = "\n".join(f"  {name:10} {(command.__doc__ or '').splitlines()[0]}" for name, command in (COMMANDS | OTHERS).items())
     parser = _Parser(prog="run.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=f"ExFM on Ray.\n\ncommands:\n{lines}")
     parser.add_argument("command", type=_command, metavar="COMMAND")
+    _add_config(parser)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="a YAML file; configs/ holds ready ones")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting; may be repeated")
     parser.add_argument("--name", help="name of the run; the same command with the same name goes on where it stopped")
-    return parser
 
 
 def _export_parser() -> argparse.ArgumentParser:
@@ -121,6 +129,52 @@ def submit(options: argparse.Namespace) -> int:
         jobs.stop(options.address, options.stop)
         return 0
     return jobs.submit(options.address, options.id, options.command)
+
+
+def _plan_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="run.py plan", description=plan.__doc__)
+    _add_config(parser)
+    workers = parser.add_mutually_exclusive_group()
+    workers.add_argument("--workers", type=int, metavar="N", help="plan for N workers instead of fm.workers")
+    workers.add_argument("--gpus", type=int, metavar="N", help="plan for N workers with a GPU each, whatever fm.device says")
+    parser.add_argument("--gpu-gib", type=float, default=80.0, metavar="GIB", help="memory of a GPU (default: 80)")
+    parser.add_argument("--tflops", type=float, help="a worker's peak in TFLOP/s at the training's precision: estimates the examples per second")
+    return parser
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Say on paper what the FM's training would need on N workers: `run.py plan --config FILE [--gpus N]`, see `run.py plan --help`."""
+    from exfm_ray.plan import plan_fm
+    from exfm_ray.plan_table import remarks, shards_table, worker_table
+
+    workers = options.workers if options.gpus is None else options.gpus
+    overrides = ([] if workers is None else [f"fm.workers={workers}"]) + ([] if options.gpus is None else ["fm.device=cuda"])
+    config = load_config(options.config, [*options.set, *overrides], options.name)
+    try:
+        planned = plan_fm(config, _known_schema(config))
+    except ValueError as error:
+        raise UserError(f"setting 'fm': {error}") from None
+    machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit_bytes = int(options.gpu_gib * 2**30) if config.fm.device == "cuda" else machine_bytes
+    console = _console()
+    for table in (worker_table(planned), shards_table(planned)):
+        console.print(table)
+    for line in remarks(planned, limit_bytes, options.tflops):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _known_schema(config: Config) -> Schema:
+    """The schema of the run's prepared stream, else of its source; no data are read."""
+    from exfm_ray.data.prepare import source_schema, stream_folder
+    from exfm_ray.data.stream import EventStream
+
+    root = stream_folder(config)
+    if (root / "schema.json").exists():
+        return EventStream.open(root).schema
+    try:
+        return source_schema(config)
+    except UserError as error:
+        raise UserError(f"{error}; or run `run.py prepare` with this config where the data are") from None
 
 
 def prepare(config: Config) -> None:
@@ -261,9 +315,9 @@ COMMANDS: dict[str, Callable[[Config], None]] = {
     "tune": tune,
 }
 OTHERS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "export": export, "submit": submit, "report": report, "runs": runs, "compare": compare,
+    "export": export, "submit": submit, "plan": plan, "report": report, "runs": runs, "compare": compare,
 }  # fmt: skip
-"""Commands without --config."""
+"""Commands with arguments of their own."""
 FOLDERS = {
     "report": {"run": "the run's folder, such as runs/demo"},
     "runs": {"runs": "the folder of the runs (default: runs)"},

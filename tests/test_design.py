@@ -31,6 +31,8 @@ BELOW = {
     "serving": {"config", "schema", "model_config", "data", "models"},
     "summary": {"config", "schema", "data", "metrics", "training"},
     "runtime": {"config", "schema"},
+    "plan": {"config", "schema", "models"},
+    "plan_table": {"plan"},
 }
 TOP = {"pipeline", "commands", "__init__"}
 """May import everything."""

@@ -58,7 +58,7 @@ class Student(nn.Module):
         super().__init__()
         self.network = network
         self.arm = arm
-        self.beta = config.ah.beta
+        self.beta = torch.tensor(config.ah.beta)  # no buffer: bf16 engines would round it
         own_head = arm is Arm.AH_SA and config.sa.own_head
         self.auxiliary_head = _extra_head(network, config.ah.mlp, seed, 1) if arm in (Arm.AH, Arm.AH_SA) else None
         self.adapter_head = _extra_head(network, config.ah.mlp, seed, 2) if own_head else None
@@ -72,7 +72,7 @@ class Student(nn.Module):
         serving_BT = self.network.head(x_BH)
         if self.auxiliary_head is None:
             return Logits(serving_BT, None, None)
-        scaled_BH = scale_gradient(x_BH, torch.tensor(self.beta, device=x_BH.device) if beta is None else beta)
+        scaled_BH = scale_gradient(x_BH, self.beta if beta is None else beta)
         auxiliary_BT = self.auxiliary_head(scaled_BH)
         if self.arm is Arm.AH:
             return Logits(serving_BT, auxiliary_BT, None)

@@ -150,7 +150,7 @@ class StackedStudents(StackedModule):
 
     def __init__(self, students: Sequence[Student], configs: Sequence[TrainerConfig]) -> None:
         super().__init__(students, torch.optim.AdamW, [dense_rates(config) for config in configs])
-        self.beta_K = torch.tensor([student.beta for student in students])
+        self.beta_K = torch.stack([student.beta for student in students])
 
     def __call__(self, embedded_KBRE: Tensor, dense_BD: Tensor) -> Logits:  # type: ignore[override]
         heads: tuple[Tensor, ...] = super().__call__(embedded_KBRE, dense_BD, self.beta_K, in_dims=(0, None, 0))

@@ -46,7 +46,7 @@ class Swept:
 @pytest.fixture(scope="module")
 def swept(cluster: None, groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Swept:
     """A sweep whose driver dies after some trials, and the same command once more."""
-    config = taught(groups, tmp_path_factory.mktemp("sweep"), tune=SWEEP)
+    config = taught(groups, tmp_path_factory.mktemp("sweep"), tune=SWEEP, wandb={"mode": "offline"})
     assert config.tune is not None
     columns = config.tune.space
     path = config.folder / "tune" / "trials.parquet"

@@ -20,7 +20,7 @@ from exfm_ray.errors import UserError
 from exfm_ray.files import read_json
 from exfm_ray.schema import Schema
 
-__all__ = ["prepare", "stream_folder"]
+__all__ = ["prepare", "source_schema", "stream_folder"]
 
 FORMAT = 1  # raise it when the same raw data would become other rows
 SOURCES: dict[str, Callable[[Config], RawSource]] = {
@@ -73,6 +73,18 @@ def prepare(config: Config, progress: Progress | None = None, check: Callable[[S
             statistics = _stream(config, writer, source, progress) if source else embedded.write(config, writer, progress)
             writer.finish(statistics)
     return stream
+
+
+def source_schema(config: Config) -> Schema:
+    """The schema that a stream of `config.data` will have. No data are read: a `table` source needs its schema file alone, the other raw
+    sources their files' names and headers. UserError where they are not there."""
+    if config.data.source == "embedded":
+        schema = embedded.schema(config.data.embedded)
+    elif config.data.source == "table":
+        schema = table.load(config.data.schema_file).table_schema
+    else:
+        schema = SOURCES[config.data.source](config).schema
+    return with_table_rows(schema, config.data.table_rows)
 
 
 def _stream(config: Config, writer: StreamWriter, source: RawSource, progress: Progress | None) -> dict[str, Any]:
