@@ -8,7 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 Record = dict[str, Any]
+KEY = "0123456789abcdef" * 2 + "secret42"
+
+
+def surroundings(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """An API key in the environment, and nothing in the home folder."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    for name in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(folder / "home"))
 
 
 def run_files(folder: Path) -> dict[str, Path]:

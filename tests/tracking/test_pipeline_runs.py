@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from small_runs import small_config
-from wandb_files import OfflineRun, content, run_files
+from wandb_files import KEY, OfflineRun, content, run_files, surroundings
 
 from exfm_ray.config import Config
 from exfm_ray.files import write_json
 from exfm_ray.tracking import pipeline_runs
 from exfm_ray.tracking.pipeline_runs import PipelineRuns
 
-KEY = "0123456789abcdef" * 2 + "secret42"
 SUMMARY = {
     "figures": [{"role": "vm", "model": "feed", "arm": "ah", "domain": "feed", "task": "click", "ne": 0.9, "ne_gain": 0.02, "transfer_ratio": 0.5}],
     "peak_memory_bytes": 5000,
@@ -24,12 +22,8 @@ SUMMARY = {
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """An API key, and nothing in the home folder."""
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    for name in ("CACHE", "CONFIG", "DATA"):
-        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "home"))
-    yield
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    surroundings(monkeypatch, tmp_path)
 
 
 def row(role: str, model: str, arm: str, domain: str, window: int, examples: int, ne: float | None, **other: Any) -> dict[str, Any]:

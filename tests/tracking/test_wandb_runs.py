@@ -9,22 +9,18 @@ from pathlib import Path
 import pytest
 import yaml
 from small_runs import small_config
-from wandb_files import OfflineRun, content, run_files
+from wandb_files import KEY, OfflineRun, content, run_files, surroundings
 
 from exfm_ray.config import Config, dump_config
 from exfm_ray.tracking import wandb_runs
 from exfm_ray.tracking.wandb_runs import close_wandb, open_run
 
-KEY = "0123456789abcdef" * 2 + "secret42"
-
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """An API key in the environment, a server that is not there, and nothing in the home folder."""
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    surroundings(monkeypatch, tmp_path)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    for name in ("CACHE", "CONFIG", "DATA"):
-        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "home"))
     yield
     close_wandb()
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from small_runs import small_config
 from tuning_runs import SWEEP
-from wandb_files import OfflineRun, content, run_files
+from wandb_files import OfflineRun, content, run_files, surroundings
 
 import tuning.runs
 from exfm_ray.config import Config
@@ -17,17 +16,12 @@ from tuning.results import Search, State, Trial
 from tuning.runs import TrialRuns
 from tuning.trial import Figures
 
-KEY = "fedcba9876543210" * 2 + "secret42"
 IN, OUT = Figures(1, 0.75, 1.5, 1e6), Figures(2, 0.5, 3.0, 1e6)
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """An API key, and nothing in the home folder."""
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    for name in ("CACHE", "CONFIG", "DATA"):
-        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "home"))
-    yield
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    surroundings(monkeypatch, tmp_path)
 
 
 def config_of(folder: Path, mode: str = "offline", **changes: Any) -> Config:
