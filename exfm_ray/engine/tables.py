@@ -76,7 +76,7 @@ class ShardedTables(nn.Module):
         plan = sharding_plan(schema, config.sharding, collection, sharder, device)
         env = ShardingEnv.from_process_group(dist.group.WORLD)
         self.collection = sharder.shard(collection, plan, env, device=device)
-        self._order: list[int] | None = None
+        self._order_R: Tensor | None = None
         for shard in self.shards():
             last = shard.first_row + len(shard.weight_RW)
             width = shard.weight_RW.shape[1]
@@ -94,11 +94,10 @@ class ShardedTables(nn.Module):
         )
         pooled = self.collection(jagged).wait()
         embedded_BRE: Tensor = pooled.values().view(B, -1, self.dim)
-        if self._order is None:
-            self._order = self._rows_in_order(pooled.keys())
-        if self._order != list(range(len(self._order))):
-            embedded_BRE = embedded_BRE[:, self._order]
-        return embedded_BRE
+        if self._order_R is None:
+            self._order_R = torch.tensor(self._rows_in_order(pooled.keys()), device=self.device)
+            self._ordered = bool((self._order_R.diff() == 1).all())
+        return embedded_BRE if self._ordered else embedded_BRE.index_select(1, self._order_R)  # a third of indexing's time
 
     def _rows_in_order(self, keys: list[str]) -> list[int]:
         """Sharding groups the slots by table: where the rows of each slot, in the layout's order, stand in its output."""
