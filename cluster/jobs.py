@@ -13,6 +13,8 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from threading import Thread
 from typing import Any
 
 import aiohttp
@@ -47,9 +49,11 @@ def submit(address: str | None, name: str | None, command: Sequence[str]) -> int
         entry = shlex.join(["python", "run.py", *command])
         job: str = client.submit_job(entrypoint=entry, submission_id=attempt, runtime_env={"working_dir": str(folder)})
     print(f"job {job}: {entry}", file=sys.stderr)
+    ended: Future[Any] = Future()
+    Thread(target=_follow_into, args=(ended, client, job), daemon=True).start()
     try:
-        details = follow(client, job)
-    except KeyboardInterrupt:
+        details = ended.result()
+    except KeyboardInterrupt:  # it comes here and nowhere else: asyncio and callbacks of the connection may swallow one
         print(f"job {job} goes on; `ray job logs --follow {job}` follows it, `run.py submit --stop {name or job}` stops it", file=sys.stderr)
         return STOPPED
     if details.status == JobStatus.FAILED and details.driver_exit_code is None:
@@ -121,6 +125,14 @@ def _next_attempt(client: Any, name: str) -> str:
         )
     number = last.submission_id.removeprefix(name).removeprefix(".") or 1
     return f"{name}.{int(number) + 1}"
+
+
+def _follow_into(ended: Future[Any], client: Any, job: str) -> None:
+    """Give `ended` what `follow` returns or raises."""
+    try:
+        ended.set_result(follow(client, job))
+    except BaseException as error:
+        ended.set_exception(error)
 
 
 def follow(client: Any, job: str) -> Any:

@@ -30,8 +30,7 @@ def main(arguments: Sequence[str]) -> int:
         if arguments and arguments[0] == "submit":
             return submit(_submit_parser().parse_args(arguments[1:]))
         if arguments and arguments[0] == "plan":
-            plan(_plan_parser().parse_args(arguments[1:]))
-            return 0
+            return plan(_plan_parser().parse_args(arguments[1:]))
         if arguments and arguments[0] in FOLDERS:
             _look(arguments[0], arguments[1:])
             return 0
@@ -142,18 +141,18 @@ def _plan_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def plan(options: argparse.Namespace) -> None:
+def plan(options: argparse.Namespace) -> int:
     """Say on paper what the FM's training would need on N workers: `run.py plan --config FILE [--gpus N]`, see `run.py plan --help`."""
+    from exfm_ray.pipeline import check_models
     from exfm_ray.plan import plan_fm
     from exfm_ray.plan_table import remarks, shards_table, worker_table
 
     workers = options.workers if options.gpus is None else options.gpus
     overrides = ([] if workers is None else [f"fm.workers={workers}"]) + ([] if options.gpus is None else ["fm.device=cuda"])
     config = load_config(options.config, [*options.set, *overrides], options.name)
-    try:
-        planned = plan_fm(config, _known_schema(config))
-    except ValueError as error:
-        raise UserError(f"setting 'fm': {error}") from None
+    schema = _known_schema(config)
+    check_models(config, schema)
+    planned = plan_fm(config, schema)
     machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit_bytes = int(options.gpu_gib * 2**30) if config.fm.device == "cuda" else machine_bytes
     console = _console()
@@ -161,6 +160,7 @@ def plan(options: argparse.Namespace) -> None:
         console.print(table)
     for line in remarks(planned, limit_bytes, options.tflops):
         console.print(line, highlight=False, soft_wrap=True)
+    return USER_ERROR if planned.misfits(limit_bytes) else 0
 
 
 def _known_schema(config: Config) -> Schema:
@@ -192,11 +192,14 @@ def prepare(config: Config) -> None:
 
 
 def _run(config: Config, fm: bool, das: bool, vm: bool) -> None:
+    from exfm_ray.data.drift import write_new_ids
     from exfm_ray.pipeline import Run, prepare_stream
 
     run = Run(config, prepare_stream(config))
     run.execute(fm, das, vm)
     run.summarise()
+    if not config.fm.static:
+        write_new_ids(run.stream, config.folder / "new_ids.json")
     _write_report(config.folder)
 
 
@@ -277,6 +280,17 @@ def tune(config: Config) -> None:
     tune(config)
 
 
+def dashboard(config: Config) -> None:
+    """Make a workspace and a report of the run, and of its sweep, on wandb's server."""
+    try:
+        from exfm_ray.tracking.dashboard import save
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install -e '.[dashboard]'") from None
+
+    for address in save(config, _known_schema(config)):
+        print(address)
+
+
 def show(config: Config) -> None:
     """Print the run's summary."""
     summary = read_json(config.folder / "summary.json")
@@ -313,6 +327,7 @@ COMMANDS: dict[str, Callable[[Config], None]] = {
     "das": das,
     "train-vm": train_vm,
     "tune": tune,
+    "dashboard": dashboard,
 }
 OTHERS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "export": export, "submit": submit, "plan": plan, "report": report, "runs": runs, "compare": compare,

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.model_config import MODEL_TYPES, MLPConfig, ModelConfig, Widths, WukongConfig
+from exfm_ray.placement_config import PlacementConfig
 from exfm_ray.places import lasting
 from exfm_ray.schema import Model, Name
 from exfm_ray.tune_config import TuneConfig
@@ -254,6 +255,7 @@ class Config(Model):
     vm: VMConfig = VMConfig()
     distillation: DistillationConfig = DistillationConfig()
     metrics: MetricsConfig = MetricsConfig()
+    placement: PlacementConfig = PlacementConfig()
     wandb: WandbConfig = WandbConfig()
     tune: TuneConfig | None = Field(None, description="a sweep over the settings of the vertical models")
 
@@ -279,7 +281,7 @@ def with_settings(config: Config, settings: Mapping[str, object]) -> Config:
     """The config with other values of dotted settings and without its `tune` section; ValidationError for values that do not fit."""
     tree = config.model_dump(mode="json", exclude={"tune"})
     for setting, value in settings.items():
-        _put(tree, setting, value)
+        put(tree, setting, value)
     return Config.model_validate(tree)
 
 
@@ -333,14 +335,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {override}: write it as section.key=value")
     try:
-        _put(tree, key, yaml.safe_load(value))
+        put(tree, key, yaml.safe_load(value))
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: '{value}' is not a YAML value ({error})") from None
     except ValueError as error:
         raise UserError(f"--set {override}: {error}") from None
 
 
-def _put(tree: dict[str, Any], key: str, value: object) -> None:
+def put(tree: dict[str, Any], key: str, value: object) -> None:
     """Set a dotted key of a tree; ValueError where a part of it is no section."""
     *path, last = key.split(".")
     for part in path:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from exfm_ray.config import Config, FMConfig
+from exfm_ray.models.dealing import deal
 from exfm_ray.models.flops import training_flops
 from exfm_ray.models.layout import Layout
 from exfm_ray.models.network import Network
@@ -193,10 +194,8 @@ def gib(size_bytes: int) -> str:
 
 
 def plan_fm(config: Config, schema: Schema) -> Plan:
-    """The plan of `config.fm` over a schema. ValueError where its tasks or sizes do not fit the schema."""
+    """The plan of `config.fm` over a schema that its tasks and sizes fit (`pipeline.check_models`)."""
     fm = config.fm
-    for task in fm.tasks:
-        schema.task_index(task)
     layout = Layout.of(fm.model, schema)
     with torch.device("meta"):
         network = Network(fm.model, schema, len(fm.tasks or schema.tasks))
@@ -215,23 +214,16 @@ def plan_fm(config: Config, schema: Schema) -> Plan:
 
 
 def table_shards(schema: Schema, layout: Layout, fm: FMConfig) -> tuple[TableShards, ...]:
-    """How `engine.tables.sharding_plan` cuts the tables, the largest first; a test holds the two equal.
+    """How the tables are cut, the largest first.
 
     Row-wise, TorchRec gives every worker ceil(rows / workers) rows, as long as there are any.
     """
-    workers, load, found = fm.workers, [0] * fm.workers, []
-    for name, rows in sorted(schema.tables.items(), key=lambda item: (-item[1], item[0])):
-        row_wise = fm.sharding == "row_wise" and workers > 1
-        if row_wise:
-            block = -(-rows // workers)
-            rows_W = np.clip(rows - block * np.arange(workers, dtype=np.int64), 0, block)
-        else:
-            rank = load.index(min(load))
-            load[rank] += rows
-            rows_W = np.zeros(workers, np.int64)
-            rows_W[rank] = rows
-        width = layout.embeddings[name] * fm.model.dim
-        found.append(TableShards(name, rows, width, "row_wise" if row_wise else "table_wise", rows_W))
+    found, worker_W = [], np.arange(fm.workers, dtype=np.int64)
+    for name, worker in deal(schema.tables, fm.sharding, fm.workers).items():
+        rows = schema.tables[name]
+        block = -(-rows // fm.workers)
+        rows_W = np.clip(rows - block * worker_W, 0, block) if worker is None else rows * (worker_W == worker)
+        found.append(TableShards(name, rows, layout.embeddings[name] * fm.model.dim, "row_wise" if worker is None else "table_wise", rows_W))
     return tuple(found)
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ def ray_session(config: Config) -> Iterator[None]:
     _log_to(logs / "driver.log")
     options: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
-        options = {"num_cpus": max(logical_cpus(config), os.cpu_count() or 1), "include_dashboard": False}
+        _check_one_machine(config)
+        options = {"address": "local", "num_cpus": max(logical_cpus(config), os.cpu_count() or 1), "include_dashboard": False}
         # Workers inherit the environment; a runtime_env would make Ray throw away the workers that it starts ahead.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     with _stderr_to(logs / "driver.log"):  # Ray's C++ core does not log, it prints
@@ -48,13 +49,23 @@ def ray_session(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
+def _check_one_machine(config: Config) -> None:
+    """UserError where roles are to run on labelled nodes and there is no cluster."""
+    for role, labels in config.placement:
+        if labels:
+            raise UserError(
+                f"setting 'placement.{role}' asks for nodes with {_written(labels)}, but RAY_ADDRESS is not set, so the run is on this machine "
+                "alone; submit it to a cluster, or leave 'placement' out"
+            )
+
+
 def _check_cluster(config: Config) -> None:
-    """Say where a cluster has too few CPUs to begin; UserError where one of its nodes does not see the run's folder."""
-    asked, there = logical_cpus(config), ray.cluster_resources().get("CPU", 0)
-    if there < asked:
-        print(f"the cluster has {there:g} CPUs and this run asks for {asked}: it waits until nodes join", file=sys.stderr)
+    """Say what the run will wait for; UserError where one of the cluster's nodes does not see the run's folder."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    for line in lacking(config, nodes):
+        print(line, file=sys.stderr)
     here = ray.get_runtime_context().get_node_id()
-    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    others = [node for node in nodes if node["NodeID"] != here]
     marker = config.folder / "logs" / f"seen-{uuid.uuid4().hex}"
     marker.touch()
     try:
@@ -73,11 +84,38 @@ def _exists(path: Path) -> bool:
     return path.exists()
 
 
+def lacking(config: Config, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a run will wait for, in words: CPUs, or nodes with the labels of `placement`. `nodes`: the living ones, of `ray.nodes()`."""
+    asked, there = logical_cpus(config), _cpus(nodes)
+    found = [f"the cluster has {there:g} CPUs and this run asks for {asked}: it waits until nodes join"] if there < asked else []
+    for role, labels in config.placement:
+        fitting = [node for node in nodes if labels.items() <= node["Labels"].items()]
+        needs, given = role_cpus(config)[role], _cpus(fitting)
+        if labels and given < needs:
+            those = f"the nodes with {_written(labels)} have {given:g} CPUs" if fitting else f"no node has {_written(labels)}"
+            wanted = "1 CPU is" if needs == 1 else f"{needs} CPUs are"
+            found.append(f"setting 'placement.{role}': {those}, {wanted} asked for; what is to run there waits until such nodes join")
+    return found
+
+
+def _cpus(nodes: Sequence[Mapping[str, Any]]) -> float:
+    return float(sum(node["Resources"].get("CPU", 0) for node in nodes))
+
+
+def _written(labels: Mapping[str, str]) -> str:
+    """As `ray start --labels` takes them."""
+    return ",".join(f"{key}={value}" for key, value in labels.items())
+
+
+def role_cpus(config: Config) -> dict[str, int]:
+    """CPUs that each role of `placement` asks for."""
+    jobs = 1 if config.vm.share_pass else len(config.vm.models)
+    return {"fm": config.fm.workers, "vm": config.vm.workers * jobs, "das": config.das.max_actors, "data": DATA_CPUS}
+
+
 def logical_cpus(config: Config) -> int:
     """CPUs that the roles, or a sweep's trials, ask for, and some for Ray Data."""
-    jobs = 1 if config.vm.share_pass else len(config.vm.models)
-    roles = config.fm.workers + config.vm.workers * jobs + config.das.max_actors
-    return max(roles, config.tune.concurrent if config.tune else 0) + DATA_CPUS
+    return max(sum(role_cpus(config).values()), (config.tune.concurrent if config.tune else 0) + DATA_CPUS)
 
 
 def _log_to(path: Path) -> None:

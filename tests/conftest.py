@@ -35,7 +35,7 @@ def cluster() -> Iterator[None]:
     import ray
 
     os.environ |= RAY_ENVIRONMENT
-    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(num_cpus=6, labels={"exfm-group": "tests"}, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
 

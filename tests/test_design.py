@@ -19,7 +19,8 @@ BELOW = {
     "schema": set[str](),
     "model_config": {"schema"},
     "tune_config": {"schema"},
-    "config": {"schema", "model_config", "tune_config"},
+    "placement_config": {"schema"},
+    "config": {"schema", "model_config", "tune_config", "placement_config"},
     "data": {"config", "schema"},
     "models": {"config", "schema", "model_config", "data"},
     "distillation": {"config", "schema", "model_config", "data", "models"},
@@ -81,7 +82,7 @@ def test_frameworks_stay_in_their_rooms(path: Path) -> None:
         assert not roots & {"deepspeed", "torchrec", "fbgemm_gpu"}
     if here != "tracking":
         assert "wandb" not in roots
-    if here in ("schema", "model_config", "config", "errors", "files", "places"):
+    if here in ("schema", "model_config", "placement_config", "config", "errors", "files", "places"):
         assert not roots & {"torch", "ray"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,15 +12,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dashboard_spec import logged, named
 from local_runs import run_locally
 from small_runs import SETTINGS, WINDOWS, assert_close, figures, metrics, run, small_config
-from wandb_files import run_files
+from wandb_files import OfflineRun, run_files
 from workers import Workers
 
 from exfm_ray.config import Config
+from exfm_ray.data.prepare import source_schema
 from exfm_ray.files import read_json, read_lines
 from exfm_ray.pipeline import Run, prepare_stream
 from exfm_ray.runtime import user_error
+from exfm_ray.tracking.dashboard import parts
 
 REPOSITORY = Path(__file__).parents[1]
 RUN_S = 300
@@ -51,11 +55,25 @@ def test_side_by_side_on_ray_equals_in_turn(cluster: None, base: Config, tmp_pat
     assert all(role["seconds"] > 0 for role in roles.values())
     assert summary["peak_memory_bytes"] > 0
     assert_timeline(config)
+    assert_dashboard(config)
     files = {path: path.stat().st_mtime_ns for path in config.folder.rglob("*") if path.is_file() and path.parent.name != "stream"}
     again = run(config)
     assert again == summary and len(run_files(config.folder)) == 1 + 2 * len(config.vm.arms) + 1
     for path, time_ns in files.items():
         assert path.name in ("config.yaml", "summary.json") or path.stat().st_mtime_ns == time_ns, path
+
+
+def assert_dashboard(config: Config) -> None:
+    """Every panel about a pipeline asks for what its runs have logged."""
+    left_out = (b"feed labels", b"feed kd", b"stories labels", b"stories kd")  # they log what the others do
+    paths = [path for path in run_files(config.folder).values() if not any(name in path.read_bytes() for name in left_out)]
+    found = [OfflineRun(path) for path in paths]
+    assert {run.start["job_type"] for run in found} == {"fm", "das", "vm"}
+    for part in parts(config, source_schema(config)):
+        had = logged(run for run in found if run.start["job_type"] in part.job_types)
+        for panel in part.panels:
+            asked = named(json.loads(panel._to_model().model_dump_json(by_alias=True, exclude_none=True)))
+            assert asked and asked <= had, (part.name, asked - had)
 
 
 def assert_timeline(config: Config) -> None:

@@ -140,8 +140,10 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_the_command_plans_from_a_config_alone(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Wrong: a plan needs the data, writes something, or loses an option."""
-    assert main(["plan", "--config", str(file), "--gpus", "3", "--gpu-gib", "1", "--tflops", "100", "--set", "fm.zero_stage=2"]) == 0
+    """Wrong: a plan needs the data, writes something, loses an option, or ends as if all were well where something does not fit."""
+    command = ["plan", "--config", str(file), "--gpus", "3", "--tflops", "100", "--set", "fm.zero_stage=2"]
+    assert main(command) == 0 and "It fits into the 80.0 GiB of a GPU." in capsys.readouterr().out
+    assert main([*command, "--gpu-gib", "1"]) == 2
     out = capsys.readouterr().out
     assert "fm: 3 worker(s), cuda, ZeRO stage 2, fp32" in out and "row_wise" in out and "used to 30% (assumed)" in out
     assert "Does not fit: 3 of 3 worker(s) need more than 1.0 GiB" in out and "gradients and reduce buffers, 1.9 GiB" in out
@@ -162,8 +164,10 @@ def test_a_table_source_is_planned_by_its_schema_file_alone(file: Path, tmp_path
     ("arguments", "told"),
     [
         (["--set", "data.source=frappe", "--set", "data.root=/nowhere"], "or run `run.py prepare` with this config"),
-        (["--set", "fm.tasks=[clik]"], "setting 'fm': unknown task 'clik'"),
-        (["--set", "fm.model.k=99"], "setting 'fm': model.k is 99"),
+        (["--set", "fm.tasks=[clik]"], "setting 'fm.tasks': unknown task 'clik'"),
+        (["--set", "fm.model.k=99"], "setting 'fm.model': model.k is 99"),
+        (["--set", "fm.model.dim=6"], "setting 'fm.model.dim' is 6: fbgemm's tables take multiples of 4; set it to 8"),
+        (["--set", "vm.models=[{name: a, domain: nowhere, task: click}]"], "setting 'vm.models.0.domain': unknown domain 'nowhere'"),
         (["--gpus", "0"], "setting 'fm.workers'"),
         (["--gpus", "2", "--workers", "2"], "not allowed with argument"),
     ],

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -98,6 +99,36 @@ def test_a_cluster_is_asked_for_cpus_and_for_the_folder(
     with pytest.raises(UserError, match=f"{config.folder}: [0-9.]+ does not see this folder; put run.dir, or EXFM_HOME, on a file system"):
         runtime._check_cluster(config)
     assert not list(logs.iterdir())
+
+
+def node(cpus: float, **labels: str) -> dict[str, Any]:
+    return {"Resources": {"CPU": cpus}, "Labels": labels}
+
+
+def test_says_which_labelled_nodes_a_run_will_wait_for(tmp_path: Path) -> None:
+    """Wrong: a run waits without a word for nodes that never come, or is told to wait for nodes that are there."""
+    placement = {"fm": {"group": "fm", "disk": "ssd"}, "das": {"group": "cpu"}, "data": {"group": "cpu"}}
+    config = small_config(tmp_path, "x", placement=placement, fm={"workers": 3}, das={"max_actors": 4})
+    told = "what is to run there waits until such nodes join"
+    cpu = node(8, group="cpu")
+    assert runtime.lacking(config, [cpu, node(2, group="fm", disk="ssd"), node(9, group="fm")]) == [
+        f"setting 'placement.fm': the nodes with group=fm,disk=ssd have 2 CPUs, 3 CPUs are asked for; {told}"
+    ]
+    assert runtime.lacking(config, [cpu, node(9, disk="ssd")]) == [
+        f"setting 'placement.fm': no node has group=fm,disk=ssd, 3 CPUs are asked for; {told}"
+    ]
+    assert runtime.lacking(config, [cpu, node(2, group="fm", disk="ssd", more="x"), node(1, group="fm", disk="ssd")]) == []
+
+
+def test_labels_without_a_cluster_are_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: a run on one machine waits for ever for a labelled node."""
+    monkeypatch.setattr("exfm_ray.runtime.ray.is_initialized", lambda: False)
+    monkeypatch.setattr("exfm_ray.runtime._log_to", lambda path: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = small_config(tmp_path, "x", placement={"vm": {"group": "cpu"}})
+    told = "setting 'placement.vm' asks for nodes with group=cpu, but RAY_ADDRESS is not set"
+    with pytest.raises(UserError, match=told), runtime.ray_session(config):
+        pass
 
 
 MEASURE = """

@@ -30,7 +30,8 @@ def run_files(folder: Path) -> dict[str, Path]:
 
 
 class OfflineRun:
-    """A run: how it began (`start`), its `config`, `metrics` (name -> step axis), `history`, `summary`, `exit`; without wandb's own keys."""
+    """A run: how it began (`start`), its `config`, `metrics` (name -> step axis), `history`, `summary`, `exit`, its `artifacts`
+    (references: file -> where it lies); without wandb's own keys."""
 
     def __init__(self, path: Path) -> None:
         command = [sys.executable, "-m", "wandb", "leet", "inspect", str(path), "--json"]
@@ -42,6 +43,7 @@ class OfflineRun:
         self.history = [_plain(record["item"]) for record in self._of("history")]
         self.summary = {key: value for record in self._of("summary") for key, value in _plain(record.get("update", {})).items()}
         self.exit = self._of("exit")
+        self.artifacts = [_artifact(record) for record in self._of("artifact")]
 
     def _of(self, kind: str) -> list[Record]:
         return [record[kind] for record in self.records if record["type"] == kind]
@@ -49,6 +51,11 @@ class OfflineRun:
 
 def _plain(items: Record) -> Record:
     return {key: value for key, value in items.items() if not key.startswith("_")}
+
+
+def _artifact(record: Record) -> Record:
+    references = {entry["path"]: entry["ref"] for entry in record["manifest"]["contents"]}
+    return {"type": record["type"], "name": record["name"], "metadata": json.loads(record["metadata"]), "references": references}
 
 
 def content(folder: Path) -> bytes:

@@ -63,7 +63,7 @@ def judge(
     known = {one.identity: one for one in _read(path)}
     missing = [list(seeds) for _, seeds in groupby((one for one in wanted if one.identity not in known), _but_seed)]
     by_name = {student.name: student for student in students}
-    train = ray.remote(num_cpus=1)(_train)
+    train = ray.remote(num_cpus=1, label_selector=config.placement.vm)(_train)
     running: list[Any] = []
     for number in range(len(missing) + sweep.concurrent):
         if number < len(missing):

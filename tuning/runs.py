@@ -10,7 +10,7 @@ import sys
 from queue import SimpleQueue
 from threading import Thread
 
-from exfm_ray.config import Config
+from exfm_ray.config import Config, put
 from exfm_ray.files import digest, read_json, write_json
 from exfm_ray.tracking.wandb_runs import close_wandb, open_run
 from tuning.results import Trial
@@ -70,7 +70,9 @@ def write_run(config: Config, trial: Trial, identity: str) -> None:
     """A whole run: settings, NE, calibration and score along the score windows, and how the trial ended."""
     assert config.tune is not None
     student, arm = trial.search
-    settings = {"student": student, "arm": arm, "trial": trial.number, "seed": config.seed, **trial.settings}
+    settings: dict[str, object] = {"student": student, "arm": arm, "trial": trial.number, "seed": config.seed}
+    for setting, value in trial.settings.items():
+        put(settings, setting, value)  # nested: wandb takes a dot for a step into a section
     run = open_run(config, identity, f"{student} {arm} {trial.number:03d}", f"{config.name}/{student}", "tune", settings, step="window")
     for figures in trial.curve:
         bounded = score(figures, config.tune.calibration)

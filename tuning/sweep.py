@@ -21,7 +21,7 @@ from typing import Any
 import optuna
 import ray
 from ray import tune as ray_tune
-from ray.tune import Callback, RunConfig, TuneConfig, Tuner
+from ray.tune import Callback, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
 from ray.tune.logger import JsonLoggerCallback
 
 from exfm_ray.config import Config, StudentConfig
@@ -93,7 +93,7 @@ def search(config: Config, sweep: SweepConfig, students: Sequence[StudentConfig]
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     trainable = ray_tune.with_parameters(run_block, config=config, students={s.name: s for s in students}, rows=dict(rows))
     Tuner(
-        ray_tune.with_resources(trainable, {"cpu": 1}),
+        ray_tune.with_resources(trainable, PlacementGroupFactory([{"CPU": 1}], bundle_label_selector=[config.placement.vm])),
         tune_config=TuneConfig(
             search_alg=searcher, scheduler=Halving(sweep, spaces, recorder.trials) if sweep.early_stopping == "asha" else None,
             num_samples=searcher.left, max_concurrent_trials=sweep.concurrent, reuse_actors=True,

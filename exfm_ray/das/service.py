@@ -72,7 +72,8 @@ class DAS:
 
     def _start_actor(self) -> ray.actor.ActorHandle:
         das = self.config.das
-        return ScorerActor.remote(self.stream.root, self.snapshots, self.store, das.fm_lag, das.batch_size, das.threads)
+        actor = ScorerActor.options(label_selector=self.config.placement.das)
+        return actor.remote(self.stream.root, self.snapshots, self.store, das.fm_lag, das.batch_size, das.threads)
 
     def _score(self, pool: Pool, window: int, version: int, started: float, progress: Callable[[int, int], None]) -> None:
         """Score a window and commit its supervision; `started`: when the wait for its snapshot began."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -99,9 +99,13 @@ def _datasource(reader: FragmentReader, work: Sequence[tuple[Pass, Fragment]]) -
 class Feed:
     """Reads a job's passes ahead of its workers. Needs max_concurrency of at least workers + 1."""
 
-    def __init__(self, reader: FragmentReader, passes: Sequence[Pass], workers: int, wait_s: float) -> None:
-        """`wait_s`: longest wait for a pass to become ready, after which the job fails with what was missing."""
+    def __init__(
+        self, reader: FragmentReader, passes: Sequence[Pass], workers: int, wait_s: float, labels: Mapping[str, str] | None = None
+    ) -> None:
+        """`wait_s`: longest wait for a pass to become ready, after which the job fails with what was missing. `labels`: of the nodes
+        that read."""
         self._reader, self._passes, self._workers, self._wait_s = reader, passes, workers, wait_s
+        self._labels = dict(labels or {})
         self._blocks: deque[Any] = deque()
         self._first = 0  # index of the first block still held
         self._taken = [0] * workers
@@ -157,7 +161,7 @@ class Feed:
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.target_max_block_size = None  # one block a fragment, never split or merged
-        dataset = ray.data.read_datasource(_datasource(self._reader, work), override_num_blocks=len(work))
+        dataset = ray.data.read_datasource(_datasource(self._reader, work), override_num_blocks=len(work), label_selector=self._labels or None)
         for bundle in dataset.iter_internal_ref_bundles():
             for block in bundle.blocks:
                 yield block.ref

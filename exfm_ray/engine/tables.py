@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingEnv
 from exfm_ray.config import TrainerConfig
 from exfm_ray.data.batch import Batch
 from exfm_ray.model_config import ModelConfig
+from exfm_ray.models.dealing import deal
 from exfm_ray.models.embeddings import initial_rows, initial_table
 from exfm_ray.models.layout import POOLED, Layout, expand_bags
 from exfm_ray.schema import Schema
@@ -146,23 +147,18 @@ class _Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]  # torchrec
 
 
 def sharding_plan(
-    schema: Schema, sharding: str, collection: EmbeddingBagCollection, sharder: _Sharder, device: torch.device
+    schema: Schema, sharding: Literal["row_wise", "table_wise"], collection: EmbeddingBagCollection, sharder: _Sharder, device: torch.device
 ) -> EmbeddingModuleShardingPlan:
-    """Row-wise: each table is cut over all workers. Table-wise: whole tables, the largest first to the least laden worker.
+    """The tables as `models.dealing` deals them.
 
     The kernel is named: left to itself, TorchRec takes the dense kernel on CPU, which has no fused optimizer and so
     would leave the tables as they are.
     """
     world = dist.get_world_size()
-    load = [0] * world
-    ways = {}
-    for table, rows in sorted(schema.tables.items(), key=lambda item: (-item[1], item[0])):
-        if sharding == "row_wise" and world > 1:  # one worker has nothing to cut: whole tables cost it a third of the time
-            ways[table] = row_wise(compute_kernel="fused")
-        else:
-            rank = load.index(min(load))
-            load[rank] += rows
-            ways[table] = table_wise(rank=rank, compute_kernel="fused")
+    ways = {
+        table: row_wise(compute_kernel="fused") if rank is None else table_wise(rank=rank, compute_kernel="fused")
+        for table, rank in deal(schema.tables, sharding, world).items()
+    }
     return construct_module_sharding_plan(
         collection, ways, sharder, local_size=min(world, _local_world_size()), world_size=world, device_type=device.type
     )

@@ -13,8 +13,8 @@ from exfm_ray.tracking.marks import MARKS, PHASES, Mark, numbered
 from exfm_ray.tracking.page import LAYOUT, Part
 from exfm_ray.tracking.run_files import Panel, Row
 
-FORMATS = {"ne": ".4~f", "calibration": ".3~f", "label_rate": ".1~%", "examples": ".3~s"}
-DECIMALS = {"ne": ".5f", "calibration": ".4f", "label_rate": ".3%", "examples": ",d"}
+FORMATS = {"ne": ".4~f", "calibration": ".3~f", "label_rate": ".1~%", "examples": ".3~s", "share": ".1~%"}
+DECIMALS = {"ne": ".5f", "calibration": ".4f", "label_rate": ".3%", "examples": ",d", "share": ".2%"}
 DOMAINS = 7
 """More curves in one plot are a tangle."""
 BAR_LINE = {"width": 1, "color": "#808080"}
@@ -58,9 +58,24 @@ def drift(rows: Sequence[Row], task: str, figure: str, title: str) -> Part:
     for row in rows:
         if row["task"] == task:
             told.setdefault(row["domain"], {})[row["window"]] = row
-    marks = {domain: numbered(number) for number, domain in enumerate(largest(rows)) if domain in told}
-    if figure == "examples" and len(marks) > 1:
-        marks.pop(ALL_DOMAINS, None)  # it would press the others into a line
+    shown = largest(rows)
+    if figure == "examples" and len(told) > 1:
+        told.pop(ALL_DOMAINS, None)  # it would press the others into a line
+    return _by_domain(told, shown, figure, title)
+
+
+def new_ids(rows: Sequence[Row], told: Sequence[Row], feature: str) -> Part:
+    """Share of the examples with ids that are new, in the domains that are drawn of `rows`. `told`: of new_ids.json."""
+    shares: dict[str, dict[int, Row]] = {}
+    for row in told:
+        if row["feature"] == feature:
+            shares.setdefault(row["domain"], {})[row["window"]] = row
+    return _by_domain(shares, largest(rows), "share", f"new ids: {feature}")
+
+
+def _by_domain(told: Mapping[str, Mapping[int, Row]], drawn: Sequence[str], figure: str, title: str) -> Part:
+    """A figure of `told` (domain -> window -> row) in those of the domains `drawn` that it has; a domain looks the same in every plot."""
+    marks = {domain: numbered(number) for number, domain in enumerate(drawn) if domain in told}
     data = [
         _curve("all domains" if domain == ALL_DOMAINS else domain, [told[domain][w] for w in sorted(told[domain])], figure, mark)
         for domain, mark in marks.items()

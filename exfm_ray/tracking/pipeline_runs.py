@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 POLL_S = 2.0
 FIGURES = ("ne", "auc", "gauc", "calibration", "label_rate")
+OVERALL = ("ne", "auc", "calibration", "ne_gain", "transfer_ratio")
+MODEL = "model.json"
+"""The manifest of a snapshot or an exported student, with its files' hashes."""
 
 
 class Learner(NamedTuple):
@@ -34,6 +37,16 @@ class Learner(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.model} {self.arm}" if self.role == "vm" else self.model
+
+
+def figure_name(figure: str, task: str, domain: str) -> str:
+    """A figure of one window in a run."""
+    return f"{figure}/{task}/{domain}"
+
+
+def overall_name(figure: str, task: str, domain: str) -> str:
+    """A figure over all windows after the warm-up in a run's summary."""
+    return f"all_windows/{figure_name(figure, task, domain)}"
 
 
 class PipelineRuns:
@@ -90,7 +103,7 @@ class PipelineRuns:
     def _log_window(self, learner: Learner, rows: list[dict[str, Any]]) -> None:
         """A window's figures, at the number of examples that the model had seen before it (or after a pass over a static set)."""
         step = {"pass": rows[0]["pass"]} if "pass" in rows[0] else {"examples": self._seen.get(learner, 0)}
-        told = {f"{key}/{row['task']}/{row['domain']}": row[key] for row in rows for key in FIGURES if row[key] is not None}
+        told = {figure_name(key, row["task"], row["domain"]): row[key] for row in rows for key in FIGURES if row[key] is not None}
         self._run(learner).log({**step, "window": rows[0]["window"], "examples_per_s": rows[0]["examples_per_s"], **told})
         own = [row for row in rows if row["domain"] == ALL_DOMAINS] or rows
         self._seen[learner] = self._seen.get(learner, 0) + own[0]["examples"]
@@ -114,28 +127,40 @@ class PipelineRuns:
         return self._runs[learner]
 
     def _end(self, learner: Learner, run: wandb.Run, summary: Mapping[str, Any]) -> None:
-        import wandb
-
         for row in summary["figures"]:
             if _learner(row) == learner:
-                told = {key: row.get(key) for key in ("ne", "auc", "calibration", "ne_gain", "transfer_ratio")}
-                run.summary.update({f"all_windows/{key}/{row['task']}/{row['domain']}": value for key, value in told.items() if value is not None})
+                told = {overall_name(key, row["task"], row["domain"]): row.get(key) for key in OVERALL}
+                run.summary.update({key: value for key, value in told.items() if value is not None})
         run.summary.update({"peak_memory_bytes": summary["peak_memory_bytes"]})
         folder = self._made(learner)
         if folder:
-            artifact = wandb.Artifact(f"{self._config.name}-{str(learner).replace(' ', '-')}", "snapshot" if learner.role == "fm" else "export")
-            artifact.add_reference(folder.absolute().as_uri(), checksum=False)
-            run.log_artifact(artifact)
+            name = f"{self._config.name}-{str(learner).replace(' ', '-')}"
+            run.log_artifact(_reference(folder, name, "snapshot" if learner.role == "fm" else "export"))
         run.finish()
 
     def _made(self, learner: Learner) -> Path | None:
-        """The folder of the model as it stands: the last snapshot, the exported student."""
+        """The folder of the model as it stands, whole: the last snapshot, the exported student."""
         if learner.role == "fm":
-            return max((self._config.folder / "snapshots" / learner.model).glob("version=*"), default=None)
+            whole = (self._config.folder / "snapshots" / learner.model).glob(f"version=*/{MODEL}")
+            return max((path.parent for path in whole), key=lambda path: int(path.name.removeprefix("version=")), default=None)
         folder = self._config.folder / "exported" / f"{learner.model}-{learner.arm}"
-        return folder if learner.role == "vm" and folder.is_dir() else None
+        return folder if (folder / MODEL).exists() else None
 
 
 def _learner(row: Mapping[str, Any]) -> Learner:
     return Learner(row["role"], row["model"], row["arm"])
 
+
+def _reference(folder: Path, name: str, kind: str) -> wandb.Artifact:
+    """A stored model as an artifact that holds no bytes of it, only where its files lie and their SHA-256.
+
+    wandb hashes the manifest alone, which changes with every file: reading tables again would take long.
+    """
+    import wandb
+
+    manifest = read_json(folder / MODEL)
+    artifact = wandb.Artifact(name, kind, metadata={"facts": manifest["facts"], "tasks": manifest["tasks"], "sha256": manifest["files"]})
+    artifact.add_reference((folder / MODEL).absolute().as_uri())
+    for file in manifest["files"]:
+        artifact.add_reference((folder / file).absolute().as_uri(), checksum=False)
+    return artifact

@@ -195,9 +195,12 @@ def _drift(run: RunFiles) -> str:
     tasks = list(dict.fromkeys(row["task"] for row in run.rows))
     plots = [charts.drift(run.rows, task, "label_rate", f"label rate: {task}") for task in tasks]
     plots.append(charts.drift(run.rows, tasks[0], "examples", "examples"))
+    features = list(dict.fromkeys(row["feature"] for row in run.new_ids))
+    plots += [charts.new_ids(run.rows, run.new_ids, feature) for feature in features]
     left_out = len({row["domain"] for row in run.rows}) - len(charts.largest(run.rows))
     some = f"<p>{left_out} smaller domains without a vertical model are left out.</p>" if left_out else ""
-    return f"<h2>The data by window</h2>{some}{_grid(((plot, 370) for plot in plots), 'drift')}"
+    new = "<p>New ids: the share of a window's examples whose id no earlier window had.</p>" if features else ""
+    return f"<h2>The data by window</h2>{some}{new}{_grid(((plot, 370) for plot in plots), 'drift')}"
 
 
 def _grid(plots: Iterable[tuple[Part, int]], name: str) -> str:

@@ -81,6 +81,13 @@ class RunFiles:
         return read_lines(self.folder / TIMELINE)
 
     @cached_property
+    def new_ids(self) -> list[Row]:
+        """Of new_ids.json, once a command has ended."""
+        path = self.folder / "new_ids.json"
+        rows: list[Row] = read_json(path) if path.exists() else []
+        return rows
+
+    @cached_property
     def summary(self) -> Row | None:
         """Of summary.json, once a command has ended."""
         path = self.folder / "summary.json"

@@ -50,6 +50,11 @@ class Job:
         return self.config.vm if self.students else self.config.fm
 
     @property
+    def labels(self) -> dict[str, str]:
+        """Of the nodes that its workers run on."""
+        return self.config.placement.vm if self.students else self.config.placement.fm
+
+    @property
     def stream_root(self) -> Path:
         """Where the stream lies."""
         return self.config.folder / "stream"

@@ -38,7 +38,9 @@ def start_feed(job: Job, windows: Sequence[int]) -> Any:
     """The actor that reads for a job what it has still to do. To kill it ends the job: its workers fail at their next block."""
     workers, reader = job.trainer.workers, job.reader(EventStream.open(job.stream_root).schema)
     passes = job.passes(windows, job.checkpoints.latest())
-    return Feed.options(max_concurrency=workers + 2).remote(reader, passes, workers, FEED_WAIT_S)  # type: ignore[attr-defined]
+    labels = job.config.placement.data
+    actor = Feed.options(max_concurrency=workers + 2, label_selector=labels)  # type: ignore[attr-defined]
+    return actor.remote(reader, passes, workers, FEED_WAIT_S, labels)
 
 
 def run_job(job: Job, windows: Sequence[int], recorder: Any, feed: Any) -> None:
@@ -53,7 +55,10 @@ def run_job(job: Job, windows: Sequence[int], recorder: Any, feed: Any) -> None:
     TorchTrainer(
         _train,
         train_loop_config={"job": job, "windows": list(windows), "done": done, "feed": feed, "recorder": recorder},
-        scaling_config=ScalingConfig(num_workers=trainer.workers, use_gpu=cuda, resources_per_worker={"CPU": 1, **({"GPU": 1} if cuda else {})}),
+        scaling_config=ScalingConfig(
+            num_workers=trainer.workers, use_gpu=cuda, resources_per_worker={"CPU": 1, **({"GPU": 1} if cuda else {})},
+            label_selector=job.labels or None,
+        ),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo"),
         run_config=RunConfig(
             name=job.name, storage_path=str(logs / "ray_train"), failure_config=FailureConfig(max_failures=0, controller_failure_limit=0)

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import requests
@@ -34,7 +35,7 @@ def free_ports(count: int) -> list[int]:
 class Head:
     """`ray start --head` with token authentication and its own folder, ports and processes; `home` is its EXFM_HOME."""
 
-    def __init__(self, cpus: int) -> None:
+    def __init__(self, cpus: int, labels: str = "") -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="exfm-head-"))  # short: sockets lie in it
         self.home = self.folder / "home"
         self.token = self.folder / "token"
@@ -48,13 +49,14 @@ class Head:
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            "RAY_prestart_worker_first_driver": "0",  # workers started ahead lack a job's code and are thrown away
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), bare["PATH"]]),
             "EXFM_HOME": str(self.home),
         }
         self._nodes: list[subprocess.Popen[bytes]] = []
         ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", f"--ray-client-server-port={client}"]
         dashboard = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={agent}"]
-        self._start(["--head", *ports, *dashboard, f"--num-cpus={cpus}", f"--temp-dir={self.folder / 'ray'}"])
+        self._start(["--head", *ports, *dashboard, f"--num-cpus={cpus}", f"--labels={labels}", f"--temp-dir={self.folder / 'ray'}"])
         self._wait()
 
     def _start(self, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
@@ -70,7 +72,7 @@ class Head:
         while time.monotonic() < ends:
             assert self._nodes[0].poll() is None, (self.folder / "node0.log").read_text()
             try:
-                if self.get("/api/jobs/", self.token.read_text()).status_code == 200:
+                if self.get("/api/jobs/", self.token.read_text()).status_code == 200 and self.alive():
                     return
             except requests.ConnectionError:
                 pass
@@ -92,10 +94,11 @@ class Head:
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=REPOSITORY, env=self.environment | environment, stdout=pipe, stderr=pipe, text=True)
 
-    def join(self, cpus: int) -> subprocess.Popen[bytes]:
-        """A second node on this machine; returns when the head counts it."""
+    def join(self, cpus: int, labels: str = "") -> subprocess.Popen[bytes]:
+        """Another node on this machine; returns when the head counts it."""
         ports, before = [f"--dashboard-agent-listen-port={free_ports(1)[0]}"], self.alive()
-        node = self._start([f"--address={socket.gethostbyname(socket.gethostname())}:{self.port}", f"--num-cpus={cpus}", *ports])
+        address = f"{socket.gethostbyname(socket.gethostname())}:{self.port}"
+        node = self._start([f"--address={address}", f"--num-cpus={cpus}", f"--labels={labels}", *ports])
         ends = time.monotonic() + START_S
         while self.alive() <= before:
             assert time.monotonic() < ends and node.poll() is None, (self.folder / f"node{len(self._nodes) - 1}.log").read_text()
@@ -106,6 +109,16 @@ class Head:
         """Ids of the nodes that the head takes for alive."""
         rows = self.get("/nodes?view=summary", self.token.read_text()).json()["data"]["summary"]
         return {row["raylet"]["nodeId"] for row in rows if row["raylet"].get("state") == "ALIVE"}
+
+    def told(self, what: str) -> list[dict[str, Any]]:
+        """Ray's own list of all actors or tasks, those that have ended, too."""
+        rows: list[dict[str, Any]] = self.get(f"/api/v0/{what}?limit=5000&detail=1", self.token.read_text()).json()["data"]["result"]["result"]
+        return rows
+
+    def kill(self, node: subprocess.Popen[bytes]) -> None:
+        """End a node at once, with all its processes."""
+        for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+            process.kill()
 
     def stop(self) -> None:
         """End all processes and remove the folder."""

@@ -13,6 +13,8 @@ import pytest
 import ray
 import yaml
 
+from exfm_ray.config import Config
+
 REPOSITORY = Path(__file__).parents[2]
 CLUSTER = REPOSITORY / "cluster"
 LAUNCHER = ["aws.yaml", "gcp.yaml"]
@@ -65,12 +67,13 @@ def test_launched_clusters_ask_for_the_token_and_show_no_dashboard(name: str) ->
 
 @pytest.mark.parametrize("name", LAUNCHER)
 def test_launched_clusters_have_bounds_a_shared_folder_and_a_gpu_group(name: str) -> None:
-    """Wrong: the cluster grows without end, its nodes do not see the run's folder, or the FM finds no GPU."""
+    """Wrong: the cluster grows without end, its nodes do not see the run's folder, or the FM finds no GPU or not its group."""
     config = read(name)
     types = config["available_node_types"]
     workers = {key: value for key, value in types.items() if key != config["head_node_type"]}
     assert sum(value["max_workers"] for value in workers.values()) <= config["max_workers"]
     assert all(value["min_workers"] <= value["max_workers"] for value in workers.values())
+    assert {name: type_["labels"] for name, type_ in workers.items()} == {name: {"exfm-group": name} for name in ("cpu", "fm")}
     assert types["fm"]["resources"]["GPU"] == 1 and "GPU" not in types["cpu"]["resources"] and types["head"]["resources"] == {"CPU": 0}
     assert {"--env EXFM_HOME=/mnt/exfm", "--volume /mnt/exfm:/mnt/exfm"} <= set(config["docker"]["run_options"])
     assert any("mount -t nfs" in command and command.endswith(" /mnt/exfm") for command in config["initialization_commands"])
@@ -116,9 +119,11 @@ def test_kubernetes_clusters_have_bounds_resources_and_a_gpu_group(name: str) ->
     """Wrong: the cluster grows without end, a pod's Ray counts more than its limits, or the FM finds no GPU."""
     cluster = cluster_of(name)
     assert cluster["enableInTreeAutoscaling"] is True
+    assert cluster["autoscalerOptions"]["version"] == "v2", "the first version does not heed labels"
     groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
     assert groups.keys() == {"cpu", "fm"}
     for group in groups.values():
+        assert group["labels"] == {"exfm-group": group["groupName"]}
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"] <= 10
     for pod in pods(name):
         (container,) = pod["spec"]["containers"]
@@ -149,3 +154,12 @@ def test_what_is_to_fill_in_is_refused_as_it_stands() -> None:
     for name in [*LAUNCHER, *RAY, "base.yaml"]:
         text = (CLUSTER / name).read_text()
         assert "FILL_IN_" in text and "TODO" not in text and not re.search(r"<[a-z-]+>|ami-|example\.com", text)
+
+
+def test_the_page_places_roles_on_groups_that_there_are() -> None:
+    """Wrong: who copies the page's placement waits for a label that no group has."""
+    page = (REPOSITORY / "docs" / "cluster.md").read_text()
+    told = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+    placement = Config.model_validate(told).placement
+    groups = [{"exfm-group": name} for name in ("cpu", "fm")]
+    assert {role: groups.index(labels) for role, labels in placement} == {"fm": 1, "vm": 0, "das": 0, "data": 0}

@@ -17,6 +17,7 @@ from head import REPOSITORY, Head
 from ray.job_submission import JobStatus
 
 from cluster.jobs import exit_code
+from exfm_ray.commands import main
 
 SUBMIT_S = 180
 KEYS = "from ray._raylet import GcsClient; print('read', GcsClient(address='127.0.0.1:{}').internal_kv_keys(b'', None, 5))"
@@ -31,15 +32,30 @@ TINY = [
     "das.threads=1",
     "wandb.mode=disabled",
 ]
+PLACEMENT = "{fm: {exfm-group: fm}, vm: {exfm-group: vm}, das: {exfm-group: das}, data: {exfm-group: fm}}"
 PIPELINE = ["pipeline", "--config", "configs/demo.yaml", "--name", "tiny", *(f"--set={setting}" for setting in TINY)]
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A head with 6 logical CPUs."""
-    head = Head(cpus=6)
+    """A head with 3 logical CPUs, labelled for the DAS."""
+    head = Head(cpus=3, labels="exfm-group=das")
     yield head
     head.stop()
+
+
+@pytest.fixture
+def groups_of_nodes(head: Head) -> Iterator[dict[str, str]]:
+    """Id -> label of the head and of two nodes that join it for a test."""
+    found = dict.fromkeys(head.alive(), "das")
+    nodes = []
+    for label in ("fm", "vm"):
+        nodes.append(head.join(2, f"exfm-group={label}"))
+        found |= dict.fromkeys(head.alive() - found.keys(), label)
+    assert len(found) == 3
+    yield found
+    for node in nodes:
+        head.kill(node)
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -54,30 +70,38 @@ def until_logged(process: subprocess.Popen[str], text: str) -> None:
     assert any(text in line for line in process.stdout), f"never printed: {text}"
 
 
-def test_a_pipeline_ends_with_its_figures_and_goes_on_under_its_id(head: Head) -> None:
-    """Wrong: a cluster's run lacks figures, its folder is lost with the job, or an attempt does the work again."""
-    code, out, errors = ended(head.submit("--id", "tiny", "--", *PIPELINE))
+def where(head: Head, groups_of_nodes: dict[str, str]) -> dict[str, set[str]]:
+    """Labels of the nodes on which the workers of both jobs, the DAS, the feeds and Ray Data's read tasks ran."""
+    ran = [(actor["class_name"], actor["node_id"]) for actor in head.told("actors")]
+    ran += [(task["name"], task["node_id"]) for task in head.told("tasks")]
+    roles = ("RayTrainWorker", "Scorer", "Feed", "ReadFragments")
+    return {role: {groups_of_nodes[node] for name, node in ran if name == role} for role in roles}
+
+
+def test_a_pipeline_ends_with_its_figures_and_goes_on(head: Head, groups_of_nodes: dict[str, str]) -> None:
+    """Wrong: a cluster's run lacks figures, its folder is lost with the job, an attempt does the work again, or a role runs on other
+    nodes than the setting `placement` says."""
+    code, out, errors = ended(head.submit("--id", "tiny", "--", *PIPELINE, "--set", f"placement={PLACEMENT}"))
     assert code == 0, out + errors
+    assert "setting 'placement" not in out
     run = head.home / "runs" / "tiny"
     assert f"this run: {run}" in out and "NE gain" in out
     summary = json.loads((run / "summary.json").read_text())
     assert {(row["model"], row["arm"]) for row in summary["figures"]} == {("fm", "fm"), ("feed", "labels"), ("feed", "ah_sa")}
     assert summary["roles"]["fm"]["examples"] == 3 * 600
+    assert where(head, groups_of_nodes) == {
+        "RayTrainWorker": {"fm", "vm"}, "Scorer": {"das"}, "Feed": {"fm"}, "ReadFragments": {"fm"},
+    }  # fmt: skip
     lines = (run / "metrics.jsonl").read_bytes()
 
-    code, out, errors = ended(head.submit("--id", "tiny", "--", *PIPELINE))
-    assert code == 0, out + errors
-    assert "job tiny.2: " in errors and out.count("Running entrypoint") == 1
-    assert (run / "metrics.jsonl").read_bytes() == lines
-    assert json.loads((run / "summary.json").read_text()) == summary
-
-    # Ray's own client, which uploads the working folder as it stands
+    # the same command by Ray's own client, which uploads the working folder as it stands
     (run / "report.html").unlink()
-    report = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", head.url, "--working-dir", ".", "--", "python", "run.py"]
-    report += ["report", "runs/tiny"]
-    process = subprocess.run(report, cwd=REPOSITORY, env=head.environment, capture_output=True, text=True, timeout=SUBMIT_S)
+    again = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", head.url, "--working-dir", ".", "--", "python", "run.py"]
+    again += [*PIPELINE, "--set", f"placement={PLACEMENT}"]
+    process = subprocess.run(again, cwd=REPOSITORY, env=head.environment, capture_output=True, text=True, timeout=SUBMIT_S)
     assert process.returncode == 0, process.stdout + process.stderr
-    assert (run / "report.html").stat().st_size > 1000
+    assert (run / "metrics.jsonl").read_bytes() == lines and (run / "report.html").stat().st_size > 1000
+    assert json.loads((run / "summary.json").read_text()) == summary
 
 
 def test_a_mistake_in_the_config_is_one_line_and_exit_code_2(head: Head, tmp_path: Path) -> None:
@@ -100,33 +124,32 @@ def test_a_mistake_in_the_config_is_one_line_and_exit_code_2(head: Head, tmp_pat
 
 
 def waiting(name: str) -> list[str]:
-    """A run that asks for more CPUs than there are, and so waits for ever."""
-    return ["pipeline", "--config", "configs/demo.yaml", "--name", name, "--set", "fm.workers=99", "--set", "data.embedded.windows=2"]
+    """A run whose FM asks for a node that never comes, and so waits for ever."""
+    settings = ["data.embedded={windows: 2, events_per_window: 600, users: 150, ads: 80, advertisers: 10}", "placement.fm={exfm-group: nowhere}"]
+    return ["train-fm", "--config", "configs/demo.yaml", "--name", name, *(f"--set={setting}" for setting in settings)]
 
 
-def test_an_interrupt_leaves_the_job_running(head: Head) -> None:
-    """Wrong: Ctrl-C ends the job, or does not say how to stop it."""
-    process = head.submit("--id", "alone", "--", *waiting("alone"))
-    until_logged(process, "relative folders lie below")
-    process.send_signal(signal.SIGINT)
-    code, _, errors = ended(process)
-    assert code == 130 and errors.endswith("job alone goes on; `ray job logs --follow alone` follows it, `run.py submit --stop alone` stops it\n")
-    assert head.get("/api/jobs/alone", head.token.read_text()).json()["status"] == "RUNNING"
-    assert ended(head.submit("--stop", "alone"))[0] == 0
-
-
-def test_a_running_job_is_refused_and_stopped(head: Head) -> None:
-    """Wrong: two jobs write one run, a stopped job ends with 0, or --stop leaves it running."""
+def test_a_job_is_left_refused_stopped_and_resubmitted(head: Head) -> None:
+    """Wrong: Ctrl-C ends the job, or does not say how to stop it; a run waits for a node without saying which; two jobs write one run;
+    --stop leaves a job running; an id cannot be used again; a stopped job ends with 0."""
     first = head.submit("--id", "waiting", "--", *waiting("waiting"))
-    until_logged(first, "relative folders lie below")
-
+    until_logged(first, "setting 'placement.fm': no node has exfm-group=nowhere, 1 CPU is asked for; what is to run there waits until ")
     code, out, errors = ended(head.submit("--id", "waiting", "--", *waiting("waiting")))
     assert code == 2 and out == "" and errors.startswith("error: job 'waiting' is running: ") and "run.py submit --stop waiting" in errors
 
-    code, out, errors = ended(head.submit("--stop", "waiting"))
-    assert (code, out, errors) == (0, "job waiting: stopped\n", "")
-    assert ended(first)[0] == 130
-    drivers = [process for process in head.processes() if process.is_running() and "pipeline" in process.cmdline()]
+    first.send_signal(signal.SIGINT)
+    code, _, errors = ended(first)
+    assert code == 130, errors
+    assert "job waiting goes on; `ray job logs --follow waiting` follows it, `run.py submit --stop waiting` stops it\n" in errors
+    assert head.get("/api/jobs/waiting", head.token.read_text()).json()["status"] == "RUNNING"
+    assert ended(head.submit("--stop", "waiting")) == (0, "job waiting: stopped\n", "")
+
+    second = head.submit("--id", "waiting", "--", *waiting("waiting"))
+    until_logged(second, "relative folders lie below")
+    assert ended(head.submit("--stop", "waiting")) == (0, "job waiting.2: stopped\n", "")
+    code, out, errors = ended(second)
+    assert code == 130 and "job waiting.2: " in errors and "Running entrypoint" not in out, "an attempt has a log of its own"
+    drivers = [process for process in head.processes() if process.is_running() and "train-fm" in process.cmdline()]
     assert not drivers
 
 
@@ -169,9 +192,6 @@ def test_only_loopback_leads_to_the_job_server(head: Head) -> None:
 def test_mistakes_before_anything_is_sent(head: Head) -> None:
     """Wrong: a mistake is found only by the cluster, or a wrong address ends in a traceback."""
     for arguments, told in [
-        (["--", "pipelin"], "unknown command 'pipelin'"),
-        (["--", "submit", "--stop", "x"], "'submit' does not go here"),
-        ([], "submit takes a command of run.py after --, or --stop NAME"),
         (["--id", "a/b", "--", *PIPELINE], "--id a/b: letters, digits"),
         (["--", "pipeline", "--config", "../x.yaml"], "--config ../x.yaml: only a file below the working folder"),
         (["--", "pipeline", "--config", "none.yaml"], "none.yaml: no such config file here"),
@@ -180,6 +200,20 @@ def test_mistakes_before_anything_is_sent(head: Head) -> None:
     ]:
         code, out, errors = ended(head.submit(*arguments))
         assert (code, out, errors.count("\n")) == (2, "", 1) and errors.startswith(f"error: {told}"), (arguments, errors)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--", "pipelin"], "unknown command 'pipelin'"),
+        (["--", "submit", "--stop", "x"], "'submit' does not go here"),
+        ([], "submit takes a command of run.py after --, or --stop NAME"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrong: what is no command goes to a cluster."""
+    assert main(["submit", "--address", "http://127.0.0.1:1", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {told}")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from head import Head
 from test_cluster_jobs import PIPELINE, ended
@@ -42,8 +41,7 @@ def test_a_run_survives_the_loss_of_a_node(head: Head) -> None:
     while not (figures.exists() and figures.read_text()):
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
-    for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
-        process.kill()
+    head.kill(node)
     head.join(cpus=3)
     code = ended(first)[0]
     for _ in range(ATTEMPTS):

@@ -28,10 +28,10 @@ from exfm_ray.serving.delta import main as delta_main
 from exfm_ray.serving.export import export_student
 from exfm_ray.training.job import Job
 
-WUKONG = {"type": "wukong", "dim": 4, "l": 1, "n_F": 2, "n_L": 2, "k": 2, "fmb_mlp": [8], "mlp": [8]}
+OTHER = {"type": "mlp", "dim": 8, "mlp": [4]}  # every backbone is exported in test_graph.py
 MODELS = [
     {"name": "feed", "domain": "feed", "task": ["click", "conversion"]},
-    {"name": "stories", "domain": "stories", "task": "click", "model": WUKONG},
+    {"name": "stories", "domain": "stories", "task": "click", "model": OTHER},
 ]
 
 
@@ -56,6 +56,12 @@ def trained(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory
     earlier = export_student(config.folder, "feed", "ah_sa", config.folder / "earlier")
     groups[1].run(train, job, windows, None)
     return Trained(config.folder, earlier, export_student(config.folder, "feed", "ah_sa"))
+
+
+@pytest.fixture(scope="module")
+def delta(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What changed in the last window."""
+    return export_student(trained.run, "feed", "ah_sa", tmp_path_factory.mktemp("delta") / "delta", since=trained.earlier)
 
 
 def rows(run: Path, window: int, count: int, empty: bool) -> dict[str, np.ndarray[Any, Any]]:
@@ -122,11 +128,10 @@ def test_the_example_in_the_docs_runs(trained: Trained) -> None:
     assert found["probabilities"].shape == (2, 2) and ((found["probabilities"] > 0) & (found["probabilities"] < 1)).all()
 
 
-def test_a_delta_leads_to_the_new_folder(trained: Trained, tmp_path: Path) -> None:
+def test_a_delta_leads_to_the_new_folder(trained: Trained, delta: Path, tmp_path: Path) -> None:
     """Wrong: a server that takes deltas predicts otherwise than one that takes full exports, or the delta holds everything."""
-    delta = export_student(trained.run, "feed", "ah_sa", tmp_path / "delta", since=trained.earlier)
     assert {path.name for path in delta.iterdir()} == {"delta.safetensors", "model.onnx", "schema.json", "manifest.json"}
-    assert not list(tmp_path.glob(".*")), "nothing unfinished is left"
+    assert not list(delta.parent.glob(".*")), "nothing unfinished is left"
     changed = read_json(delta / "manifest.json")["changed"]
     sizes = {name: len(table) for name, table in load_file(trained.served / "tables.safetensors").items()}
     assert 0 < changed["user"] < sizes["user"]
@@ -177,9 +182,11 @@ def test_a_delta_since_something_else_is_refused(trained: Trained, tmp_path: Pat
     assert SPOILT[spoil] in str(told.value) and [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-def test_a_delta_is_not_applied_to_something_else(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_delta_is_not_applied_to_something_else(
+    trained: Trained, delta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Wrong: a delta skipped, taken twice or damaged on its way goes unnoticed."""
-    delta = export_student(trained.run, "feed", "ah_sa", tmp_path / "delta", since=trained.earlier)
+    delta = shutil.copytree(delta, tmp_path / "delta")
 
     def refused(base: Path, delta: Path, to: Path) -> str:
         assert delta_main([str(base), str(delta), str(to)]) == 2
@@ -234,11 +241,10 @@ def test_a_damaged_student_is_refused(trained: Trained, tmp_path: Path) -> None:
 
 def test_a_model_that_predicts_otherwise_is_refused(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong: an exporter's fault reaches the servers, or half a folder stays."""
-    honest = export.write_onnx
 
-    def faulty(*arguments: Any) -> export.Predict:
-        predict = honest(*arguments)
-        return lambda inputs: predict(inputs) + 2e-5 * (len(inputs["sparse_BS"]) == 3)
+    def faulty(program: Any, *arguments: Any) -> export.Predict:
+        predict = program.module()
+        return lambda inputs: predict(**inputs) + 2e-5 * (len(inputs["sparse_BS"]) == 3)
 
     monkeypatch.setattr(export, "write_onnx", faulty)
     with pytest.raises(UserError, match=r"model.onnx: its probabilities differ .* by up to 2.0e-05 in a batch of 3, where 1e-05 is allowed"):

@@ -48,9 +48,15 @@ def write_run(folder: Path, name: str, windows: int = WINDOWS, roles: tuple[str,
     (config.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     spans = [span(role, window, phase, 100.0 + 3 * window + i) for window in range(windows) for role in roles for i, phase in PHASES.items()]
     (config.folder / "timeline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spans))
+    write_json(config.folder / "new_ids.json", [
+        {"feature": feature, "window": window, "domain": domain, "share": share / window}
+        for feature, share in NEW.items() for window in range(1, WINDOWS) for domain in ("all", "feed", "stories")
+    ])  # fmt: skip
     return config, dict(examples)
 
 
+NEW = {"user": 0.5, "ad": 0.25}
+"""Share of new ids in window 1."""
 PHASES = {0: "evaluate", 1: "learn"}
 
 

@@ -50,6 +50,13 @@ def window(number: int) -> list[dict[str, Any]]:
     return [*fm, row("vm", "feed", "ah", "feed", number, 40, None if number == 0 else 0.95)]
 
 
+def stored(folder: Path, digest: str) -> Path:
+    """A model at rest."""
+    write_json(folder / "model.json", {"facts": {"windows": 3}, "tasks": ["click"], "files": {"dense.safetensors": digest}, "network": {}})
+    (folder / "dense.safetensors").write_bytes(b"x")
+    return folder
+
+
 def written(config: Config) -> dict[str, OfflineRun]:
     found = [OfflineRun(path) for path in run_files(config.folder).values()]
     return {run.start["display_name"]: run for run in found}
@@ -63,7 +70,10 @@ def test_each_learner_is_a_run(tmp_path: Path) -> None:
     """Wrong: a pipeline's models cannot be compared in wandb over the examples that they had seen, or a figure is of another domain."""
     config = small_config(tmp_path, "run", wandb={"mode": "offline"})
     add(config, [*window(0), *window(1), *window(2)], [span("fm", 2), span("das", 2)])
-    write_json(config.folder / "exported" / "feed-ah" / "manifest.json", {})
+    student = stored(config.folder / "exported" / "feed-ah", "a" * 64)
+    for version in (2, 999, 1000):
+        stored(config.folder / "snapshots" / "fm" / f"version={version:03d}", "b" * 64)
+    (config.folder / "snapshots" / "fm" / "version=1001").mkdir()  # not published yet
     follow(config)
     runs = written(config)
     assert {name: (run.start["run_group"], run.start["job_type"]) for name, run in runs.items()} == {
@@ -78,8 +88,12 @@ def test_each_learner_is_a_run(tmp_path: Path) -> None:
     assert das.history == [{"examples": 70, "window": 2, "snapshot": 1, "freshness_lag": 2, "examples_per_s": 140.0, "waited_s": 1.5}]
     assert vm.summary["all_windows/transfer_ratio/click/feed"] == 0.5 and vm.summary["peak_memory_bytes"] == 5000
     assert fm.config["fm"]["batch_size"] == config.fm.batch_size and vm.config["arm"] == "ah"
-    (reference,) = vm._of("artifact")
-    assert reference["type"] == "export" and reference["name"] == "run-feed-ah"
+    (export,), (snapshot,) = vm.artifacts, fm.artifacts
+    assert (export["type"], export["name"], snapshot["type"], snapshot["name"]) == ("export", "run-feed-ah", "snapshot", "run-fm")
+    assert export["metadata"] == {"facts": {"windows": 3}, "tasks": ["click"], "sha256": {"dense.safetensors": "a" * 64}}
+    assert export["references"] == {name: (student / name).as_uri() for name in ("model.json", "dense.safetensors")}
+    assert snapshot["references"]["model.json"] == (config.folder / "snapshots" / "fm" / "version=1000" / "model.json").as_uri()
+    assert not das.artifacts
     assert KEY.encode() not in content(config.folder)
 
 
@@ -104,7 +118,7 @@ def test_figures_come_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.
     runs = PipelineRuns(config, lambda: SUMMARY)
     add(config, window(0), [])
     for _ in range(400):
-        if runs._seen:
+        if len(runs._seen) == 2:
             break
         runs._over.wait(0.05)
     assert {str(learner): seen for learner, seen in runs._seen.items()} == {"fm": 70, "feed ah": 40}

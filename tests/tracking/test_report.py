@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from browser import Seen, browser_path, look
-from run_folders import WINDOWS, write_run
+from run_folders import NEW, WINDOWS, write_run
 
 from exfm_ray.files import write_json
 from exfm_ray.tracking.charts import by_window, drift, largest
@@ -111,7 +111,7 @@ def test_arms_differ_without_colour(screen: Seen) -> None:
 
 @browser
 def test_the_table_and_the_data(folder: Path, screen: Seen) -> None:
-    """Wrong: a figure stands in another column or row, or the label rate is another domain's."""
+    """Wrong: a figure stands in another column or row, or the label rate or the share of new ids is another domain's."""
     table = {(row[0], row[1], row[2], row[3]): dict(zip(screen.value["head"], row, strict=True)) for row in screen.value["rows"]}
     assert len(table) == len(screen.value["rows"]) == 2 + 4 + 4
     examples = sum(row["examples"] for row in written(folder) if (row["model"], row["arm"]) == ("feed", "kd") and row["window"] >= 1)
@@ -124,6 +124,9 @@ def test_the_table_and_the_data(folder: Path, screen: Seen) -> None:
     for domain in ("all", "feed", "stories"):
         rates = {row["window"]: row["label_rate"] for row in written(folder) if (row["domain"], row["task"], row["role"]) == (domain, "click", "fm")}
         assert clicks["all domains" if domain == "all" else domain] == [rates[w] for w in range(WINDOWS)]
+    for place, share in (("drift-3", NEW["user"]), ("drift-4", NEW["ad"])):
+        new = {trace["name"]: (trace["x"], trace["y"]) for trace in screen.value["plots"][place]}
+        assert new == dict.fromkeys(("all domains", "feed", "stories"), ([1, 2, 3], [share, share / 2, share / 3]))
 
 
 @browser

@@ -225,3 +225,9 @@ def test_a_checkpoint_without_manifest_is_none(tmp_path: Path) -> None:
     (tmp_path / "windows=001").mkdir()
     write_json(tmp_path / "windows=001" / "manifest.json", {})
     assert Checkpoints(tmp_path).latest() == 1
+
+
+def test_workers_belong_on_their_roles_nodes(tmp_path: Path) -> None:
+    """Wrong: the vertical models fill the foundation model's nodes."""
+    config = small_config(tmp_path, "placed", placement={"fm": {"group": "gpu"}, "vm": {"group": "cpu"}}, vm={"share_pass": False})
+    assert Job("fm", config).labels == {"group": "gpu"} and [job.labels for job in vm_jobs(config)] == [{"group": "cpu"}] * 2

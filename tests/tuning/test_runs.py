@@ -55,7 +55,7 @@ def test_a_trial_is_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert found.keys() == {"feed ah 007", "feed ah 011"}
     run, failed = found["feed ah 007"], found["feed ah 011"]
     assert (run.start["run_group"], run.start["job_type"], run.start["project"]) == ("sweep/feed", "tune", "exfm-ray")
-    settings = {"distillation.ah.w": 0.3, "distillation.ah.mlp": [4]}
+    settings = {"distillation": {"ah": {"w": 0.3, "mlp": [4]}}}
     assert run.config == {**settings, "student": "feed", "arm": "ah", "trial": 7, "seed": 5}
     assert run.metrics == {"window": None, "*": "window"}
     # Calibration 1.5 is within [0.5, 2]; 3.0 is 1 out of it, less 1.96 standard errors: 3 / sqrt(1e6) each.

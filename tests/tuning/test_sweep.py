@@ -10,14 +10,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from dashboard_spec import logged, named
 from small_runs import small_config
 from tuning_runs import SWEEP, taught, trials
-from wandb_files import run_files
+from wandb_files import OfflineRun, run_files
 from workers import Workers
 
 import tuning.sweep
 from exfm_ray.config import Config, load_config
+from exfm_ray.data.prepare import source_schema
 from exfm_ray.errors import UserError
+from exfm_ray.tracking.dashboard import parts
 from exfm_ray.tracking.recorder import read_metrics
 from exfm_ray.tune_config import Distribution, TuneConfig
 from tuning.analysis import fm_ne
@@ -45,8 +48,9 @@ class Swept:
 
 @pytest.fixture(scope="module")
 def swept(cluster: None, groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Swept:
-    """A sweep whose driver dies after some trials, and the same command once more."""
-    config = taught(groups, tmp_path_factory.mktemp("sweep"), tune=SWEEP, wandb={"mode": "offline"})
+    """A sweep on labelled nodes whose driver dies after some trials, and the same command once more."""
+    placement = {"vm": {"exfm-group": "tests"}}
+    config = taught(groups, tmp_path_factory.mktemp("sweep"), tune=SWEEP, wandb={"mode": "offline"}, placement=placement)
     assert config.tune is not None
     columns = config.tune.space
     path = config.folder / "tune" / "trials.parquet"
@@ -207,9 +211,15 @@ def test_nothing_left_to_do(swept: Swept) -> None:
 
 
 def test_runs_and_plots(swept: Swept) -> None:
-    """Wrong: trials that finished before a kill, or after it, are missing in wandb, or are there twice, or nothing is drawn."""
+    """Wrong: trials that finished before a kill, or after it, are missing in wandb, or are there twice, nothing is drawn, or
+    the dashboard asks for what no trial has."""
     found = run_files(swept.config.folder)
     assert found.keys() == {run_id(swept.config, one) for one in swept.trials}
+    (part,) = [part for part in parts(swept.config, source_schema(swept.config)) if part.name == "Sweep"]
+    had = logged([OfflineRun(found[run_id(swept.config, one)]) for one in swept.trials if one.search.arm == "ah" or one.state == "failed"])
+    for panel in part.panels:
+        asked = named(json.loads(panel._to_model().model_dump_json(by_alias=True, exclude_none=True)))
+        assert asked and asked <= had, asked - had
     assert f"trials-0-{len(SWEEP['space']) - 1}" in (swept.config.folder / "tune" / "plots.html").read_text()
 
 
