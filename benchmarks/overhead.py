@@ -34,7 +34,7 @@ from exfm_ray.data.prepare import prepare
 from exfm_ray.data.stream import EventStream
 from exfm_ray.runtime import ray_session
 from exfm_ray.tracking.recorder import RecorderActor
-from exfm_ray.training.checkpoint import JobResult
+from exfm_ray.training.checkpoint import JobResult, Mark
 from exfm_ray.training.job import Job
 from exfm_ray.training.launch import run_job, start_feed
 from exfm_ray.training.local import local_loop
@@ -61,7 +61,7 @@ def in_ray(settings: Config) -> JobResult:
     job, windows = Job("fm", settings), EventStream.open(settings.folder / "stream").windows()
     recorder = RecorderActor.remote(settings.folder / "metrics.jsonl")  # type: ignore[attr-defined]
     run_job(job, windows, recorder, start_feed(job, windows))
-    return job.checkpoints.result(len(windows))
+    return job.checkpoints.result(Mark(len(windows)))
 
 
 def bare(settings: Config) -> list[Timing]:

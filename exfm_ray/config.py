@@ -87,12 +87,20 @@ class OptimizerConfig(Model):
     )
 
 
+WAYS = {"workers", "min_workers", "zero_stage", "sharding", "threads"}
+"""Settings of a trainer that say how training is spread."""
+
+
 class TrainerConfig(Model):
     """What FM and VM training have in common."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     batch_size: int = Field(1024, ge=1, description="global: the workers divide each batch among them")
     workers: int = Field(1, ge=1)
+    min_workers: int | None = Field(
+        None, ge=1, description="elastic: after the loss of workers the job goes on by itself, from its last checkpoint, with as many as there "
+        "are, at least these; without it the loss of a worker ends the run, and the same command goes on"
+    )  # fmt: skip
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
     matmul_precision: Literal["highest", "high", "medium"] = Field(
@@ -111,6 +119,8 @@ class TrainerConfig(Model):
         for setting, used in (("optimizer.ema", self.optimizer.ema > 0), ("compile", self.compile)):
             if used and self.zero_stage == 3:
                 raise ValueError(f"{setting} is set with zero_stage 3, where no worker holds the weights whole; choose stage 0, 1 or 2")
+        if self.min_workers and self.min_workers > self.workers:
+            raise ValueError(f"min_workers is {self.min_workers}, above workers = {self.workers}")
         return self
 
 
@@ -224,6 +234,13 @@ class DistillationConfig(Model):
     sa: SAConfig = SAConfig()
 
 
+class CheckpointConfig(Model):
+    """Checkpoints of FM and VM training. There is one at the end of every window (of every pass, over a static set)."""
+
+    every_examples: int | None = Field(None, ge=1, description="another one inside a window whenever a job has learnt so many examples")
+    keep: int = Field(2, ge=1, description="the newest so many stay; more than one, lest a damaged file cost the whole run")
+
+
 class MetricsConfig(Model):
     """`warmup_windows`: how many windows at the start stay out of summary.json."""
 
@@ -256,6 +273,7 @@ class Config(Model):
     distillation: DistillationConfig = DistillationConfig()
     metrics: MetricsConfig = MetricsConfig()
     placement: PlacementConfig = PlacementConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     wandb: WandbConfig = WandbConfig()
     tune: TuneConfig | None = Field(None, description="a sweep over the settings of the vertical models")
 
@@ -310,12 +328,13 @@ def load_config(file: Path, overrides: Sequence[str] = (), name: str | None = No
     The run's name is `name`, else the file's own `name`, else the file's stem. UserError names the setting at fault.
     """
     try:
-        tree = yaml.safe_load(file.read_text()) or {}
+        tree = yaml.safe_load(file.read_text())
+        tree = {} if tree is None else tree
     except FileNotFoundError:
         raise UserError(f"{file}: no such config file; configs/ holds ready ones") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read as a config: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{file}: a config is a mapping of sections, this is a {type(tree).__name__}")
@@ -387,6 +406,15 @@ def _known_keys(path: Sequence[str | int]) -> list[str]:
             options += [resolve(o) for option in options for o in option.get("oneOf", [])]
             node = next((o for o in options if o.get("properties", {}).get("type", {}).get("const") == part), {})
     return list(resolve(node).get("properties", {}))
+
+
+CHANGEABLE = {"fm": WAYS, "vm": WAYS, "checkpoint": True, "das": {"min_actors", "max_actors"}}
+"""Settings with which a run that has begun may go on otherwise: how it is spread, not what it learns."""
+
+
+def lineage(config: Config) -> str:
+    """The settings that a run keeps from its beginning to its end, as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude=CHANGEABLE), sort_keys=False, allow_unicode=True)  # type: ignore[arg-type]
 
 
 def dump_config(config: Config) -> str:

@@ -44,7 +44,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not text, or nested without end
         raise UserError(f"{path}: not valid JSON ({error}); remove it and run the step that writes it again") from None
 
 
@@ -57,12 +57,31 @@ def append_lines(path: Path, rows: Sequence[Any]) -> None:
         os.fsync(file.fileno())
 
 
+def append_text(path: Path, line: str) -> None:
+    """Append a line to a log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(line + "\n")
+
+
 def read_lines(path: Path) -> list[Any]:
-    """The rows of a file of JSON lines; a last line that is not whole (being written, or cut short by a kill) is left out."""
+    """The rows of a file of JSON lines; a last line that is not whole (being written, or cut short by a kill) is left out.
+
+    UserError where a line before it is damaged.
+    """
     if not path.exists():
         return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    data = path.read_bytes()
+    rows = []
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is damaged ({error}); remove the line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} is no JSON object; remove the line")
+        rows.append(row)
+    return rows
 
 
 def cut_torn_line(path: Path) -> None:

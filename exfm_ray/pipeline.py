@@ -8,6 +8,7 @@ together or one after the other, killed and started again, with the same result.
 from __future__ import annotations
 
 import platform
+import sys
 import threading
 import time
 import traceback
@@ -16,18 +17,22 @@ from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+import yaml
 
-from exfm_ray.config import Arm, Config, StudentConfig, dump_config
+from exfm_ray.actors import answer, beside_driver
+from exfm_ray.config import Arm, Config, StudentConfig, dump_config, lineage
 from exfm_ray.das.lag import version_for
 from exfm_ray.das.service import DAS
+from exfm_ray.data.feed import FEED_WAIT_S
 from exfm_ray.data.prepare import prepare
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
-from exfm_ray.files import read_json, write_json, write_text
+from exfm_ray.files import append_text, read_json, write_json, write_text
 from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.network import Network
 from exfm_ray.runtime import MemoryMeter, ray_session
@@ -36,13 +41,15 @@ from exfm_ray.summary import summary_rows
 from exfm_ray.tracking.pipeline_runs import PipelineRuns
 from exfm_ray.tracking.progress import ProgressView
 from exfm_ray.tracking.recorder import RecorderActor, read_metrics
-from exfm_ray.training.checkpoint import JobResult
+from exfm_ray.training.checkpoint import START, JobResult
 from exfm_ray.training.job import Job, fm_tasks
 from exfm_ray.training.launch import run_job, start_feed
 
 PACKAGES = ("torch", "ray", "deepspeed", "torchrec", "pyarrow", "numpy")
 TABLE_DIM_MULTIPLE = 4
 POLL_S = 0.2
+STALL_S = 3 * FEED_WAIT_S
+"""Longest time in which no role learns, or scores, a single batch."""
 STOP_S = 60.0
 """Longest wait for the other jobs to end once one has failed."""
 
@@ -130,6 +137,9 @@ class Run:
         self._check_static(das)
         self._claim()
         jobs = ([Job("fm", self.config)] if fm else []) + (vm_jobs(self.config) if vm else [])
+        for told in [told for job in jobs for told in job.checkpoints.set_aside_damaged()]:
+            print(f"warning: {told}", file=sys.stderr)
+            append_text(self.folder / "logs" / "driver.log", told)
         jobs = [job for job in jobs if not job.finished(self.windows)]
         scoring = self.das.missing(self.windows) if das else []
         if not jobs and not scoring:
@@ -138,8 +148,8 @@ class Run:
         failure = self.folder / "logs" / "error.txt"
         failure.unlink(missing_ok=True)
         with ray_session(self.config), closing(PipelineRuns(self.config, self.summarise)), ProgressView(self._totals(jobs, scoring)) as view:
-            self._recorder = RecorderActor.remote(self.folder / "metrics.jsonl")
-            ray.get(self._recorder.state.remote())
+            self._recorder = RecorderActor.options(scheduling_strategy=beside_driver()).remote(self.folder / "metrics.jsonl")
+            self._progress()
             feeds = [start_feed(job, self.windows) for job in jobs]
             self._pending = [self._start(job, feed) for job, feed in zip(jobs, feeds, strict=True)]
             watch = self._watcher(view)
@@ -155,7 +165,12 @@ class Run:
                 for feed in feeds:
                     ray.kill(feed)
                 wait(self._pending, STOP_S)  # the other jobs end by the loss of their feeds, before Ray goes
-            view.update(ray.get(self._recorder.state.remote()))
+            view.update(self._progress())
+
+    def _progress(self) -> dict[str, tuple[int, int]]:
+        """Job -> (window it is at, examples done)."""
+        state: dict[str, tuple[int, int]] = answer(self._recorder.state.remote(), "the run", "its recorder")
+        return state
 
     def _start(self, job: Job, feed: Any) -> Future[None]:
         """Run a job in a thread that does not keep the process from ending."""
@@ -196,19 +211,28 @@ class Run:
         """Write the resolved config; a folder that holds a run of other settings is refused."""
         path = self.folder / "config.yaml"
         settings = dump_config(self.config)
-        if path.exists() and path.read_text().split("\n---\n")[0].strip() != settings.strip():
+        if path.exists() and self._begun(path) != lineage(self.config):
             raise UserError(f"{path}: this folder holds a run with other settings; choose another --name, or remove the folder")
         versions = "".join(f"# {name} {version(name)}\n" for name in PACKAGES)
         write_text(path, f"{settings}\n---\n# python {platform.python_version()}\n{versions}")
+
+    def _begun(self, path: Path) -> str | None:
+        """The settings with which the run in this folder was begun; None where they are none of this version's."""
+        try:
+            return lineage(Config.model_validate(yaml.safe_load(path.read_text().split("\n---\n")[0])))
+        except (ValueError, yaml.YAMLError):
+            return None
 
     def _totals(self, jobs: Sequence[Job], scoring: Sequence[int]) -> dict[str, int]:
         """Examples that each role has still to do."""
         sizes = {w: self.stream.window(w) for w in self.windows}
         totals = {}
         for job in jobs:
-            left = [work.window for work in job.passes(self.windows, job.checkpoints.latest()) if work.purpose == "learn"]
+            done = job.checkpoints.latest()
+            left = [work.window for work in job.passes(self.windows, done) if work.purpose == "learn"]
             domains = [self.stream.schema.domain_index(s.domain) for s in job.students]
-            totals[job.name] = sum(sum(f.domain_rows[d] for d in domains) if domains else f.rows for w in left for f in sizes[w].fragments)
+            rows = sum(sum(f.domain_rows[d] for d in domains) if domains else f.rows for w in left for f in sizes[w].fragments)
+            totals[job.name] = rows - done.examples
         return totals | ({"das": sum(sizes[w].rows for w in scoring)} if scoring else {})
 
     def _scored(self, window: int, rows: int, watch: Callable[[], None]) -> None:
@@ -218,13 +242,19 @@ class Run:
     def _watcher(self, view: ProgressView) -> Callable[[], None]:
         """A function that shows progress, measures memory and raises the error of a job that has failed."""
         last = [0.0]
+        moved: list[tuple[float, dict[str, tuple[int, int]]]] = [(time.monotonic(), {})]
 
         def watch() -> None:
             if time.monotonic() - last[0] < POLL_S:
                 return
             last[0] = time.monotonic()
             self.memory.sample()
-            view.update(ray.get(self._recorder.state.remote()))
+            state = self._progress()
+            view.update(state)
+            moved[0] = (moved[0][0] if state == moved[0][1] else last[0], state)
+            if last[0] - moved[0][0] > STALL_S:
+                at = ", ".join(f"{job} at window {window}" for job, (window, _) in state.items()) or "none has begun"
+                raise UserError(f"no role has moved for {STALL_S:.0f} s ({at}); are there CPUs or GPUs for all? logs: {self.folder / 'logs'}")
             for job in [job for job in self._pending if job.done()]:
                 self._pending.remove(job)
                 job.result()
@@ -258,4 +288,4 @@ class Run:
 
     def _result(self, job: Job) -> JobResult | None:
         done = job.checkpoints.latest()
-        return job.checkpoints.result(done) if done else None
+        return job.checkpoints.result(done) if done != START else None

@@ -15,11 +15,15 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from exfm_ray.actors import answer
 from exfm_ray.config import Config
 from exfm_ray.errors import UserError
 
 DATA_CPUS = 2
 """Logical CPUs left to Ray Data's read tasks; with none left the run would hang."""
+
+NODES_S = 120.0
+"""Longest wait for all nodes of a cluster to answer."""
 
 
 @contextmanager
@@ -70,7 +74,8 @@ def _check_cluster(config: Config) -> None:
     marker.touch()
     try:
         tasks = [ray.remote(_exists).options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], False)) for n in others]
-        seen = ray.get([task.remote(marker) for task in tasks])
+        where = ", ".join(node["NodeManagerAddress"] for node in others)
+        seen = answer([task.remote(marker) for task in tasks], "the run", f"the nodes {where} to look for {config.folder}", NODES_S)
     finally:
         marker.unlink()
     blind = [node["NodeManagerAddress"] for node, sees in zip(others, seen, strict=True) if not sees]

@@ -7,6 +7,7 @@ Ray takes 40; one test holds the two equal.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,25 +45,38 @@ class LocalReport:
         Recorder(self.path).timeline([{"role": self.job, **row} for row in rows])
 
 
-def train(job: Job, windows: Sequence[int], dies_at: int | None) -> None:
-    """A worker's part of a job, from its latest checkpoint on; `dies_at`: after that window's figures, before its checkpoint."""
+class DiedError(Exception):
+    """Stands for a kill."""
+
+
+def train(job: Job, windows: Sequence[int], dies_at: int | None, batches: int | None = None) -> None:
+    """A worker's part of a job, from its latest checkpoint on.
+
+    Args:
+        dies_at: ends in that window: after its figures, before its checkpoint, or after so many `batches` of it.
+    """
     done = job.checkpoints.latest()
     report = LocalReport(job.config.folder / "metrics.jsonl", job.name) if dist.get_rank() == 0 else None
     dist.barrier()
     worker = Worker(job, None, report, torch.device("cpu"))
     worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, done))  # type: ignore[assignment]
-    if dies_at is None:
+    save, between = worker._save, worker._between
+
+    def dying_save(mark: Any, window: int | None) -> None:
+        if window == dies_at and not mark.examples:
+            raise DiedError
+        save(mark, window)
+
+    def dying_between(work: Any, under: Any, group: int) -> None:
+        between(work, under, group)
+        if work.window == dies_at and under.batches == batches:
+            raise DiedError
+
+    if dies_at is not None:
+        worker._save, worker._between = dying_save, dying_between  # type: ignore[method-assign]
+    with suppress(DiedError):
         worker.run(windows, done)
-        return
-    if done:
-        job.checkpoints.load(done, worker.loop, worker.lanes)
-    for position, window in list(enumerate(windows))[done:]:
-        worker.loop.run(window)
-        if job.role == "fm":
-            worker.publish(window + 1)
-        if window == dies_at:
-            return
-        job.checkpoints.save(position + 1, worker.loop, worker.lanes)
+    worker.saver.finish()
 
 
 def score(config: Config) -> int:
@@ -84,10 +98,10 @@ def predictions(config: Config, rows: int) -> dict[str, Any]:
     """Logits of trained lanes, from the last checkpoint, on the stream's first rows."""
     (job,) = vm_jobs(config)
     worker = Worker(job, None, None, torch.device("cpu"))
-    job.checkpoints.load(job.checkpoints.latest(), worker.loop, worker.lanes)
+    job.checkpoints.load(job.checkpoints.latest(), worker.loop)
     stream = EventStream.open(config.folder / "stream")
     batch = to_batch(stream.read(0, stream.window(0).fragments[0]).slice(0, rows), stream.schema)
-    return {lane.name: lane.engine.predict(batch).numpy() for lane in worker.lanes}
+    return {lane.name: lane.engine.predict(batch).numpy() for lane in worker.loop.lanes}
 
 
 def run_locally(groups: dict[int, Workers], config: Config) -> dict[str, Any]:

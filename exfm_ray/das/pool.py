@@ -12,9 +12,12 @@ from ray.exceptions import RayActorError
 
 from exfm_ray.das.scorer import Scored
 from exfm_ray.data.stream import Fragment, Window
+from exfm_ray.errors import UserError
 
 FRAGMENTS_PER_CALL = 4
 TRIES = 3
+SCORE_S = 3600.0
+"""Longest wait for one call of an actor, its start included."""
 
 
 @dataclass
@@ -55,7 +58,9 @@ class Pool:
             while waiting and idle:
                 actor, call = idle.popleft(), waiting.popleft()
                 running[actor.score.remote(call.window, call.fragments, version)] = (actor, call)
-            ready, _ = ray.wait(list(running))
+            ready, _ = ray.wait(list(running), timeout=SCORE_S)
+            if not ready:
+                raise UserError(f"the DAS waited {SCORE_S:.0f} s for {len(running)} actors to score fragments of window {window.index}")
             actor, call = running.pop(ready[0])
             try:
                 yield from ray.get(ready[0])

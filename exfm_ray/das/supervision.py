@@ -98,8 +98,9 @@ class SupervisionStore:
         )
         with atomic_path(path) as temporary:
             pq.write_table(
-                table, temporary, compression="zstd", use_dictionary=["teacher", "snapshot"], column_encoding={"example_id": "DELTA_BINARY_PACKED"}
-            )
+                table, temporary, compression="zstd", use_dictionary=["teacher", "snapshot"], column_encoding={"example_id": "DELTA_BINARY_PACKED"},
+                write_page_checksum=True,
+            )  # fmt: skip
 
     def scored(self, window: int, fragment: Fragment, snapshot: int) -> bool:
         """True when this fragment's supervision by this snapshot is on disk, whole: an interrupted window goes on from there."""
@@ -107,8 +108,8 @@ class SupervisionStore:
         if not path.exists():
             return False
         try:
-            table = pq.read_table(path, columns=["snapshot"], partitioning=None)
-        except pa.ArrowInvalid:  # damaged: score it again
+            table = pq.read_table(path, columns=["snapshot"], partitioning=None, page_checksum_verification=True)
+        except (pa.ArrowException, OSError):  # damaged: score it again
             return False
         return table.num_rows == fragment.rows and pc.all(pc.equal(table["snapshot"], snapshot)).as_py() is not False
 
@@ -140,10 +141,10 @@ class SupervisionStore:
             if task not in manifest.tasks:
                 raise UserError(f"{path}: no supervision for task '{task}'; this teacher writes {', '.join(manifest.tasks)}")
         try:
-            table = pq.read_table(path, partitioning=None, use_threads=False)
+            table = pq.read_table(path, partitioning=None, use_threads=False, page_checksum_verification=True)
         except FileNotFoundError:
             raise UserError(f"{path}: the manifest names this file, but it is not there; remove the window's folder and run the DAS") from None
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a readable Parquet file ({error}); remove the window's folder and run the DAS again") from None
         expected = {"example_id": pa.int64(), "snapshot": pa.int32(), **{prediction_column(t): pa.float32() for t in manifest.tasks}}
         if missing := sorted({"teacher", *expected} - set(table.column_names)):

@@ -20,10 +20,14 @@ from typing import Any, Literal, Protocol
 import pyarrow as pa
 import ray
 
+from exfm_ray.actors import answer
 from exfm_ray.data.stream import EventStream, Fragment
+from exfm_ray.errors import UserError
 
 FRAGMENTS_PER_DATASET = 256
 BLOCKS_AHEAD = 4
+FEED_WAIT_S = 3600.0
+"""Longest that a job waits for a window or its supervision."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +99,13 @@ def _datasource(reader: FragmentReader, work: Sequence[tuple[Pass, Fragment]]) -
     return Fragments()
 
 
-@ray.remote(num_cpus=0)
-class Feed:
-    """Reads a job's passes ahead of its workers. Needs max_concurrency of at least workers + 1."""
+class _Reading:
+    """One reading of some passes for a number of workers; ends when it is told to stop."""
 
-    def __init__(
-        self, reader: FragmentReader, passes: Sequence[Pass], workers: int, wait_s: float, labels: Mapping[str, str] | None = None
-    ) -> None:
-        """`wait_s`: longest wait for a pass to become ready, after which the job fails with what was missing. `labels`: of the nodes
-        that read."""
-        self._reader, self._passes, self._workers, self._wait_s = reader, passes, workers, wait_s
-        self._labels = dict(labels or {})
+    def __init__(self, reader: FragmentReader, passes: Sequence[Pass], workers: int, wait_s: float, labels: Mapping[str, str]) -> None:
+        self.of = (tuple(passes), workers)
+        self.untouched = True
+        self._reader, self._wait_s, self._labels = reader, wait_s, dict(labels)
         self._blocks: deque[Any] = deque()
         self._first = 0  # index of the first block still held
         self._taken = [0] * workers
@@ -113,40 +113,52 @@ class Feed:
         self._changed = threading.Condition()
         threading.Thread(target=self._run, daemon=True).start()
 
-    def block(self, worker: int, index: int) -> list[Any]:
-        """The reference of block `index`, in a list; blocks until it is read. Frees blocks that all workers have passed."""
+    def stop(self) -> None:
+        """End the reading; who still waits for a block gets an error."""
         with self._changed:
+            self._error = self._error or RuntimeError("the feed was begun anew for other workers")
+            self._blocks.clear()
+            self._changed.notify_all()
+
+    def block(self, worker: int, index: int) -> list[Any]:
+        """See `Feed.block`."""
+        with self._changed:
+            self.untouched = False
             self._taken[worker] = index
             while self._first < min(self._taken):
                 self._blocks.popleft()
                 self._first += 1
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._error is not None or index < self._first + len(self._blocks))
-            if index >= self._first + len(self._blocks):
-                assert self._error is not None
-                raise self._error
-            return [self._blocks[index - self._first]]
+            there = self._changed.wait_for(lambda: self._error is not None or index < self._first + len(self._blocks), 2 * self._wait_s)
+            if index < self._first + len(self._blocks):
+                return [self._blocks[index - self._first]]
+            raise self._error if there and self._error else UserError(
+                f"worker {worker} waited {2 * self._wait_s:.0f} s for block {index} of its feed, which Ray Data has not read; "
+                f"are there CPUs left for it? workers' places in the feed: {self._taken}"
+            )
 
     def _run(self) -> None:
         try:
-            waiting = deque(self._passes)
-            while waiting:
+            waiting = deque(self.of[0])
+            while waiting and not self._error:
                 for ref in self._read(self._take_ready(waiting)):
                     with self._changed:
+                        if self._error:
+                            return
                         self._blocks.append(ref)
                         self._changed.notify_all()
-                        self._changed.wait_for(lambda: len(self._blocks) < BLOCKS_AHEAD)
+                        self._changed.wait_for(lambda: len(self._blocks) < BLOCKS_AHEAD or self._error is not None)
         except BaseException as error:  # a thread's error must reach the workers, whatever it is
             with self._changed:
-                self._error = error
+                self._error = self._error or error
                 self._changed.notify_all()
 
     def _take_ready(self, waiting: deque[Pass]) -> list[tuple[Pass, Fragment]]:
         """Remove and return the passes at the head that are ready: at least one, after waiting for it."""
         deadline = time.monotonic() + self._wait_s
-        while not self._reader.ready(waiting[0]):
+        while not self._reader.ready(waiting[0]) and not self._error:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"the feed waited {self._wait_s:.0f} s for {self._reader.awaits(waiting[0])}")
+                raise UserError(f"the feed waited {self._wait_s:.0f} s for {self._reader.awaits(waiting[0])}")
             time.sleep(0.1)
         work: list[tuple[Pass, Fragment]] = []
         while waiting and len(work) <= FRAGMENTS_PER_DATASET and self._reader.ready(waiting[0]):
@@ -167,11 +179,45 @@ class Feed:
                 yield block.ref
 
 
+@ray.remote(num_cpus=0)
+class Feed:
+    """Reads a job's passes ahead of its workers. Needs max_concurrency of at least workers + 2."""
+
+    def __init__(
+        self, reader: FragmentReader, passes: Sequence[Pass], workers: int, wait_s: float, labels: Mapping[str, str] | None = None
+    ) -> None:
+        """`wait_s`: longest wait for a pass to become ready, after which the job fails with what was missing. `labels`: of the nodes
+        that read."""
+        self._reader, self._wait_s, self._labels = reader, wait_s, labels or {}
+        self._failed: str | None = None
+        self._reading = _Reading(reader, passes, workers, wait_s, self._labels)
+
+    def begin(self, passes: Sequence[Pass], workers: int) -> None:
+        """Workers start, maybe again and in another number: from now on `block` counts from the first of `passes`.
+
+        UserError where workers before them have failed by a fault that they would meet again.
+        """
+        if self._failed:
+            raise UserError(self._failed)
+        if not (self._reading.untouched and self._reading.of == (tuple(passes), workers)):
+            self._reading.stop()
+            self._reading = _Reading(self._reader, passes, workers, self._wait_s, self._labels)
+
+    def fail(self, told: str) -> None:
+        """A worker has met an error that no restart mends."""
+        self._failed = told
+
+    def block(self, worker: int, index: int) -> list[Any]:
+        """The reference of block `index`, in a list; blocks until it is read. Frees blocks that all workers have passed."""
+        return self._reading.block(worker, index)
+
+
 class FeedClient:
     """A worker's end of the feed. `waited`: seconds spent waiting for data."""
 
-    def __init__(self, feed: Any, worker: int) -> None:
-        self._feed, self._worker, self._index = feed, worker, 0
+    def __init__(self, feed: Any, worker: int, wait_s: float = 3 * FEED_WAIT_S) -> None:
+        """`wait_s`: longest wait for a block; the feed itself gives up sooner and knows more."""
+        self._feed, self._worker, self._index, self._wait_s = feed, worker, 0, wait_s
         self._next: Any = None
         self.waited = 0.0
 
@@ -180,10 +226,10 @@ class FeedClient:
         for _ in range(count):
             started = time.perf_counter()
             pending = self._next or self._feed.block.remote(self._worker, self._index)
-            ref = ray.get(pending)[0]
+            ref = answer(pending, f"worker {self._worker}", f"block {self._index} of its feed", self._wait_s)[0]
             self._index += 1
             self._next = self._feed.block.remote(self._worker, self._index)
-            table: pa.Table = ray.get(ref)
+            table: pa.Table = answer(ref, f"worker {self._worker}", f"the rows of block {self._index - 1}")
             self.waited += time.perf_counter() - started
             yield table
 

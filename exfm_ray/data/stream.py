@@ -118,10 +118,12 @@ class EventStream:
         try:
             if path.stat().st_size != fragment.bytes:
                 raise UserError(f"{path}: {path.stat().st_size} bytes where the manifest says {fragment.bytes}; prepare the stream again")
-            table = pq.read_table(path, columns=list(columns) if columns else None, partitioning=None, use_threads=False)
+            table = pq.read_table(
+                path, columns=list(columns) if columns else None, partitioning=None, use_threads=False, page_checksum_verification=True
+            )
         except FileNotFoundError:
             raise UserError(f"{path}: the manifest names this fragment, but it is not there; prepare the stream again") from None
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a readable Parquet file ({error}); prepare the stream again") from None
         self._check(path, table, fragment)
         return table
@@ -187,7 +189,10 @@ class StreamWriter:
         path = folder / f"fragment={number:04d}.parquet"
         with atomic_path(path) as temporary:
             packed = table.select(self.schema.arrow_schema.names).cast(self.schema.arrow_schema)
-            pq.write_table(packed, temporary, row_group_size=ROW_GROUP_ROWS, compression="zstd", use_dictionary=False, write_statistics=False)
+            pq.write_table(
+                packed, temporary, row_group_size=ROW_GROUP_ROWS, compression="zstd", use_dictionary=False, write_statistics=False,
+                write_page_checksum=True,
+            )  # fmt: skip
         counts = np.bincount(table["domain"].to_numpy(), minlength=len(self.schema.domains))
         return Fragment(file=path.name, rows=table.num_rows, bytes=path.stat().st_size, domain_rows=tuple(int(c) for c in counts))
 

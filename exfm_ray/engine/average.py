@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from exfm_ray.engine.parts import Parts, kept
+
 EVERY = 8
 """Steps between two updates; the decay of a step to this power is the decay of an update."""
 
@@ -25,10 +27,11 @@ class Average:
         steps: steps taken.
     """
 
-    def __init__(self, weights: Sequence[Tensor], decay: float) -> None:
-        self.averages = [weight.detach().float().clone() for weight in weights]
+    def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
+        """`weights`: by the names that their averages have in a checkpoint (see `Parts`)."""
+        self.averages = [weight.detach().float().clone() for weight in weights.values()]
         self.steps = 0
-        self._weights, self._decay = list(weights), decay
+        self._names, self._weights, self._decay = list(weights), list(weights.values()), decay
 
     @torch.no_grad()
     def step(self) -> None:
@@ -56,11 +59,12 @@ class Average:
             weight.copy_(value)
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
-        return {f"average/{i}": average for i, average in enumerate(self.averages)} | {"average/steps": torch.tensor(self.steps)}
+        """For a checkpoint, by the weights' names."""
+        return dict(zip(self._names, map(kept, self.averages), strict=True)) | {"average_steps": torch.tensor(self.steps)}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """From `state()`."""
-        for i, average in enumerate(self.averages):
-            average.copy_(state[f"average/{i}"])
-        self.steps = int(state["average/steps"])
+    def restore(self, parts: Parts) -> None:
+        """From `state()`, of any number of workers."""
+        for name, average in zip(self._names, self.averages, strict=True):
+            name, _, first = name.rpartition("@")
+            average.copy_(parts.stretch(name, int(first), len(average)))
+        self.steps = int(parts["average_steps"])

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exfm_ray.config import TrainerConfig
@@ -19,6 +17,8 @@ from exfm_ray.distillation.student import Logits, Student
 from exfm_ray.engine.average import Average
 from exfm_ray.engine.decay import RowDecay
 from exfm_ray.engine.dense import gathered_state, shard_dense
+from exfm_ray.engine.dense_state import dense_parts, restore_dense
+from exfm_ray.engine.parts import Parts, kept
 from exfm_ray.engine.tables import ShardedTables
 from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.layout import Layout
@@ -40,7 +40,8 @@ class Engine:
         self.dense: Any = shard_dense(student.to(device), config, dist.get_world_size())
         weight_decay = config.optimizer.table_weight_decay
         self._decay = RowDecay(Layout.of(model, schema), weight_decay, dist.get_world_size()) if weight_decay else None
-        weights = [*(shard.weight_RW for shard in self.tables.shards()), *self.dense.module.parameters()]
+        weights = {f"tables/{shard.table}/average@{shard.first_row}": shard.weight_RW for shard in self.tables.shards()}
+        weights |= {f"dense/{name}/average@0": parameter for name, parameter in self.dense.module.named_parameters()}
         self._average = Average(weights, config.optimizer.ema) if config.optimizer.ema else None
         self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
 
@@ -90,25 +91,22 @@ class Engine:
         """This worker's table rows on the CPU, keyed `table@first_row`; views, not copies, where they lie there already."""
         return {f"{s.table}@{s.first_row}": s.weight_RW.cpu() for s in self.tables.shards()}
 
-    def save(self, folder: Path) -> None:
-        """Write this worker's part of a checkpoint."""
-        folder.mkdir(parents=True, exist_ok=True)
-        state: dict[str, Tensor] = {}
+    def state(self) -> dict[str, Tensor]:
+        """This worker's part of a checkpoint, copied to the CPU; names as `Parts` reads them."""
+        state = {f"dense/{name}": tensor for name, tensor in dense_parts(self.dense).items()}
         for shard in self.tables.shards():
-            key = f"{shard.table}@{shard.first_row}"
-            state |= {f"{key}/weight": shard.weight_RW.cpu(), f"{key}/momentum": shard.momentum_R.cpu()}
+            state[f"tables/{shard.table}/weight@{shard.first_row}"] = kept(shard.weight_RW)
+            state[f"tables/{shard.table}/momentum@{shard.first_row}"] = kept(shard.momentum_R.view(-1))
         if self._average:
-            state |= self._average.state()
-        save_file(state, folder / f"tables.rank{dist.get_rank():04d}.safetensors")
-        self.dense.save_checkpoint(str(folder), tag="dense", save_latest=False)
+            whole = dist.get_rank() == 0
+            state |= {name: tensor for name, tensor in self._average.state().items() if whole or not name.startswith("dense/")}
+        return state
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote with the same number of workers."""
-        state = load_file(folder / f"tables.rank{dist.get_rank():04d}.safetensors")
+    def restore(self, parts: Parts) -> None:
+        """Take the state of a checkpoint, of any number of workers, kind of sharding and stage of ZeRO; all workers call it."""
+        restore_dense(self.dense, parts.below("dense"))
         for shard in self.tables.shards():
-            key = f"{shard.table}@{shard.first_row}"
-            shard.weight_RW.copy_(state[f"{key}/weight"])
-            shard.momentum_R.copy_(state[f"{key}/momentum"])
+            shard.weight_RW.copy_(parts.stretch(f"tables/{shard.table}/weight", shard.first_row, len(shard.weight_RW)))
+            shard.momentum_R.view(-1).copy_(parts.stretch(f"tables/{shard.table}/momentum", shard.first_row, len(shard.weight_RW)))
         if self._average:
-            self._average.restore(state)
-        self.dense.load_checkpoint(str(folder), tag="dense")
+            self._average.restore(parts)

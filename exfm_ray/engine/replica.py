@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from exfm_ray.engine.parts import Parts, kept
 
 
 class Replica:
@@ -33,12 +34,18 @@ class Replica:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def save(self, path: Path) -> None:
-        """Write module and optimizer; one worker is enough."""
-        torch.save({"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}, path)
+    def state(self) -> dict[str, Tensor]:
+        """Module and optimizer for a checkpoint, copied to the CPU; the same on every worker."""
+        state = {}
+        for name, parameter in self.module.named_parameters():
+            state[f"{name}/weight"] = kept(parameter)
+            state |= {f"{name}/{key}": kept(value) for key, value in self._optimizer.state.get(parameter, {}).items()}
+        return state
 
-    def load(self, path: Path) -> None:
-        """Restore what `save` wrote."""
-        state = torch.load(path, weights_only=True)
-        self.module.load_state_dict(state["module"])
-        self._optimizer.load_state_dict(state["optimizer"])
+    @torch.no_grad()
+    def restore(self, parts: Parts) -> None:
+        """From `state()`."""
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(parts[f"{name}/weight"])
+            own = parts.below(name)
+            self._optimizer.state[parameter] = {key: own[key].to(parameter.device) for key in own if key != "weight"}

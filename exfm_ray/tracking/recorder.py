@@ -13,9 +13,11 @@ from typing import Any
 
 import ray
 
+from exfm_ray.errors import UserError
 from exfm_ray.files import append_lines, cut_torn_line, read_lines
 
 IDENTITY = ("window", "role", "model", "arm", "domain", "task", "seed")
+FIELDS = {*IDENTITY, "ne", "auc", "gauc", "log_loss", "calibration", "label_rate", "examples"}
 TIMELINE = "timeline.jsonl"
 
 
@@ -57,8 +59,12 @@ class Recorder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl."""
-    return read_lines(path)
+    """Rows of a metrics.jsonl; UserError where one of them is none."""
+    rows = read_lines(path)
+    for number, row in enumerate(rows, start=1):
+        if not row.keys() >= FIELDS:
+            raise UserError(f"{path}: line {number} has no {sorted(FIELDS - row.keys())[0]}; remove the line")
+    return rows
 
 
 RecorderActor = ray.remote(num_cpus=0)(Recorder)

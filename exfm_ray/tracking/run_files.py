@@ -22,8 +22,20 @@ from exfm_ray.tracking.recorder import TIMELINE, read_metrics
 Row = dict[str, Any]
 KEY = ("role", "model", "arm", "domain", "task")
 LABELS = "labels"
+SECTIONS = ("data", "fm", "fm.model", "vm", "vm.model", "metrics")
+"""Parts of a run's settings without which nothing can be told of it."""
 NOT_ADDITIVE = ("auc", "gauc", "best_ne", "calibration")
 """Figures over several windows that only summary.json has: they do not follow from those of the windows."""
+
+
+def _figures_of(summary: Row) -> bool:
+    """True where a summary holds rows of figures."""
+    rows = summary.get("figures")
+    return isinstance(rows, list) and all(isinstance(row, dict) and {*KEY, "examples"} <= row.keys() and _numbers(row) for row in rows)
+
+
+def _numbers(row: Row) -> bool:
+    return all(key in KEY or value is None or isinstance(value, int | float) for key, value in row.items())
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,9 @@ class RunFiles:
         run = cls(folder)
         if not isinstance(run.config, dict):
             raise UserError(f"{folder / 'config.yaml'}: not the settings of a run")
+        lacking = [name for name in SECTIONS if not isinstance(run.setting(name), dict)]
+        if lacking:
+            raise UserError(f"{folder / 'config.yaml'}: has no section '{lacking[0]}'; give the run's command again in a folder without this file")
         return run
 
     @cached_property
@@ -92,6 +107,8 @@ class RunFiles:
         """Of summary.json, once a command has ended."""
         path = self.folder / "summary.json"
         summary: Row | None = read_json(path) if path.exists() else None
+        if summary is not None and not (isinstance(summary, dict) and _figures_of(summary)):
+            raise UserError(f"{path}: not the summary of a run; give the run's command again, which writes it anew")
         return summary
 
     @property

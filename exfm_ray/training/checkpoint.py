@@ -1,32 +1,84 @@
-"""Checkpoints at the end of a window: whole or absent, the last two kept.
+"""Checkpoints on disk: safetensors and JSON with hashes, whole or absent, the newest few kept.
 
-    <root>/windows=003/<lane>/...       each worker's part of each lane
-    <root>/windows=003/metrics.npz      metric states so far
-    <root>/windows=003/usage.<model>.npz  when rows were last used, where unused ones are reset
-    <root>/windows=003/manifest.json    written last: windows learnt, workers, timings
+    <root>/windows=003/                    at the end of a window
+    <root>/windows=003.examples=00051200/  inside the next one, after so many of its examples
+        state.rank0000.safetensors         what worker 0 holds of tables, dense parts, optimizers, averages and adapters (`engine.parts`),
+                                           its random state; worker 0 also has metric states and when table rows were last used
+        manifest.json                      written last: how far the job is, hashes of the files, timings
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from pydantic import ValidationError
+from torch import Tensor
 
+from exfm_ray.engine.parts import Parts, kept
 from exfm_ray.errors import UserError
-from exfm_ray.files import atomic_path, read_json, write_json
+from exfm_ray.files import digest, read_json, sha256
 from exfm_ray.metrics.state import MetricState
-from exfm_ray.training.lane import Lane
-from exfm_ray.training.loop import Key, Loop, Timing
+from exfm_ray.schema import Model
+from exfm_ray.training.loop import Key, Loop, Timing, Underway
 
-KEPT = 2
+MANIFEST = "manifest.json"
+NAME = re.compile(r"windows=(\d+)(?:\.examples=(\d+))?")
+
+
+class Mark(NamedTuple):
+    """How far a job has come.
+
+    Attributes:
+        windows: learnt as a whole; passes, over a static set.
+        examples: learnt of the next one.
+        work: how many of its passes are done, such as its evaluation.
+    """
+
+    windows: int
+    examples: int = 0
+    work: int = 0
+
+
+START = Mark(0)
+
+
+class Manifest(Model):
+    """What a checkpoint says of itself.
+
+    Attributes:
+        files: name -> SHA-256.
+        teacher: version of the snapshot that supervised the last window learnt; None without.
+        underway: passes that are not finished, inside a window.
+        stopping: the state of early stopping, for a static set.
+        digest: of all the rest.
+    """
+
+    windows: int
+    examples: int
+    workers: int
+    files: dict[str, str]
+    teacher: int | None
+    timings: list[dict[str, float]]
+    underway: dict[str, Any] | None
+    stopping: dict[str, Any] | None
+    digest: str = ""
+
+    def sealed(self) -> Manifest:
+        """With the digest of all the rest."""
+        return self.model_copy(update={"digest": digest(self.model_dump(mode="json", exclude={"digest"}))})
+
+    @property
+    def mark(self) -> Mark:
+        """How far the job was."""
+        return Mark(self.windows, self.examples, self.underway["work"] if self.underway else 0)
 
 
 @dataclass(frozen=True)
@@ -53,85 +105,141 @@ class Checkpoints:
 
     root: Path
 
-    def latest(self) -> int:
-        """Windows learnt at the newest whole checkpoint; 0 without any."""
-        return max((_windows(path.parent) for path in self.root.glob("windows=*/manifest.json")), default=0)
+    def folder(self, mark: Mark) -> Path:
+        """Where a checkpoint lies."""
+        inside = f".examples={mark.examples:08d}" if mark.examples else ""
+        return self.root / f"windows={mark.windows:03d}{inside}"
 
-    def _folder(self, windows: int) -> Path:
-        return self.root / f"windows={windows:03d}"
+    def committed(self) -> list[Path]:
+        """Folders of the whole checkpoints, the oldest first."""
+        return sorted((path.parent for path in self.root.glob(f"windows=*/{MANIFEST}") if NAME.fullmatch(path.parent.name)), key=_order)
 
-    def save(self, windows: int, loop: Loop, lanes: Sequence[Lane], stopping: dict[str, Any] | None = None) -> None:
-        """Write the state after `windows` windows, or passes over a static set; every worker calls it.
+    def latest(self) -> Mark:
+        """How far the job was at the newest whole checkpoint; `START` without any."""
+        found = self.committed()
+        return _manifest(found[-1]).mark if found else START
 
-        `stopping`: the state of early stopping, for a static set."""
-        folder = self._folder(windows)
-        if dist.get_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed run had begun
-            folder.mkdir(parents=True)
-        dist.barrier()
-        for lane in lanes:
-            lane.save(folder)
-        save_file({"cpu": torch.get_rng_state()}, folder / _rng_file())
-        dist.barrier()
-        if dist.get_rank() == 0:
-            _save_states(folder / "metrics.npz", loop.states)
-            for group in loop.groups:
-                group.save_usage(folder)
-            facts = {"windows": windows, "workers": dist.get_world_size(), "timings": [t._asdict() for t in loop.timings], "stopping": stopping}
-            write_json(folder / "manifest.json", facts)
-            for old in sorted(self.root.glob("windows=*"), key=_windows)[:-KEPT]:
-                (old / "manifest.json").unlink(missing_ok=True)
-                shutil.rmtree(old)
+    def set_aside_damaged(self) -> Iterator[str]:
+        """Rename the newest checkpoints as long as they are damaged, so that the one before is gone on from; says which and why."""
+        for folder in reversed(self.committed()):
+            damage = _damage(folder)
+            if damage is None:
+                return
+            aside = folder.with_name(f"damaged.{folder.name}")
+            for number in range(1, 1000):
+                if not aside.exists():
+                    break
+                aside = folder.with_name(f"damaged.{folder.name}.{number}")
+            folder.rename(aside)
+            before = self.committed()
+            goes_on = f"the one before, {before[-1].name}, is gone on from" if before else "there is none before, so this job begins anew"
+            yield f"checkpoint {folder} is damaged ({damage}); {goes_on}. It was renamed to {aside.name}"
 
-    def load(self, windows: int, loop: Loop, lanes: Sequence[Lane]) -> None:
-        """Restore the state after `windows` windows; every worker calls it."""
-        folder = self._folder(windows)
-        manifest: dict[str, Any] = read_json(folder / "manifest.json")
-        if manifest["workers"] != dist.get_world_size():
-            raise UserError(
-                f"{folder}: written by {manifest['workers']} workers, this job has {dist.get_world_size()}; "
-                "set `workers` back or choose another run name"
-            )
-        for lane in lanes:
-            lane.load(folder)
+    def load(self, mark: Mark, loop: Loop) -> None:
+        """Restore the state of a checkpoint of any number of workers; every worker calls it."""
+        folder = self.folder(mark)
+        manifest = _manifest(folder)
+        parts = _parts(folder, manifest)
+        for lane in loop.lanes:
+            lane.restore(parts.below(f"lanes/{lane.name}"))
         for group in loop.groups:
-            group.load_usage(folder)
-        torch.set_rng_state(load_file(folder / _rng_file())["cpu"])  # dropout draws from it
-        result = self.result(windows)
-        loop.states, loop.timings = result.states, result.timings
+            if group.usage:
+                own = parts.below(f"usage/{group.lanes[0].model}")
+                group.usage.restore({name: own[name].numpy() for name in own})
+        own = parts.below(f"random/{dist.get_rank() % manifest.workers}")  # dropout draws from it
+        torch.set_rng_state(own["cpu"])
+        if "cuda" in own and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own["cuda"])
+        loop.states, loop.timings = _states(parts), _timings(manifest)
+        loop.underway = Underway(**manifest.underway) if manifest.underway else None
 
     def stopping(self) -> dict[str, Any] | None:
         """The state of early stopping at the newest whole checkpoint; None without any."""
-        done = self.latest()
-        state: dict[str, Any] | None = read_json(self._folder(done) / "manifest.json")["stopping"] if done else None
-        return state
+        mark = self.latest()
+        return _manifest(self.folder(mark)).stopping if mark != START else None
 
-    def result(self, windows: int) -> JobResult:
-        """The figures after `windows` windows."""
-        manifest = read_json(self._folder(windows) / "manifest.json")
-        return JobResult(_load_states(self._folder(windows) / "metrics.npz"), [Timing(**t) for t in manifest["timings"]])
-
-
-def _rng_file() -> str:
-    """This worker's random state."""
-    return f"rng.rank{dist.get_rank():04d}.safetensors"
+    def result(self, mark: Mark) -> JobResult:
+        """The figures at a checkpoint."""
+        manifest = _manifest(self.folder(mark))
+        return JobResult(_states(_parts(self.folder(mark), manifest)), _timings(manifest))
 
 
-def _windows(folder: Path) -> int:
-    """Windows learnt, from a checkpoint's folder name (which sorts wrongly as text from 1000 on)."""
-    return int(folder.name.removeprefix("windows="))
+def rank_file(rank: int) -> str:
+    """The name of a worker's file."""
+    return f"state.rank{rank:04d}.safetensors"
 
 
-def _save_states(path: Path, states: dict[Key, MetricState]) -> None:
-    arrays = {json.dumps([*key, name]): array for key, state in states.items() for name, array in state.to_arrays().items()}
-    with atomic_path(path) as temporary, temporary.open("wb") as handle:
-        np.savez(handle, allow_pickle=False, **arrays)
+def state_of(loop: Loop) -> dict[str, Tensor]:
+    """This worker's part of the state, copied to the CPU; names as `engine.parts` reads them."""
+    rank = dist.get_rank()
+    state: dict[str, Tensor] = {}
+    for lane in loop.lanes:
+        state |= {f"lanes/{lane.name}/{name}": tensor for name, tensor in lane.state().items()}
+    state[f"random/{rank}/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state[f"random/{rank}/cuda"] = torch.cuda.get_rng_state()
+    if rank == 0:
+        for group in loop.groups:
+            if group.usage:
+                arrays = group.usage.state()
+                state |= {f"usage/{group.lanes[0].model}/{name}": torch.from_numpy(array) for name, array in arrays.items()}
+        for key, metric in loop.states.items():
+            state |= {f"metrics/{json.dumps(key)}/{name}": kept(torch.from_numpy(np.asarray(a))) for name, a in metric.to_arrays().items()}
+    return state
 
 
-def _load_states(path: Path) -> dict[Key, MetricState]:
-    grouped: dict[Key, dict[str, np.ndarray]] = {}
-    with np.load(path, allow_pickle=False) as arrays:
-        for name, array in arrays.items():
-            model, arm, domain, task, part = json.loads(name)
-            grouped.setdefault((model, arm, domain, task), {})[part] = array
-    return {key: MetricState.from_arrays(parts) for key, parts in grouped.items()}
+def _order(folder: Path) -> tuple[int, int]:
+    """Windows and examples, from a folder's name (which sorts wrongly as text from 1000 windows on)."""
+    match = NAME.fullmatch(folder.name)
+    assert match
+    return int(match[1]), int(match[2] or 0)
+
+
+def _manifest(folder: Path) -> Manifest:
+    try:
+        return Manifest.model_validate(read_json(folder / MANIFEST))
+    except ValidationError as error:
+        raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest ({error.errors()[0]['msg']})") from None
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None where it is whole."""
+    try:
+        manifest = _manifest(folder)
+    except UserError as error:
+        return str(error)
+    if manifest != manifest.sealed():
+        return f"{MANIFEST} was changed after it was written"
+    if _order(folder) != manifest.mark[:2]:
+        return f"{MANIFEST} is another checkpoint's"
+    if sorted(manifest.files) != [rank_file(rank) for rank in range(manifest.workers)]:
+        return f"{MANIFEST} does not name a file for each of {manifest.workers} workers"
+    for name, expected in manifest.files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256(folder / name) != expected:
+            return f"{name} is not the file that {MANIFEST} describes"
+    return None
+
+
+def _parts(folder: Path, manifest: Manifest) -> Parts:
+    return Parts.open([folder / rank_file(rank) for rank in range(manifest.workers)])
+
+
+def _timings(manifest: Manifest) -> list[Timing]:
+    return [Timing(**{**t, "window": int(t["window"]), "examples": int(t["examples"])}) for t in manifest.timings]  # type: ignore[arg-type]
+
+
+def _states(parts: Parts) -> dict[Key, MetricState]:
+    found: dict[Key, dict[str, Any]] = {}
+    metrics = parts.below("metrics")
+    for name in metrics:
+        text, _, part = name.rpartition("/")
+        model, arm, domain, task = json.loads(text)
+        found.setdefault((model, arm, domain, task), {})[part] = metrics[name].numpy()
+    return {key: MetricState.from_arrays(arrays) for key, arrays in found.items()}
+
+
+def timings_as_json(timings: Sequence[Timing]) -> list[dict[str, float]]:
+    """For a manifest."""
+    return [timing._asdict() for timing in timings]

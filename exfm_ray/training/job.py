@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from exfm_ray.config import Arm, Config, StudentConfig, TrainerConfig
+from exfm_ray.das.lag import version_for
 from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.das.supervision import AugmentedReader, SupervisionStore
 from exfm_ray.data.feed import FeedClient, FragmentReader, Pass, StreamReader
@@ -25,10 +26,12 @@ from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.network import build_network
 from exfm_ray.models.stored import commit_model, write_tables
 from exfm_ray.schema import Schema
-from exfm_ray.training.checkpoint import Checkpoints
+from exfm_ray.training.checkpoint import START, Checkpoints, Mark
 from exfm_ray.training.lane import Group, Lane
-from exfm_ray.training.loop import Loop, Report
+from exfm_ray.training.loop import Loop, Report, Underway
+from exfm_ray.training.saving import Saver
 from exfm_ray.training.static import EarlyStopping, StaticSet
+from exfm_ray.training.watch import LossWatch
 
 
 @dataclass(frozen=True)
@@ -83,19 +86,21 @@ class Job:
         """The windows as a static set, where the config says so."""
         return StaticSet(self.config.fm.static, tuple(windows)) if self.config.fm.static else None
 
-    def passes(self, windows: Sequence[int], done: int) -> list[Pass]:
-        """What is read, in order, after `done` windows: each window to evaluate, then to learn; after `done` passes, for a static set."""
+    def passes(self, windows: Sequence[int], done: Mark) -> list[Pass]:
+        """What is read, in order, from a mark on: each window to evaluate, then to learn; over a static set, each pass."""
         static = self.static(windows)
         if static:
-            return [work for number in range(done + 1, static.config.passes + 1) for work in static.works(number)]
-        return [work for window in windows[done:] for work in (Pass(window, "evaluate"), Pass(window, "learn"))]
+            works = [work for number in range(done.windows + 1, static.config.passes + 1) for work in static.works(number)]
+        else:
+            works = [work for window in windows[done.windows :] for work in (Pass(window, "evaluate"), Pass(window, "learn"))]
+        return works[done.work :]
 
     def finished(self, windows: Sequence[int]) -> bool:
         """True when nothing is left to do."""
         if self.config.fm.static:
             stopping = self.checkpoints.stopping()
             return stopping is not None and EarlyStopping.restore(self.config.fm.static, stopping).over
-        return self.checkpoints.latest() >= len(windows)
+        return self.checkpoints.latest().windows >= len(windows)
 
 
 def fm_tasks(config: Config, schema: Schema) -> tuple[str, ...]:
@@ -140,51 +145,85 @@ class Worker:
     report: Report | None
     device: torch.device
     loop: Loop = field(init=False)
-    lanes: list[Lane] = field(init=False)
+    saver: Saver = field(init=False)
+    _stopping: EarlyStopping | None = field(default=None, init=False)
+    _windows: int = field(default=0, init=False)
+    _saved: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         config = self.job.config
         self.stream = EventStream.open(self.job.stream_root)
         torch.manual_seed(config.seed)
         groups = build_groups(self.job, self.stream.schema, self.device)
-        self.lanes = [lane for group in groups for lane in group.lanes]
+        self.saver = Saver(self.job.checkpoints, config.checkpoint.keep)
         self.loop = Loop(
             role=self.job.role, seed=config.seed, groups=groups, reader=self.job.reader(self.stream.schema),
             client=FeedClient(self.feed, dist.get_rank()), report=self.report, fm_lag=config.das.fm_lag,
             warmup_windows=config.metrics.warmup_windows,
         )  # fmt: skip
 
-    def run(self, windows: Sequence[int], done: int) -> None:
-        """Go on after the `done` windows, or passes over a static set, that are done already."""
-        if done:
-            self.job.checkpoints.load(done, self.loop, self.lanes)
+    def run(self, windows: Sequence[int], done: Mark) -> None:
+        """Go on from a checkpoint's mark, or from `START`."""
+        if done != START:
+            self.job.checkpoints.load(done, self.loop)
+        self._windows, self._saved = done.windows, done.examples
+        self.loop.between = self._between
+        self._watch = LossWatch(self.loop, self.job.checkpoints, self.job.role)
         static = self.job.static(windows)
         if static:
             self.run_static(static)
-            return
+        else:
+            self.run_stream(windows, done.windows)
+        self.saver.finish()
+
+    def run_stream(self, windows: Sequence[int], done: int) -> None:
+        """One window after the other. What a window leaves behind is there before its checkpoint says that it is done."""
         for position, window in list(enumerate(windows))[done:]:
             self.loop.run(window)
+            self._watch.check()
             if self.job.role == "fm":
                 self.publish(window + 1)
-            self.job.checkpoints.save(position + 1, self.loop, self.lanes)
-        if self.job.role == "vm":
-            self.export(len(windows))
+            elif position + 1 == len(windows):
+                self.export(len(windows))
+            self._save_window(position + 1, window)
 
     def run_static(self, static: StaticSet) -> None:
         """Passes over a static set until early stopping; the best one's state is published, and only that."""
         before = self.job.checkpoints.stopping()
-        stopping = EarlyStopping.restore(static.config, before) if before else EarlyStopping(static.config)
-        while not stopping.over:
-            number, worse = stopping.last + 1, stopping.best
+        self._stopping = EarlyStopping.restore(static.config, before) if before else EarlyStopping(static.config)
+        while not self._stopping.over:
+            number, worse = self._stopping.last + 1, self._stopping.best
             rows = self.loop.run_passes(static.works(number), number)
-            decided: list[Any] = [stopping.take(rows) if dist.get_rank() == 0 else None, stopping.state()]
+            self._watch.check()
+            decided: list[Any] = [self._stopping.take(rows) if dist.get_rank() == 0 else None, self._stopping.state()]
             dist.broadcast_object_list(decided)  # only rank 0 knows the figures
-            better, stopping = decided[0], EarlyStopping.restore(static.config, decided[1])
+            better, self._stopping = decided[0], EarlyStopping.restore(static.config, decided[1])
             if better:
                 self.publish(number)
-            self.job.checkpoints.save(number, self.loop, self.lanes, stopping.state())
+            self._save_window(number)
             if better and worse and dist.get_rank() == 0:
+                self.saver.finish()
                 self.snapshots.remove(worse)
+
+    def _between(self, work: Pass, under: Underway, group: int) -> None:
+        """After a batch: a checkpoint, where it is time for one."""
+        self._watch.after(work.window, under.batches - 1, group)
+        every, examples = self.job.config.checkpoint.every_examples, sum(under.learnt)
+        if every and examples - self._saved >= every:
+            self.loop.stop_clock(work, under)
+            self._watch.check()
+            self._save(Mark(self._windows, examples, under.work), work.window)
+            self._saved = examples
+            self.loop.start_clock()
+
+    def _save_window(self, windows: int, window: int | None = None) -> None:
+        """A checkpoint at the end of a window, or of a pass."""
+        self._save(Mark(windows), window)
+        self._windows, self._saved = windows, 0
+
+    def _save(self, mark: Mark, window: int | None) -> None:
+        teacher = version_for(window, self.job.config.das.fm_lag) if self.job.role == "vm" and window is not None else None
+        self.saver.save(mark, self.loop, teacher, self._stopping.state() if self._stopping else None)
 
     @property
     def snapshots(self) -> SnapshotStore:
@@ -195,13 +234,13 @@ class Worker:
         """Publish the state as a snapshot: of the first `version` windows, or of pass `version` over a static set."""
         config = self.job.config
         facts = {"teacher": config.fm.name, "version": version, "seed": config.seed}
-        self._store(self.snapshots.folder(version), self.lanes[0], config.fm.model, facts)
+        self._store(self.snapshots.folder(version), self.loop.lanes[0], config.fm.model, facts)
 
     def export(self, windows: int) -> None:
         """Export each VM as it is served: tables, network and serving head; no auxiliary head, no adapter."""
         config = self.job.config
         networks = {student.name: student.model or config.vm.model for student in self.job.students}
-        for lane in self.lanes:
+        for lane in self.loop.lanes:
             facts = {"vm": lane.model, "arm": str(lane.arm), "windows": windows, "seed": config.seed}
             self._store(config.folder / "exported" / lane.name, lane, networks[lane.model], facts)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,10 +25,14 @@ from exfm_ray.distillation.adapter import target_BT
 from exfm_ray.distillation.objective import Weights, labels_objective_B, objective_B
 from exfm_ray.engine.decay import Repeats
 from exfm_ray.engine.engine import Engine
+from exfm_ray.engine.parts import Parts
 from exfm_ray.engine.replica import Replica
 from exfm_ray.engine.stacked import StackedModule
 from exfm_ray.schema import Schema
 from exfm_ray.training.usage import Usage
+
+LOSSES_KEPT = 64
+"""How many losses, of this worker's shares, a lane remembers on the device."""
 
 
 class Learner(NamedTuple):
@@ -49,6 +53,7 @@ class Lane:
     weights: Weights
     adapter: Replica | StackedModule | None = None
     seconds: float = 0.0
+    losses: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LOSSES_KEPT), init=False)
 
     @property
     def name(self) -> str:
@@ -70,31 +75,42 @@ class Lane:
         started = time.perf_counter()
         logits = self.engine.forward(batch, repeats_BS)
         labels_BT = batch.labels_BT[:, list(self.tasks)]
+        adapted_BT = self.adapter(teacher_BT) if self.adapter and teacher_BT is not None else None
         if self.arm is None:
             loss_B = labels_objective_B(logits.serving_BT, labels_BT)
-            self.engine.update((loss_B * weight_B).sum())
-        elif self.adapter and teacher_BT is not None:
-            adapted_BT = self.adapter(teacher_BT)
-            loss_B = objective_B(self.arm, self.weights, logits, labels_BT, teacher_BT, target_BT(adapted_BT))
+        elif adapted_BT is not None:
             # One backward pass serves both: the adapter's target carries no gradient, so neither loss reaches the other's weights.
-            self.engine.update(((loss_B + labels_objective_B(adapted_BT, labels_BT)) * weight_B).sum())
-            self.adapter.step()
+            loss_B = objective_B(self.arm, self.weights, logits, labels_BT, teacher_BT, target_BT(adapted_BT))
+            loss_B = loss_B + labels_objective_B(adapted_BT, labels_BT)
         else:
             loss_B = objective_B(self.arm, self.weights, logits, labels_BT, teacher_BT, None)
-            self.engine.update((loss_B * weight_B).sum())
+        loss = (loss_B * weight_B).sum()
+        self.losses.append(loss.detach())
+        self.engine.update(loss)
+        if self.adapter and adapted_BT is not None:
+            self.adapter.step()
         self.seconds += time.perf_counter() - started
 
-    def save(self, folder: Path) -> None:
-        """Write this worker's part of the lane's state."""
-        self.engine.save(folder / self.name)
-        if isinstance(self.adapter, Replica) and dist.get_rank() == 0:
-            self.adapter.save(folder / self.name / "adapter.pt")
+    def first_bad_loss(self) -> int | None:
+        """Which of the steps since the last call had a loss that is not a number; None where all are. Waits for the device."""
+        if not self.losses:
+            return None
+        bad_X = torch.nonzero(~torch.isfinite(torch.stack(list(self.losses))))
+        self.losses.clear()
+        return int(bad_X[0]) if len(bad_X) else None
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote."""
-        self.engine.load(folder / self.name)
+    def state(self) -> dict[str, Tensor]:
+        """This worker's part of the lane's state, copied to the CPU."""
+        state = self.engine.state()
+        if isinstance(self.adapter, Replica) and dist.get_rank() == 0:
+            state |= {f"adapter/{name}": tensor for name, tensor in self.adapter.state().items()}
+        return state
+
+    def restore(self, parts: Parts) -> None:
+        """From what all workers' `state()` gave."""
+        self.engine.restore(parts)
         if isinstance(self.adapter, Replica):
-            self.adapter.load(folder / self.name / "adapter.pt")
+            self.adapter.restore(parts.below("adapter"))
 
 
 @dataclass
@@ -164,18 +180,10 @@ class Group:
             for lane in self.lanes:
                 lane.engine.reset_rows(stale)
 
-    def save_usage(self, folder: Path) -> None:
-        """Write when rows were last used, for all workers: one of them is enough."""
-        if self._usage:
-            self._usage.save(self._usage_path(folder))
-
-    def load_usage(self, folder: Path) -> None:
-        """Restore what `save_usage` wrote."""
-        if self._usage:
-            self._usage.load(self._usage_path(folder))
-
-    def _usage_path(self, folder: Path) -> Path:
-        return folder / f"usage.{self.lanes[0].model}.npz"
+    @property
+    def usage(self) -> Usage | None:
+        """When rows were last used, where unused ones are reset; the same on all workers."""
+        return self._usage
 
     def learn(self, rows: pa.Table) -> None:
         """One step of every lane on a global batch."""

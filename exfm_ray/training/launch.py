@@ -10,12 +10,17 @@ from typing import Any
 
 import ray
 
-from exfm_ray.data.feed import Feed
+from exfm_ray.actors import answer, beside_driver
+from exfm_ray.data.feed import FEED_WAIT_S, Feed
 from exfm_ray.data.stream import EventStream
+from exfm_ray.errors import UserError
+from exfm_ray.training.checkpoint import START, Mark
 from exfm_ray.training.job import Job, Worker
 
-FEED_WAIT_S = 3600.0
-"""Longest that a job waits for a window or its supervision."""
+COLLECTIVE_WAIT_S = 4 * FEED_WAIT_S
+"""Longest wait of a worker for the others in a collective operation; each of them may itself wait for the feed, which gives up sooner."""
+RESTARTS = 5
+"""How often an elastic job is started again after losing workers."""
 
 
 class _RecorderReport:
@@ -25,13 +30,14 @@ class _RecorderReport:
         self._recorder, self._job = recorder, job
 
     def metrics(self, rows: Sequence[dict[str, Any]]) -> None:
-        ray.get(self._recorder.metrics.remote(list(rows)))
+        answer(self._recorder.metrics.remote(list(rows)), f"worker 0 of {self._job}", "the recorder to write its figures")
 
     def progress(self, window: int, examples: int) -> None:
         self._recorder.progress.remote(self._job, window, examples)
 
     def timeline(self, rows: Sequence[dict[str, Any]]) -> None:
-        ray.get(self._recorder.timeline.remote([{"role": self._job, **row} for row in rows]))
+        told = [{"role": self._job, **row} for row in rows]
+        answer(self._recorder.timeline.remote(told), f"worker 0 of {self._job}", "the recorder to write its timeline")
 
 
 def start_feed(job: Job, windows: Sequence[int]) -> Any:
@@ -39,49 +45,67 @@ def start_feed(job: Job, windows: Sequence[int]) -> Any:
     workers, reader = job.trainer.workers, job.reader(EventStream.open(job.stream_root).schema)
     passes = job.passes(windows, job.checkpoints.latest())
     labels = job.config.placement.data
-    actor = Feed.options(max_concurrency=workers + 2, label_selector=labels)  # type: ignore[attr-defined]
+    place: dict[str, Any] = {"label_selector": labels} if labels else {"scheduling_strategy": beside_driver()}
+    actor = Feed.options(max_concurrency=2 * workers + 2, **place)  # type: ignore[attr-defined]
     return actor.remote(reader, passes, workers, FEED_WAIT_S, labels)
 
 
 def run_job(job: Job, windows: Sequence[int], recorder: Any, feed: Any) -> None:
-    """Run a job to its end, from its latest checkpoint on; `feed`: what `start_feed` gave."""
+    """Run a job to its end, from its latest checkpoint on; `feed`: what `start_feed` gave.
+
+    An elastic job (`min_workers`) that loses workers is started again with as many as there are room for, `RESTARTS` times at most.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     trainer, logs = job.trainer, job.config.folder / "logs"
-    done = job.checkpoints.latest()
-    cuda = trainer.device == "cuda"
+    cuda, elastic = trainer.device == "cuda", trainer.min_workers
     TorchTrainer(
         _train,
-        train_loop_config={"job": job, "windows": list(windows), "done": done, "feed": feed, "recorder": recorder},
+        train_loop_config={"job": job, "windows": list(windows), "feed": feed, "recorder": recorder},
         scaling_config=ScalingConfig(
-            num_workers=trainer.workers, use_gpu=cuda, resources_per_worker={"CPU": 1, **({"GPU": 1} if cuda else {})},
+            num_workers=(elastic, trainer.workers) if elastic else trainer.workers, use_gpu=cuda,
+            resources_per_worker={"CPU": 1, **({"GPU": 1} if cuda else {})},
             label_selector=job.labels or None,
         ),
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo"),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout_s=int(COLLECTIVE_WAIT_S)),
         run_config=RunConfig(
-            name=job.name, storage_path=str(logs / "ray_train"), failure_config=FailureConfig(max_failures=0, controller_failure_limit=0)
+            name=job.name, storage_path=str(logs / "ray_train"),
+            failure_config=FailureConfig(max_failures=RESTARTS if elastic else 0, controller_failure_limit=0),
         ),
-    ).fit()
+    ).fit()  # fmt: skip
 
 
 def _train(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
-    context = ray.train.get_context()
     job: Job = settings["job"]
-    rank = context.get_world_rank()
+    rank = ray.train.get_context().get_world_rank()
     with chatter_to(job.config.folder / "logs" / f"{job.name}.rank{rank}.log"):
-        import torch
+        try:
+            _work(job, rank, settings)
+        except UserError as error:
+            answer(settings["feed"].fail.remote(str(error)), f"worker {rank} of {job.name}", "the feed to take its error")
+            raise
 
-        if job.trainer.threads:
-            torch.set_num_threads(job.trainer.threads)
-        device = torch.device("cpu")
-        if job.trainer.device == "cuda":
-            device = ray.train.torch.get_device()
-        report = _RecorderReport(settings["recorder"], job.name) if rank == 0 else None
-        Worker(job, settings["feed"], report, device).run(settings["windows"], settings["done"])
-        torch.distributed.barrier()  # a worker that leaves first may abort the others
+
+def _work(job: Job, rank: int, settings: dict[str, Any]) -> None:
+    import torch
+
+    if job.trainer.threads:
+        torch.set_num_threads(job.trainer.threads)
+    device = torch.device("cpu")
+    if job.trainer.device == "cuda":
+        device = ray.train.torch.get_device()
+    begun: list[Mark | None] = [None]
+    if rank == 0:
+        begun = [job.checkpoints.latest()]
+        passes = job.passes(settings["windows"], begun[0] or START)
+        answer(settings["feed"].begin.remote(passes, torch.distributed.get_world_size()), f"worker 0 of {job.name}", "its feed")
+    torch.distributed.broadcast_object_list(begun)  # all go on from the same checkpoint, and none asks the feed before it has begun
+    report = _RecorderReport(settings["recorder"], job.name) if rank == 0 else None
+    Worker(job, settings["feed"], report, device).run(settings["windows"], begun[0] or START)
+    torch.distributed.barrier()  # a worker that leaves first may abort the others
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from exfm_ray.data.feed import FragmentReader, Pass
 from exfm_ray.data.stream import EventStream
+from exfm_ray.training.checkpoint import START
 from exfm_ray.training.job import Job, build_groups
 from exfm_ray.training.lane import Group
 from exfm_ray.training.loop import Loop
@@ -76,7 +77,7 @@ def local_loop(
     schema = EventStream.open(job.stream_root).schema
     torch.manual_seed(job.config.seed)
     report, reader = KeptRows(), reader or job.reader(schema)
-    client: Any = LocalClient(reader, job.passes(windows, 0))
+    client: Any = LocalClient(reader, job.passes(windows, START))
     loop = Loop(
         role=job.role, seed=job.config.seed, groups=groups or build_groups(job, schema, torch.device("cpu")), reader=reader, client=client,
         report=report, fm_lag=job.config.das.fm_lag, warmup_windows=job.config.metrics.warmup_windows,

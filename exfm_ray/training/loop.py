@@ -16,9 +16,10 @@ from exfm_ray.config import Arm
 from exfm_ray.das.lag import version_for
 from exfm_ray.data.feed import FeedClient, FragmentReader, Pass
 from exfm_ray.data.regroup import Regroup
+from exfm_ray.errors import UserError
 from exfm_ray.metrics.state import MetricState
 from exfm_ray.schema import ALL_DOMAINS
-from exfm_ray.training.lane import Evaluated, Group
+from exfm_ray.training.lane import Evaluated, Group, Lane
 
 Key = tuple[str, str, str, str]
 """Model, arm (`fm` for the FM), domain, task."""
@@ -55,8 +56,44 @@ class Timing(NamedTuple):
 
 
 @dataclass
+class Underway:
+    """Passes that are not finished, as a checkpoint between two batches keeps them; JSON-able.
+
+    Attributes:
+        number: names them in the timings.
+        work: how many of them are done.
+        batches: learnt in the next one.
+        learnt: examples, for each group.
+        seconds, waited: by purpose, see `Timing`.
+        lane_seconds: spent learning, for each lane.
+        rows: for metrics.jsonl, without their speed; each with the numbers of its group and of its lane in it (rank 0).
+        spans: for timeline.jsonl.
+    """
+
+    number: int
+    learnt: list[int]
+    lane_seconds: list[float]
+    work: int = 0
+    batches: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"evaluate": 0.0, "learn": 0.0})
+    waited: dict[str, float] = field(default_factory=lambda: {"evaluate": 0.0, "learn": 0.0})
+    rows: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
+    spans: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, number: int, groups: int, lanes: int) -> Underway:
+        """Nothing done yet."""
+        return cls(number, [0] * groups, [0.0] * lanes)
+
+
+@dataclass
 class Loop:
-    """Runs groups of lanes over windows. Rank 0 holds the metric states, summed over the windows after the warm-up."""
+    """Runs groups of lanes over windows. Rank 0 holds the metric states, summed over the windows after the warm-up.
+
+    Attributes:
+        between: called after each batch is learnt, with the number of its group.
+        underway: passes that are not finished.
+    """
 
     role: str
     seed: int
@@ -68,6 +105,9 @@ class Loop:
     warmup_windows: int
     states: dict[Key, MetricState] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
+    between: Callable[[Pass, Underway, int], None] | None = None
+    underway: Underway | None = None
+    _clock: tuple[float, float] = (0.0, 0.0)
 
     def run(self, window: int) -> None:
         """Evaluate window `window` with models that have not seen it, then learn it."""
@@ -76,34 +116,58 @@ class Loop:
     def run_passes(self, works: Sequence[Pass], number: int) -> list[dict[str, Any]]:
         """Evaluate and learn what `works` says, in that order; the rows for metrics.jsonl, reported too (rank 0).
 
-        `number` names the passes in the timings.
+        `number` names the passes in the timings. Where `underway` was restored from a checkpoint, the passes go on from there.
         """
-        evaluated: list[tuple[Pass, list[Evaluated | None]]] = []
-        learnt = [0] * len(self.groups)
-        seconds, waited = {"evaluate": 0.0, "learn": 0.0}, {"evaluate": 0.0, "learn": 0.0}
-        spans: list[dict[str, Any]] = []
-        for lane in (lane for group in self.groups for lane in group.lanes):
-            lane.seconds = 0.0
-        for work in works:
-            started, begun, waited_before, examples_before = time.time(), time.perf_counter(), self.client.waited, sum(learnt)
-            if work.purpose == "evaluate":
-                evaluated.append((work, self._evaluate(work)))
-            else:
-                learnt = [before + more for before, more in zip(learnt, self._learn(work), strict=True)]
-            took, waited_now = time.perf_counter() - begun, self.client.waited - waited_before
-            seconds[work.purpose] += took
-            waited[work.purpose] += waited_now
-            span = {"window": work.window, "phase": work.purpose, "started_s": started, "ended_s": started + took, "waited_s": waited_now}
-            spans.append(({"pass": work.number} if work.number else {}) | span | {"examples": sum(learnt) - examples_before})
-        self.timings.append(Timing(number, sum(learnt), seconds["evaluate"], seconds["learn"], waited["evaluate"], waited["learn"]))
-        rows: list[dict[str, Any]] = []
+        under = self.underway = self.underway or Underway.begin(number, len(self.groups), len(self.lanes))
+        for lane, seconds in zip(self.lanes, under.lane_seconds, strict=True):
+            lane.seconds = seconds
+        try:
+            while under.work < len(works):
+                self._pass(works[under.work], under)
+        finally:
+            self.underway = None
+        took, waited = under.seconds, under.waited
+        timing = Timing(number, sum(under.learnt), took["evaluate"], took["learn"], waited["evaluate"], waited["learn"])
+        self.timings.append(timing)
+        rows = [row | {"examples_per_s": self._speed(under, group, lane)} for group, lane, row in under.rows]
         if self.report:
-            for work, results in evaluated:
-                for group, result, examples in zip(self.groups, results, learnt, strict=True):
-                    rows += self._rows(work, group, result, examples) if result else []
             self.report.metrics(rows)
-            self.report.timeline(spans)
+            self.report.timeline(under.spans)
         return rows
+
+    def _pass(self, work: Pass, under: Underway) -> None:
+        """One pass, from its beginning or from where a checkpoint was taken."""
+        started, begun, examples, waited = time.time(), time.perf_counter(), sum(under.learnt), self.client.waited
+        self.start_clock()
+        if work.purpose == "evaluate":
+            for number, result in enumerate(self._evaluate(work)):
+                under.rows += self._rows(work, number, result) if result and self.report else []
+        else:
+            self._learn(work, under)
+        self.stop_clock(work, under)
+        span: dict[str, Any] = {"window": work.window, "phase": work.purpose, "started_s": started, "ended_s": started + time.perf_counter() - begun}
+        span |= {"waited_s": self.client.waited - waited, "examples": sum(under.learnt) - examples}
+        under.spans.append(({"pass": work.number} if work.number else {}) | span)
+        under.work, under.batches = under.work + 1, 0
+
+    def start_clock(self) -> None:
+        """From now on time counts as the pass's."""
+        self._clock = (time.perf_counter(), self.client.waited)
+
+    def stop_clock(self, work: Pass, under: Underway) -> None:
+        """Add the time since the clock was started to the pass's."""
+        under.seconds[work.purpose] += time.perf_counter() - self._clock[0]
+        under.waited[work.purpose] += self.client.waited - self._clock[1]
+        under.lane_seconds = [lane.seconds for lane in self.lanes]
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """Of all groups."""
+        return [lane for group in self.groups for lane in group.lanes]
+
+    def _speed(self, under: Underway, group: int, lane: int) -> float | None:
+        seconds = self.groups[group].lanes[lane].seconds
+        return under.learnt[group] / seconds if seconds else None
 
     def _batches(self, work: Pass, size: Callable[[Group], int]) -> Iterator[tuple[int, pa.Table]]:
         """Global batches of one pass, each with the number of the group whose rows they are."""
@@ -122,41 +186,43 @@ class Loop:
     def _evaluate(self, work: Pass) -> list[Evaluated | None]:
         parts: list[list[Evaluated]] = [[] for _ in self.groups]
         with ExitStack() as stack:
-            for lane in (lane for group in self.groups for lane in group.lanes):
+            for lane in self.lanes:
                 stack.enter_context(lane.engine.evaluated())
             for i, rows in self._batches(work, evaluation_batch):
                 parts[i].append(self.groups[i].evaluate(rows))
         return [group.gather(mine) for group, mine in zip(self.groups, parts, strict=True)]
 
-    def _learn(self, work: Pass) -> list[int]:
-        learnt = [0] * len(self.groups)
-        for i, rows in self._batches(work, lambda group: group.batch_size):
+    def _learn(self, work: Pass, under: Underway) -> None:
+        for position, (i, rows) in enumerate(self._batches(work, lambda group: group.batch_size)):
+            if position < under.batches:  # learnt before the checkpoint that the job goes on from
+                continue
             self.groups[i].learn(rows)
-            learnt[i] += rows.num_rows
+            under.batches, under.learnt[i] = position + 1, under.learnt[i] + rows.num_rows
             if self.report:
                 self.report.progress(work.window, rows.num_rows)
+            if self.between:
+                self.between(work, under, i)
         for group in self.groups:
             group.end_window()
-        return learnt
 
-    def _rows(self, work: Pass, group: Group, result: Evaluated, learnt: int) -> list[dict[str, Any]]:
-        """One row for each lane, domain and task; for lanes over all domains also one for the domains together."""
-        rows, window = [], work.window
+    def _rows(self, work: Pass, number: int, result: Evaluated) -> list[tuple[int, int, dict[str, Any]]]:
+        """One row, without its speed, for each lane, domain and task of group `number`; for lanes over all domains also one for the
+        domains together. Each with the numbers of the group and of the lane in it."""
+        rows, window, group = [], work.window, self.groups[number]
         place = {"pass": work.number, "window": window} if work.number else {"window": window}
-        for lane in group.lanes:
+        for position, lane in enumerate(group.lanes):
             for learner, (domain, chosen_N) in product(lane.learners, _domains(group, result)):
                 for column, task in enumerate(lane.tasks):
-                    state = MetricState.of(
-                        result.logits[learner.name][chosen_N, column],
-                        result.labels_NT[chosen_N, task],
-                        result.group_N[chosen_N] if group.schema.group_by else None,
-                    )
                     key = (learner.model, str(lane.arm or FM_ARM), domain, group.schema.tasks[task])
+                    group_N = result.group_N[chosen_N] if group.schema.group_by else None
+                    try:
+                        state = MetricState.of(result.logits[learner.name][chosen_N, column], result.labels_NT[chosen_N, task], group_N)
+                    except ValueError as error:
+                        raise UserError(f"window {window}, evaluation of '{learner.name}' on {domain}, {key[3]}: {error}") from None
                     if window >= self.warmup_windows:
                         self.states[key] = self.states.get(key, MetricState()) + state
-                    speed = learnt / lane.seconds if lane.seconds else None
                     identity = {"role": self.role, **describe(key), "seed": self.seed, "snapshot": supervisor(key, window, self.fm_lag)}
-                    rows.append({**place, **identity, **state.figures(), "examples_per_s": speed})
+                    rows.append((number, position, {**place, **identity, **state.figures()}))
         return rows
 
 

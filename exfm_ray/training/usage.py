@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from exfm_ray.data.stream import list_values
-from exfm_ray.files import atomic_path
 from exfm_ray.schema import Schema
 
 Array = np.ndarray[Any, Any]
@@ -58,12 +57,11 @@ class Usage:
         parts = np.split(stale_X, np.searchsorted(stale_X, self._first_T[1:]))
         return {table: part - first for table, first, part in zip(self._schema.tables, self._first_T, parts, strict=True) if len(part)}
 
-    def save(self, path: Path) -> None:
-        """Write the state at the end of a window."""
-        with atomic_path(path) as temporary, temporary.open("wb") as handle:
-            np.savez(handle, allow_pickle=False, last=self._last_R, window=np.int64(self._window))
+    def state(self) -> dict[str, Array]:
+        """For a checkpoint: a copy."""
+        return {"last": self._last_R.copy(), "window": np.array([self._window, self._marked], np.int64)}
 
-    def load(self, path: Path) -> None:
-        """Restore what `save` wrote."""
-        with np.load(path, allow_pickle=False) as arrays:
-            self._last_R, self._window = arrays["last"], int(arrays["window"])
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """From `state()`."""
+        self._last_R = np.array(state["last"], np.int32)
+        self._window, self._marked = int(state["window"][0]), bool(state["window"][1])

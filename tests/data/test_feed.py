@@ -69,7 +69,7 @@ def test_empty_and_tiny_windows(cluster: None, tmp_path: Path) -> None:
 def test_missing_supervision_is_named(cluster: None, stream: EventStream, tmp_path: Path) -> None:
     """Wrong: a job waits for ever, or does not say for what."""
     reader = AugmentedReader(stream.root, SupervisionStore(tmp_path / "supervision", "fm"), 1, (0,), ("click",))
-    with pytest.raises(TimeoutError, match=r"the feed waited 1 s for the supervision of window 1 \(teacher 'fm'\)"):
+    with pytest.raises(UserError, match=r"the feed waited 1 s for the supervision of window 1 \(teacher 'fm'\)"):
         consume(reader, [Pass(0, "learn"), Pass(1, "evaluate"), Pass(1, "learn")], 1, wait_s=1)
 
 
@@ -81,6 +81,25 @@ def test_an_error_in_a_read_reaches_the_worker(cluster: None, stream: EventStrea
         consume(StreamReader(stream.root), [Pass(0, "learn"), Pass(1, "learn")], 2)
     told = user_error(caught.value)
     assert isinstance(told, UserError) and str(told).startswith(f"{path}: 50 bytes where the manifest says")
+
+
+def test_begins_anew_for_other_workers(cluster: None, stream: EventStream) -> None:
+    """Wrong: workers that are started again, in another number, get blocks of the reading before them, or wait for its workers."""
+    passes = [Pass(window, "learn") for window in (0, 1)]
+    feed = Feed.options(max_concurrency=6).remote(StreamReader(stream.root), passes, 2, 20)  # type: ignore[attr-defined]
+    try:
+        ray.get([feed.block.remote(worker, 0) for worker in range(2)], timeout=60)
+        left = feed.block.remote(0, 5)  # worker 1 never takes its blocks, so this one is not read
+        ray.get(feed.begin.remote(passes[1:], 1), timeout=60)
+        (ref,) = ray.get(feed.block.remote(0, 0), timeout=60)
+        assert ray.get(ref)["example_id"][0].as_py() == 1000
+        with pytest.raises(RuntimeError, match="begun anew for other workers"):
+            ray.get(left, timeout=60)
+        ray.get(feed.fail.remote("the learning rate is wrong"), timeout=60)
+        with pytest.raises(UserError, match="the learning rate is wrong"):
+            ray.get(feed.begin.remote(passes, 1), timeout=60)
+    finally:
+        ray.kill(feed)
 
 
 @given(rows=st.integers(0, 50), workers=st.integers(1, 7))

@@ -106,19 +106,51 @@ def evaluate(case: Case, rows: int) -> dict[str, np.ndarray] | None:
     return None if result is None else {"logits": result.logits[group.lanes[0].name], "groups": result.group_N}
 
 
+def write_state(group: Any, folder: Path) -> None:
+    """Every worker's part of the lane's state into a file of its own."""
+    from exfm_ray.training.saving import write_part
+
+    write_part(folder, dist.get_rank(), group.lanes[0].state())
+    dist.barrier()
+
+
+def saved_parts(folder: Path) -> Any:
+    """What `write_state` wrote, of however many workers."""
+    from exfm_ray.engine.parts import Parts
+
+    return Parts.open(sorted(folder.glob("*.safetensors")))
+
+
 def resume(case: Case, folder: Path, cut: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The state after learning straight on, and after saving at `cut` and going on in a fresh lane."""
     batches = global_batches(case)
     straight, fresh = make_group(case), make_group(case)
     for rows in batches[:cut]:
         straight.learn(rows)
-    straight.lanes[0].save(folder)
-    dist.barrier()
-    fresh.lanes[0].load(folder)
+    write_state(straight, folder)
+    fresh.lanes[0].restore(saved_parts(folder))
     for rows in batches[cut:]:
         straight.learn(rows)
         fresh.learn(rows)
     return state(straight), state(fresh)
+
+
+def save_at(case: Case, folder: Path, cut: int) -> dict[str, np.ndarray]:
+    """Learn `cut` batches, save; the state."""
+    group = make_group(case)
+    for rows in global_batches(case)[:cut]:
+        group.learn(rows)
+    write_state(group, folder)
+    return state(group)
+
+
+def go_on(case: Case, folder: Path, cut: int, restored: bool = False) -> dict[str, np.ndarray]:
+    """The state after going on from what `save_at` wrote; or, `restored`, as it was read."""
+    group = make_group(case)
+    group.lanes[0].restore(saved_parts(folder))
+    for rows in global_batches(case)[cut:] if not restored else []:
+        group.learn(rows)
+    return state(group)
 
 
 def embed(sharding: str, model: ModelConfig, sizes: Sequence[int]) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:

@@ -128,12 +128,30 @@ def test_two_tasks_learn_what_plain_torch_learns(groups: dict[int, Workers]) -> 
     assert_close(groups[1].run(steps.train, case)[0], expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
-def test_goes_on_from_a_checkpoint_to_the_bit(groups: dict[int, Workers], tmp_path: Path, world: int, stage: int) -> None:
-    """Wrong: a checkpoint lacks a part of the state (a moment, the tables' momentum, the adapter, its optimizer)."""
-    case = Case(trainer={"zero_stage": stage}, arm=Arm.AH_SA, tasks=(1, 0))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_goes_on_from_a_checkpoint_to_the_bit(groups: dict[int, Workers], tmp_path: Path, world: int, stage: int, precision: str) -> None:
+    """Wrong: a checkpoint lacks a part of the state (a moment, bf16's float32 weights, the tables' momentum, the adapter, its
+    optimizer, the moving average)."""
+    optimizer = {} if stage == 3 else {"ema": 0.9}
+    case = Case(trainer={"zero_stage": stage, "precision": precision, "optimizer": optimizer}, arm=Arm.AH_SA, tasks=(1, 0))
     for straight, resumed in groups[world].run(steps.resume, case, tmp_path, 4):
         assert_equal(resumed, straight)
+
+
+LAYOUTS = [(1, {"zero_stage": 0}), (2, {"zero_stage": 1}), (2, {"zero_stage": 2, "sharding": "table_wise"}), (2, {"zero_stage": 3})]
+
+
+@pytest.mark.parametrize(("saved", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")])
+def test_goes_on_with_other_workers_stages_and_sharding(groups: dict[int, Workers], tmp_path: Path, saved: int, precision: str) -> None:
+    """Wrong: a table, a moment or a weight is read from the wrong place when it was cut otherwise, or a part of it is lost."""
+    cases = [Case(trainer={**trainer, "precision": precision}, arm=Arm.AH_SA, tasks=(1, 0)) for _, trainer in LAYOUTS]
+    before = groups[LAYOUTS[saved][0]].run(steps.save_at, cases[saved], tmp_path, 4)[0]
+    straight = groups[1].run(steps.train, cases[0])[0]
+    for (world, _), case in zip(LAYOUTS, cases, strict=True):
+        assert_equal(groups[world].run(steps.go_on, case, tmp_path, 4, True)[0], before)
+        if precision == "fp32":
+            assert_close(groups[world].run(steps.go_on, case, tmp_path, 4)[0], straight, **TOLERANCE)
 
 
 @pytest.mark.parametrize("arm", [Arm.AH, Arm.AH_SA])

@@ -22,6 +22,7 @@ from exfm_ray.errors import UserError
 from exfm_ray.metrics.state import MetricState
 from exfm_ray.pipeline import Run, prepare_stream
 from exfm_ray.tracking.recorder import read_metrics
+from exfm_ray.training.checkpoint import Mark
 from exfm_ray.training.job import Job, Worker
 from exfm_ray.training.local import LocalClient
 from exfm_ray.training.static import EarlyStopping, StaticSet
@@ -88,10 +89,10 @@ def base(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -
 def test_each_pass_is_evaluated_on_the_held_out_windows(base: Config) -> None:
     """Wrong: a training window is evaluated, a pass leaves no figures, or a row lacks its pass."""
     rows = read_metrics(base.folder / "metrics.jsonl")
-    passes = Job("fm", base).checkpoints.latest()
+    passes = Job("fm", base).checkpoints.latest().windows
     found = {(row["pass"], row["window"]) for row in rows}
     assert found == {(number, window) for number in range(1, passes + 1) for window in (VALIDATION, TEST)}
-    (timing,) = {t.examples for t in Job("fm", base).checkpoints.result(passes).timings}
+    (timing,) = {t.examples for t in Job("fm", base).checkpoints.result(Mark(passes)).timings}
     assert timing == 2 * 900
 
 
@@ -133,7 +134,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(groups: dict[int, Workers],
     config = static_config(tmp_path, "killed")
     with pytest.raises(AssertionError, match="killed"):
         run(groups, config, dies_at=3)
-    assert Job("fm", config).checkpoints.latest() == 2 and not Job("fm", config).finished([])
+    assert Job("fm", config).checkpoints.latest() == Mark(2) and not Job("fm", config).finished([])
     rows = run(groups, config)
     assert_close(rows, [{k: v for k, v in r.items() if k != "examples_per_s"} for r in read_metrics(base.folder / "metrics.jsonl")], 0)
     assert Job("fm", config).finished([])

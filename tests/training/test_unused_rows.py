@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from local_runs import train
+from safetensors.torch import load_file
 from small_runs import WINDOWS, assert_close, metrics, small_config
 from workers import Workers
 
@@ -70,6 +71,12 @@ def test_rows_out_of_use_are_fresh_in_what_is_stored(groups: dict[int, Workers],
         assert changed == kept
 
 
+def saved_usage(job: Job) -> set[str]:
+    """Names of what the last checkpoint keeps of the rows' use."""
+    names = load_file(job.checkpoints.folder(job.checkpoints.latest()) / "state.rank0000.safetensors")
+    return {name for name in names if name.startswith("usage/")}
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_goes_on_after_a_kill(groups: dict[int, Workers], tmp_path: Path, workers: int) -> None:
     """Wrong: what was used before a kill is forgotten, so that its rows are never reset; or workers disagree on what to reset."""
@@ -83,10 +90,9 @@ def test_goes_on_after_a_kill(groups: dict[int, Workers], tmp_path: Path, worker
     for file in files:
         assert (killed.folder / file).read_bytes() == (whole.folder / file).read_bytes(), file
     for job in jobs(whole):
-        checkpoint = job.checkpoints.root / f"windows={WINDOWS:03d}"
         names = ["fm"] if job.role == "fm" else ["feed", "search"]
-        assert sorted(path.name for path in checkpoint.glob("usage.*")) == [f"usage.{name}.npz" for name in names]
-    assert not list((never.folder / "checkpoints").rglob("usage.*"))
+        assert saved_usage(job) == {f"usage/{name}/{part}" for name in names for part in ("last", "window")}
+    assert not any(saved_usage(job) for job in jobs(never))
     last = [row["log_loss"] for key, row in metrics(whole).items() if key[0] == WINDOWS - 1]
     assert not np.isclose(last, [row["log_loss"] for key, row in metrics(never).items() if key[0] == WINDOWS - 1], rtol=1e-6).any()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-import pytest
 from example import SCHEMA, make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,11 +38,11 @@ def flat(stale: dict[str, np.ndarray]) -> Ids:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 12), max_size=3), max_size=8), st.integers(1, 3), st.integers(0, 99), st.integers(0, 8))
 def test_stale_rows_are_those_out_of_use_for_so_long(
-    tmp_path_factory: pytest.TempPathFactory, windows: list[list[int]], after: int, seed: int, saved: int
+    windows: list[list[int]], after: int, seed: int, saved: int
 ) -> None:
     """Wrong: a row is reset too early, too late, twice or never; row 0 is reset; a follower's or a bag's use does not count; a window
     without examples counts; or saving and loading changes any of this."""
-    usage, file = Usage(SCHEMA, after), tmp_path_factory.getbasetemp() / "usage.npz"
+    usage = Usage(SCHEMA, after)
     last: dict[tuple[str, int], int] = {}
     number = 0
     for position, sizes in enumerate(windows):
@@ -57,9 +56,9 @@ def test_stale_rows_are_those_out_of_use_for_so_long(
         last = {key: at for key, at in last.items() if key not in expected}
         number += bool(now)
         if position == saved:
-            usage.save(file)
+            state = usage.state()
             usage = Usage(SCHEMA, after)
-            usage.load(file)
+            usage.restore(state)
 
 
 def test_a_silence_resets_nothing() -> None:

@@ -1,0 +1,51 @@
+"""A job on Ray that loses a worker goes on by itself where it may."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from small_runs import metrics, run, small_config
+
+from exfm_ray.config import Config
+from exfm_ray.training.job import Job
+
+TOLERANCE = 1e-2
+"""Two workers' rounding over some 190 steps: up to 0.4 % of a figure was seen."""
+SIZES = {"embedded": {"windows": 4, "events_per_window": 3000}}
+
+
+def kill_a_worker(config: Config, killed: list[int]) -> None:
+    """SIGKILL to one of this session's Ray Train workers, as soon as there is a checkpoint inside a window."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list((config.folder / "checkpoints").glob("fm/*examples=*/manifest.json")):
+        time.sleep(0.02)
+    workers = [p for p in psutil.Process().children(recursive=True) if "TrainWorker" in " ".join(p.cmdline())]
+    if workers:
+        workers[-1].send_signal(signal.SIGKILL)
+        killed.append(workers[-1].pid)
+
+
+def test_an_elastic_job_outlives_a_worker(cluster: None, tmp_path: Path) -> None:
+    """Wrong: the loss of a worker ends an elastic job, or it goes on at another place in the data."""
+    elastic: dict[str, Any] = {"fm": {"workers": 2, "min_workers": 1, "zero_stage": 1}, "checkpoint": {"every_examples": 300}}
+    config, alone = small_config(tmp_path, "elastic", data=SIZES, **elastic), small_config(tmp_path, "alone", data=SIZES)
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker, args=(config, killed), daemon=True)
+    killer.start()
+    run(config, das=False, vm=False)
+    killer.join()
+    assert killed, "no worker was found to be killed"
+    run(alone, das=False, vm=False)
+    job = Job("fm", config)
+    assert [timing.examples for timing in job.checkpoints.result(job.checkpoints.latest()).timings] == [3000] * 4
+    rows, expected = metrics(config), metrics(alone)
+    assert rows.keys() == expected.keys() and len(rows) > 0
+    for key, row in expected.items():
+        assert rows[key]["examples"] == row["examples"]
+        assert rows[key]["log_loss"] == pytest.approx(row["log_loss"], rel=TOLERANCE), key

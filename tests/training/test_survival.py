@@ -1,0 +1,217 @@
+"""Training that is ended anywhere and goes on: to the bit, with other numbers of workers, past damaged checkpoints and full disks."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from local_runs import LocalReport, run_locally, train
+from small_runs import WINDOWS, assert_close, metrics, small_config
+from workers import Workers
+
+from exfm_ray.config import Config
+from exfm_ray.errors import UserError
+from exfm_ray.pipeline import vm_jobs
+from exfm_ray.training.checkpoint import Mark
+from exfm_ray.training.job import Job, Worker
+from exfm_ray.training.local import LocalClient
+
+EVERY = {"checkpoint": {"every_examples": 150}}  # batches are of 64, so every third one
+WORKERS_TOLERANCE = 1e-3
+"""That of test_jobs.py: sums over two workers are rounded otherwise, and the optimizers carry it on."""
+
+
+@pytest.fixture(scope="module")
+def base(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """An undisturbed run on one worker."""
+    config = small_config(tmp_path_factory.mktemp("survival"), "base")
+    run_locally(groups, config)
+    return config
+
+
+def with_inputs(base: Config, folder: Path, name: str, *parts: str, **changes: Any) -> Config:
+    """A run that finds stream, and what else is named, of the undisturbed one."""
+    config = small_config(folder, name, **changes)
+    for part in ("stream", *parts):
+        shutil.copytree(base.folder / part, config.folder / part)
+    return config
+
+
+def files(config: Config, *folders: str) -> dict[str, bytes]:
+    """All weights that a run has published or exported."""
+    found = [path for folder in folders for path in (config.folder / folder).rglob("*.safetensors")]
+    return {str(path.relative_to(config.folder)): path.read_bytes() for path in found}
+
+
+def kill_and_go_on(groups: dict[int, Workers], config: Config, job: Job) -> list[Mark]:
+    """Kill a job inside windows, where there is a checkpoint and where there is none, and before a window's checkpoint; let it end."""
+    marks = []
+    for window, batches in ((0, 2), (1, 3), (1, 7), (1, None), (2, 5), (3, 1)):
+        groups[job.trainer.workers].run(train, job, list(range(WINDOWS)), window, batches)
+        marks.append(job.checkpoints.latest())
+    groups[job.trainer.workers].run(train, job, list(range(WINDOWS)), None)
+    return marks
+
+
+@pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_the_fm_goes_on_inside_a_window_to_the_bit(groups: dict[int, Workers], base: Config, tmp_path: Path, workers: int, stage: int) -> None:
+    """Wrong: a checkpoint inside a window lacks something, an example is learnt twice or not at all, a row of metrics is lost or doubled."""
+    fm = {"workers": workers, "zero_stage": stage, "optimizer": {"ema": 0.9 if stage < 3 else 0.0}, "reset_unused": 1}
+    whole, killed = (with_inputs(base, tmp_path, name, fm=fm, **EVERY) for name in ("whole", "killed"))
+    groups[workers].run(train, Job("fm", whole), list(range(WINDOWS)), None)
+    marks = kill_and_go_on(groups, killed, Job("fm", killed))
+    assert marks == [Mark(0), Mark(1, 192, 1), Mark(1, 384, 1), Mark(1, 768, 1), Mark(2, 192, 1), Mark(3)]
+    assert metrics(killed) == metrics(whole)
+    assert files(killed, "snapshots") == files(whole, "snapshots")
+    states = [Job("fm", config).checkpoints.result(Mark(WINDOWS)) for config in (killed, whole)]
+    assert [timing.examples for timing in states[0].timings] == [900] * WINDOWS
+    assert {k: v.figures() for k, v in states[0].states.items()} == {k: v.figures() for k, v in states[1].states.items()}
+
+
+def test_every_arm_of_a_vm_goes_on_inside_a_window_to_the_bit(groups: dict[int, Workers], base: Config, tmp_path: Path) -> None:
+    """Wrong: as above, for a head, an adapter or the order of two students' batches."""
+    vm = {"workers": 2, "zero_stage": 1}
+    whole, killed = (with_inputs(base, tmp_path, name, "supervision", vm=vm, **EVERY) for name in ("whole", "killed"))
+    (job,), (other,) = vm_jobs(whole), vm_jobs(killed)
+    groups[2].run(train, job, list(range(WINDOWS)), None)
+    kill_and_go_on(groups, killed, other)
+    assert metrics(killed) == metrics(whole)
+    assert files(killed, "exported") == files(whole, "exported") and len(files(whole, "exported")) == 2 * 4 * (2 + 1)
+
+
+@pytest.mark.parametrize("workers", [(1, 2), (2, 1)])
+def test_goes_on_with_another_number_of_workers(groups: dict[int, Workers], base: Config, tmp_path: Path, workers: tuple[int, int]) -> None:
+    """Wrong: tables or ZeRO's partitions are put together wrongly, or the place in the data is another one."""
+    for number, (count, stage) in enumerate(zip(workers, (3, 1), strict=True)):
+        trainer = {"workers": count, "zero_stage": stage, "sharding": "row_wise" if number else "table_wise"}
+        config = small_config(tmp_path, "run", fm=trainer, vm=trainer, **EVERY)
+        if not number:
+            config = with_inputs(base, tmp_path, "run", "supervision", fm=trainer, vm=trainer, **EVERY)
+        for job in (Job("fm", config), *vm_jobs(config)):
+            groups[count].run(train, job, list(range(WINDOWS)), *((None,) if number else (2, 5)))
+            assert job.checkpoints.latest() == (Mark(WINDOWS) if number else Mark(2, job.checkpoints.latest().examples, 1))
+    assert metrics(config).keys() == metrics(base).keys()
+    assert_close(list(metrics(config).values()), [metrics(base)[key] for key in metrics(config)], WORKERS_TOLERANCE)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(groups: dict[int, Workers], base: Config, tmp_path: Path) -> None:
+    """Wrong: a changed, cut or missing file of a checkpoint is read, or ends the run; or the damage is not told."""
+    config = with_inputs(base, tmp_path, "run", checkpoint={"keep": 4})
+    job = Job("fm", config)
+    groups[1].run(train, job, list(range(WINDOWS)), None)
+    names = ["windows=004", "windows=003", "windows=002"]
+    for name, damage in zip(names, (flip, cut, os.remove), strict=True):
+        damage(job.checkpoints.root / name / "state.rank0000.safetensors")
+    told = list(job.checkpoints.set_aside_damaged())
+    assert len(told) == 3 and job.checkpoints.latest() == Mark(1)
+    assert "windows=004 is damaged (state.rank0000.safetensors is not the file that manifest.json describes)" in told[0]
+    assert "is missing); the one before, windows=001, is gone on from" in told[2]
+    assert list(job.checkpoints.set_aside_damaged()) == []
+    (config.folder / "metrics.jsonl").unlink()
+    groups[1].run(train, job, list(range(WINDOWS)), None)
+    fm = {key: row for key, row in metrics(base).items() if row["role"] == "fm" and row["window"] > 0}
+    assert metrics(config) == fm
+    assert files(config, "snapshots") == files(base, "snapshots")
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    """Keep the first half."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def train_on_a_full_disk(job: Job, windows: list[int], whole: int) -> str:
+    """Learn `whole` windows, then let no file grow beyond 4 KB: the error."""
+    worker = local_worker(job, windows)
+    save = worker._save
+
+    def save_then_fill(mark: Mark, window: int | None) -> None:
+        save(mark, window)
+        if mark.windows == whole:
+            worker.saver.finish()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+
+    worker._save = save_then_fill  # type: ignore[method-assign]
+    worker.publish = lambda version: None  # type: ignore[method-assign]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        worker.run(windows, job.checkpoints.latest())
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return "no error"
+
+
+def local_worker(job: Job, windows: list[int]) -> Worker:
+    worker = Worker(job, None, LocalReport(job.config.folder / "logs" / "metrics.jsonl", job.name), torch.device("cpu"))
+    worker.loop.report.metrics = worker.loop.report.timeline = lambda rows: None  # type: ignore[method-assign, union-attr]
+    worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, job.checkpoints.latest()))  # type: ignore[assignment]
+    return worker
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(groups: dict[int, Workers], base: Config, tmp_path: Path) -> None:
+    """Wrong: a checkpoint that could not be written whole counts, pushes out the one before, or ends in a traceback only."""
+    config = with_inputs(base, tmp_path, "run")
+    job, windows = Job("fm", config), list(range(WINDOWS))
+    (told,) = groups[1].run(train_on_a_full_disk, job, windows, 2)
+    assert "windows=003: the checkpoint could not be written" in told and "the last good one is" in told and "windows=002. Make room" in told
+    assert job.checkpoints.latest() == Mark(2) and not list(job.checkpoints.set_aside_damaged())
+    groups[1].run(train, job, windows, None)
+    published = files(config, "snapshots")
+    assert len(published) == 2 * 2 and published.items() <= files(base, "snapshots").items()  # windows 2 and 3
+    assert job.checkpoints.latest() == Mark(WINDOWS)
+    assert not list(job.checkpoints.root.glob("windows=*/.*")), "a temporary file was left"
+
+
+def train_to_nan(job: Job, windows: list[int], window: int, batch: int, rank: int, weights: bool) -> str:
+    """Spoil one worker's loss at a batch, or a weight at the end of the window; the error."""
+    worker = Worker(job, None, None, torch.device("cpu"))
+    worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, job.checkpoints.latest()))  # type: ignore[assignment]
+    between, publish, (lane,) = worker._between, worker.publish, worker.loop.lanes
+
+    def spoil(work: Any, under: Any, group: int) -> None:
+        if (work.window, under.batches - 1) == (window, batch) and torch.distributed.get_rank() == rank and not weights:
+            lane.losses[-1].fill_(float("nan"))
+        between(work, under, group)
+
+    def spoil_weights(version: int) -> None:
+        publish(version)
+        if weights and version == window + 1:
+            next(lane.engine.tables.shards()).weight_RW[0, 0] = float("inf")
+
+    worker._between, worker.publish = spoil, spoil_weights  # type: ignore[method-assign]
+    try:
+        worker.run(windows, job.checkpoints.latest())
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(("workers", "weights"), [(1, False), (2, False), (1, True)])
+def test_nan_stops_and_keeps_the_last_good_state(
+    groups: dict[int, Workers], base: Config, tmp_path: Path, workers: int, weights: bool
+) -> None:
+    """Wrong: training goes on with NaN, does not say where it began, or a state with NaN becomes the newest checkpoint."""
+    config = with_inputs(base, tmp_path, "run", fm={"workers": workers})
+    job = Job("fm", config)
+    for told in groups[workers].run(train_to_nan, job, list(range(WINDOWS)), 2, 5, workers - 1, weights):
+        if weights:
+            assert "windows=003: 'lanes/fm/tables/" in told and "is not finite, the model has diverged" in told and "windows=002" in told
+        else:
+            assert told.startswith("window 2, batch 5: the loss of 'fm' is not a number, training stops; the last good state is")
+            assert told.endswith("windows=002. Lower fm.optimizer's learning rates under another --name")
+    assert job.checkpoints.latest() == Mark(2)
+
+
