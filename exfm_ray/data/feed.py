@@ -28,6 +28,8 @@ FRAGMENTS_PER_DATASET = 256
 BLOCKS_AHEAD = 4
 FEED_WAIT_S = 3600.0
 """Longest that a job waits for a window or its supervision."""
+READ_S = 1800.0
+"""Longest that the reading of a block may take once its window is there."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class _Reading:
 
     def block(self, worker: int, index: int) -> list[Any]:
         """See `Feed.block`."""
+        bound = self._wait_s + READ_S
         with self._changed:
             self.untouched = False
             self._taken[worker] = index
@@ -129,11 +132,11 @@ class _Reading:
                 self._blocks.popleft()
                 self._first += 1
             self._changed.notify_all()
-            there = self._changed.wait_for(lambda: self._error is not None or index < self._first + len(self._blocks), 2 * self._wait_s)
+            there = self._changed.wait_for(lambda: self._error is not None or index < self._first + len(self._blocks), bound)
             if index < self._first + len(self._blocks):
                 return [self._blocks[index - self._first]]
             raise self._error if there and self._error else UserError(
-                f"worker {worker} waited {2 * self._wait_s:.0f} s for block {index} of its feed, which Ray Data has not read; "
+                f"worker {worker} waited {bound:.0f} s for block {index} of its feed, which Ray Data has not read; "
                 f"are there CPUs left for it? workers' places in the feed: {self._taken}"
             )
 
