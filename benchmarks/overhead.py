@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,11 @@ import torch
 
 from benchmarks.common import arguments, bar, report
 from exfm_ray.config import Arm, Config, dump_config, load_config
-from exfm_ray.das.scorer import ScorerActor
-from exfm_ray.das.service import DAS
+from exfm_ray.das.run import DAS
+from exfm_ray.das.scorer import CALLS, ScorerActor
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.prepare import prepare
-from exfm_ray.data.stream import EventStream
+from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.runtime import ray_session
 from exfm_ray.tracking.recorder import RecorderActor
 from exfm_ray.training.checkpoint import JobResult, Mark
@@ -122,7 +124,8 @@ def das(folder: str, quick: bool) -> dict[str, Any]:
     tables = [stream.read(window, f) for f in fragments]
     batches = [to_batch(t.slice(s, size), stream.schema) for t in tables for s in range(0, t.num_rows, size)]
     rows, pairs = sum(len(b) for b in batches), []
-    actor = ScorerActor.remote(stream.root, service.snapshots, service.store, 1, size, 1)  # type: ignore[attr-defined]
+    order = replace(service.order, das=settings.das.model_copy(update={"threads": 1}))
+    actor = ScorerActor.remote(order)  # type: ignore[attr-defined]
     ray.get(actor.take.remote(window))
     for _ in range(4 if quick else 10):
         started = time.perf_counter()
@@ -132,12 +135,22 @@ def das(folder: str, quick: bool) -> dict[str, Any]:
         for fragment in fragments:
             service.store.path(window, fragment).unlink(missing_ok=True)
         started = time.perf_counter()
-        ray.get(actor.score.remote(window, fragments, window))
+        score_all(actor, window, fragments)
         pairs.append((rows / alone, rows / (time.perf_counter() - started)))
     forward, scored = (statistics.median(speeds) for speeds in zip(*pairs[1:], strict=True))  # the first pair warms up
     ratio = statistics.median(s / f for f, s in pairs[1:])
     print(f"das: bare forward {forward:,.0f} examples/s, actor {scored:,.0f}, ratio {ratio:.3f}", flush=True)
     return {"forward_examples_per_s": forward, "actor_examples_per_s": scored, "ratio": ratio}
+
+
+def score_all(actor: Any, window: int, fragments: Sequence[Fragment]) -> None:
+    """Give an actor a window's fragments as the pool does: `CALLS` in hand at once."""
+    left, running = list(fragments), []
+    while left or running:
+        while left and len(running) < CALLS:
+            running.append(actor.score.remote(window, left.pop(0), window))
+        ready, running = ray.wait(running)
+        ray.get(ready)
 
 
 def vm(settings: Config, batch_size: int) -> dict[str, Any]:

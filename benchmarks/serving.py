@@ -22,9 +22,7 @@ import torch
 
 from benchmarks.common import arguments, bar, report
 from exfm_ray.config import Config, load_config
-from exfm_ray.das.lag import version_for
-from exfm_ray.das.scorer import Scorer
-from exfm_ray.das.service import DAS
+from exfm_ray.das.run import DAS
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.prepare import prepare
 from exfm_ray.data.stream import EventStream
@@ -60,15 +58,7 @@ def train(job: Job, windows: Sequence[int]) -> None:
 
 def supervise(settings: Config, stream: EventStream) -> None:
     """Let the DAS score all windows that have a teacher, here."""
-    das, lag = DAS(settings, stream), settings.das.fm_lag
-    scorer = Scorer(stream.root, das.snapshots, das.store, lag, settings.das.batch_size, 1)
-    for window in das.missing(stream.windows()):
-        version = version_for(window, lag)
-        assert version is not None
-        manifest = stream.window(window)
-        for _ in scorer.score(window, manifest.fragments, version):
-            pass
-        das.store.commit(manifest, version, das.snapshots.tasks(version), lag)
+    DAS(settings, stream).run_here(stream.windows())
 
 
 def size(folder: Path) -> int:

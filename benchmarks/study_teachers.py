@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from exfm_ray.config import Config, StudentConfig, with_settings
-from exfm_ray.das.lag import version_for
+from exfm_ray.das.lag import Policy, version_for
 from exfm_ray.das.supervision import TEACHER_COLUMN, AugmentedReader
 from exfm_ray.data.feed import FragmentReader, Pass
 from exfm_ray.data.stream import EventStream, Fragment, list_values, window_name
@@ -75,7 +75,7 @@ def teach(config: Config, teacher: Teacher, seed: int, windows: int) -> dict[tup
     schema = EventStream.open(job.stream_root).schema
     learnt = range(len(schema.domains)) if teacher.domain is None else (schema.domain_index(teacher.domain),)
     asked = sorted({schema.domain_index(student.domain) for student in teacher.students})
-    every, own = (AugmentedReader(job.stream_root, None, 1, tuple(domains), ()) for domains in (learnt, asked))
+    every, own = (AugmentedReader(job.stream_root, None, Policy(1), tuple(domains), ()) for domains in (learnt, asked))
     loop, _ = local_loop(job, range(windows), every)
     (lane,) = loop.groups[0].lanes
     said: dict[tuple[str, str], Predictions] = {(s.name, teacher.column(lag)): {} for s in teacher.students for lag in teacher.lags}
@@ -134,7 +134,7 @@ def student_rows(
         taught: seed -> teacher -> predictions; every seed has the same teachers, "lag 1" among them.
     """
     stream = EventStream.open(config.folder / "stream")
-    reader = AugmentedReader(stream.root, None, 1, (stream.schema.domain_index(student.domain),), ())
+    reader = AugmentedReader(stream.root, None, Policy(1), (stream.schema.domain_index(student.domain),), ())
     read = {w: [reader.read(Pass(w, "learn"), f) for f in reader.fragments(Pass(w, "learn"))] for w in range(windows)}
     tables = {w: pa.concat_tables(parts).combine_chunks() for w, parts in read.items() if parts}
     task, tasks = stream.schema.task_index(student.tasks[0]), len(stream.schema.tasks)

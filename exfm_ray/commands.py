@@ -31,6 +31,9 @@ def main(arguments: Sequence[str]) -> int:
             return submit(_submit_parser().parse_args(arguments[1:]))
         if arguments and arguments[0] == "plan":
             return plan(_plan_parser().parse_args(arguments[1:]))
+        if arguments and arguments[0] == "das" and len(arguments) > 1 and not arguments[1].startswith("-"):
+            serve(_serve_parser().parse_args(arguments[1:]))
+            return 0
         if arguments and arguments[0] in FOLDERS:
             _look(arguments[0], arguments[1:])
             return 0
@@ -81,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True, help="a YAML file; configs/ holds ready ones")
+def _add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--config", type=Path, required=required, help="a YAML file; configs/ holds ready ones")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting; may be repeated")
     parser.add_argument("--name", help="name of the run; the same command with the same name goes on where it stopped")
 
@@ -161,6 +164,39 @@ def plan(options: argparse.Namespace) -> int:
     for line in remarks(planned, limit_bytes, options.tflops):
         console.print(line, highlight=False, soft_wrap=True)
     return USER_ERROR if planned.misfits(limit_bytes) else 0
+
+
+def _serve_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="run.py das", description=serve.__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="start|status|stop", required=True)
+    start = commands.add_parser("start", description="Start the service for a run's stream; given again, it tries again what is parked.")
+    start.add_argument("--follow", action="store_true", help="label windows that appear later, too")
+    _add_config(start)
+    for name, told in (("status", "Show the services, or a run's."), ("stop", "End a run's service, or the only one there is.")):
+        command = commands.add_parser(name, description=told)
+        _add_config(command, required=False)
+    return parser
+
+
+def serve(options: argparse.Namespace) -> None:
+    """The DAS as a service in a running Ray: `run.py das start|status|stop`, see docs/das.md."""
+    config = load_config(options.config, options.set, options.name) if options.config else None
+    if config is None and (options.set or options.name):
+        raise UserError("--set and --name go with --config")
+    from exfm_ray.das.commands import start, status, stop
+    from exfm_ray.runtime import running_ray
+
+    with running_ray():
+        if options.command == "start":
+            from exfm_ray.pipeline import vm_jobs
+
+            assert config
+            print(start(config, options.follow, [job.checkpoints.root for job in vm_jobs(config)]))
+        elif options.command == "stop":
+            print(stop(config))
+        else:
+            for table in status(config):
+                _console().print(table)
 
 
 def _known_schema(config: Config) -> Schema:
@@ -263,7 +299,7 @@ def train_fm(config: Config) -> None:
 
 
 def das(config: Config) -> None:
-    """Let the DAS score every window with the snapshots that train-fm has published."""
+    """Let the DAS score every window with the snapshots that train-fm has published; `das start|status|stop`: as a service."""
     _run(config, fm=False, das=True, vm=False)
 
 

@@ -148,6 +148,13 @@ class DASConfig(Model):
     min_actors: int = Field(1, ge=1)
     max_actors: int = Field(1, ge=1)
     fm_lag: int = Field(1, ge=1, description="window t is scored by the snapshot that has learned windows <= t - fm_lag")
+    every: int = Field(1, ge=1, description="only every so many snapshots are scored with: versions 1, 1 + every, 1 + 2 every ...")
+    pinned: int | None = Field(None, ge=1, description="score every window that may be with this version; earlier windows have no teacher")
+    keep_snapshots: bool = Field(False, description="snapshots that no window of this run needs any more stay, for other runs to score with")
+    rollover: int = Field(1, ge=1, description="how many actors may be loading a next snapshot at once, while the others score")
+    shards: int = Field(1, ge=1, description="the teacher's tables are cut over so many processes for each actor; 1: the actor holds them")
+    tries: int = Field(3, ge=1, description="after so many failures a fragment is parked and its window left out, until the DAS is asked again")
+    ahead: int | None = Field(None, ge=1, description="most windows supervised ahead of the slowest vertical model; None: no bound")
     batch_size: int = Field(512, ge=1, description="on a CPU small: larger temporaries cost more in page faults than they save")
     threads: int = Field(0, ge=0)
 
@@ -155,6 +162,8 @@ class DASConfig(Model):
     def _bounds(self) -> Self:
         if self.max_actors < self.min_actors:
             raise ValueError(f"das.max_actors is {self.max_actors}, below das.min_actors = {self.min_actors}")
+        if self.pinned and self.every > 1:
+            raise ValueError(f"das.pinned is {self.pinned} and das.every is {self.every}: set one of them")
         return self
 
 
@@ -178,6 +187,8 @@ class StudentConfig(Model):
 
     name: Name
     domain: Name
+    teacher: Name | None = Field(None, description="the teacher whose supervision it learns from: one of `teachers`; None: the FM")
+    publishes: Arm | None = Field(None, description="its model of this arm publishes a snapshot after each window and so can be a teacher itself")
     tasks: Annotated[tuple[Name, ...], BeforeValidator(_listed), AfterValidator(_distinct)] = Field(alias="task")
     model: ModelConfig | None = None
 
@@ -241,6 +252,17 @@ class CheckpointConfig(Model):
     keep: int = Field(2, ge=1, description="the newest so many stay; more than one, lest a damaged file cost the whole run")
 
 
+class TeacherConfig(Model):
+    """A teacher beside the FM: its snapshots score the stream, too. It has to have been trained on windows of the same stream.
+
+    `run`: the folder of the run whose FM it is (with das.keep_snapshots there), by its fm.name; None: it is a vertical model of this run
+    that `publishes`.
+    """
+
+    name: Name
+    run: Folder | None = None
+
+
 class MetricsConfig(Model):
     """`warmup_windows`: how many windows at the start stay out of summary.json."""
 
@@ -269,6 +291,7 @@ class Config(Model):
     data: DataConfig = DataConfig()
     fm: FMConfig = FMConfig()
     das: DASConfig = DASConfig()
+    teachers: tuple[TeacherConfig, ...] = ()
     vm: VMConfig = VMConfig()
     distillation: DistillationConfig = DistillationConfig()
     metrics: MetricsConfig = MetricsConfig()
@@ -281,6 +304,30 @@ class Config(Model):
     def _sweep(self) -> Self:
         if self.tune:
             _check_sweep(self, self.tune)
+        return self
+
+    @model_validator(mode="after")
+    def _teachers(self) -> Self:
+        names = [self.fm.name, *(teacher.name for teacher in self.teachers)]
+        publishing = {student.name: student for student in self.vm.models if student.publishes}
+        for teacher in self.teachers:
+            if names.count(teacher.name) > 1:
+                raise ValueError(f"two teachers are named '{teacher.name}' (the FM is '{self.fm.name}')")
+            if teacher.run is None and teacher.name not in publishing:
+                raise ValueError(f"teacher '{teacher.name}' has no `run`, and no vertical model of this name `publishes`")
+        for student in self.vm.models:
+            if student.teacher and student.teacher not in names:
+                raise ValueError(f"vertical model '{student.name}': teacher '{student.teacher}' is none of {', '.join(names)}.")
+            if student.publishes and student.publishes not in self.vm.arms:
+                raise ValueError(f"vertical model '{student.name}' publishes arm '{student.publishes}', which is none of vm.arms")
+            if student.publishes and student.name == self.fm.name:
+                raise ValueError(f"vertical model '{student.name}' publishes under the FM's name; rename one of them")
+            seen, above = [student.name], student.teacher
+            while above in publishing and not any(t.name == above and t.run for t in self.teachers):
+                if above in seen:
+                    raise ValueError(f"vertical model '{student.name}' would learn from itself: {' <- '.join([*seen, above])}")
+                seen.append(above)
+                above = publishing[above].teacher
         return self
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,8 +26,7 @@ import yaml
 
 from exfm_ray.actors import answer, beside_driver
 from exfm_ray.config import Arm, Config, StudentConfig, dump_config, lineage
-from exfm_ray.das.lag import version_for
-from exfm_ray.das.service import DAS
+from exfm_ray.das.run import DAS
 from exfm_ray.data.feed import FEED_WAIT_S
 from exfm_ray.data.prepare import prepare
 from exfm_ray.data.stream import EventStream
@@ -94,8 +93,17 @@ def _check_student(setting: str, student: StudentConfig, config: Config, schema:
             schema.task_index(task)
         except ValueError as error:
             raise UserError(f"setting '{setting}.task': {error}") from None
-        if set(config.vm.arms) != {Arm.LABELS} and task not in fm_tasks(config, schema):
-            raise UserError(f"setting '{setting}.task': '{task}' is none of fm.tasks, so '{student.name}' would have no teacher for it")
+        taught = _taught(config, schema, student.teacher)
+        if set(config.vm.arms) != {Arm.LABELS} and taught is not None and task not in taught:
+            of = f"the tasks of '{student.teacher}'" if student.teacher else "fm.tasks"
+            raise UserError(f"setting '{setting}.task': '{task}' is none of {of}, so '{student.name}' would have no teacher for it")
+
+
+def _taught(config: Config, schema: Schema, teacher: str | None) -> tuple[str, ...] | None:
+    """The tasks that a teacher predicts; None for another run's, whose snapshots will tell."""
+    if teacher in (None, config.fm.name):
+        return fm_tasks(config, schema)
+    return next((student.tasks for student in config.vm.models if student.name == teacher), None)
 
 
 def _check_sizes(setting: str, model: ModelConfig, schema: Schema) -> None:
@@ -111,10 +119,27 @@ def _check_sizes(setting: str, model: ModelConfig, schema: Schema) -> None:
 
 
 def vm_jobs(config: Config) -> list[Job]:
-    """One job for all VMs when they share a pass, else one for each."""
-    together: list[tuple[StudentConfig, ...]] = [config.vm.models] if config.vm.share_pass else [(student,) for student in config.vm.models]
-    names = ["vm"] if config.vm.share_pass else [f"vm-{student.name}" for student in config.vm.models]
-    return [Job(name, config, students) for name, students in zip(names, together, strict=True) if students]
+    """One job for all VMs of a teacher when they share a pass, else one for each."""
+    if not config.vm.share_pass:
+        return [Job(f"vm-{student.name}", config, (student,)) for student in config.vm.models]
+    teachers = dict.fromkeys(student.teacher or config.fm.name for student in config.vm.models)
+    together = {teacher: tuple(s for s in config.vm.models if (s.teacher or config.fm.name) == teacher) for teacher in teachers}
+    return [Job("vm" if teacher == config.fm.name else f"vm-of-{teacher}", config, students) for teacher, students in together.items()]
+
+
+def in_thread(name: str, work: Callable[[], None]) -> Future[None]:
+    """Work in a thread that does not keep the process from ending."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name=name).start()
+    return future
 
 
 @dataclass
@@ -127,7 +152,8 @@ class Run:
     def __post_init__(self) -> None:
         self.folder = self.config.folder
         self.windows = self.stream.windows()
-        self.das = DAS(self.config, self.stream)
+        self.dases = [DAS(self.config, self.stream, teacher) for teacher in (None, *self.config.teachers)]
+        self._over = threading.Event()
         self.memory = MemoryMeter()
         self._pending: list[Future[None]] = []
         self._recorder: Any = None
@@ -141,7 +167,10 @@ class Run:
             print(f"warning: {told}", file=sys.stderr)
             append_text(self.folder / "logs" / "driver.log", told)
         jobs = [job for job in jobs if not job.finished(self.windows)]
-        scoring = self.das.missing(self.windows) if das else []
+        scoring = {own.order.role: own.missing(self.windows) for own in self.dases} if das else {}
+        scoring = {role: missing for role, missing in scoring.items() if missing}
+        for own in self.dases:
+            own.readers = [job.checkpoints.root for job in jobs if job.role == "vm" and job.teacher == own.store.teacher]
         if not jobs and not scoring:
             return
         self._check_inputs(fm, das, [job for job in jobs if job.role == "vm"], scoring)
@@ -152,9 +181,11 @@ class Run:
             self._progress()
             feeds = [start_feed(job, self.windows) for job in jobs]
             self._pending = [self._start(job, feed) for job, feed in zip(jobs, feeds, strict=True)]
+            self._pending += [self._start_das(own) for own in self.dases[1:] if own.order.role in scoring]
             watch = self._watcher(view)
             try:
-                self.das.run(scoring, lambda window, rows: self._scored(window, rows, watch), watch)
+                own = self.dases[0]
+                own.run(scoring.get(own.order.role, []), lambda window, rows: self._scored(own, window, rows, watch), watch)
                 while self._pending:
                     watch()
                     time.sleep(POLL_S)
@@ -162,6 +193,7 @@ class Run:
                 write_text(failure, traceback.format_exc())  # a killed run leaves none: it is unfinished, not failed
                 raise
             finally:
+                self._over.set()
                 for feed in feeds:
                     ray.kill(feed)
                 wait(self._pending, STOP_S)  # the other jobs end by the loss of their feeds, before Ray goes
@@ -173,28 +205,35 @@ class Run:
         return state
 
     def _start(self, job: Job, feed: Any) -> Future[None]:
-        """Run a job in a thread that does not keep the process from ending."""
-        future: Future[None] = Future()
+        return in_thread(job.name, lambda: run_job(job, self.windows, self._recorder, feed))
 
-        def work() -> None:
-            try:
-                run_job(job, self.windows, self._recorder, feed)
-                future.set_result(None)
-            except BaseException as error:
-                future.set_exception(error)
+    def _start_das(self, das: DAS) -> Future[None]:
+        """Have the DAS of another teacher than the FM work beside it."""
 
-        threading.Thread(target=work, daemon=True, name=job.name).start()
-        return future
+        def watch() -> None:
+            if self._over.is_set():
+                raise RuntimeError("the run is over")
 
-    def _check_inputs(self, fm: bool, das: bool, vms: Sequence[Job], scoring: Sequence[int]) -> None:
+        return in_thread(das.order.role, lambda: das.run(self.windows, lambda window, rows: self._scored(das, window, rows, watch), watch))
+
+    def _check_inputs(self, fm: bool, das: bool, vms: Sequence[Job], scoring: Mapping[str, Sequence[int]]) -> None:
         """UserError where a role would wait for ever: for what is not there and no role of this run makes."""
-        for window in scoring if not fm else ():
-            version = version_for(window, self.config.das.fm_lag)
-            if version is not None and not self.das.snapshots.has(version):
-                raise UserError(f"window {window} is to be scored by {self.das.snapshots.folder(version)}, which is not there; run train-fm first")
-        lacking = self.das.missing(self.windows) if vms and not das and set(self.config.vm.arms) != {Arm.LABELS} else []
+        for own in self.dases:
+            if own.teacher and own.teacher.run and own.order.role in scoring and not own.snapshots.versions():
+                raise UserError(f"{own.snapshots.root}: no snapshot of teacher '{own.teacher.name}'; train it first, with das.keep_snapshots")
+            made_here = bool(vms) if own.teacher else fm
+            for window in scoring.get(own.order.role, []) if not made_here else ():
+                version = own.order.policy.version(window)
+                if version is not None and not own.snapshots.has(version):
+                    command = "train-vm" if own.teacher else "train-fm"
+                    raise UserError(f"window {window} is to be scored by {own.snapshots.folder(version)}, which is not there; run {command} first")
+        for own in self.dases if not das and set(self.config.vm.arms) != {Arm.LABELS} else ():
+            self._check_supervised(own, vms)
+
+    def _check_supervised(self, das: DAS, vms: Sequence[Job]) -> None:
+        lacking = das.missing(self.windows) if any(job.teacher == das.store.teacher for job in vms) else []
         if lacking:
-            raise UserError(f"{self.das.store.root}: no supervision of window {lacking[0]} by '{self.config.fm.name}'; run das first")
+            raise UserError(f"{das.store.root}: no supervision of window {lacking[0]} by '{das.store.teacher}'; run das first")
 
     def _check_static(self, das: bool) -> None:
         """UserError where a static set is asked for what needs time, or lacks windows."""
@@ -223,7 +262,7 @@ class Run:
         except (ValueError, yaml.YAMLError):
             return None
 
-    def _totals(self, jobs: Sequence[Job], scoring: Sequence[int]) -> dict[str, int]:
+    def _totals(self, jobs: Sequence[Job], scoring: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Examples that each role has still to do."""
         sizes = {w: self.stream.window(w) for w in self.windows}
         totals = {}
@@ -233,10 +272,10 @@ class Run:
             domains = [self.stream.schema.domain_index(s.domain) for s in job.students]
             rows = sum(sum(f.domain_rows[d] for d in domains) if domains else f.rows for w in left for f in sizes[w].fragments)
             totals[job.name] = rows - done.examples
-        return totals | ({"das": sum(sizes[w].rows for w in scoring)} if scoring else {})
+        return totals | {role: sum(sizes[w].rows for w in missing) for role, missing in scoring.items()}
 
-    def _scored(self, window: int, rows: int, watch: Callable[[], None]) -> None:
-        self._recorder.progress.remote("das", window, rows)
+    def _scored(self, das: DAS, window: int, rows: int, watch: Callable[[], None]) -> None:
+        self._recorder.progress.remote(das.order.role, window, rows)
         watch()
 
     def _watcher(self, view: ProgressView) -> Callable[[], None]:
@@ -265,7 +304,7 @@ class Run:
         """Write summary.json from the jobs' checkpoints; returns it."""
         results = {job.name: self._result(job) for job in [Job("fm", self.config), *vm_jobs(self.config)]}
         found = {name: result for name, result in results.items() if result}
-        das_seconds, das_examples = self.das.done()
+        scored = {own.order.role: own.done() for own in self.dases}
         path = self.folder / "summary.json"
         before = read_json(path)["peak_memory_bytes"] if path.exists() else 0
         roles = {name: {"seconds": r.seconds, "examples": r.examples} for name, r in found.items()}
@@ -275,7 +314,7 @@ class Run:
             "seed": self.config.seed,
             "windows": static.held_out if static else [w for w in self.windows if w >= self.config.metrics.warmup_windows],
             "figures": self._best_pass() if static else summary_rows(self.config, self.stream, found.values()),
-            "roles": roles | {"das": {"seconds": das_seconds, "examples": das_examples}},
+            "roles": roles | {role: {"seconds": seconds, "examples": examples} for role, (seconds, examples) in scored.items()},
             "peak_memory_bytes": max(self.memory.peak, before),
         }
         write_json(path, summary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from exfm_ray.actors import answer
@@ -24,6 +26,9 @@ DATA_CPUS = 2
 
 NODES_S = 120.0
 """Longest wait for all nodes of a cluster to answer."""
+
+CONNECT_S = 5.0
+"""Longest wait for a connection to the address that the environment names."""
 
 
 @contextmanager
@@ -61,6 +66,28 @@ def _check_one_machine(config: Config) -> None:
                 f"setting 'placement.{role}' asks for nodes with {_written(labels)}, but RAY_ADDRESS is not set, so the run is on this machine "
                 "alone; submit it to a cluster, or leave 'placement' out"
             )
+
+
+@contextmanager
+def running_ray() -> Iterator[None]:
+    """Connect to a Ray that runs already: RAY_ADDRESS, else the one that `ray start` has started on this machine. UserError without any."""
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
+        if host and port.isdigit() and "/" not in host:  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), CONNECT_S).close()
+        with _stderr_to(Path(os.devnull)):
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        told = str(error).strip().splitlines()[0]
+        raise UserError(f"no running Ray to connect to ({told}); set RAY_ADDRESS, or start one here with `ray start --head`") from None
+    tighten_token()
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _check_cluster(config: Config) -> None:
@@ -114,8 +141,10 @@ def _written(labels: Mapping[str, str]) -> str:
 
 def role_cpus(config: Config) -> dict[str, int]:
     """CPUs that each role of `placement` asks for."""
-    jobs = 1 if config.vm.share_pass else len(config.vm.models)
-    return {"fm": config.fm.workers, "vm": config.vm.workers * jobs, "das": config.das.max_actors, "data": DATA_CPUS}
+    teachers = {student.teacher or config.fm.name for student in config.vm.models}
+    jobs = max(1, len(teachers)) if config.vm.share_pass else len(config.vm.models)
+    das = config.das.max_actors * (1 + len(config.teachers))
+    return {"fm": config.fm.workers, "vm": config.vm.workers * jobs, "das": das, "data": DATA_CPUS}
 
 
 def logical_cpus(config: Config) -> int:
@@ -163,7 +192,7 @@ def user_error(error: BaseException) -> UserError | None:
         if not isinstance(current, BaseException) or id(current) in seen:
             continue
         seen.add(id(current))
-        if type(current) is UserError:
+        if isinstance(current, UserError) and not isinstance(current, RayTaskError):
             return current
         failures = getattr(current, "worker_failures", {})
         waiting += [getattr(current, "cause", None), current.__cause__, current.__context__, *failures.values()]

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from exfm_ray.config import Arm, Config
+from exfm_ray.das.lag import Policy
 from exfm_ray.data.stream import EventStream, list_values, window_name
 from exfm_ray.metrics.gain import ne_gain, transfer_ratio
 from exfm_ray.metrics.state import MetricState
@@ -34,7 +35,7 @@ def summary_rows(config: Config, stream: EventStream, results: Iterable[JobResul
         model, arm, domain, task = key
         role = "fm" if arm == FM_ARM else "vm"
         row: dict[str, Any] = {"role": role, **describe(key), "seed": config.seed, **state.figures(), "best_ne": best.get((domain, task))}
-        row["snapshot"] = supervisor(key, windows[-1] + 1, config.das.fm_lag) if windows else None
+        row["snapshot"] = supervisor(key, windows[-1] + 1, Policy.of(config.das)) if windows else None
         if role == "vm":
             labels = ne.get((model, Arm.LABELS, domain, task))
             row["ne_gain"] = ne_gain(ne[key], labels)

@@ -17,9 +17,7 @@ import torch.distributed as dist
 from workers import Workers
 
 from exfm_ray.config import Config
-from exfm_ray.das.lag import version_for
-from exfm_ray.das.scorer import Scorer
-from exfm_ray.das.service import DAS
+from exfm_ray.das.run import DAS
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream
 from exfm_ray.pipeline import Run, prepare_stream, vm_jobs
@@ -82,16 +80,7 @@ def train(job: Job, windows: Sequence[int], dies_at: int | None, batches: int | 
 def score(config: Config) -> int:
     """The DAS of a run, in this process; rows scored."""
     stream = EventStream.open(config.folder / "stream")
-    das = DAS(config, stream)
-    scorer = Scorer(stream.root, das.snapshots, das.store, config.das.fm_lag, config.das.batch_size, 1)
-    rows = 0
-    for window in das.missing(stream.windows()):
-        version = version_for(window, config.das.fm_lag)
-        assert version is not None
-        manifest = stream.window(window)
-        rows += sum(scored.rows for scored in scorer.score(window, manifest.fragments, version))
-        das.store.commit(manifest, version, das.snapshots.tasks(version), config.das.fm_lag)
-    return rows
+    return DAS(config, stream).run_here(stream.windows())
 
 
 def predictions(config: Config, rows: int) -> dict[str, Any]:

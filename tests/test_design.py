@@ -31,7 +31,7 @@ BELOW = {
     "tracking": {"config", "schema", "metrics"},
     "training": {"config", "schema", "model_config", "data", "models", "distillation", "engine", "das", "metrics", "tracking", "tune_config"},
     "serving": {"config", "schema", "model_config", "data", "models"},
-    "summary": {"config", "schema", "data", "metrics", "training"},
+    "summary": {"config", "schema", "data", "das", "metrics", "training"},
     "runtime": {"config", "schema"},
     "plan": {"config", "schema", "models"},
     "plan_table": {"plan"},

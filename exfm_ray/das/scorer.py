@@ -1,32 +1,34 @@
-"""The actor that scores fragments with one snapshot of the FM."""
+"""The actor that scores fragments with snapshots of the FM."""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 import torch
 
-from exfm_ray.das.lag import version_for
-from exfm_ray.das.snapshots import SnapshotStore
-from exfm_ray.das.supervision import SupervisionStore
+from exfm_ray.das.order import Order
+from exfm_ray.das.shards import ShardedModel, start_holders
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.errors import UserError
 from exfm_ray.models.stored import PlainModel
 from exfm_ray.schema import Schema
 
+CALLS = 3
+"""Fragments that an actor has in hand at once: it reads one, computes another, writes a third."""
+VERSIONS = 2
+"""Snapshots that an actor holds: the one it scores with, and the next or the last one."""
+
 
 @dataclass(frozen=True)
 class Scored:
-    """What scoring a fragment took."""
+    """What scoring a fragment took: 0 rows when its supervision was on disk already; seconds of computing."""
 
     rows: int
     seconds: float
@@ -38,58 +40,70 @@ def score_table(model: PlainModel, table: pa.Table, schema: Schema, batch_size: 
     return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
 
 
-@dataclass
 class Scorer:
-    """Holds a snapshot, scores fragments; reads the next one and writes the last one meanwhile."""
+    """Scores fragments. Calls may come side by side, each from a thread: while one computes, others read, write or load a snapshot."""
 
-    stream_root: Path
-    snapshots: SnapshotStore
-    store: SupervisionStore
-    fm_lag: int
-    batch_size: int
-    threads: int
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        if order.das.threads:
+            torch.set_num_threads(order.das.threads)
+        self._stream = EventStream.open(order.stream_root)
+        self._holders = start_holders(order.snapshots, order.das.shards, order.labels) if order.das.shards > 1 else []
+        self._held: dict[int, tuple[Any, tuple[str, ...]]] = {}
+        self._loading, self._computing = threading.Lock(), threading.Lock()
 
-    def __post_init__(self) -> None:
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        self._stream = EventStream.open(self.stream_root)
-        self._version = -1
-        self._model: PlainModel | None = None
-        self._tasks: tuple[str, ...] = ()
-        self._io = ThreadPoolExecutor(2)
+    def ready(self) -> int:
+        """The process that holds this actor, once it runs."""
+        import os
+
+        return os.getpid()
 
     def take(self, version: int) -> tuple[str, ...]:
-        """Take up a snapshot, unless it is held already; returns the tasks it predicts."""
-        if version != self._version:
-            self._model, self._tasks = self.snapshots.load(version, self._stream.schema.digest)
-            self._version = version
-        return self._tasks
+        """Take up a snapshot, unless it is held already; returns the tasks it predicts. What is being computed goes on meanwhile."""
+        return self._take(version)[1]
 
-    def score(self, window: int, fragments: Sequence[Fragment], version: int) -> list[Scored]:
-        """Score fragments of a window and write each one's supervision; those that are on disk already cost nothing."""
-        allowed = version_for(window, self.fm_lag)
-        if allowed is None or version > allowed:
-            raise UserError(f"window {window} must not be scored by snapshot {version}: das.fm_lag = {self.fm_lag} allows {allowed} or older")
-        tasks = self.take(version)
-        assert self._model is not None
-        missing = [f for f in fragments if not self.store.scored(window, f, version)]
-        done, writes = [], []
-        for fragment, table in self._read_ahead(window, missing):
+    def _take(self, version: int) -> tuple[Any, tuple[str, ...]]:
+        with self._loading:
+            if version not in self._held:
+                loaded = self._load(version)
+                for old in list(self._held)[: 1 - VERSIONS]:
+                    del self._held[old]
+                self._held[version] = loaded
+            return self._held[version]
+
+    def _load(self, version: int) -> tuple[Any, tuple[str, ...]]:
+        snapshots, digest = self._order.snapshots, self._stream.schema.digest
+        if not self._holders:
+            return snapshots.load(version, digest)
+        network, manifest = snapshots.load_dense(version, digest)
+        return ShardedModel(network, manifest, version, self._holders), manifest.tasks
+
+    def score(self, window: int, fragment: Fragment, version: int) -> Scored:
+        """Score a fragment and write its supervision; one that is on disk already costs nothing.
+
+        Raises:
+            SnapshotError: the snapshot is damaged, or of another schema.
+            UserError: it may have learned from the window (rule 2); the fragment cannot be read; a prediction is no number.
+        """
+        order = self._order
+        if not order.policy.may_supervise(version, window):
+            raise UserError(
+                f"window {window} must not be scored by snapshot {version}: das.fm_lag = {order.policy.fm_lag} asks for one that has learned "
+                f"no window after {window - order.policy.fm_lag}"
+            )
+        if order.store.scored(window, fragment, version):
+            return Scored(0, 0.0)
+        table = self._stream.read(window, fragment)
+        model, tasks = self._take(version)
+        if isinstance(model, ShardedModel):
+            model = model.with_rows_of(to_batch(table, self._stream.schema))
+        with self._computing:
             started = time.perf_counter()
-            p_NT = score_table(self._model, table, self._stream.schema, self.batch_size)
-            predictions = {task: p_NT[:, i] for i, task in enumerate(tasks)}
-            writes.append(self._io.submit(self.store.write, window, fragment, table["example_id"], version, predictions))
-            done.append(Scored(table.num_rows, time.perf_counter() - started))
-        for write in writes:
-            write.result()
-        return done
-
-    def _read_ahead(self, window: int, fragments: Sequence[Fragment]) -> Iterator[tuple[Fragment, pa.Table]]:
-        """The fragments' rows, the next one read while the current one is scored."""
-        reads = deque(self._io.submit(self._stream.read, window, f) for f in fragments[:1])
-        for position, fragment in enumerate(fragments):
-            reads.extend(self._io.submit(self._stream.read, window, f) for f in fragments[position + 1 : position + 2])
-            yield fragment, reads.popleft().result()
+            p_NT = score_table(model, table, self._stream.schema, order.das.batch_size)
+            seconds = time.perf_counter() - started
+        predictions = {task: p_NT[:, i] for i, task in enumerate(tasks)}
+        order.store.write(window, fragment, table["example_id"], version, predictions)
+        return Scored(table.num_rows, seconds)
 
 
-ScorerActor = ray.remote(Scorer)
+ScorerActor = ray.remote(max_concurrency=CALLS + 1)(Scorer)

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exfm_ray.errors import UserError
-from exfm_ray.models.stored import MANIFEST, PlainModel, load_model, read_manifest
+from exfm_ray.models.network import Network
+from exfm_ray.models.stored import MANIFEST, PlainModel, StoredModel, checked_manifest, load_model, load_network, read_manifest
+
+
+class SnapshotError(UserError):
+    """A snapshot that must not be scored with."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,40 @@ class SnapshotStore:
         return sorted(int(path.parent.name.removeprefix("version=")) for path in found)
 
     def load(self, version: int, schema_digest: str) -> tuple[PlainModel, tuple[str, ...]]:
-        """Model and its tasks, on the CPU; UserError when it is not what its name says or was trained on another schema."""
-        folder = self.folder(version)
-        if not self.has(version):
-            raise UserError(f"{folder}: snapshot {version} of teacher '{self.teacher}' is not published; train the FM further")
-        model, manifest = load_model(folder)
-        if manifest.facts.get("teacher") != self.teacher or manifest.facts.get("version") != version:
-            raise UserError(f"{folder / MANIFEST}: names {manifest.facts}, not version {version} of teacher '{self.teacher}'")
-        if manifest.example.digest != schema_digest:
-            raise UserError(f"{folder}: this snapshot was trained on another schema than the stream's; train the FM on this stream")
+        """Model and its tasks, on the CPU; SnapshotError when it is damaged, not what its name says or of another schema."""
+        folder = self._published(version)
+        try:
+            model, manifest = load_model(folder)
+        except UserError as error:
+            raise SnapshotError(str(error)) from None
+        self._check(version, manifest, schema_digest)
         return model, manifest.tasks
+
+    def load_dense(self, version: int, schema_digest: str) -> tuple[Network, StoredModel]:
+        """The network and the manifest, with the checks of `load`, of a version whose tables others hold."""
+        folder = self._published(version)
+        try:
+            manifest = checked_manifest(folder)
+        except UserError as error:
+            raise SnapshotError(str(error)) from None
+        self._check(version, manifest, schema_digest)
+        return load_network(folder, manifest).eval(), manifest
+
+    def _published(self, version: int) -> Path:
+        if not self.has(version):
+            raise SnapshotError(f"{self.folder(version)}: snapshot {version} of teacher '{self.teacher}' is not published; train the FM further")
+        return self.folder(version)
+
+    def _check(self, version: int, manifest: StoredModel, schema_digest: str) -> None:
+        folder = self.folder(version)
+        if manifest.facts.get("teacher") != self.teacher or manifest.facts.get("version") != version:
+            raise SnapshotError(f"{folder / MANIFEST}: names {manifest.facts}, not version {version} of teacher '{self.teacher}'")
+        if manifest.example.digest != schema_digest:
+            raise SnapshotError(f"{folder}: this snapshot was trained on another schema than the stream's; train the FM on this stream")
+
+    def published_s(self, version: int) -> float:
+        """When a version was published, in seconds since the epoch."""
+        return (self.folder(version) / MANIFEST).stat().st_mtime
 
     def tasks(self, version: int) -> tuple[str, ...]:
         """Tasks that a published version predicts."""

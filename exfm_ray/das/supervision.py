@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from exfm_ray.das.lag import version_for
+from exfm_ray.das.lag import Policy
 from exfm_ray.data.feed import Pass
 from exfm_ray.data.stream import EventStream, Fragment, Window, list_values, window_name
 from exfm_ray.errors import UserError
@@ -34,7 +34,8 @@ def prediction_column(task: str) -> str:
 
 
 class Supervised(Model):
-    """The manifest of a window's supervision."""
+    """The manifest of a window's supervision. `asked`: the version that was to supervise it, where that one is damaged and an older
+    one did in its place."""
 
     window: int
     teacher: str
@@ -43,6 +44,7 @@ class Supervised(Model):
     schema_digest: str
     rows: int
     fragments: tuple[str, ...]
+    asked: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,20 +115,23 @@ class SupervisionStore:
             return False
         return table.num_rows == fragment.rows and pc.all(pc.equal(table["snapshot"], snapshot)).as_py() is not False
 
-    def commit(self, window: Window, snapshot: int, tasks: Sequence[str], fm_lag: int) -> None:
+    def commit(self, window: Window, snapshot: int, tasks: Sequence[str], policy: Policy) -> None:
         """Make a window's supervision visible. Refuses a snapshot that may have learned from the window (rule 2)."""
-        allowed = version_for(window.index, fm_lag)
-        if allowed is None or snapshot > allowed:
+        if not policy.may_supervise(snapshot, window.index):
             raise UserError(
                 f"window {window.index} must not be supervised by snapshot {snapshot} of teacher '{self.teacher}', which has learned "
-                f"windows up to {snapshot - 1}: with das.fm_lag = {fm_lag} it takes a snapshot up to {allowed}"
+                f"windows up to {snapshot - 1}: with das.fm_lag = {policy.fm_lag} it takes one that has learned none after "
+                f"{window.index - policy.fm_lag}"
             )
         for fragment in window.fragments:
             if not self.path(window.index, fragment).exists():
                 raise UserError(f"{self.path(window.index, fragment)}: not scored; the window cannot be committed")
+        for torn in self._manifest(window.index).parent.glob(".*.tmp"):  # of actors that were killed
+            torn.unlink(missing_ok=True)
         manifest = Supervised(
             window=window.index, teacher=self.teacher, snapshot=snapshot, tasks=tuple(tasks), rows=window.rows,
             schema_digest=window.schema_digest, fragments=tuple(f.file for f in window.fragments),
+            asked=None if snapshot == policy.version(window.index) else policy.version(window.index),
         )  # fmt: skip
         write_json(self._manifest(window.index), manifest.model_dump(mode="json"))
 
@@ -185,13 +190,13 @@ class AugmentedReader:
 
     stream_root: Path
     store: SupervisionStore | None
-    fm_lag: int
+    policy: Policy
     domains: tuple[int, ...]
     tasks: tuple[str, ...]
 
     def supervised(self, work: Pass) -> bool:
         """True when a teacher exists for this pass and the job wants one."""
-        return work.purpose == "learn" and self.store is not None and version_for(work.window, self.fm_lag) is not None
+        return work.purpose == "learn" and self.store is not None and self.policy.version(work.window) is not None
 
     def ready(self, work: Pass) -> bool:
         return self.store is None or not self.supervised(work) or self.store.has(work.window)
@@ -218,11 +223,12 @@ class AugmentedReader:
     def _check_teacher(self, window: int) -> None:
         """Rule 2 once more, where it counts: at the reader."""
         assert self.store is not None
-        manifest, newest = self.store.manifest(window), version_for(window, self.fm_lag)
-        if newest is None or manifest.snapshot != newest:
+        manifest, wanted = self.store.manifest(window), self.policy.version(window)
+        asked = manifest.snapshot if manifest.asked is None else manifest.asked
+        if asked != wanted or not self.policy.may_supervise(manifest.snapshot, window):
             raise UserError(
-                f"window {window}: supervised by snapshot {manifest.snapshot} of '{self.store.teacher}', but das.fm_lag = {self.fm_lag} asks for "
-                f"{newest}; remove {self.store.root / self.store.teacher / window_name(window)} and run the DAS again"
+                f"window {window}: supervised by snapshot {manifest.snapshot} of '{self.store.teacher}', but das.fm_lag = {self.policy.fm_lag} "
+                f"asks for {wanted}; remove {self.store.root / self.store.teacher / window_name(window)} and run the DAS again"
             )
         if manifest.schema_digest != self._stream.schema.digest:
             raise UserError(f"window {window}: its supervision is of a stream with another schema; run the DAS on this stream")

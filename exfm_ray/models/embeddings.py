@@ -79,15 +79,16 @@ class PlainTables(nn.Module):
     bag_scale_O: Tensor
     bag_offset_O: Tensor
 
-    def __init__(self, schema: Schema, config: ModelConfig, seed: int | None, sparse: bool = False) -> None:
-        """Fresh tables from `seed`; zeros, to be loaded, where it is None. `sparse`: `weight` gets sparse gradients."""
+    def __init__(self, schema: Schema, config: ModelConfig, seed: int | None, sparse: bool = False, held: bool = True) -> None:
+        """Fresh tables from `seed`; zeros, to be loaded, where it is None. `sparse`: `weight` gets sparse gradients. Not `held`: the
+        rows lie elsewhere, and `weight` has none."""
         super().__init__()
         layout = Layout.of(config, schema)
         self.sparse = sparse
         self.rows, self.embeddings = dict(schema.tables), layout.embeddings
         ends = list(accumulate(rows * self.embeddings[name] for name, rows in self.rows.items()))
         self.first_row = dict(zip(self.rows, [0, *ends], strict=False))
-        self.weight = nn.Parameter(torch.zeros(ends[-1], config.dim))
+        self.weight = nn.Parameter(torch.zeros(ends[-1] if held else 0, config.dim))
         self._numbers("single", layout.single, tuple(range(len(layout.single))))
         self._numbers("bag", layout.bags, layout.bag_of_O)
         positions = [slot.position for slot in layout.bags for _ in range(slot.width)]
@@ -115,20 +116,26 @@ class PlainTables(nn.Module):
 
     def embed(self, sparse_BS: Tensor, bag_values_V: Tensor, bag_lengths_MB: Tensor) -> Tensor:
         """The tensors of a `Batch` to embedded_BRE: a row for a single value, the mean row for a bag, zeros for what is absent."""
+        return self.pool(*self.numbers(sparse_BS, bag_values_V, bag_lengths_MB), self.weight)
+
+    def numbers(self, sparse_BS: Tensor, bag_values_V: Tensor, bag_lengths_MB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which rows of `weight` a batch reads: ids_BS of single values, rows_V of the bags' slots with their lengths_OB."""
         ids_BS = sparse_BS[:, self.single_S] * self.single_scale_S + self.single_offset_S
-        single_BRE = F.embedding(ids_BS, self.weight, sparse=self.sparse)
         if not len(self.bag_offset_O):
-            return single_BRE
+            return ids_BS, bag_values_V, bag_lengths_MB
         if not self.whole_bags:
             bag_values_V, bag_lengths_MB = expand_bags(bag_values_V, bag_lengths_MB, self.bag_O, self.position_O)
-        return torch.cat([single_BRE, self._embed_bags(bag_values_V, bag_lengths_MB)], dim=1)
+        slot_V = torch.repeat_interleave(bag_lengths_MB.sum(dim=1), output_size=bag_values_V.shape[0])
+        return ids_BS, bag_values_V * self.bag_scale_O[slot_V] + self.bag_offset_O[slot_V], bag_lengths_MB
 
-    def _embed_bags(self, values_V: Tensor, lengths_OB: Tensor) -> Tensor:
-        slot_V = torch.repeat_interleave(lengths_OB.sum(dim=1), output_size=values_V.shape[0])
-        rows_V = values_V * self.bag_scale_O[slot_V] + self.bag_offset_O[slot_V]
+    def pool(self, ids_BS: Tensor, rows_V: Tensor, lengths_OB: Tensor, weight: Tensor) -> Tensor:
+        """What `numbers` gives, looked up in `weight`: embedded_BRE."""
+        single_BRE = F.embedding(ids_BS, weight, sparse=self.sparse)
+        if not len(self.bag_offset_O):
+            return single_BRE
         ends_X = lengths_OB.flatten().cumsum(0)
-        bags = F.embedding_bag(rows_V, self.weight, ends_X - lengths_OB.flatten(), mode="mean", sparse=self.sparse)
-        return bags.view(*lengths_OB.shape, self.weight.shape[1]).transpose(0, 1)
+        bags = F.embedding_bag(rows_V, weight, ends_X - lengths_OB.flatten(), mode="mean", sparse=self.sparse)
+        return torch.cat([single_BRE, bags.view(*lengths_OB.shape, weight.shape[1]).transpose(0, 1)], dim=1)
 
     def tables(self) -> dict[str, Tensor]:
         """Views of the tables by name, (rows, embeddings times E), without gradient: writing to one writes to `weight`."""

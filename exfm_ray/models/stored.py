@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -89,12 +90,25 @@ def read_manifest(folder: Path) -> StoredModel:
         raise UserError(f"{folder / MANIFEST}: not a model manifest ({error.errors()[0]['msg']})") from None
 
 
-def load_model(folder: Path) -> tuple[PlainModel, StoredModel]:
-    """Load a stored model onto the CPU, its files checked against their hashes."""
+def checked_manifest(folder: Path) -> StoredModel:
+    """The manifest of a stored model whose files have the hashes that it names; UserError for a damaged one."""
     manifest = read_manifest(folder)
     for name, expected in manifest.files.items():
         if Path(name).name != name or not (folder / name).exists() or sha256(folder / name) != expected:
             raise UserError(f"{folder / name}: missing or not the file that {MANIFEST} describes; this model is damaged")
+    return manifest
+
+
+def load_network(folder: Path, manifest: StoredModel) -> Network:
+    """The dense part of a stored model."""
+    network = Network(manifest.network, manifest.example, len(manifest.tasks))
+    network.load_state_dict(load_file(folder / "dense.safetensors"))
+    return network
+
+
+def load_model(folder: Path) -> tuple[PlainModel, StoredModel]:
+    """Load a stored model onto the CPU, its files checked against their hashes."""
+    manifest = checked_manifest(folder)
     tables = PlainTables(manifest.example, manifest.network, seed=None)
     parts: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in manifest.example.tables}
     for file in (name for name in sorted(manifest.files) if name.startswith("tables.")):
@@ -102,6 +116,17 @@ def load_model(folder: Path) -> tuple[PlainModel, StoredModel]:
             name, _, first_row = key.rpartition("@")
             parts[name].append((int(first_row), rows))
     tables.load_tables({name: torch.cat([rows for _, rows in sorted(p, key=lambda item: item[0])]) for name, p in parts.items()})
-    network = Network(manifest.network, manifest.example, len(manifest.tasks))
-    network.load_state_dict(load_file(folder / "dense.safetensors"))
-    return PlainModel(tables, network).eval(), manifest
+    return PlainModel(tables, load_network(folder, manifest)).eval(), manifest
+
+
+def load_rows(folder: Path, manifest: StoredModel, rows: Mapping[str, range]) -> dict[str, Tensor]:
+    """Some consecutive rows of each table, (rows, width of the table): only they are read from the disk."""
+    parts: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in rows}
+    for file in (name for name in sorted(manifest.files) if name.startswith("tables.")):
+        with safe_open(folder / file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 - not a dict
+                name, _, first = key.rpartition("@")
+                held = handle.get_slice(key)
+                start, stop = (min(max(row - int(first), 0), held.get_shape()[0]) for row in (rows[name].start, rows[name].stop))
+                parts[name].append((int(first), held[start:stop]))
+    return {name: torch.cat([part for _, part in sorted(p, key=lambda item: item[0])]) for name, p in parts.items()}

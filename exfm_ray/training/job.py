@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from exfm_ray.config import Arm, Config, StudentConfig, TrainerConfig
-from exfm_ray.das.lag import version_for
+from exfm_ray.das.lag import Policy
 from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.das.supervision import AugmentedReader, SupervisionStore
 from exfm_ray.data.feed import FeedClient, FragmentReader, Pass, StreamReader
@@ -71,6 +71,11 @@ class Job:
         """Tasks whose supervision the students read."""
         return tuple(dict.fromkeys(task for student in self.students for task in student.tasks))
 
+    @property
+    def teacher(self) -> str:
+        """Whose supervision the students read: the same for all of them."""
+        return next((student.teacher for student in self.students if student.teacher), self.config.fm.name)
+
     def reader(self, schema: Schema) -> FragmentReader:
         """What the feed reads for this job."""
         if self.config.fm.static:
@@ -78,9 +83,9 @@ class Job:
         if not self.students:
             return StreamReader(self.stream_root)
         distilled = set(self.config.vm.arms) != {Arm.LABELS}
-        store = SupervisionStore(self.config.folder / "supervision", self.config.fm.name) if distilled else None
+        store = SupervisionStore(self.config.folder / "supervision", self.teacher) if distilled else None
         domains = tuple(sorted({schema.domain_index(student.domain) for student in self.students}))
-        return AugmentedReader(self.stream_root, store, self.config.das.fm_lag, domains, self.tasks())
+        return AugmentedReader(self.stream_root, store, Policy.of(self.config.das), domains, self.tasks())
 
     def static(self, windows: Sequence[int]) -> StaticSet | None:
         """The windows as a static set, where the config says so."""
@@ -158,7 +163,7 @@ class Worker:
         self.saver = Saver(self.job.checkpoints, config.checkpoint.keep)
         self.loop = Loop(
             role=self.job.role, seed=config.seed, groups=groups, reader=self.job.reader(self.stream.schema),
-            client=FeedClient(self.feed, dist.get_rank()), report=self.report, fm_lag=config.das.fm_lag,
+            client=FeedClient(self.feed, dist.get_rank()), report=self.report, policy=Policy.of(config.das),
             warmup_windows=config.metrics.warmup_windows,
         )  # fmt: skip
 
@@ -181,9 +186,8 @@ class Worker:
         for position, window in list(enumerate(windows))[done:]:
             self.loop.run(window)
             self._watch.check()
-            if self.job.role == "fm":
-                self.publish(window + 1)
-            elif position + 1 == len(windows):
+            self.publish(window + 1)
+            if self.job.role == "vm" and position + 1 == len(windows):
                 self.export(len(windows))
             self._save_window(position + 1, window)
 
@@ -203,7 +207,7 @@ class Worker:
             self._save_window(number)
             if better and worse and dist.get_rank() == 0:
                 self.saver.finish()
-                self.snapshots.remove(worse)
+                self._snapshots(self.job.config.fm.name).remove(worse)
 
     def _between(self, work: Pass, under: Underway, group: int) -> None:
         """After a batch: a checkpoint, where it is time for one."""
@@ -222,19 +226,24 @@ class Worker:
         self._windows, self._saved = windows, 0
 
     def _save(self, mark: Mark, window: int | None) -> None:
-        teacher = version_for(window, self.job.config.das.fm_lag) if self.job.role == "vm" and window is not None else None
+        teacher = Policy.of(self.job.config.das).version(window) if self.job.role == "vm" and window is not None else None
         self.saver.save(mark, self.loop, teacher, self._stopping.state() if self._stopping else None)
 
-    @property
-    def snapshots(self) -> SnapshotStore:
-        """Where the FM publishes."""
-        return SnapshotStore(self.job.config.folder / "snapshots", self.job.config.fm.name)
+    def _snapshots(self, teacher: str) -> SnapshotStore:
+        return SnapshotStore(self.job.config.folder / "snapshots", teacher)
 
     def publish(self, version: int) -> None:
-        """Publish the state as a snapshot: of the first `version` windows, or of pass `version` over a static set."""
+        """Publish a snapshot of the FM, or of each student that is a teacher itself: the state after the first `version` windows, or
+        after pass `version` over a static set."""
         config = self.job.config
-        facts = {"teacher": config.fm.name, "version": version, "seed": config.seed}
-        self._store(self.snapshots.folder(version), self.loop.lanes[0], config.fm.model, facts)
+        teachers: dict[tuple[str, Arm | None], ModelConfig] = {
+            (student.name, student.publishes): student.model or config.vm.model for student in self.job.students if student.publishes
+        }
+        for lane in self.loop.lanes:
+            network = config.fm.model if self.job.role == "fm" else teachers.get((lane.model, lane.arm))
+            if network:
+                facts = {"teacher": lane.model, "version": version, "seed": config.seed}
+                self._store(self._snapshots(lane.model).folder(version), lane, network, facts)
 
     def export(self, windows: int) -> None:
         """Export each VM as it is served: tables, network and serving head; no auxiliary head, no adapter."""

@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
+from exfm_ray.das.lag import Policy
 from exfm_ray.data.feed import FragmentReader, Pass
 from exfm_ray.data.stream import EventStream
 from exfm_ray.training.checkpoint import START
@@ -80,6 +81,6 @@ def local_loop(
     client: Any = LocalClient(reader, job.passes(windows, START))
     loop = Loop(
         role=job.role, seed=job.config.seed, groups=groups or build_groups(job, schema, torch.device("cpu")), reader=reader, client=client,
-        report=report, fm_lag=job.config.das.fm_lag, warmup_windows=job.config.metrics.warmup_windows,
+        report=report, policy=Policy.of(job.config.das), warmup_windows=job.config.metrics.warmup_windows,
     )  # fmt: skip
     return loop, report

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from exfm_ray.config import Arm
-from exfm_ray.das.lag import version_for
+from exfm_ray.das.lag import Policy
 from exfm_ray.data.feed import FeedClient, FragmentReader, Pass
 from exfm_ray.data.regroup import Regroup
 from exfm_ray.errors import UserError
@@ -101,7 +101,7 @@ class Loop:
     reader: FragmentReader
     client: FeedClient
     report: Report | None
-    fm_lag: int
+    policy: Policy
     warmup_windows: int
     states: dict[Key, MetricState] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
@@ -221,7 +221,7 @@ class Loop:
                         raise UserError(f"window {window}, evaluation of '{learner.name}' on {domain}, {key[3]}: {error}") from None
                     if window >= self.warmup_windows:
                         self.states[key] = self.states.get(key, MetricState()) + state
-                    identity = {"role": self.role, **describe(key), "seed": self.seed, "snapshot": supervisor(key, window, self.fm_lag)}
+                    identity = {"role": self.role, **describe(key), "seed": self.seed, "snapshot": supervisor(key, window, self.policy)}
                     rows.append((number, position, {**place, **identity, **state.figures()}))
         return rows
 
@@ -236,9 +236,9 @@ def describe(key: Key) -> dict[str, str]:
     return dict(zip(("model", "arm", "domain", "task"), key, strict=True))
 
 
-def supervisor(key: Key, window: int, fm_lag: int) -> int | None:
+def supervisor(key: Key, window: int, policy: Policy) -> int | None:
     """Version of the snapshot that supervised the last window learnt before `window`; None without a teacher."""
-    return None if key[1] in (FM_ARM, Arm.LABELS) else version_for(window - 1, fm_lag)
+    return None if key[1] in (FM_ARM, Arm.LABELS) else policy.version(window - 1)
 
 
 def _domains(group: Group, result: Evaluated) -> Iterator[tuple[str, np.ndarray | slice]]:

@@ -20,6 +20,7 @@ from benchmarks.study_plot import draw
 from benchmarks.study_teachers import CONTROL_TEACHERS, FM, Teacher, controls, student_rows, supervised, teach, teacher_nes, teachers
 from benchmarks.study_variants import MOST_TOGETHER, calls, variants
 from exfm_ray.config import Config, StudentConfig
+from exfm_ray.das.lag import Policy
 from exfm_ray.das.supervision import TEACHER_COLUMN, AugmentedReader, SupervisionStore
 from exfm_ray.data.feed import Pass
 from exfm_ray.data.prepare import prepare
@@ -54,7 +55,7 @@ def test_the_base_teacher_says_what_the_das_writes(config: Config, groups: dict[
     (said,) = groups[1].run(teach, config, Teacher(FM, {}, config.vm.models, LAGS), config.seed, WINDOWS)
     store = SupervisionStore(config.folder / "supervision", config.fm.name)
     for number, student in enumerate(config.vm.models):
-        reader = AugmentedReader(config.folder / "stream", store, 1, (number,), student.tasks)
+        reader = AugmentedReader(config.folder / "stream", store, Policy(1), (number,), student.tasks)
         assert sorted(said[student.name, "lag 1"]) == [1, 2, 3] and sorted(said[student.name, "lag 2"]) == [2, 3]
         for window, p_N in said[student.name, "lag 1"].items():
             work = Pass(window, "learn")

@@ -7,7 +7,7 @@ from pathlib import Path
 from example import SCHEMA
 
 from exfm_ray.das.snapshots import SnapshotStore
-from exfm_ray.model_config import MLPConfig
+from exfm_ray.model_config import MLPConfig, ModelConfig
 from exfm_ray.models.embeddings import PlainTables
 from exfm_ray.models.network import build_network
 from exfm_ray.models.stored import commit_model, write_tables
@@ -16,11 +16,14 @@ from exfm_ray.schema import Schema
 MODEL = MLPConfig(dim=4, mlp=(8,))
 
 
-def publish(root: Path, version: int, schema: Schema = SCHEMA, named: int | None = None) -> SnapshotStore:
-    """Version `version` of teacher fm, weights drawn from `version`; `named`: the version that its manifest tells."""
+def publish(
+    root: Path, version: int, schema: Schema = SCHEMA, named: int | None = None, scale: float = 1.0, model: ModelConfig = MODEL
+) -> SnapshotStore:
+    """Version `version` of teacher fm, weights drawn from `version`; `named`: the version that its manifest tells; the tables are
+    multiplied by `scale`."""
     store = SnapshotStore(root, "fm")
     folder = store.folder(version)
-    write_tables(folder, 0, {f"{name}@0": table for name, table in PlainTables(schema, MODEL, seed=version).tables().items()})
-    network = build_network(MODEL, schema, len(schema.tasks), version)
-    commit_model(folder, MODEL, schema, schema.tasks, network.state_dict(), {"teacher": "fm", "version": named or version})
+    write_tables(folder, 0, {f"{name}@0": table * scale for name, table in PlainTables(schema, model, seed=version).tables().items()})
+    network = build_network(model, schema, len(schema.tasks), version)
+    commit_model(folder, model, schema, schema.tasks, network.state_dict(), {"teacher": "fm", "version": named or version})
     return store

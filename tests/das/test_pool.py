@@ -1,115 +1,117 @@
-"""The pool of actors on Ray: bounds, the death of an actor, errors that come again."""
+"""Which actor gets which fragment, and how many actors there are. The actors are names here; tests/das/test_service.py has real ones."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
-from example import make_stream
-from publish import publish
 
-from exfm_ray.das.pool import TRIES, Pool
-from exfm_ray.das.scorer import Scored, Scorer, ScorerActor
-from exfm_ray.das.supervision import SupervisionStore
-from exfm_ray.data.stream import EventStream
-from exfm_ray.errors import UserError
-from exfm_ray.runtime import user_error
+from exfm_ray.das import pool as pool_module
+from exfm_ray.das.backlog import Work
+from exfm_ray.das.pool import Member, Pool
+from exfm_ray.das.scorer import CALLS
+from exfm_ray.data.stream import Fragment
 
 
-@pytest.fixture
-def parts(tmp_path: Path) -> tuple[EventStream, Any, SupervisionStore]:
-    """A stream of 12 fragments a window (3 calls), snapshot 1, an empty store."""
-    stream = make_stream(tmp_path / "stream", windows=2, rows=1200, fragment_rows=100)
-    return stream, publish(tmp_path / "snapshots", 1), SupervisionStore(tmp_path / "supervision", "fm")
+def call(*arguments: Any) -> object:
+    """A reference."""
+    return object()
 
 
-def make_pool(parts: tuple[EventStream, Any, SupervisionStore], smallest: int, largest: int, actor: Any = ScorerActor) -> Pool:
-    stream, snapshots, store = parts
-    return Pool(lambda: actor.remote(stream.root, snapshots, store, 1, 50, 1), smallest, largest)
+def start() -> Any:
+    return SimpleNamespace(ready=SimpleNamespace(remote=call), score=SimpleNamespace(remote=call))
 
 
-@ray.remote
-class Dying(Scorer):
-    """Dies as a killed process does, after the first fragment of its first call in each of the folder's first `deaths` lives."""
-
-    deaths = 1
-
-    def score(self, window: int, fragments: Any, version: int) -> list[Scored]:
-        import os
-
-        lives = self.store.root.parent / "lives"
-        lives.mkdir(exist_ok=True)
-        born = len(list(lives.iterdir()))
-        if born < self.deaths:
-            (lives / str(born)).touch()
-            super().score(window, fragments[:1], version)
-            os._exit(1)
-        return super().score(window, fragments, version)
+def work(version: int, alone: bool = False, number: int = 0) -> Work:
+    return Work(version, Fragment(file=f"{number}.parquet", rows=1, bytes=1, domain_rows=(1,)), version, alone=alone)
 
 
-def test_a_dead_actor_is_replaced_and_the_window_is_whole(cluster: None, parts: Any) -> None:
-    """Wrong: an actor's death (preemption, lack of memory) loses a part of the window or ends the run."""
-    stream, _, store = parts
-    pool = make_pool(parts, 1, 1, Dying)
-    first = pool.actors[0]
-    rows = sum(scored.rows for scored in pool.score(stream.window(1), 1))
-    assert pool.actors[0] is not first
-    pool.stop()
-    assert rows == 1100  # the dead actor's one fragment is on disk and is not scored again
-    store.commit(stream.window(1), 1, ("click", "conversion"), 1)
-    assert all(store.scored(1, fragment, 1) for fragment in stream.window(1).fragments)
+def make_pool(actors: int, rollover: int = 1, held: tuple[int, ...] = ()) -> Pool:
+    """A pool whose actors are up and hold some versions."""
+    pool = Pool(start, actors, actors, rollover)
+    pool.resize(0)
+    for member in pool.members:
+        member.up, member.held = True, list(held)
+    return pool
 
 
-def test_an_actor_killed_while_it_scores(cluster: None, parts: Any) -> None:
-    """Wrong: ray.kill in the middle of a window leaves it incomplete."""
-    stream, _, store = parts
-    pool = make_pool(parts, 2, 2)
-    results = pool.score(stream.window(1), 1)
-    next(results)
-    for actor in list(pool.actors):
-        ray.kill(actor)
-    list(results)
-    pool.stop()
-    assert all(store.scored(1, fragment, 1) for fragment in stream.window(1).fragments)
+def in_hand(pool: Pool) -> list[list[int]]:
+    """The versions of what each actor has in hand."""
+    return [[work.version for work in member.running.values()] for member in pool.members]
 
 
-def test_a_call_that_kills_every_actor_ends_the_window(cluster: None, parts: Any) -> None:
-    """Wrong: a fragment that kills its actor each time is tried for ever."""
-    always = type("Always", (Dying.__ray_metadata__.modified_class,), {"deaths": 99})  # type: ignore[attr-defined]
-    pool = make_pool(parts, 1, 1, ray.remote(always))
-    with pytest.raises(ray.exceptions.RayActorError):
-        list(pool.score(parts[0].window(1), 1))
-    pool.stop()
-    calls = 3  # in turn, each to the last try but one; then the first has used up its tries
-    assert len(list((parts[2].root.parent / "lives").iterdir())) == calls * (TRIES - 1) + 1
-    assert not parts[2].has(1)
+def test_spreads_work_and_keeps_no_more_than_calls_in_hand() -> None:
+    """Wrong: one actor gets all fragments while another idles, or so many that the end of a window waits for one actor."""
+    pool = make_pool(2)
+    given = [pool.give(work(1, number=number)) for number in range(2 * CALLS + 1)]
+    assert given == [True] * 2 * CALLS + [False]
+    assert in_hand(pool) == [[1] * CALLS] * 2
 
 
-def test_an_error_that_comes_again_is_not_retried(cluster: None, parts: Any) -> None:
-    """Wrong: a damaged fragment is read again and again, or its window is committed."""
-    stream, _, store = parts
-    window = stream.window(1)
-    path = stream.path(1, window.fragments[5])
-    path.write_bytes(path.read_bytes()[:-3])
-    pool = make_pool(parts, 1, 2)
-    with pytest.raises(Exception, match="fragment=0005.parquet") as caught:
-        list(pool.score(window, 1))
-    pool.stop()
-    assert isinstance(user_error(caught.value), UserError)
-    with pytest.raises(UserError, match="not scored"):
-        store.commit(window, 1, ("click",), 1)
-    assert not store.has(1)
+@pytest.mark.parametrize("rollover", [1, 2])
+def test_rolls_over_a_few_at_a_time(rollover: int) -> None:
+    """Wrong: all actors load the next snapshot at once and none scores; or none may ever begin."""
+    pool = make_pool(3, rollover, held=(1,))
+    while pool.give(work(2)):
+        pass
+    assert sum(bool(versions) for versions in in_hand(pool)) == rollover
+    assert pool.give(work(1)), "the others go on with the snapshot that they hold"
+    for member in pool.members:  # the first ones have it now
+        member.held += [2] if 2 in member.coming else []
+    assert pool.give(work(2))
+    assert sum(2 in versions for versions in in_hand(pool)) == min(rollover + 1, 3)
 
 
-def test_grows_and_shrinks_within_its_bounds(cluster: None, parts: Any) -> None:
-    """Wrong: the pool takes more actors than allowed, or fewer, or kills busy ones at every ebb."""
-    pool = make_pool(parts, 1, 3)
-    sizes = []
-    for calls in (0, 2, 9, 0, 0, 0):
-        pool.resize(calls)
-        sizes.append(len(pool.actors))
-    pool.stop()
-    assert sizes == [1, 2, 3, 2, 1, 1]
-    assert not pool.actors
+def test_fresh_actors_hold_up_nobody() -> None:
+    """Wrong: at the start actors load their first snapshot one after the other."""
+    pool = make_pool(3)
+    for _ in range(3):
+        assert pool.give(work(1))
+    assert in_hand(pool) == [[1], [1], [1]]
+
+
+def test_a_suspect_gets_an_actor_by_itself() -> None:
+    """Wrong: a fragment that kills its actor takes innocent ones with it again and again, until they are parked, too."""
+    pool = make_pool(1, held=(1,))
+    assert pool.give(work(1)) and not pool.give(work(1, alone=True))
+    pool.members[0].running.clear()
+    assert pool.give(work(1, alone=True)) and not pool.give(work(1))
+
+
+def test_an_actor_that_is_not_up_gets_nothing() -> None:
+    """Wrong: on a cluster with too few CPUs, fragments wait for actors that cannot start while others are idle."""
+    pool = make_pool(2)
+    pool.members[1].up = False
+    assert [pool.give(work(1)) for _ in range(CALLS + 1)] == [True] * CALLS + [False]
+    assert in_hand(pool)[1] == []
+
+
+def test_grows_and_shrinks_within_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: the pool takes more actors than allowed, or fewer, kills busy ones, or shrinks at every ebb."""
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    pool, sizes = Pool(start, 1, 3, 1), []
+    for fragments, patience in ((0, 99), (2, 99), (9, 99), (0, 99), (0, 0), (0, 0), (0, 0)):
+        monkeypatch.setattr(pool_module, "SHRINK_S", patience)
+        time.sleep(0.001)
+        pool.resize(fragments)
+        sizes.append(len(pool.members))
+    assert sizes == [1, 2, 3, 3, 2, 1, 1] and len(killed) == 2
+    busy = pool.members[0]
+    pool.resize(3)
+    for member in pool.members:
+        member.running[object()] = work(1)
+    pool.resize(0)
+    assert len(pool.members) == 3 and pool.members[0] is busy
+
+
+def test_what_an_actor_holds_and_takes_up() -> None:
+    """Wrong: an actor that scores with one snapshot while it loads the next counts as idle, or as one that holds both."""
+    member = Member(start(), 1, held=[1])
+    assert not member.loading
+    member.running[object()] = work(2)
+    assert member.loading and member.coming == {2}
+    assert not Member(start(), 2, running={object(): work(1)}).loading

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from example import SCHEMA
+from orders import make_order
 from publish import publish
 
-from exfm_ray.das.scorer import Scorer, score_table
+from exfm_ray.das.scorer import Scored, Scorer, score_table
 from exfm_ray.das.snapshots import SnapshotStore
-from exfm_ray.das.supervision import SupervisionStore
 from exfm_ray.data.batch import to_batch
-from exfm_ray.data.stream import EventStream
+from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.errors import UserError
 from exfm_ray.models.stored import MANIFEST, load_model
 from exfm_ray.schema import Schema
@@ -28,18 +29,22 @@ def snapshots(tmp_path: Path) -> SnapshotStore:
     return store
 
 
-def make_scorer(stream: EventStream, snapshots: SnapshotStore, folder: str = "supervision", fm_lag: int = 1) -> Scorer:
-    store = SupervisionStore(snapshots.root.parent / folder, "fm")
-    return Scorer(stream.root, snapshots, store, fm_lag, batch_size=150, threads=1)
+def make_scorer(snapshots: SnapshotStore, folder: str = "supervision", fm_lag: int = 1) -> Scorer:
+    return Scorer(make_order(snapshots.root.parent, folder, fm_lag=fm_lag))
+
+
+def score_all(scorer: Scorer, window: int, fragments: Sequence[Fragment], version: int) -> list[int]:
+    """The rows that were scored of each fragment."""
+    return [scorer.score(window, fragment, version).rows for fragment in fragments]
 
 
 def test_writes_what_the_snapshot_says(stream: EventStream, snapshots: SnapshotStore) -> None:
     """Wrong: predictions of another version, of another batch's rows, or under another task's name."""
-    scorer, window = make_scorer(stream, snapshots), stream.window(2)
-    assert [s.rows for s in scorer.score(2, window.fragments, 2)] == [400, 400, 200]
+    scorer, window = make_scorer(snapshots), stream.window(2)
+    assert score_all(scorer, 2, window.fragments, 2) == [400, 400, 200]
     model, _ = load_model(snapshots.folder(2))
     for fragment in window.fragments:
-        written = pq.read_table(scorer.store.path(2, fragment), partitioning=None)
+        written = pq.read_table(make_order(snapshots.root.parent).store.path(2, fragment), partitioning=None)
         p_NT = model.score(to_batch(stream.read(2, fragment), SCHEMA)).numpy()
         for i, task in enumerate(SCHEMA.tasks):
             # the same float32 weights on batches of 150 rows instead of 400
@@ -50,33 +55,34 @@ def test_writes_what_the_snapshot_says(stream: EventStream, snapshots: SnapshotS
 def test_interrupted_between_fragments_and_manifest(stream: EventStream, snapshots: SnapshotStore) -> None:
     """Wrong: after a kill before the manifest, fragments are scored twice, or come out otherwise (rules 3 and 5)."""
     window = stream.window(1)
-    whole, killed = (make_scorer(stream, snapshots, folder) for folder in ("whole", "killed"))
-    assert len(whole.score(1, window.fragments, 1)) == 3
-    killed.score(1, window.fragments[:1], 1)
-    (killed.store.path(1, window.fragments[1]).parent / ".fragment=0001.parquet.1.tmp").write_bytes(b"torn")
-    killed.store.path(1, window.fragments[2]).write_bytes(b"PAR1 torn by a disk")
-    assert not killed.store.has(1)
-    again = make_scorer(stream, snapshots, "killed")
-    assert [s.rows for s in again.score(1, window.fragments, 1)] == [400, 200]
-    assert again.score(1, window.fragments, 1) == []
+    whole, killed = (make_scorer(snapshots, folder) for folder in ("whole", "killed"))
+    stores = {name: make_order(snapshots.root.parent, name).store for name in ("whole", "killed")}
+    assert score_all(whole, 1, window.fragments, 1) == [400, 400, 200]
+    killed.score(1, window.fragments[0], 1)
+    (stores["killed"].path(1, window.fragments[1]).parent / ".fragment=0001.parquet.1.tmp").write_bytes(b"torn")
+    stores["killed"].path(1, window.fragments[2]).write_bytes(b"PAR1 torn by a disk")
+    assert not stores["killed"].has(1)
+    again = make_scorer(snapshots, "killed")
+    assert score_all(again, 1, window.fragments, 1) == [0, 400, 200]
+    assert again.score(1, window.fragments[0], 1) == Scored(0, 0.0)
     for fragment in window.fragments:
-        assert again.store.path(1, fragment).read_bytes() == whole.store.path(1, fragment).read_bytes()
+        assert stores["killed"].path(1, fragment).read_bytes() == stores["whole"].path(1, fragment).read_bytes()
 
 
 def test_supervision_of_another_snapshot_is_written_anew(stream: EventStream, snapshots: SnapshotStore) -> None:
     """Wrong: what an older snapshot wrote before a kill is taken for the wanted one's."""
-    scorer, fragments = make_scorer(stream, snapshots), stream.window(2).fragments
-    scorer.score(2, fragments, 1)
-    assert len(scorer.score(2, fragments, 2)) == len(fragments)
+    scorer, fragments = make_scorer(snapshots), stream.window(2).fragments
+    score_all(scorer, 2, fragments, 1)
+    assert score_all(scorer, 2, fragments, 2) == [fragment.rows for fragment in fragments]
 
 
 @pytest.mark.parametrize(("window", "fm_lag", "version"), [(0, 1, 1), (1, 1, 2), (1, 2, 1), (3, 4, 1)])
 def test_refuses_a_snapshot_that_is_too_new(stream: EventStream, snapshots: SnapshotStore, window: int, fm_lag: int, version: int) -> None:
     """Wrong: the teacher has seen the labels of what it predicts (rule 2)."""
-    scorer = make_scorer(stream, snapshots, fm_lag=fm_lag)
+    scorer = make_scorer(snapshots, fm_lag=fm_lag)
     with pytest.raises(UserError, match=rf"window {window} must not be scored by snapshot {version}: das.fm_lag = {fm_lag}"):
-        scorer.score(window, stream.window(0).fragments, version)
-    assert not scorer.store.root.exists()
+        scorer.score(window, stream.window(0).fragments[0], version)
+    assert not make_order(snapshots.root.parent).store.root.exists()
 
 
 def test_refuses_snapshots_that_are_not_what_they_say(stream: EventStream, snapshots: SnapshotStore, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from example import SCHEMA, make_stream
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exfm_ray.das.lag import version_for
+from exfm_ray.das.lag import Policy, version_for
 from exfm_ray.das.supervision import AugmentedReader, SupervisionStore, teacher_values
 from exfm_ray.data.feed import Pass
 from exfm_ray.data.stream import EventStream
@@ -31,7 +31,7 @@ def supervise(stream: EventStream, store: SupervisionStore, window: int = WINDOW
         ids = stream.read(window, fragment, ["example_id"])["example_id"]
         rows = np.arange(len(ids), dtype=np.float32)
         store.write(window, fragment, ids, version, {task: (rows + t / 2) / 1000 for t, task in enumerate(TASKS)})
-    store.commit(manifest, version, TASKS, fm_lag=1)
+    store.commit(manifest, version, TASKS, Policy(1))
 
 
 @pytest.fixture
@@ -42,14 +42,14 @@ def store(stream: EventStream, tmp_path: Path) -> SupervisionStore:
 
 
 def reader(stream: EventStream, store: SupervisionStore, tasks: tuple[str, ...] = TASKS, fm_lag: int = 1) -> AugmentedReader:
-    return AugmentedReader(stream.root, store, fm_lag, (0, 1, 2), tasks)
+    return AugmentedReader(stream.root, store, Policy(fm_lag), (0, 1, 2), tasks)
 
 
 def test_joins_row_by_row(stream: EventStream, store: SupervisionStore) -> None:
     """Wrong: a row gets another row's prediction, or a task another task's; or rows of other domains come along."""
     for fragment in stream.window(WINDOW).fragments:
         events = stream.read(WINDOW, fragment)
-        joined = AugmentedReader(stream.root, store, 1, (1,), ("conversion", "click")).read(Pass(WINDOW, "learn"), fragment)
+        joined = AugmentedReader(stream.root, store, Policy(1), (1,), ("conversion", "click")).read(Pass(WINDOW, "learn"), fragment)
         chosen = np.flatnonzero(events["domain"].to_numpy() == 1)
         np.testing.assert_array_equal(joined["example_id"].to_numpy(), events["example_id"].to_numpy()[chosen])
         expected = np.stack([(chosen + 0.5) / 1000, chosen / 1000], axis=1).astype(np.float32)
@@ -144,7 +144,7 @@ def test_commit_refuses_a_teacher_that_knows(stream: EventStream, store: Supervi
     """Wrong: predictions of a snapshot that has learnt the window, or one nearer than the lag, become visible (rule 2)."""
     for lag, version in ((1, 3), (2, 2), (4, 1)):
         with pytest.raises(UserError, match=rf"must not be supervised by snapshot {version}.*das.fm_lag = {lag}"):
-            store.commit(stream.window(2), version, TASKS, lag)
+            store.commit(stream.window(2), version, TASKS, Policy(lag))
     assert not store.has(2)
 
 
@@ -153,7 +153,7 @@ def test_commit_refuses_a_window_with_a_fragment_missing(stream: EventStream, st
     fragment = stream.window(2).fragments[0]
     store.write(2, fragment, stream.read(2, fragment)["example_id"], 2, {"click": np.zeros(fragment.rows, np.float32)})
     with pytest.raises(UserError, match="fragment=0001.parquet: not scored"):
-        store.commit(stream.window(2), 2, ("click",), 1)
+        store.commit(stream.window(2), 2, ("click",), Policy(1))
     assert not store.has(2)
 
 
@@ -189,3 +189,21 @@ def test_version_for_by_hand(lag: int, expected: list[int | None]) -> None:
     """Wrong: the lag is off by one."""
     assert [version_for(window, lag) for window in range(5)] == expected
     assert SCHEMA.tasks == TASKS
+
+
+@given(window=st.integers(0, 300), lag=st.integers(1, 20), every=st.integers(1, 9), pinned=st.none() | st.integers(1, 50))
+def test_no_policy_lets_the_teacher_know(window: int, lag: int, every: int, pinned: int | None) -> None:
+    """Wrong: every k-th, or a pinned version, has learnt a window later than window - lag, or windows have no teacher that could have one."""
+    version = Policy(lag, 1 if pinned else every, pinned).version(window)
+    if version is None:
+        assert window < lag or (pinned is not None and pinned - 1 > window - lag)
+    else:
+        assert version >= 1 and version - 1 <= window - lag and Policy(lag).may_supervise(version, window)
+        assert version == pinned if pinned else ((version - 1) % every == 0 and window - lag - (version - 1) < every)
+
+
+def test_policies_by_hand() -> None:
+    """Wrong: the third snapshot is taken too early, or a pinned one for windows that it knows."""
+    assert [Policy(1, every=3).version(window) for window in range(8)] == [None, 1, 1, 1, 4, 4, 4, 7]
+    assert [Policy(2, pinned=2).version(window) for window in range(5)] == [None, None, None, 2, 2]
+    assert not Policy(2).may_supervise(3, 3) and not Policy(2).may_supervise(1, 1)

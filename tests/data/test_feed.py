@@ -14,6 +14,7 @@ from example import make_rows, make_stream
 from hypothesis import given
 from hypothesis import strategies as st
 
+from exfm_ray.das.lag import Policy
 from exfm_ray.das.supervision import AugmentedReader, SupervisionStore
 from exfm_ray.data.feed import Feed, FeedClient, FragmentReader, Pass, StreamReader, share
 from exfm_ray.data.stream import EventStream, StreamWriter
@@ -68,7 +69,7 @@ def test_empty_and_tiny_windows(cluster: None, tmp_path: Path) -> None:
 
 def test_missing_supervision_is_named(cluster: None, stream: EventStream, tmp_path: Path) -> None:
     """Wrong: a job waits for ever, or does not say for what."""
-    reader = AugmentedReader(stream.root, SupervisionStore(tmp_path / "supervision", "fm"), 1, (0,), ("click",))
+    reader = AugmentedReader(stream.root, SupervisionStore(tmp_path / "supervision", "fm"), Policy(1), (0,), ("click",))
     with pytest.raises(UserError, match=r"the feed waited 1 s for the supervision of window 1 \(teacher 'fm'\)"):
         consume(reader, [Pass(0, "learn"), Pass(1, "evaluate"), Pass(1, "learn")], 1, wait_s=1)
 

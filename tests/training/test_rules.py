@@ -12,7 +12,7 @@ from small_runs import WINDOWS, flip_labels, metrics, rewrite, small_config
 from workers import Workers
 
 from exfm_ray.config import Config
-from exfm_ray.das.service import DAS
+from exfm_ray.das.run import DAS
 from exfm_ray.data.stream import EventStream, window_name
 from exfm_ray.pipeline import prepare_stream
 

@@ -1,0 +1,105 @@
+"""The clients' end of the service: it is found by its name, or started; a service that dies is started again and asked again."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from exfm_ray.das.order import Order
+from exfm_ray.das.service import ServiceActor
+from exfm_ray.errors import UserError
+
+NAMESPACE = "exfm"
+POLL_S = 0.1
+ANSWER_S = 60.0
+"""Longest wait for one answer of a service."""
+
+
+def connect(order: Order, lasting: bool = False, follow: bool = False) -> Any:
+    """The service that carries out `order`: the one that runs, or a new one; `lasting`: it outlives the process that starts it.
+
+    UserError where one runs that labels the same store otherwise.
+    """
+    options = {"name": order.name, "namespace": NAMESPACE, "get_if_exists": True, "lifetime": "detached" if lasting else None}
+    service = ServiceActor.options(**options).remote(order, lasting, follow)
+    found, lasts = ray.get(service.order.remote(), timeout=ANSWER_S)
+    if difference := order.differs(found):
+        raise UserError(f"a DAS with other settings is at work on {order.store.root} ({difference}); end it with `run.py das stop`")
+    if lasting and not lasts:
+        raise UserError(f"a pipeline's own DAS is at work on {order.store.root}; start the service when that has ended")
+    return service
+
+
+def services() -> dict[str, Any]:
+    """Name -> handle of all services that run in this cluster."""
+    listed = ray.util.list_named_actors(all_namespaces=True)
+    names = sorted(row["name"] for row in listed if row["namespace"] == NAMESPACE and row["name"].startswith("das "))
+    return {name: ray.get_actor(name, NAMESPACE) for name in names}
+
+
+def end(service: Any) -> None:
+    """End a service with its actors, at once; nothing is lost."""
+    ray.kill(service, no_restart=True)
+
+
+def label(order: Order, windows: Sequence[int], progress: Callable[[int, int], None], watch: Callable[[], None]) -> None:
+    """Have windows labelled and wait for all of them.
+
+    Args:
+        progress: told of rows that were scored: window, rows.
+        watch: called all the time; it raises to end the wait.
+
+    Raises:
+        UserError: some windows could not be labelled; all others are.
+    """
+    client, left, seen = uuid.uuid4().hex, set(windows), dict.fromkeys(windows, 0)
+    service = None
+    try:
+        while left:
+            try:
+                if service is None:
+                    service = connect(order)
+                told = ray.get(service.progress.remote(client), timeout=ANSWER_S)
+                if told is None:
+                    ray.get(service.ask.remote(client, left), timeout=ANSWER_S)
+                    seen = dict.fromkeys(windows, 0)
+                    continue
+            except (RayActorError, GetTimeoutError) as error:  # killed, or its owner has ended, or it is slow: it is asked anew
+                if getattr(error, "actor_init_failed", False):
+                    raise
+                service = None
+                watch()
+                time.sleep(POLL_S)
+                continue
+            for window, rows in told["rows"].items():
+                if rows > seen.get(window, rows):  # another client's windows are not counted
+                    progress(window, rows - seen[window])
+                    seen[window] = rows
+            left -= told["committed"]
+            if left and left <= told["parked"].keys():
+                raise UserError(parked_message(order, {window: told["parked"][window] for window in left}))
+            watch()
+            time.sleep(POLL_S if left else 0)
+    finally:
+        if service is not None:
+            _leave(service, client)
+
+
+def parked_message(order: Order, causes: dict[int, str]) -> str:
+    """Which windows have no supervision, and why the first has none."""
+    first = min(causes)
+    numbers = ", ".join(map(str, sorted(causes)))
+    return f"{causes[first]}; no supervision of window(s) {numbers} by '{order.store.teacher}'; run the same command again when it is repaired"
+
+
+def _leave(service: Any, client: str) -> None:
+    """The last one to leave a service that is not lasting ends it."""
+    with suppress(RayActorError, GetTimeoutError):
+        if ray.get(service.leave.remote(client), timeout=ANSWER_S):
+            end(service)

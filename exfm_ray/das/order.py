@@ -1,0 +1,65 @@
+"""What a DAS is to do: which stream it labels, by which teacher, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from exfm_ray.config import Config, DASConfig, TeacherConfig
+from exfm_ray.das.lag import Policy
+from exfm_ray.das.snapshots import SnapshotStore
+from exfm_ray.das.supervision import SupervisionStore
+from exfm_ray.files import digest
+
+
+@dataclass(frozen=True)
+class Order:
+    """Supervision of one stream by one teacher into one store: the unit that clients share.
+
+    Attributes:
+        log: file of JSON lines; one is added for each window that was scored (see docs/das.md).
+        owns_snapshots: snapshots that no window needs any more are removed.
+        role: what the log calls this DAS.
+        labels: of the nodes that its actors run on.
+        readers: folders in which each reader of the supervision leaves `windows=<n>/manifest.json` when it has learnt n windows.
+    """
+
+    stream_root: Path
+    snapshots: SnapshotStore
+    store: SupervisionStore
+    das: DASConfig
+    log: Path
+    owns_snapshots: bool
+    readers: tuple[Path, ...] = ()
+    role: str = "das"
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Config, readers: Sequence[Path] = (), teacher: TeacherConfig | None = None) -> Order:
+        """The order of a run: by its FM, or by another teacher."""
+        folder, name = config.folder, teacher.name if teacher else config.fm.name
+        elsewhere = teacher.run if teacher else None
+        return cls(
+            stream_root=folder / "stream", snapshots=SnapshotStore((elsewhere or folder) / "snapshots", name),
+            store=SupervisionStore(folder / "supervision", name), das=config.das, log=folder / "timeline.jsonl",
+            owns_snapshots=not config.das.keep_snapshots and elsewhere is None, readers=tuple(readers) if config.das.ahead else (),
+            role=f"das-{name}" if teacher else "das", labels=config.placement.das,
+        )  # fmt: skip
+
+    @property
+    def policy(self) -> Policy:
+        """Which snapshot scores which window."""
+        return Policy.of(self.das)
+
+    @property
+    def name(self) -> str:
+        """Names the service that carries the order out: the same for all who want this supervision in this store."""
+        return f"das {self.store.root.parent.name} {self.store.teacher} {digest([str(self.store.root), self.store.teacher])}"
+
+    def differs(self, other: Order) -> str | None:
+        """The first thing in which two orders differ; None where they are the same but for who reads."""
+        for name in ("stream_root", "snapshots", "store", "das", "labels"):
+            if getattr(self, name) != getattr(other, name):
+                return f"{name}: {getattr(self, name)} is not {getattr(other, name)}"
+        return None

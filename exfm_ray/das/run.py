@@ -1,0 +1,54 @@
+"""The DAS of a run: what it has to do, has done, and doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exfm_ray.config import Config, TeacherConfig
+from exfm_ray.das.client import label
+from exfm_ray.das.order import Order
+from exfm_ray.das.scorer import Scorer
+from exfm_ray.data.stream import EventStream
+from exfm_ray.files import read_lines
+
+
+@dataclass
+class DAS:
+    """Supervision for the windows of one stream by one teacher, the FM where none is named. `readers`: see `Order`."""
+
+    config: Config
+    stream: EventStream
+    teacher: TeacherConfig | None = None
+    readers: Sequence[Path] = ()
+
+    def __post_init__(self) -> None:
+        self.order = Order.of(self.config, teacher=self.teacher)
+        self.snapshots, self.store = self.order.snapshots, self.order.store
+
+    def missing(self, windows: Sequence[int]) -> list[int]:
+        """Windows that have a teacher but no committed supervision."""
+        return [w for w in windows if self.order.policy.version(w) is not None and not self.store.has(w)]
+
+    def done(self) -> tuple[float, int]:
+        """Seconds, without waiting, and examples of the windows scored so far."""
+        lines = [line for line in read_lines(self.order.log) if line["role"] == self.order.role]
+        return sum(line["ended_s"] - line["started_s"] - line["waited_s"] for line in lines), sum(line["examples"] for line in lines)
+
+    def run_here(self, windows: Sequence[int]) -> int:
+        """Score what is missing in this process, without Ray and without waiting for snapshots; the rows."""
+        scorer, rows = Scorer(self.order), 0
+        for window in self.missing(windows):
+            version = self.order.policy.version(window)
+            assert version is not None
+            manifest = self.stream.window(window)
+            rows += sum(scorer.score(window, fragment, version).rows for fragment in manifest.fragments)
+            self.store.commit(manifest, version, self.snapshots.tasks(version), self.order.policy)
+        return rows
+
+    def run(self, windows: Sequence[int], progress: Callable[[int, int], None], watch: Callable[[], None]) -> None:
+        """Have what is missing labelled, by the service that is at work on this store or one of our own; see `client.label`."""
+        missing = self.missing(windows)
+        if missing:
+            label(Order.of(self.config, self.readers, self.teacher), missing, progress, watch)

@@ -1,0 +1,54 @@
+"""Orders and actors for the tests of the DAS, and a stream whose windows come one by one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from example import SCHEMA, make_stream
+from publish import publish
+
+from exfm_ray.config import DASConfig
+from exfm_ray.das.order import Order
+from exfm_ray.das.scorer import Scorer
+from exfm_ray.das.snapshots import SnapshotStore
+from exfm_ray.das.supervision import SupervisionStore
+from exfm_ray.data.stream import EventStream
+
+BATCH = 150
+
+
+def make_order(folder: Path, store: str = "supervision", **das: Any) -> Order:
+    """The order over <folder>/stream with the snapshots in <folder>/snapshots."""
+    settings = DASConfig(batch_size=BATCH, threads=1, **das)
+    supervision = SupervisionStore(folder / store, "fm")
+    return Order(folder / "stream", SnapshotStore(folder / "snapshots", "fm"), supervision, settings, folder / store / "timeline.jsonl", False)
+
+
+def make_place(folder: Path, windows: int = 3, rows: int = 1000, fragment_rows: int = 400, versions: int | None = None) -> Path:
+    """A folder with a stream and a snapshot for each of its windows (or `versions`)."""
+    make_stream(folder / "stream", windows, rows, fragment_rows)
+    for version in range(1, (windows if versions is None else versions + 1)):
+        publish(folder / "snapshots", version)
+    return folder
+
+
+def written(order: Order) -> dict[str, bytes]:
+    """All files of the supervision, by their paths; the list of parked ones and the log left out."""
+    root = order.store.root / order.store.teacher
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.glob("window=*/*"))}
+
+
+def undisturbed(order: Order) -> dict[str, bytes]:
+    """What one scorer in this process writes into a store beside, window by window."""
+    other = replace(order, store=replace(order.store, root=order.store.root.with_name("undisturbed")))
+    stream, scorer = EventStream.open(order.stream_root), Scorer(other)
+    for window in stream.windows():
+        version = order.policy.version(window)
+        if version is not None and order.snapshots.has(version):
+            manifest = stream.window(window)
+            for fragment in manifest.fragments:
+                scorer.score(window, fragment, version)
+            other.store.commit(manifest, version, SCHEMA.tasks, order.policy)
+    return written(other)

@@ -1,0 +1,182 @@
+"""What the service decides, without Ray: windows in order, faults named and parked, no more than readers and snapshots allow."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from example import SCHEMA, make_rows
+from local_service import finish, local_service, until
+from orders import make_order, make_place, undisturbed, written
+from publish import publish
+
+from exfm_ray.das import versions
+from exfm_ray.das.order import Order
+from exfm_ray.das.service import Service
+from exfm_ray.data.stream import EventStream, StreamWriter
+from exfm_ray.errors import UserError
+from exfm_ray.files import read_json, write_json
+from exfm_ray.models.stored import MANIFEST
+from exfm_ray.schema import Schema
+
+Local = Callable[..., Service]
+
+
+@pytest.fixture
+def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:
+    """Starts services in this process, which end with the test."""
+    started: list[Service] = []
+    monkeypatch.setattr(versions, "APART_S", 0.0)
+
+    def start(order: Order, **options: bool) -> Service:
+        started.append(local_service(monkeypatch, order, **options))
+        return started[-1]
+
+    yield start
+    for service in started:
+        service.close()
+
+
+def windows_of(order: Order) -> list[int]:
+    return EventStream.open(order.stream_root).windows()
+
+
+def test_follows_a_stream_that_grows(local: Local, tmp_path: Path) -> None:
+    """Wrong: windows that are prepared, or snapshots that are published, while the service runs are not seen."""
+    make_place(tmp_path, windows=2)
+    order = make_order(tmp_path)
+    service = local(order, lasting=True, follow=True)
+    until(lambda: order.store.has(1))
+    writer = StreamWriter(order.stream_root, SCHEMA, {"made": "by the tests"}, 400)
+    writer.write_window(2, 2000, 3000, 0, [make_rows(1000, seed=2, first_id=2000)])
+    until(lambda: "snapshot 2" in service.state()["held_back"])
+    assert not order.store.has(2)
+    publish(tmp_path / "snapshots", 2)
+    until(lambda: order.store.has(2))
+    state = service.state()
+    assert [(w["window"], w["snapshot"], w["label_s"]) for w in state["written"]] == [(1, 1, 2.0), (2, 2, 3.0)]
+    assert state["backlog"] == {"windows": 0, "fragments": 0, "examples": 0}
+
+
+def damage(path: Path) -> bytes:
+    """Cut a file short; what it was."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    return whole
+
+
+def test_a_fragment_that_cannot_be_read_is_parked(local: Local, tmp_path: Path) -> None:
+    """Wrong: one damaged fragment stops the other windows, commits its own, is tried for ever, or is never tried again."""
+    order = make_order(make_place(tmp_path, windows=4), tries=2)
+    stream = EventStream.open(order.stream_root)
+    path = stream.path(2, stream.window(2).fragments[1])
+    whole = damage(path)
+    with pytest.raises(UserError, match=rf"{path}: \d+ bytes where the manifest says .* no supervision of window\(s\) 2 by 'fm'"):
+        finish(local(order), order, windows_of(order))
+    assert [order.store.has(w) for w in range(4)] == [False, True, False, True]
+    (parked,) = read_json(order.store.root / "fm" / "parked.json")
+    assert (parked["window"], parked["fragment"], parked["snapshot"], parked["tries"]) == (2, path.name, 2, 2)
+    path.write_bytes(whole)
+    assert finish(local(order), order, windows_of(order)) == {2: 400}, "the other fragments of the window were scored before"
+    assert read_json(order.store.root / "fm" / "parked.json") == []
+    assert written(order) == undisturbed(order)
+
+
+def test_a_damaged_snapshot_is_never_taken(local: Local, tmp_path: Path) -> None:
+    """Wrong: a damaged snapshot scores, ends the run, or is hidden; the one before it has to serve on, and be named in every row."""
+    order = make_order(make_place(tmp_path, windows=4), tries=2)
+    damage(order.snapshots.folder(2) / "dense.safetensors")
+    service = local(order)
+    finish(service, order, range(4))
+    ((_, fault),) = service.state()["faults"]
+    assert fault.startswith("snapshot 2 is left out") and "dense.safetensors: missing or not the file" in fault
+    assert [(order.store.manifest(w).snapshot, order.store.manifest(w).asked) for w in (1, 2, 3)] == [(1, None), (1, 2), (3, None)]
+
+
+@pytest.mark.parametrize("fault", ["half published", "another schema", "pinned"])
+def test_snapshots_that_cannot_serve(local: Local, tmp_path: Path, fault: str) -> None:
+    """Wrong: the only snapshot that may score a window is damaged and it is committed all the same, or the cause is not named."""
+    pinned = 2 if fault == "pinned" else None
+    order, told = make_order(make_place(tmp_path), tries=2, pinned=pinned), "missing or not the file"
+    if fault == "half published":  # by a trainer that was killed in between, and went on
+        (order.snapshots.folder(1) / MANIFEST).unlink()
+        told = "snapshot 1 of teacher 'fm' is not there, though later ones are"
+    elif fault == "another schema":
+        publish(tmp_path / "snapshots", 1, Schema.model_validate(SCHEMA.model_dump() | {"tasks": ("click", "like")}))
+        told = "another schema than the stream's"
+    else:
+        damage(order.snapshots.folder(2) / "dense.safetensors")
+    bad = 2 if pinned else 1
+    with pytest.raises(UserError, match=rf"{told}.* no supervision of window\(s\) {bad} by"):
+        finish(local(order), order, windows_of(order))
+    assert [order.store.has(w) for w in (1, 2)] == ([False, False] if pinned else [False, True])
+
+
+def test_nan_is_not_committed(local: Local, tmp_path: Path) -> None:
+    """Wrong: a teacher that has diverged stops the windows that others supervise, or its NaN is committed."""
+    order = make_order(make_place(tmp_path), tries=1)
+    publish(tmp_path / "snapshots", 1, scale=float("nan"))
+    with pytest.raises(UserError, match=r"snapshot 1 of teacher 'fm' predicts NaN for task 'click'.* no supervision of window\(s\) 1 by"):
+        finish(local(order), order, windows_of(order))
+    assert order.store.has(2) and not order.store.has(1)
+
+
+def test_a_full_disk(local: Local, tmp_path: Path) -> None:
+    """Wrong: what cannot be written is committed, or not written again when there is room."""
+    order = make_order(make_place(tmp_path), tries=2)
+    full = order.store.root / "fm" / "window=001"
+    full.parent.mkdir(parents=True)
+    full.touch()  # no folder can be made here, as root may write to a read-only one
+    with pytest.raises(UserError, match=r"Error: .*no supervision of window\(s\) 1 by"):
+        finish(local(order), order, windows_of(order))
+    assert order.store.has(2)
+    full.unlink()
+    finish(local(order), order, windows_of(order))
+    assert written(order) == undisturbed(order)
+
+
+def test_holds_back_when_readers_fall_behind(local: Local, tmp_path: Path) -> None:
+    """Wrong: supervision runs further ahead of the slowest reader than das.ahead says, or stops for good."""
+    readers = (tmp_path / "fast", tmp_path / "slow")
+    order = replace(make_order(make_place(tmp_path, windows=6), ahead=2), readers=readers)
+    service = local(order, lasting=True)
+
+    def learnt(reader: Path, windows: int, inside: str = ".examples=00000100") -> None:
+        write_json(reader / f"windows={windows:03d}{inside}" / "manifest.json", {})
+
+    until(lambda: "window 2 is das.ahead = 2 windows ahead" in service.state()["held_back"])
+    until(lambda: order.store.has(1))
+    learnt(readers[0], 6, inside="")
+    learnt(readers[1], 2)
+    until(lambda: "window 4" in service.state()["held_back"])
+    until(lambda: order.store.has(3))
+    assert not order.store.has(4) and not order.store.has(5)
+    learnt(readers[1], 6)
+    until(lambda: order.store.has(5))
+
+
+def test_old_snapshots_go_when_nobody_needs_them(local: Local, tmp_path: Path) -> None:
+    """Wrong: a snapshot goes that a window in flight, a parked one or one to come needs; or none ever goes."""
+    order = replace(make_order(make_place(tmp_path, windows=6), fm_lag=2, tries=1), owns_snapshots=True)
+    stream = EventStream.open(order.stream_root)
+    path = stream.path(4, stream.window(4).fragments[0])
+    whole = damage(path)
+    with pytest.raises(UserError, match=r"no supervision of window\(s\) 4"):
+        finish(local(order), order, windows_of(order))
+    assert order.snapshots.versions() == [2, 3, 4, 5], "3 scores the parked window 4, 2 stands in for it"
+    path.write_bytes(whole)
+    finish(local(order), order, windows_of(order))
+    assert order.snapshots.versions() == [4, 5], "5 scores the window to come, 4 stands in for it"
+
+
+def test_supervision_that_was_removed_is_written_again(local: Local, tmp_path: Path) -> None:
+    """Wrong: a service that has once committed a window believes for ever that its supervision is there."""
+    order = make_order(make_place(tmp_path))
+    service = local(order)
+    finish(service, order, [1, 2])
+    shutil.rmtree(order.store.root / "fm" / "window=001")
+    assert finish(service, order, [1, 2]) == {1: 1000}
+    assert written(order) == undisturbed(order)
