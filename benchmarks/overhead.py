@@ -28,7 +28,8 @@ import ray
 import torch
 
 from benchmarks.common import arguments, bar, report
-from exfm_ray.config import Arm, Config, dump_config, load_config
+from exfm_ray.arms import LABELS, PLAIN
+from exfm_ray.config import Config, dump_config, load_config
 from exfm_ray.das.run import DAS
 from exfm_ray.das.scorer import CALLS, ScorerActor
 from exfm_ray.data.batch import to_batch
@@ -162,8 +163,8 @@ def vm(settings: Config, batch_size: int) -> dict[str, Any]:
         loop.run(window)
     speeds = {(r["model"], r["window"], r["arm"]): r["examples_per_s"] for r in report.rows if r["window"] > 0}
     figures = {}
-    for arm in Arm:
-        slower = [speeds[m, w, Arm.LABELS] / s - 1 for (m, w, a), s in speeds.items() if a == arm]
+    for arm in PLAIN:
+        slower = [speeds[m, w, LABELS] / s - 1 for (m, w, a), s in speeds.items() if a == arm]
         median = statistics.median(s for (_, _, a), s in speeds.items() if a == arm)
         figures[str(arm)] = {"examples_per_s": median, "slower": statistics.median(slower)}
     print(f"vm, batch {batch_size}: " + ", ".join(f"{a} {f['examples_per_s']:,.0f}/s ({f['slower']:+.1%})" for a, f in figures.items()), flush=True)

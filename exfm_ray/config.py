@@ -6,13 +6,13 @@ Keys read like the papers: w, alpha, beta (ExFM, arXiv 2502.17494), l, n_F, n_L,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from exfm_ray.arms import PLAIN, Arm
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.model_config import MODEL_TYPES, MLPConfig, ModelConfig, Widths, WukongConfig
 from exfm_ray.placement_config import PlacementConfig
@@ -23,15 +23,6 @@ from exfm_ray.tune_config import TuneConfig
 Rows = Annotated[int, Field(ge=2, le=2**31 - 1)]
 Folder = Annotated[Path, AfterValidator(lasting)]
 """Absolute from the start: a run's workers have working folders of their own, and a job's goes away with it."""
-
-
-class Arm(StrEnum):
-    """How a VM learns: labels only, plain distillation, auxiliary head, auxiliary head with student adapter."""
-
-    LABELS = "labels"
-    KD = "kd"
-    AH = "ah"
-    AH_SA = "ah_sa"
 
 
 class WindowConfig(Model):
@@ -198,7 +189,7 @@ class VMConfig(TrainerConfig):
 
     models: tuple[StudentConfig, ...] = ()
     model: ModelConfig = MLPConfig()
-    arms: tuple[Arm, ...] = Field((Arm.LABELS, Arm.KD, Arm.AH, Arm.AH_SA), min_length=1)
+    arms: tuple[Arm, ...] = Field(PLAIN, min_length=1)
     share_pass: bool = True
 
     @model_validator(mode="after")
@@ -237,12 +228,37 @@ class SAConfig(Model):
     own_head: bool = Field(True, description="a third head learns the adapter's target; otherwise the auxiliary head does")
 
 
+class ShareConfig(Model):
+    """Arms with +share: before each window is evaluated, the VM's tables are given the FM's rows of the ids that occur in it."""
+
+    tables: tuple[Name, ...] = Field((), description="names of tables; none: all")
+    mode: Literal["replace", "average", "unseen"] = Field("replace", description="unseen: only rows that few of the VM's examples have used")
+    weight: float = Field(0.5, gt=0, le=1, description="share of the FM's row (mode: average)")
+    unseen_below: int = Field(3, ge=1, description="uses, in the VM's examples so far, from which on a row is its own (mode: unseen)")
+    optimizer: Literal["keep", "reset", "teacher"] = Field("keep", description="Adagrad state of a given row: the VM's, zero, or the FM's")
+    projection: Literal["none", "principal"] = Field("none", description="how rows of another width become the VM's")
+
+
+class HistoryConfig(Model):
+    """Arms with +history: further dense inputs, made of the FM's representations of the same user's examples in earlier windows."""
+
+    layer: str = Field("backbone", description="module of the FM's network whose output represents an example")
+    key: Name | None = Field(None, description="single-valued feature whose examples belong together; none: the schema's group_by")
+    dim: int = Field(16, ge=1, description="int8 numbers kept of an example, by a fixed random projection")
+    last: int = Field(0, ge=0, description="so many last examples in order, newest first; 0: the mean of all")
+    drift: Literal["pinned", "refreshed", "aligned"] = Field(
+        "pinned", description="all by the first snapshot; each by the one that supervises it; so, and what is stored mapped into its space"
+    )
+
+
 class DistillationConfig(Model):
     """Settings of the arms."""
 
     kd: KDConfig = KDConfig()
     ah: AHConfig = AHConfig()
     sa: SAConfig = SAConfig()
+    share: ShareConfig = ShareConfig()
+    history: HistoryConfig = HistoryConfig()
 
 
 class CheckpointConfig(Model):
@@ -337,6 +353,11 @@ class Config(Model):
         return self
 
     @property
+    def arms(self) -> tuple[Arm, ...]:
+        """All that the vertical models learn by, in a run or in its sweep."""
+        return (*self.vm.arms, *(self.tune.arms if self.tune else ()))
+
+    @property
     def folder(self) -> Path:
         """The run's folder."""
         return self.run.dir / self.name
@@ -356,7 +377,8 @@ def _check_sweep(config: Config, tune: TuneConfig) -> None:
     for name in tune.students:
         if name not in students:
             raise ValueError(f"tune.students names '{name}', which is none of vm.models.{nearest(name, students)}")
-    searchable = [f"distillation.{part}.{key}" for part, section in config.distillation for key in type(section).model_fields]
+    taught = [(part, section) for part, section in config.distillation if part != "history"]  # the DAS writes histories before the sweep
+    searchable = [f"distillation.{part}.{key}" for part, section in taught for key in type(section).model_fields]
     searchable += [f"vm.optimizer.{key}" for key in OptimizerConfig.model_fields] + ["vm.batch_size"]
     for setting, distribution in tune.space.items():
         if setting not in searchable:

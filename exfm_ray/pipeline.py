@@ -25,7 +25,9 @@ import torch
 import yaml
 
 from exfm_ray.actors import answer, beside_driver
-from exfm_ray.config import Arm, Config, StudentConfig, dump_config, lineage
+from exfm_ray.arms import LABELS
+from exfm_ray.config import Config, StudentConfig, dump_config, lineage
+from exfm_ray.das.history import check_history
 from exfm_ray.das.run import DAS
 from exfm_ray.data.feed import FEED_WAIT_S
 from exfm_ray.data.prepare import prepare
@@ -43,6 +45,7 @@ from exfm_ray.tracking.recorder import RecorderActor, read_metrics
 from exfm_ray.training.checkpoint import START, JobResult
 from exfm_ray.training.job import Job, fm_tasks
 from exfm_ray.training.launch import run_job, start_feed
+from exfm_ray.training.sharing import check_sharing
 
 PACKAGES = ("torch", "ray", "deepspeed", "torchrec", "pyarrow", "numpy")
 TABLE_DIM_MULTIPLE = 4
@@ -79,6 +82,8 @@ def check_models(config: Config, schema: Schema) -> None:
     for i, student in enumerate(config.vm.models):
         _check_student(f"vm.models.{i}", student, config, schema)
     _check_sizes("fm.model", config.fm.model, schema)
+    check_sharing(config, schema)
+    check_history(config, schema)
     for i, student in enumerate(config.vm.models):
         _check_sizes(f"vm.models.{i}.model" if student.model else "vm.model", student.model or config.vm.model, schema)
 
@@ -94,7 +99,7 @@ def _check_student(setting: str, student: StudentConfig, config: Config, schema:
         except ValueError as error:
             raise UserError(f"setting '{setting}.task': {error}") from None
         taught = _taught(config, schema, student.teacher)
-        if set(config.vm.arms) != {Arm.LABELS} and taught is not None and task not in taught:
+        if any(arm.taught for arm in config.vm.arms) and taught is not None and task not in taught:
             of = f"the tasks of '{student.teacher}'" if student.teacher else "fm.tasks"
             raise UserError(f"setting '{setting}.task': '{task}' is none of {of}, so '{student.name}' would have no teacher for it")
 
@@ -227,7 +232,7 @@ class Run:
                 if version is not None and not own.snapshots.has(version):
                     command = "train-vm" if own.teacher else "train-fm"
                     raise UserError(f"window {window} is to be scored by {own.snapshots.folder(version)}, which is not there; run {command} first")
-        for own in self.dases if not das and set(self.config.vm.arms) != {Arm.LABELS} else ():
+        for own in self.dases if not das and set(self.config.vm.arms) != {LABELS} else ():
             self._check_supervised(own, vms)
 
     def _check_supervised(self, das: DAS, vms: Sequence[Job]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from exfm_ray.config import Arm, Config
+from exfm_ray.arms import LABELS
+from exfm_ray.config import Config
 from exfm_ray.das.lag import Policy
 from exfm_ray.data.stream import EventStream, list_values, window_name
 from exfm_ray.metrics.gain import ne_gain, transfer_ratio
@@ -37,10 +38,10 @@ def summary_rows(config: Config, stream: EventStream, results: Iterable[JobResul
         row: dict[str, Any] = {"role": role, **describe(key), "seed": config.seed, **state.figures(), "best_ne": best.get((domain, task))}
         row["snapshot"] = supervisor(key, windows[-1] + 1, Policy.of(config.das)) if windows else None
         if role == "vm":
-            labels = ne.get((model, Arm.LABELS, domain, task))
+            labels = ne.get((model, LABELS, domain, task))
             row["ne_gain"] = ne_gain(ne[key], labels)
             row["fm_ne_gain"] = ne_gain(ne.get((config.fm.name, FM_ARM, domain, task)), labels)
-            row["transfer_ratio"] = transfer_ratio(row["ne_gain"], row["fm_ne_gain"]) if arm != Arm.LABELS else None
+            row["transfer_ratio"] = transfer_ratio(row["ne_gain"], row["fm_ne_gain"]) if arm != LABELS else None
         rows.append(row)
     return rows
 

@@ -7,23 +7,24 @@ searches those that bear on it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from exfm_ray.arms import LABELS, PLAIN, Arm, Objective
 from exfm_ray.schema import Model, Name
 
-ArmName = Literal["labels", "kd", "ah", "ah_sa"]
 Value = bool | int | float | str | tuple[int, ...]
 Settings = dict[str, Value]
 """Dotted setting -> value."""
 
-ARMS_OF: Mapping[str, tuple[ArmName, ...]] = {
-    "distillation.kd.": ("kd",),
-    "distillation.ah.": ("ah", "ah_sa"),
-    "distillation.sa.": ("ah_sa",),
-    "vm.": ("labels", "kd", "ah", "ah_sa"),
+BEARS: Mapping[str, Callable[[Arm], bool]] = {
+    "distillation.kd.": lambda arm: arm.objective is Objective.KD,
+    "distillation.ah.": lambda arm: arm.objective in (Objective.AH, Objective.AH_SA),
+    "distillation.sa.": lambda arm: arm.objective is Objective.AH_SA,
+    "distillation.share.": lambda arm: arm.shares,
+    "vm.": lambda arm: True,
 }
 """Beginning of a setting's name -> the arms on which it bears."""
 
@@ -48,7 +49,7 @@ class Distribution(Model):
     integer: bool = False
     choice: tuple[Value, ...] = ()
     when: dict[str, Value] = Field({}, description="asked only where these settings of the space, named before it, have these values")
-    arms: tuple[ArmName, ...] = Field((), description="arms that search it; empty: those on which the setting bears")
+    arms: tuple[Arm, ...] = Field((), description="arms that search it; empty: those on which the setting bears")
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -112,7 +113,7 @@ class TuneConfig(Model):
     """A sweep: `trials` settings for each student and arm, scored on earlier windows, judged on later ones that no choice has seen."""
 
     students: tuple[Name, ...] = Field((), description="names of vm.models; empty: all of them")
-    arms: tuple[ArmName, ...] = ("labels", "kd", "ah", "ah_sa")
+    arms: tuple[Arm, ...] = PLAIN
     trials: int = Field(32, ge=1, description="for each student and arm; the first one is the config as it stands")
     together: int = Field(1, ge=1, description="so many trials of one student and arm learn in one process, on the same batches")
     seeds: int = Field(1, ge=1, description="trainings of a trial, with seed, seed + 1, ...; its figures are their means")
@@ -141,7 +142,7 @@ class TuneConfig(Model):
 
     @model_validator(mode="after")
     def _arms(self) -> Self:
-        if "labels" not in self.arms:
+        if LABELS not in self.arms:
             raise ValueError("tune.arms leaves out labels, over which all gains are told; add it")
         for names, setting in ((self.arms, "arms"), (self.students, "students")):
             if len(set(names)) < len(names):
@@ -197,5 +198,9 @@ class TuneConfig(Model):
     def space_of(self, arm: str) -> dict[str, Distribution]:
         """The settings that an arm searches."""
         space = self.space or default_space()
-        bearing = {name: next((arms for start, arms in ARMS_OF.items() if name.startswith(start)), ()) for name in space}
-        return {name: d for name, d in space.items() if arm in (d.arms or bearing[name])}
+        known = Arm(arm)
+        return {name: d for name, d in space.items() if (known in d.arms if d.arms else _bears(name, known))}
+
+
+def _bears(setting: str, arm: Arm) -> bool:
+    return any(bears(arm) for start, bears in BEARS.items() if setting.startswith(start))

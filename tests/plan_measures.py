@@ -10,7 +10,8 @@ import torch.distributed as dist
 from example import make_rows
 from torch import Tensor
 
-from exfm_ray.config import Arm, DistillationConfig, FMConfig
+from exfm_ray.arms import Objective
+from exfm_ray.config import DistillationConfig, FMConfig
 from exfm_ray.schema import Schema
 
 
@@ -29,7 +30,7 @@ def measure(fm: FMConfig, schema: Schema) -> dict[str, Any]:
     from exfm_ray.models.network import build_network
 
     network = build_network(fm.model, schema, len(schema.tasks), seed=1)
-    engine = Engine(schema, fm, Student(network, Arm.LABELS, DistillationConfig(), 1), fm.model, 1, torch.device("cpu"))
+    engine = Engine(schema, fm, Student(network, Objective.LABELS, DistillationConfig(), 1), fm.model, 1, torch.device("cpu"))
     batch = to_batch(make_rows(fm.batch_size // fm.workers, seed=dist.get_rank(), schema=schema), schema)
     saved: list[Tensor] = []
 

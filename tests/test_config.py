@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from exfm_ray.config import Arm, Config, dump_config, load_config
+from exfm_ray.arms import Objective
+from exfm_ray.config import Config, dump_config, load_config
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.model_config import WukongConfig
 
@@ -27,7 +28,8 @@ MISTAKES = {
     "fm.model={n_F: 3}": r"setting 'fm.model': give it a 'type': wukong, mlp, dlrm, dcnv2, deepfm",
     "fm.model={type: wukong, n_f: 3}": r"unknown setting 'fm.model.wukong.n_f'. Did you mean 'n_F'\?",
     "fm.model={type: wukong, mlp: [8, 0]}": r"setting 'fm.model.wukong.mlp.1': .*greater than or equal to 1",
-    "vm.arms=[labels,kdd]": r"setting 'vm.arms.1': .*'labels', 'kd', 'ah' or 'ah_sa' \(given: 'kdd'\)",
+    "vm.arms=[labels,kdd]": r"setting 'vm.arms.1': 'kdd': unknown objective 'kdd'; an arm is one of labels, kd, ah, ah_sa, .*Did you mean 'kd'",
+    "vm.arms=[labels,kd+shares]": r"setting 'vm.arms.1': 'kd\+shares': unknown option 'shares'.*Did you mean 'share'",
     "vm.arms=[kd,kd]": r"setting 'vm': an arm is named twice",
     "vm.arms=[]": r"setting 'vm.arms': .*at least 1",
     "vm.models=[{name: a}]": r"setting 'vm.models.0.domain': Field required; setting 'vm.models.0.task': Field required",
@@ -81,7 +83,7 @@ def test_overrides_come_after_the_file_and_the_name_last(file: Path) -> None:
     assert load_config(file).name == "mine"
     config = load_config(file, ["fm.workers=2", "fm.model.type=wukong", "fm.model.l=3", "name=other", "vm.arms=[kd]", "data.max_rows=null"], "third")
     assert (config.name, config.seed, config.fm.batch_size, config.fm.workers) == ("third", 5, 32, 2)
-    assert isinstance(config.fm.model, WukongConfig) and config.fm.model.l == 3 and config.vm.arms == (Arm.KD,)
+    assert isinstance(config.fm.model, WukongConfig) and config.fm.model.l == 3 and config.vm.arms == (Objective.KD,)
 
 
 @pytest.mark.parametrize(

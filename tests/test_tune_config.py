@@ -19,6 +19,7 @@ SPACES = {
     "typo": ({"distillation.ah.wt": RANGE}, r"tune.space: unknown setting 'distillation.ah.wt'. Did you mean 'distillation.ah.w'\?"),
     "not searchable": ({"fm.batch_size": RANGE}, r"unknown setting 'fm.batch_size'"),
     "nothing near": ({"zzz": RANGE}, r"unknown setting 'zzz'. A sweep may search distillation.kd.w, "),
+    "history": ({"distillation.history.dim": RANGE}, r"unknown setting 'distillation.history.dim'"),
     "value": ({W: {"low": -1, "high": 1}}, r"tune.space: setting 'distillation.ah.w': .*greater than or equal to 0"),
     "choice": ({"distillation.sa.input": {"choice": ["logit", "lo"]}}, r"tune.space: setting 'distillation.sa.input': .*'lo'"),
     "order of ends": ({W: {"low": 2, "high": 1}}, r"tune.space.distillation.ah.w': low is 2, which is not below high = 1"),
@@ -95,3 +96,13 @@ def test_with_settings() -> None:
     with pytest.raises(ValueError, match="greater than 0"):
         with_settings(config, {"distillation.ah.alpha": 0})
     assert json.dumps(config.model_dump(mode="json"))  # the original is untouched and whole
+
+
+def test_settings_of_shared_rows_are_searched_where_rows_are_shared() -> None:
+    """Wrong: a sweep leaves the settings of +share out, or asks arms for them that have none."""
+    space = {"distillation.share.mode": {"choice": ["replace", "average"]}, W: RANGE, "vm.optimizer.table_lr": {"low": 0.1, "high": 0.2}}
+    tune = Config.model_validate({"tune": {**GOOD, "arms": ["labels", "ah", "labels+share", "ah+share"], "space": space}}).tune
+    assert tune is not None
+    rate, mode = "vm.optimizer.table_lr", "distillation.share.mode"
+    searched = {"labels": {rate}, "ah": {W, rate}, "labels+share": {mode, rate}, "ah+share": {mode, W, rate}}
+    assert {str(arm): set(tune.space_of(arm)) for arm in tune.arms} == searched

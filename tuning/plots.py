@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from exfm_ray.tracking.marks import MARKS
+from exfm_ray.tracking.marks import listing, mark_of
 from exfm_ray.tracking.page import LAYOUT, Part, place_figure, write_page
 from exfm_ray.tune_config import Distribution, TuneConfig, default_space
 from tuning.judge import best_trial
@@ -38,7 +38,7 @@ def write_plots(tune: TuneConfig, trials: Sequence[Trial], summary: Mapping[str,
 def _student(tune: TuneConfig, number: int, name: str, trials: Sequence[Trial], told: Mapping[str, Any]) -> str:
     """A student's part of the page. Arms come in one order everywhere."""
     arms: dict[str, list[Trial]]
-    arms = {arm: [t for t in trials if t.search == Search(name, arm) and t.curve and t.state != "failed"] for arm in MARKS if arm in tune.arms}
+    arms = {arm: [t for t in trials if t.search == Search(name, arm) and t.curve and t.state != "failed"] for arm in sorted(tune.arms, key=listing)}
     space = {setting: d for setting, d in (tune.space or default_space()).items() if any(setting in tune.space_of(arm) for arm in arms)}
     extent = _extent([trial for those in arms.values() for trial in those])
     plots = [_against(setting, d, arms, extent) for setting, d in space.items()] if extent else []
@@ -82,7 +82,7 @@ def _against(setting: str, distribution: Distribution, arms: Mapping[str, Sequen
 
 def _key(arm: str) -> Part:
     """An arm's entry in the legend: of a trace plotly would show the first point, hollow or faint."""
-    marker = {"symbol": MARKS[arm].symbol, "color": MARKS[arm].colour, "size": 10, "line": {"width": 1.5}}
+    marker = {"symbol": mark_of(arm).symbol, "color": mark_of(arm).colour, "size": 10, "line": {"width": 1.5}}
     return {"type": "scatter", "mode": "markers", "name": arm, "legendgroup": arm, "x": [None], "y": [None], "marker": marker, "showlegend": True}
 
 
@@ -94,7 +94,7 @@ def _points(arm: str, trials: Sequence[Trial], setting: str, distribution: Distr
         "text": [f"{arm} trial {t.number}, {t.state}<br>NE {t.curve[-1].ne:.5f}, calibration {t.curve[-1].calibration:.3f}" for t in trials],
         "hovertemplate": "%{text}<br>%{x}<extra></extra>",
         "marker": {
-            "symbol": [MARKS[arm].symbol + "-open" * hollow for hollow in out], "color": MARKS[arm].colour, "size": 10, "line": {"width": 1.5},
+            "symbol": [mark_of(arm).symbol + "-open" * hollow for hollow in out], "color": mark_of(arm).colour, "size": 10, "line": {"width": 1.5},
             "opacity": [0.35 if trial.state == "stopped" else 1.0 for trial in trials],
         },
     }  # fmt: skip
@@ -120,7 +120,7 @@ def _importance(arms: Mapping[str, Any], settings: Sequence[str]) -> Part:
     data = [
         {
             "type": "bar", "orientation": "h", "name": arm, "x": list(told["importance"].values()), "y": list(told["importance"]),
-            "marker": {"color": MARKS[arm].colour, "pattern": {"shape": MARKS[arm].pattern}, "line": {"width": 1, "color": "#222"}},
+            "marker": {"color": mark_of(arm).colour, "pattern": {"shape": mark_of(arm).pattern}, "line": {"width": 1, "color": "#222"}},
             "hovertemplate": f"{arm}, %{{y}}: %{{x:.1%}}<extra></extra>",
         }
         for arm, told in arms.items() if told["importance"]
@@ -140,7 +140,7 @@ def _gain(arm: str, variant: str, gain: Mapping[str, Any]) -> Part:
     mean, low, high = gain["mean"], gain["low"], gain["high"]
     point: Part = {
         "type": "scatter", "mode": "markers", "name": f"{arm} {variant}", "x": [100 * mean], "y": [f"{arm} {variant}"],
-        "marker": {"symbol": MARKS[arm].symbol + "-open" * (variant == "untuned"), "color": MARKS[arm].colour, "size": 12, "line": {"width": 2}},
+        "marker": {"symbol": mark_of(arm).symbol + "-open" * (variant == "untuned"), "color": mark_of(arm).colour, "size": 12, "line": {"width": 2}},
         "hovertemplate": f"{arm} {variant}, {gain['seeds']} seeds: %{{x:.3f}} %<extra></extra>",
     }  # fmt: skip
     if low is None:  # one seed has no interval

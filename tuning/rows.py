@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from exfm_ray.config import Arm, Config, StudentConfig
+from exfm_ray.arms import Arm
+from exfm_ray.config import Config, StudentConfig
 from exfm_ray.das.supervision import TEACHER_COLUMN
 from exfm_ray.data.feed import Pass
 from exfm_ray.data.stream import EventStream, Fragment
@@ -29,7 +30,8 @@ class StudentRows:
     @classmethod
     def read_from(cls, config: Config, student: StudentConfig, windows: Sequence[int]) -> StudentRows:
         """Read them from the run's folder."""
-        distilled = config.model_copy(update={"vm": config.vm.model_copy(update={"arms": (Arm.LABELS, Arm.KD)})})
+        arms = (Arm("labels"), Arm("kd"), *(arm for arm in config.arms if arm.remembers))
+        distilled = config.model_copy(update={"vm": config.vm.model_copy(update={"arms": arms})})
         job = Job("tune", distilled, (student,))
         reader = job.reader(EventStream.open(job.stream_root).schema)
         listed = {window: tuple(reader.fragments(Pass(window, "learn"))) for window in windows}

@@ -61,7 +61,7 @@ def score(figures: Figures, bounds: tuple[float, float]) -> float:
 def trial_job(config: Config, student: StudentConfig, arm: str, settings: Settings, count_from: int, seed: int | None = None) -> Job:
     """The job of one trial: this student, this arm, one process. Figures are summed from window `count_from` on."""
     fixed = {
-        "vm.models": [student.model_dump(mode="json")], "vm.arms": [arm], "vm.workers": 1, "metrics.warmup_windows": count_from,
+        "vm.models": [student.model_dump(mode="json")], "vm.arms": [str(arm)], "vm.workers": 1, "metrics.warmup_windows": count_from,
         "seed": config.seed if seed is None else seed,
     }  # fmt: skip
     return Job("trial", with_settings(config, {**fixed, **settings}), (student,))

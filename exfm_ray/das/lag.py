@@ -30,6 +30,11 @@ class Policy:
         """What the settings say."""
         return cls(das.fm_lag, das.every, das.pinned)
 
+    @property
+    def first(self) -> int:
+        """The first window with a teacher."""
+        return self.fm_lag + (self.pinned or 1) - 1
+
     def version(self, window: int) -> int | None:
         """The version that supervises `window`; None for a window without a teacher."""
         newest = version_for(window, self.fm_lag)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from exfm_ray.config import Config, DASConfig, TeacherConfig
+from exfm_ray.das.gifts import Gifts
 from exfm_ray.das.lag import Policy
 from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.das.supervision import SupervisionStore
@@ -22,6 +23,7 @@ class Order:
         owns_snapshots: snapshots that no window needs any more are removed.
         role: what the log calls this DAS.
         labels: of the nodes that its actors run on.
+        gifts: what the windows' students are given beside predictions; None: nothing.
         readers: folders in which each reader of the supervision leaves `windows=<n>/manifest.json` when it has learnt n windows.
     """
 
@@ -34,6 +36,7 @@ class Order:
     readers: tuple[Path, ...] = ()
     role: str = "das"
     labels: Mapping[str, str] = field(default_factory=dict)
+    gifts: Gifts | None = None
 
     @classmethod
     def of(cls, config: Config, readers: Sequence[Path] = (), teacher: TeacherConfig | None = None) -> Order:
@@ -44,7 +47,7 @@ class Order:
             stream_root=folder / "stream", snapshots=SnapshotStore((elsewhere or folder) / "snapshots", name),
             store=SupervisionStore(folder / "supervision", name), das=config.das, log=folder / "timeline.jsonl",
             owns_snapshots=not config.das.keep_snapshots and elsewhere is None, readers=tuple(readers) if config.das.ahead else (),
-            role=f"das-{name}" if teacher else "das", labels=config.placement.das,
+            role=f"das-{name}" if teacher else "das", labels=config.placement.das, gifts=None if teacher else Gifts.of(config),
         )  # fmt: skip
 
     @property
@@ -57,9 +60,13 @@ class Order:
         """Names the service that carries the order out: the same for all who want this supervision in this store."""
         return f"das {self.store.root.parent.name} {self.store.teacher} {digest([str(self.store.root), self.store.teacher])}"
 
+    def has(self, window: int) -> bool:
+        """True when all that is to be made of a window is committed."""
+        return self.store.has(window) and (self.gifts is None or self.gifts.has(window))
+
     def differs(self, other: Order) -> str | None:
         """The first thing in which two orders differ; None where they are the same but for who reads."""
-        for name in ("stream_root", "snapshots", "store", "das", "labels"):
+        for name in ("stream_root", "snapshots", "store", "das", "labels", "gifts"):
             if getattr(self, name) != getattr(other, name):
                 return f"{name}: {getattr(self, name)} is not {getattr(other, name)}"
         return None

@@ -28,8 +28,8 @@ class DAS:
         self.snapshots, self.store = self.order.snapshots, self.order.store
 
     def missing(self, windows: Sequence[int]) -> list[int]:
-        """Windows that have a teacher but no committed supervision."""
-        return [w for w in windows if self.order.policy.version(w) is not None and not self.store.has(w)]
+        """Windows that have a teacher but lack committed supervision, or what their students are given beside it."""
+        return [w for w in windows if self.order.policy.version(w) is not None and not self.order.has(w)]
 
     def done(self) -> tuple[float, int]:
         """Seconds, without waiting, and examples of the windows scored so far."""
@@ -44,6 +44,8 @@ class DAS:
             assert version is not None
             manifest = self.stream.window(window)
             rows += sum(scorer.score(window, fragment, version).rows for fragment in manifest.fragments)
+            if self.order.gifts:
+                self.order.gifts.publish(self.stream, self.snapshots, manifest, version)
             self.store.commit(manifest, version, self.snapshots.tasks(version), self.order.policy)
         return rows
 

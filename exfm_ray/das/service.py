@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,6 +71,8 @@ class Service:
         self._faults: deque[tuple[float, str]] = deque(maxlen=KEPT)
         self._written: deque[Written] = deque(maxlen=KEPT)
         self._held_back, self._looked_s, self._free_s, self._error = "", 0.0, time.time(), ""
+        self._beside = ThreadPoolExecutor(1, "gifts")  # histories are made in order
+        self._giving: dict[int, Future[None]] = {}
         self._lock, self._over = threading.Lock(), threading.Event()
         if lasting:
             self.ask(OWN, self._stream.windows())
@@ -170,7 +173,7 @@ class Service:
         for window in sorted(self._wanted() - done):
             if len(self._backlog.waiting) >= enough or not self._stream.has(window):
                 return
-            if self._order.policy.version(window) is None or self._order.store.has(window):
+            if self._order.policy.version(window) is None or self._order.has(window):
                 self._committed.add(window)
             elif self._too_far_ahead(window):
                 self._held_back = f"window {window} is das.ahead = {self._order.das.ahead} windows ahead of the slowest reader"
@@ -240,11 +243,26 @@ class Service:
         """All its fragments are scored, or parked."""
         if not window.parked:
             try:
+                if not self._gave(window):
+                    return
                 self._commit(window)
             except (UserError, OSError) as error:
                 self._park(window.manifest.index, window.version, plain(error))
         self._backlog.drop(window.manifest.index)
         self._free_s, self._looked_s = time.time(), 0.0
+
+    def _gave(self, window: OpenWindow) -> bool:
+        """True when students have what they are given beside predictions; otherwise it is being made, beside the scoring."""
+        gifts, index = self._order.gifts, window.manifest.index
+        if gifts is None or gifts.has(index):
+            self._giving.pop(index, None)
+            return True
+        if index in self._giving:
+            if self._giving[index].done():
+                self._giving.pop(index).result()
+        elif gifts.ready(index) or index - 1 not in self._backlog.open:
+            self._giving[index] = self._beside.submit(gifts.publish, self._stream, self._order.snapshots, window.manifest, window.version)
+        return False
 
     def _commit(self, window: OpenWindow) -> None:
         order, manifest, version = self._order, window.manifest, window.version
@@ -260,7 +278,7 @@ class Service:
         append_lines(order.log, [span | {"teacher": order.store.teacher, "label_s": written.label_s, "snapshot_s": published_s}])
         if order.owns_snapshots:
             there = self._stream.windows()
-            self._versions.remove_unneeded((w for w in there if not order.store.has(w)), there[-1] + 1)
+            self._versions.remove_unneeded((w for w in there if not order.has(w)), there[-1] + 1)
 
     def _park(self, window: int, snapshot: int, cause: str) -> None:
         self._fault(f"window {window}: {cause}")

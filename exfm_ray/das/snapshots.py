@@ -10,9 +10,21 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from exfm_ray.errors import UserError
 from exfm_ray.models.network import Network
-from exfm_ray.models.stored import MANIFEST, PlainModel, StoredModel, checked_manifest, load_model, load_network, read_manifest
+from exfm_ray.models.stored import (
+    MANIFEST,
+    MOMENTUM,
+    PlainModel,
+    StoredModel,
+    checked_manifest,
+    load_model,
+    load_network,
+    read_manifest,
+    whole_tables,
+)
 
 
 class SnapshotError(UserError):
@@ -74,6 +86,10 @@ class SnapshotStore:
     def published_s(self, version: int) -> float:
         """When a version was published, in seconds since the epoch."""
         return (self.folder(version) / MANIFEST).stat().st_mtime
+
+    def momentum(self, version: int) -> dict[str, Tensor]:
+        """Adagrad state of a version's tables, float32 (rows) by name; empty where it was published without."""
+        return whole_tables(self.folder(version), MOMENTUM)
 
     def tasks(self, version: int) -> tuple[str, ...]:
         """Tasks that a published version predicts."""

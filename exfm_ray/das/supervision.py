@@ -18,7 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from exfm_ray.das.history import HistoryStore, user_column
 from exfm_ray.das.lag import Policy
+from exfm_ray.das.shared import SharedStore
 from exfm_ray.data.feed import Pass
 from exfm_ray.data.stream import EventStream, Fragment, Window, list_values, window_name
 from exfm_ray.errors import UserError
@@ -186,22 +188,40 @@ class SupervisionStore:
 
 @dataclass(frozen=True)
 class AugmentedReader:
-    """Reads the rows of some domains; to learn from, joined with their supervision where the window has any."""
+    """Reads the rows of some domains; to learn from, joined with their supervision where the window has any.
+
+    With `shared`, a window is ready to be evaluated once the teacher's table rows are there that its models are given first. With
+    `history`, its rows are joined with the feature store as it was before the window, to learn and to evaluate.
+    """
 
     stream_root: Path
     store: SupervisionStore | None
     policy: Policy
     domains: tuple[int, ...]
     tasks: tuple[str, ...]
+    shared: SharedStore | None = None
+    history: HistoryStore | None = None
 
     def supervised(self, work: Pass) -> bool:
         """True when a teacher exists for this pass and the job wants one."""
         return work.purpose == "learn" and self.store is not None and self.policy.version(work.window) is not None
 
     def ready(self, work: Pass) -> bool:
+        if self._shared(work) and not (self.shared and self.shared.has(work.window)):
+            return False
+        if self.history and not self.history.ready(work.window):
+            return False
         return self.store is None or not self.supervised(work) or self.store.has(work.window)
 
+    def _shared(self, work: Pass) -> bool:
+        """True when models are given table rows before this pass."""
+        return work.purpose == "evaluate" and self.shared is not None and self.policy.version(work.window) is not None
+
     def awaits(self, work: Pass) -> str:
+        if self._shared(work):
+            return f"the shared table rows of window {work.window} (teacher '{self.shared.teacher if self.shared else None}')"
+        if self.history and not self.history.ready(work.window):
+            return f"the representations of window {work.window - 1} (teacher '{self.history.teacher}')"
         return f"the supervision of window {work.window} (teacher '{self.store.teacher if self.store else None}')"
 
     @cached_property
@@ -218,7 +238,11 @@ class AugmentedReader:
             assert self.store is not None
             self._check_teacher(work.window)
             events = self.store.join(work.window, fragment, events, self.tasks)
-        return events.filter(pc.is_in(events["domain"], pa.array(self.domains, pa.int32())))
+        events = events.filter(pc.is_in(events["domain"], pa.array(self.domains, pa.int32())))
+        if self.history:
+            schema = self._stream.schema
+            events = self.history.join(work.window, events, user_column(schema, self.history.settings), len(schema.single))
+        return events
 
     def _check_teacher(self, window: int) -> None:
         """Rule 2 once more, where it counts: at the reader."""

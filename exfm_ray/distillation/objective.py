@@ -1,4 +1,4 @@
-"""What each arm minimises (ExFM, arXiv 2502.17494): pure functions of tensors, one loss per example.
+"""What the arms minimise (ExFM, arXiv 2502.17494): pure functions of tensors, one loss per example.
 
     labels   h(z_S, y)
     kd       h(z_S, y) + w h(z_S, p)
@@ -17,7 +17,8 @@ from typing import NamedTuple, Self
 import torch.nn.functional as F
 from torch import Tensor
 
-from exfm_ray.config import Arm, DistillationConfig
+from exfm_ray.arms import Objective
+from exfm_ray.config import DistillationConfig
 from exfm_ray.distillation.student import Logits
 
 
@@ -46,21 +47,21 @@ def labels_objective_B(logits_BT: Tensor, labels_BT: Tensor) -> Tensor:
 
 
 def objective_B(
-    arm: Arm, weights: Weights, logits: Logits, labels_BT: Tensor, teacher_BT: Tensor | None, target_BT: Tensor | None
+    objective: Objective, weights: Weights, logits: Logits, labels_BT: Tensor, teacher_BT: Tensor | None, target_BT: Tensor | None
 ) -> Tensor:
-    """The arm's loss of each example.
+    """The objective's loss of each example.
 
     `teacher_BT` holds the teacher's probabilities; None, where the window has no supervision, leaves the label term to
-    every arm. `target_BT` holds the adapter's targets, which the ah_sa arm needs whenever there is a teacher.
+    all of them. `target_BT` holds the adapter's targets, which ah_sa needs whenever there is a teacher.
     """
     loss_BT = bce_BT(logits.serving_BT, labels_BT)
-    if teacher_BT is None or arm is Arm.LABELS:
+    if teacher_BT is None or objective is Objective.LABELS:
         return loss_BT.mean(dim=-1)
-    if arm is Arm.KD:
+    if objective is Objective.KD:
         return (loss_BT + weights.kd_w * bce_BT(logits.serving_BT, teacher_BT)).mean(dim=-1)
-    assert logits.auxiliary_BT is not None, f"the {arm} arm has an auxiliary head"
+    assert logits.auxiliary_BT is not None, f"{objective} has an auxiliary head"
     loss_BT = loss_BT + weights.ah_w * bce_BT(logits.auxiliary_BT, (weights.ah_alpha * teacher_BT).clamp(max=1.0))
-    if arm is Arm.AH:
+    if objective is Objective.AH:
         return loss_BT.mean(dim=-1)
-    assert logits.adapter_BT is not None and target_BT is not None, f"the {arm} arm learns the adapter's target"
+    assert logits.adapter_BT is not None and target_BT is not None, f"{objective} learns the adapter's target"
     return (loss_BT + weights.sa_w * bce_BT(logits.adapter_BT, target_BT)).mean(dim=-1)

@@ -1,4 +1,4 @@
-"""A network with the heads that its arm learns with (ExFM, arXiv 2502.17494). Only the network is served."""
+"""A network with the heads that its objective takes (ExFM, arXiv 2502.17494). Only the network is served."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from exfm_ray.config import Arm, DistillationConfig
+from exfm_ray.arms import Objective
+from exfm_ray.config import DistillationConfig
 from exfm_ray.model_config import Widths
 from exfm_ray.models.layers import seeded
 from exfm_ray.models.network import Head, Network
@@ -51,16 +52,16 @@ def scale_gradient(x: Tensor, beta: Tensor) -> Tensor:
 
 
 class Student(nn.Module):
-    """A network and the extra heads of its arm, each with one output per task. The foundation model is a student of the labels arm."""
+    """A network and the extra heads of its objective, each with one output per task. The foundation model is a student of labels alone."""
 
-    def __init__(self, network: Network, arm: Arm, config: DistillationConfig, seed: int = 0) -> None:
+    def __init__(self, network: Network, objective: Objective, config: DistillationConfig, seed: int = 0) -> None:
         """`seed` makes the extra heads' weights; they depend on nothing else, and the network is taken as it is."""
         super().__init__()
         self.network = network
-        self.arm = arm
+        self.objective = objective
         self.beta = torch.tensor(config.ah.beta)  # no buffer: bf16 engines would round it
-        own_head = arm is Arm.AH_SA and config.sa.own_head
-        self.auxiliary_head = _extra_head(network, config.ah.mlp, seed, 1) if arm in (Arm.AH, Arm.AH_SA) else None
+        own_head = objective is Objective.AH_SA and config.sa.own_head
+        self.auxiliary_head = _extra_head(network, config.ah.mlp, seed, 1) if objective in (Objective.AH, Objective.AH_SA) else None
         self.adapter_head = _extra_head(network, config.ah.mlp, seed, 2) if own_head else None
 
     def forward(self, embedded_BRE: Tensor, dense_BD: Tensor, beta: Tensor | None = None) -> Logits:
@@ -74,7 +75,7 @@ class Student(nn.Module):
             return Logits(serving_BT, None, None)
         scaled_BH = scale_gradient(x_BH, self.beta if beta is None else beta)
         auxiliary_BT = self.auxiliary_head(scaled_BH)
-        if self.arm is Arm.AH:
+        if self.objective is Objective.AH:
             return Logits(serving_BT, auxiliary_BT, None)
         adapter_BT = auxiliary_BT if self.adapter_head is None else self.adapter_head(scaled_BH)
         return Logits(serving_BT, auxiliary_BT, adapter_BT)

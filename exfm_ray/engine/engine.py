@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,7 +19,7 @@ from exfm_ray.engine.decay import RowDecay
 from exfm_ray.engine.dense import gathered_state, shard_dense
 from exfm_ray.engine.dense_state import dense_parts, restore_dense
 from exfm_ray.engine.parts import Parts, kept
-from exfm_ray.engine.tables import ShardedTables
+from exfm_ray.engine.tables import GivenRows, Shard, ShardedTables
 from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.layout import Layout
 from exfm_ray.schema import Schema
@@ -75,7 +75,15 @@ class Engine:
 
     def reset_rows(self, rows: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Make table rows (table -> row numbers) fresh again, with their optimizer state and their moving average."""
-        for number, (shard, row_X) in enumerate(self.tables.reset(rows)):
+        self._follow(self.tables.reset(rows))
+
+    def give_rows(self, rows: Mapping[str, GivenRows], weight: float) -> None:
+        """Move table rows towards those given (see `ShardedTables.give`); their moving average takes the new value at once."""
+        self._follow(self.tables.give(rows, weight))
+
+    def _follow(self, written: Sequence[tuple[Shard, Tensor]]) -> None:
+        """The moving average of rows that were written starts from them."""
+        for number, (shard, row_X) in enumerate(written):
             if self._average:
                 self._average.averages[number][row_X] = shard.weight_RW[row_X]
 
@@ -90,6 +98,10 @@ class Engine:
     def table_shards(self) -> dict[str, Tensor]:
         """This worker's table rows on the CPU, keyed `table@first_row`; views, not copies, where they lie there already."""
         return {f"{s.table}@{s.first_row}": s.weight_RW.cpu() for s in self.tables.shards()}
+
+    def momentum_shards(self) -> dict[str, Tensor]:
+        """The Adagrad state of this worker's rows, as `table_shards`."""
+        return {f"{s.table}@{s.first_row}": s.momentum_R.cpu() for s in self.tables.shards()}
 
     def state(self) -> dict[str, Tensor]:
         """This worker's part of a checkpoint, copied to the CPU; names as `Parts` reads them."""

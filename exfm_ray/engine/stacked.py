@@ -8,7 +8,7 @@ U table rows that a batch reads.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from exfm_ray.config import TrainerConfig
 from exfm_ray.data.batch import Batch
 from exfm_ray.distillation.student import Logits, Student
 from exfm_ray.engine.engine import Engine
-from exfm_ray.engine.tables import ADAGRAD_EPS
+from exfm_ray.engine.tables import ADAGRAD_EPS, GivenRows
 from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.embeddings import PlainTables, initial_table
 from exfm_ray.schema import Schema
@@ -45,6 +45,7 @@ class StackedTables(nn.Module):
         ids = [torch.arange(rows).repeat_interleave(self.plain.embeddings[table]) for table, rows in schema.tables.items()]
         first = torch.tensor([0, *schema.tables.values()]).cumsum(0)
         self.id_X = torch.cat([numbers + start for numbers, start in zip(ids, first.tolist(), strict=False)])
+        self.first_id = dict(zip(schema.tables, first.tolist(), strict=False))
         self.momentum_K = torch.zeros(int(first[-1]), self.models)
         weight_XKE = self.weight_XKE
         for number, seed in enumerate(seeds):
@@ -78,6 +79,18 @@ class StackedTables(nn.Module):
         self.momentum_K[id_U] = momentum_UK
         step_UK = -self.rate_K / (momentum_UK.sqrt() + ADAGRAD_EPS)
         self.weight_XKE.index_add_(0, row_U, gradient_UKE * step_UK.unsqueeze(2))
+
+    @torch.no_grad()
+    def give(self, rows: Mapping[str, GivenRows], weight: float) -> None:
+        """Move rows of all models this far (`weight`) to those given by table; as `ShardedTables.give`."""
+        for name, given in rows.items():
+            embeddings, id_X = self.plain.embeddings[name], torch.from_numpy(given.id_X)
+            first, count = self.plain.first_row[name], self.plain.rows[name] * embeddings
+            table_RYKE = self.weight_XKE[first : first + count].view(-1, embeddings, self.models, self.dim)
+            row_XY1E = given.row_XW.view(-1, embeddings, 1, self.dim)
+            table_RYKE[id_X] = torch.lerp(table_RYKE[id_X], row_XY1E.expand_as(table_RYKE[id_X]), weight)
+            if given.momentum_X is not None:
+                self.momentum_K[id_X + self.first_id[name]] = given.momentum_X.unsqueeze(1)
 
     def copy(self, source: int, target: int) -> None:
         """Make one model's tables those of another, with their optimizer state."""
@@ -189,3 +202,6 @@ class StackedEngine(Engine):
         self.dense = StackedStudents(students, configs)
         self._decay = self._average = None
         self._dtype = torch.float32
+
+    def give_rows(self, rows: Mapping[str, GivenRows], weight: float) -> None:
+        self.tables.give(rows, weight)

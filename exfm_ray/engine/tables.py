@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,14 @@ class Shard:
     first_row: int
     weight_RW: Tensor
     momentum_R: Tensor
+
+
+class GivenRows(NamedTuple):
+    """Rows to be written into a table: their numbers, int64 ascending (X), the rows (X, W), and their Adagrad state (X) unless they keep it."""
+
+    id_X: np.ndarray[Any, np.dtype[np.int64]]
+    row_XW: Tensor
+    momentum_X: Tensor | None
 
 
 class ShardedTables(nn.Module):
@@ -132,6 +140,27 @@ class ShardedTables(nn.Module):
             row_X = torch.from_numpy(own_X - shard.first_row).to(self.device)
             shard.weight_RW[row_X] = fresh_XW.to(self.device)
             shard.momentum_R[row_X] = 0
+            done.append((shard, row_X))
+        return done
+
+
+    @torch.no_grad()
+    def give(self, rows: Mapping[str, GivenRows], weight: float) -> list[tuple[Shard, Tensor]]:
+        """Move rows this far (`weight` in (0, 1]; 1: all the way) to those given by table, of them those that this worker holds.
+
+        Returns:
+            As `reset`.
+        """
+        done = []
+        for shard in self.shards():
+            given = rows.get(shard.table)
+            row_X = torch.empty(0, dtype=torch.int64, device=self.device)
+            if given is not None:
+                first, last = np.searchsorted(given.id_X, [shard.first_row, shard.first_row + len(shard.weight_RW)])
+                row_X = torch.from_numpy(given.id_X[first:last] - shard.first_row).to(self.device)
+                shard.weight_RW[row_X] = torch.lerp(shard.weight_RW[row_X], given.row_XW[first:last].to(self.device), weight)
+                if given.momentum_X is not None:
+                    shard.momentum_R[row_X] = given.momentum_X[first:last].to(self.device)
             done.append((shard, row_X))
         return done
 

@@ -1,13 +1,14 @@
 """A model at rest: safetensors and JSON, hashed, never a pickle. FM snapshots and exported VMs have this one form.
 
 <folder>/tables.0000.safetensors   one file a worker: its rows of every table, keyed `table@first_row`
+<folder>/momentum.0000.safetensors where it is asked for, the rows' Adagrad state, in the same form
 <folder>/dense.safetensors         the serving network
 <folder>/model.json                written last: network, schema, tasks, hashes of the files, what the writer adds
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from exfm_ray.models.network import Network
 from exfm_ray.schema import Model, Schema
 
 MANIFEST = "model.json"
+TABLES, MOMENTUM = "tables", "momentum"
 
 
 class StoredModel(Model):
@@ -58,9 +60,26 @@ class PlainModel(nn.Module):
         return torch.sigmoid(self(batch.sparse_BS, batch.bag_values_V, batch.bag_lengths_MB, batch.dense_BD))
 
 
-def write_tables(folder: Path, rank: int, shards: Mapping[str, Tensor]) -> None:
-    """Write one worker's rows of the tables."""
-    _write(folder / f"tables.{rank:04d}.safetensors", shards)
+def write_tables(folder: Path, rank: int, shards: Mapping[str, Tensor], kind: str = TABLES) -> None:
+    """Write one worker's rows of the tables, or another `kind` of numbers about its rows."""
+    _write(folder / f"{kind}.{rank:04d}.safetensors", shards)
+
+
+def table_parts(folder: Path, kind: str = TABLES) -> Iterator[tuple[str, int, Tensor]]:
+    """What `write_tables` wrote of a stored model: table, first row, rows; one file at a time, hashes not checked."""
+    for name in sorted(read_manifest(folder).files):
+        if name.startswith(f"{kind}."):
+            for key, rows in load_file(folder / name).items():
+                table, _, first_row = key.rpartition("@")
+                yield table, int(first_row), rows
+
+
+def whole_tables(folder: Path, kind: str = TABLES) -> dict[str, Tensor]:
+    """All parts of each table together."""
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for table, first_row, rows in table_parts(folder, kind):
+        parts.setdefault(table, []).append((first_row, rows))
+    return {name: torch.cat([rows for _, rows in sorted(p, key=lambda part: part[0])]) for name, p in parts.items()}
 
 
 def commit_model(
@@ -110,19 +129,14 @@ def load_model(folder: Path) -> tuple[PlainModel, StoredModel]:
     """Load a stored model onto the CPU, its files checked against their hashes."""
     manifest = checked_manifest(folder)
     tables = PlainTables(manifest.example, manifest.network, seed=None)
-    parts: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in manifest.example.tables}
-    for file in (name for name in sorted(manifest.files) if name.startswith("tables.")):
-        for key, rows in load_file(folder / file).items():
-            name, _, first_row = key.rpartition("@")
-            parts[name].append((int(first_row), rows))
-    tables.load_tables({name: torch.cat([rows for _, rows in sorted(p, key=lambda item: item[0])]) for name, p in parts.items()})
+    tables.load_tables(whole_tables(folder))
     return PlainModel(tables, load_network(folder, manifest)).eval(), manifest
 
 
 def load_rows(folder: Path, manifest: StoredModel, rows: Mapping[str, range]) -> dict[str, Tensor]:
     """Some consecutive rows of each table, (rows, width of the table): only they are read from the disk."""
     parts: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in rows}
-    for file in (name for name in sorted(manifest.files) if name.startswith("tables.")):
+    for file in (name for name in sorted(manifest.files) if name.startswith(f"{TABLES}.")):
         with safe_open(folder / file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
                 name, _, first = key.rpartition("@")

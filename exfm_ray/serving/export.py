@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from exfm_ray.arms import Arm
 from exfm_ray.data.batch import Batch, to_batch
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError, nearest
@@ -59,6 +60,8 @@ def export_student(run: Path, vm: str, arm: str, to: Path | None = None, since: 
     check_tools(aot)
     model, stored = load_model(source)
     stream = EventStream.open(run / "stream")
+    if Arm(arm).remembers:
+        raise UserError(f"{source}: arm '{arm}' reads a feature store at serving, which export does not write; choose an arm without +history")
     if stream.schema.digest != stored.example.digest:
         raise UserError(f"{source}: trained on another schema than {stream.root} has; export from the run that trained it")
     rows = check_rows(stream)

@@ -9,7 +9,7 @@ import numpy as np
 
 from exfm_ray.schema import ALL_DOMAINS
 from exfm_ray.tracking.clock import Bar
-from exfm_ray.tracking.marks import MARKS, PHASES, Mark, numbered
+from exfm_ray.tracking.marks import PHASES, Mark, mark_of, numbered
 from exfm_ray.tracking.page import LAYOUT, Part
 from exfm_ray.tracking.run_files import Panel, Row
 
@@ -22,7 +22,7 @@ BAR_LINE = {"width": 1, "color": "#808080"}
 
 def by_window(panel: Panel, figure: str, warmup: int) -> Part:
     """A figure (ne or calibration) of every arm and of the FM, window by window, those of the warm-up shaded; for a static set pass by pass."""
-    data = [_curve(arm, rows, figure, MARKS[arm]) for arm, rows in panel.curves.items()]
+    data = [_curve(arm, rows, figure, mark_of(arm)) for arm, rows in panel.curves.items()]
     values = [row[figure] for rows in panel.curves.values() for row in rows if row[figure] is not None]
     by = "pass" if any("pass" in row for rows in panel.curves.values() for row in rows) else "window"
     drawn = _lines(data, panel.title, by, figure, extent(values))
@@ -150,7 +150,7 @@ def gains(figures: Sequence[Row], model: str, task: str) -> Part:
     data: list[Any] = [
         {
             "type": "scatter", "mode": "markers", "name": arm, "x": [100 * gain], "y": [arm], "hovertemplate": f"{arm}: %{{x:.3f}} %<extra></extra>",
-            "marker": {"symbol": MARKS[arm].symbol, "color": MARKS[arm].colour, "size": 12},
+            "marker": {"symbol": mark_of(arm).symbol, "color": mark_of(arm).colour, "size": 12},
         }
         for arm, gain in points
     ]  # fmt: skip

@@ -24,7 +24,35 @@ MARKS = {
     "ah": Mark(GREEN, "longdashdot", "diamond", "x"),
     "ah_sa": Mark(VERMILION, "dashdot", "triangle-up", "."),
 }
-"""Of the FM and of the arms, in the order in which they are listed everywhere."""
+"""Of the FM and of the arms' objectives, in the order in which they are listed everywhere."""
+
+_SYMBOLS_WITH = {
+    "share": {"labels": "hexagon", "kd": "cross", "ah": "diamond-tall", "ah_sa": "triangle-down"},
+    "history": {"labels": "pentagon", "kd": "x", "ah": "diamond-wide", "ah_sa": "triangle-left"},
+    "share+history": {"labels": "octagon", "kd": "hexagram", "ah": "star-diamond", "ah_sa": "triangle-right"},
+}
+_LINES_WITH = {"share": ("12px,3px", "-"), "history": ("3px,6px", "|"), "share+history": ("12px,3px,3px,3px", "+")}
+"""Options of an arm -> dash and pattern."""
+
+
+def mark_of(arm: str) -> Mark:
+    """The mark of an arm, or of the FM: with options the objective's colour, and a symbol, a dash and a pattern of their own."""
+    objective, _, options = arm.partition("+")
+    if not options:
+        return MARKS[objective]
+    return Mark(MARKS[objective].colour, _LINES_WITH[options][0], _SYMBOLS_WITH[options][objective], _LINES_WITH[options][1])
+
+
+def at_serving(arm: str) -> str:
+    """What an arm costs at serving beside what labels alone cost."""
+    return "a feature store" if "history" in arm.split("+") else "nothing"
+
+
+def listing(arm: str) -> tuple[int, str]:
+    """Sorts arms as they are listed: by objective, each with its options after it alone."""
+    objective, _, options = arm.partition("+")
+    return list(MARKS).index(objective), options
+
 
 PHASES = {
     "waiting": Mark("rgba(128,128,128,0.15)", "solid", "circle", ""),

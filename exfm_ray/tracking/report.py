@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from exfm_ray.tracking import charts
 from exfm_ray.tracking.clock import PAUSE_S, bars, seconds
+from exfm_ray.tracking.marks import at_serving
 from exfm_ray.tracking.page import STYLE, Part, place_figure, write_page
 from exfm_ray.tracking.run_files import Row, RunFiles, panels
 
@@ -72,6 +73,7 @@ def _told(run: RunFiles) -> str:
         "supervision": f"by the snapshot that has learnt up to {run.setting('das.fm_lag', 1)} window(s) before" if vm.get("models") else "",
         "vertical models": f"{_students(vm)}; {_training(vm)}" if vm.get("models") else "",
         "arms": ", ".join(vm.get("arms", ())) if vm.get("models") else "",
+        "further cost at serving": _serving(vm.get("arms", ())) if vm.get("models") else "",
         "weights": _weights(run) if vm.get("models") else "",
         "peak memory": f"{run.summary['peak_memory_bytes'] / 2**30:.1f} GiB" if run.summary else "",
         "seed": f"{run.setting('seed', 0)}",
@@ -111,6 +113,12 @@ def _students(vm: Mapping[str, Any]) -> str:
         tasks = [tasks] if isinstance(tasks, str) else tasks
         told.append(f"{student['name']} ({student['domain']}, {' and '.join(tasks)}, {(student.get('model') or vm['model'])['type']})")
     return ", ".join(told)
+
+
+def _serving(arms: Sequence[str]) -> str:
+    """Which arms cost what beside labels, in the arms' order."""
+    costs = {cost: [arm for arm in arms if at_serving(arm) == cost] for cost in ("nothing", "a feature store")}
+    return "; ".join(f"{cost}: {', '.join(those)}" for cost, those in costs.items() if those)
 
 
 def _weights(run: RunFiles) -> str:

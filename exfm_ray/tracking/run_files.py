@@ -16,7 +16,7 @@ from exfm_ray.files import read_json, read_lines
 from exfm_ray.metrics.gain import ne_gain, transfer_ratio
 from exfm_ray.metrics.state import entropy
 from exfm_ray.schema import ALL_DOMAINS
-from exfm_ray.tracking.marks import MARKS
+from exfm_ray.tracking.marks import listing
 from exfm_ray.tracking.recorder import TIMELINE, read_metrics
 
 Row = dict[str, Any]
@@ -157,7 +157,7 @@ def pooled(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if row["examples"]:
             groups[tuple(row[key] for key in KEY)].append(row)
-    return [dict(zip(KEY, key, strict=True)) | _sums(groups[key]) for key in sorted(groups, key=lambda key: list(MARKS).index(key[2]))]
+    return [dict(zip(KEY, key, strict=True)) | _sums(groups[key]) for key in sorted(groups, key=lambda key: listing(key[2]))]
 
 
 def _sums(rows: Sequence[Row]) -> Row:
@@ -217,5 +217,5 @@ def panels(run: RunFiles) -> list[Panel]:
         mine = {
             arm: curve for (role, name, arm, d, t), curve in curves.items() if (d, t) == (domain, task) and (role == "fm" or name == model)
         }  # fmt: skip
-        found.append(Panel(model, domain, task, {arm: mine[arm] for arm in MARKS if arm in mine}))
+        found.append(Panel(model, domain, task, {arm: mine[arm] for arm in sorted(mine, key=listing)}))
     return found

@@ -143,6 +143,9 @@ class Checkpoints:
         for lane in loop.lanes:
             lane.restore(parts.below(f"lanes/{lane.name}"))
         for group in loop.groups:
+            if group.sharing and group.sharing.uses:
+                own = parts.below(f"uses/{group.lanes[0].model}")
+                group.sharing.uses.restore({name: own[name].numpy() for name in own})
             if group.usage:
                 own = parts.below(f"usage/{group.lanes[0].model}")
                 group.usage.restore({name: own[name].numpy() for name in own})
@@ -180,6 +183,8 @@ def state_of(loop: Loop) -> dict[str, Tensor]:
         state[f"random/{rank}/cuda"] = torch.cuda.get_rng_state()
     if rank == 0:
         for group in loop.groups:
+            if group.sharing and group.sharing.uses:
+                state |= {f"uses/{group.lanes[0].model}/{name}": torch.from_numpy(array) for name, array in group.sharing.uses.state().items()}
             if group.usage:
                 arrays = group.usage.state()
                 state |= {f"usage/{group.lanes[0].model}/{name}": torch.from_numpy(array) for name, array in arrays.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from exfm_ray.config import Arm, Config, StudentConfig, TrainerConfig
+from exfm_ray.arms import Arm, Objective
+from exfm_ray.config import Config, StudentConfig, TrainerConfig
+from exfm_ray.das.history import history_store, with_history
 from exfm_ray.das.lag import Policy
+from exfm_ray.das.shared import shared_store
 from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.das.supervision import AugmentedReader, SupervisionStore
-from exfm_ray.data.feed import FeedClient, FragmentReader, Pass, StreamReader
+from exfm_ray.data.feed import FEED_WAIT_S, FeedClient, FragmentReader, Pass, StreamReader
 from exfm_ray.data.shuffle import ShuffledReader
 from exfm_ray.data.stream import EventStream
 from exfm_ray.distillation.adapter import Adapter
@@ -22,16 +26,20 @@ from exfm_ray.distillation.objective import Weights
 from exfm_ray.distillation.student import Student
 from exfm_ray.engine.engine import Engine
 from exfm_ray.engine.replica import Replica
+from exfm_ray.errors import UserError
 from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.network import build_network
-from exfm_ray.models.stored import commit_model, write_tables
+from exfm_ray.models.stored import MOMENTUM, commit_model, write_tables
 from exfm_ray.schema import Schema
 from exfm_ray.training.checkpoint import START, Checkpoints, Mark
 from exfm_ray.training.lane import Group, Lane
 from exfm_ray.training.loop import Loop, Report, Underway
 from exfm_ray.training.saving import Saver
+from exfm_ray.training.sharing import Sharing
 from exfm_ray.training.static import EarlyStopping, StaticSet
 from exfm_ray.training.watch import LossWatch
+
+POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -82,10 +90,11 @@ class Job:
             return ShuffledReader(self.stream_root, self.config.seed)
         if not self.students:
             return StreamReader(self.stream_root)
-        distilled = set(self.config.vm.arms) != {Arm.LABELS}
-        store = SupervisionStore(self.config.folder / "supervision", self.teacher) if distilled else None
+        taught = any(arm.taught for arm in self.config.vm.arms)
+        store = SupervisionStore(self.config.folder / "supervision", self.teacher) if taught else None
         domains = tuple(sorted({schema.domain_index(student.domain) for student in self.students}))
-        return AugmentedReader(self.stream_root, store, Policy.of(self.config.das), domains, self.tasks())
+        given = shared_store(self.config), history_store(self.config)
+        return AugmentedReader(self.stream_root, store, Policy.of(self.config.das), domains, self.tasks(), *given)
 
     def static(self, windows: Sequence[int]) -> StaticSet | None:
         """The windows as a static set, where the config says so."""
@@ -127,8 +136,14 @@ def build_groups(job: Job, schema: Schema, device: torch.device) -> list[Group]:
         lanes = [_lane(job, student.name, network, arm, tasks, schema, device) for arm in config.vm.arms]
         teacher = tuple(job.tasks().index(task) for task in student.tasks)
         domain, trainer = schema.domain_index(student.domain), config.vm
-        groups.append(Group(schema, lanes, domain, trainer.batch_size, device, teacher, len(job.tasks()), trainer.reset_unused))
+        sharing = Sharing.of(config, student, schema)
+        groups.append(Group(schema, lanes, domain, trainer.batch_size, device, teacher, len(job.tasks()), trainer.reset_unused, sharing))
     return groups
+
+
+def arm_schema(arm: Arm | None, schema: Schema, config: Config) -> Schema:
+    """What an arm reads of an example."""
+    return with_history(schema, config.distillation.history) if arm and arm.remembers else schema
 
 
 def _lane(
@@ -136,8 +151,9 @@ def _lane(
 ) -> Lane:
     """All arms of a student start from the same tables and the same serving network."""
     seed, distillation = job.config.seed, job.config.distillation
-    student = Student(build_network(network, schema, len(tasks), seed), arm or Arm.LABELS, distillation, seed)
-    adapter = Replica(Adapter(distillation.sa, len(tasks), seed), distillation.sa.lr, device) if arm is Arm.AH_SA else None
+    schema = arm_schema(arm, schema, job.config)
+    student = Student(build_network(network, schema, len(tasks), seed), arm.objective if arm else Objective.LABELS, distillation, seed)
+    adapter = Replica(Adapter(distillation.sa, len(tasks), seed), distillation.sa.lr, device) if arm and arm.objective is Objective.AH_SA else None
     return Lane(model, arm, tasks, Engine(schema, job.trainer, student, network, seed, device), Weights.of(distillation), adapter)
 
 
@@ -236,6 +252,9 @@ class Worker:
         """Publish a snapshot of the FM, or of each student that is a teacher itself: the state after the first `version` windows, or
         after pass `version` over a static set."""
         config = self.job.config
+        if self.job.role == "fm" and any(arm.shares for arm in config.arms):
+            folder = self._snapshots(config.fm.name).folder(version)
+            write_tables(folder, dist.get_rank(), self.loop.lanes[0].engine.momentum_shards(), MOMENTUM)
         teachers: dict[tuple[str, Arm | None], ModelConfig] = {
             (student.name, student.publishes): student.model or config.vm.model for student in self.job.students if student.publishes
         }
@@ -246,12 +265,26 @@ class Worker:
                 self._store(self._snapshots(lane.model).folder(version), lane, network, facts)
 
     def export(self, windows: int) -> None:
-        """Export each VM as it is served: tables, network and serving head; no auxiliary head, no adapter."""
+        """Export each VM as it is served: tables, network and serving head; no auxiliary head, no adapter.
+
+        An arm with +share is evaluated with rows that it is given just before, so it is given all that are known now.
+        """
         config = self.job.config
+        if any(arm.shares for arm in config.vm.arms):
+            self._await_snapshot(Policy.of(config.das).version(windows))
+        for group in self.loop.groups:
+            group.refresh(windows)
         networks = {student.name: student.model or config.vm.model for student in self.job.students}
         for lane in self.loop.lanes:
             facts = {"vm": lane.model, "arm": str(lane.arm), "windows": windows, "seed": config.seed}
             self._store(config.folder / "exported" / lane.name, lane, networks[lane.model], facts)
+
+    def _await_snapshot(self, version: int | None) -> None:
+        deadline, snapshots = time.monotonic() + FEED_WAIT_S, self._snapshots(self.job.config.fm.name)
+        while version is not None and not snapshots.has(version):
+            if time.monotonic() > deadline:
+                raise UserError(f"{snapshots.folder(version)}: not published within {FEED_WAIT_S:.0f} s; train the FM further")
+            time.sleep(POLL_S)
 
     def _store(self, folder: Path, lane: Lane, network: ModelConfig, facts: dict[str, Any]) -> None:
         with lane.engine.evaluated():
@@ -261,5 +294,5 @@ class Worker:
         if dist.get_rank() == 0:
             serving = {name.removeprefix("network."): tensor for name, tensor in dense.items() if name.startswith("network.")}
             tasks = tuple(self.stream.schema.tasks[task] for task in lane.tasks)
-            commit_model(folder, network, self.stream.schema, tasks, serving, facts)
+            commit_model(folder, network, arm_schema(lane.arm, self.stream.schema, self.job.config), tasks, serving, facts)
         dist.barrier()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from exfm_ray.config import Arm
+from exfm_ray.arms import Arm
+from exfm_ray.das.history import HISTORY_COLUMN
 from exfm_ray.das.supervision import teacher_values
 from exfm_ray.data.batch import Batch, to_batch
 from exfm_ray.data.feed import Share, share
@@ -29,6 +30,7 @@ from exfm_ray.engine.parts import Parts
 from exfm_ray.engine.replica import Replica
 from exfm_ray.engine.stacked import StackedModule
 from exfm_ray.schema import Schema
+from exfm_ray.training.sharing import Sharing
 from exfm_ray.training.usage import Usage
 
 LOSSES_KEPT = 64
@@ -61,6 +63,11 @@ class Lane:
         return f"{self.model}-{self.arm}" if self.arm else self.model
 
     @property
+    def remembers(self) -> bool:
+        """True when it reads examples with their history."""
+        return self.arm is not None and self.arm.remembers
+
+    @property
     def learners(self) -> Sequence[Learner]:
         """The model that it teaches."""
         return (Learner(self.name, self.model),)
@@ -80,10 +87,10 @@ class Lane:
             loss_B = labels_objective_B(logits.serving_BT, labels_BT)
         elif adapted_BT is not None:
             # One backward pass serves both: the adapter's target carries no gradient, so neither loss reaches the other's weights.
-            loss_B = objective_B(self.arm, self.weights, logits, labels_BT, teacher_BT, target_BT(adapted_BT))
+            loss_B = objective_B(self.arm.objective, self.weights, logits, labels_BT, teacher_BT, target_BT(adapted_BT))
             loss_B = loss_B + labels_objective_B(adapted_BT, labels_BT)
         else:
-            loss_B = objective_B(self.arm, self.weights, logits, labels_BT, teacher_BT, None)
+            loss_B = objective_B(self.arm.objective, self.weights, logits, labels_BT, teacher_BT, None)
         loss = (loss_B * weight_B).sum()
         self.losses.append(loss.detach())
         self.engine.update(loss)
@@ -145,6 +152,7 @@ class Group:
         teacher_columns: which of the `teacher_tasks` columns of predictions are the lanes' tasks, in their order; where the lane
             teaches several models, those of each of them.
         reset_unused: after how many windows without use a row is reset; None: never.
+        sharing: where its arms with +share find the teacher's table rows.
     """
 
     schema: Schema
@@ -155,6 +163,7 @@ class Group:
     teacher_columns: Sequence[int] | Sequence[Sequence[int]] = ()
     teacher_tasks: int = 0
     reset_unused: int | None = None
+    sharing: Sharing | None = None
     _usage: Usage | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -168,13 +177,33 @@ class Group:
         """The group's rows of a fragment."""
         return table if self.domain is None else table.filter(pc.equal(table["domain"], self.domain))
 
+    def begin_window(self, window: int) -> None:
+        """A window is going to be evaluated: give the arms with +share the rows of its ids."""
+        lanes = [lane for lane in self.lanes if lane.arm and lane.arm.shares]
+        if self.sharing and lanes:
+            rows = self.sharing.rows(window)
+            for lane in lanes:
+                lane.engine.give_rows(rows, self.sharing.weight)
+
+    def refresh(self, windows: int) -> None:
+        """So many windows are learnt: give the arms with +share all of the teacher's rows that are known now, to be served with."""
+        lanes = [lane for lane in self.lanes if lane.arm and lane.arm.shares]
+        if self.sharing and lanes:
+            for rows in self.sharing.after(windows):
+                for lane in lanes:
+                    lane.engine.give_rows(rows, self.sharing.weight)
+
     def mark(self, rows: pa.Table) -> None:
         """These rows, of a fragment, are going to be learnt."""
+        if self.sharing:
+            self.sharing.mark(rows)
         if self._usage:
             self._usage.mark(rows)
 
     def end_window(self) -> None:
         """A window is learnt: reset the table rows that have been out of use for too long."""
+        if self.sharing:
+            self.sharing.end_window()
         if self._usage:
             stale = self._usage.end_window()
             for lane in self.lanes:
@@ -188,21 +217,24 @@ class Group:
     def learn(self, rows: pa.Table) -> None:
         """One step of every lane on a global batch."""
         mine = share(rows, self._worker, self._workers)
-        batch = self._batch(mine)
+        batches = self._batches(mine)
         repeats_BS = self._share_of(self._repeats.count(list_values(rows["sparse"], len(self.schema.single))), mine) if self._repeats else None
         weight_B = torch.zeros(mine.length, device=self.device)
         weight_B[: mine.table.num_rows] = self._workers / mine.total
         teacher_BT = self._teacher(mine)
         for lane in self.lanes:
-            lane.learn(batch, weight_B, teacher_BT, repeats_BS)
+            lane.learn(batches[lane.remembers], weight_B, teacher_BT, repeats_BS)
 
     def evaluate(self, rows: pa.Table) -> Evaluated:
         """What the models, as they are, say of this worker's rows of a global batch."""
         mine = share(rows, self._worker, self._workers)
-        batch, count = self._batch(mine), mine.table.num_rows
+        batches, count = self._batches(mine), mine.table.num_rows
+        predicted: dict[str, Tensor] = {}
+        for lane in self.lanes:
+            predicted |= lane.predict(batches[lane.remembers])
         sparse_NS = list_values(mine.table["sparse"], len(self.schema.single))
         return Evaluated(
-            logits={name: logits_BT[:count].cpu().numpy() for lane in self.lanes for name, logits_BT in lane.predict(batch).items()},
+            logits={name: logits_BT[:count].cpu().numpy() for name, logits_BT in predicted.items()},
             labels_NT=list_values(mine.table["labels"], len(self.schema.tasks)),
             domain_N=mine.table["domain"].to_numpy(),
             group_N=np.zeros(count, np.int32) if self._group_column is None else sparse_NS[:, self._group_column],
@@ -217,8 +249,16 @@ class Group:
         parts = [part for worker in everyone or [] for part in worker]
         return Evaluated.join(parts) if parts else None
 
-    def _batch(self, mine: Share) -> Batch:
-        return pad(to_batch(mine.table, self.schema), mine.length).to(self.device)
+    def _batches(self, mine: Share) -> tuple[Batch, Batch]:
+        """This worker's examples; and the same with their history among the dense features, where they have one."""
+        batch = to_batch(mine.table, self.schema)
+        remembered = batch
+        if HISTORY_COLUMN in mine.table.column_names:
+            width = mine.table.schema.field(HISTORY_COLUMN).type.list_size
+            history_BF = torch.from_numpy(list_values(mine.table[HISTORY_COLUMN], width).copy())
+            remembered = replace(batch, dense_BD=torch.cat([batch.dense_BD, history_BF], dim=1))
+        first = pad(batch, mine.length).to(self.device)
+        return first, first if remembered is batch else pad(remembered, mine.length).to(self.device)
 
     def _share_of(self, values_NS: Tensor, mine: Share) -> Tensor:
         """This worker's rows of what belongs to a global batch, filled up with zeros."""

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import chain, product
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from exfm_ray.config import Arm
+from exfm_ray.arms import LABELS, Arm
 from exfm_ray.das.lag import Policy
 from exfm_ray.data.feed import FeedClient, FragmentReader, Pass
 from exfm_ray.data.regroup import Regroup
@@ -185,10 +185,14 @@ class Loop:
 
     def _evaluate(self, work: Pass) -> list[Evaluated | None]:
         parts: list[list[Evaluated]] = [[] for _ in self.groups]
+        batches = self._batches(work, evaluation_batch)
+        first = next(batches, None)  # the feed hands it out when all that the window needs is there
+        for group in self.groups if first else ():
+            group.begin_window(work.window)
         with ExitStack() as stack:
             for lane in self.lanes:
                 stack.enter_context(lane.engine.evaluated())
-            for i, rows in self._batches(work, evaluation_batch):
+            for i, rows in chain([first] if first else [], batches):
                 parts[i].append(self.groups[i].evaluate(rows))
         return [group.gather(mine) for group, mine in zip(self.groups, parts, strict=True)]
 
@@ -237,8 +241,11 @@ def describe(key: Key) -> dict[str, str]:
 
 
 def supervisor(key: Key, window: int, policy: Policy) -> int | None:
-    """Version of the snapshot that supervised the last window learnt before `window`; None without a teacher."""
-    return None if key[1] in (FM_ARM, Arm.LABELS) else policy.version(window - 1)
+    """Version of the newest snapshot that a model knows when `window` is evaluated: the one that supervised the window before, or, in
+    an arm with +share, whose rows it is given for this one; None without a teacher."""
+    if key[1] in (FM_ARM, LABELS):
+        return None
+    return policy.version(window if Arm(key[1]).shares else window - 1)
 
 
 def _domains(group: Group, result: Evaluated) -> Iterator[tuple[str, np.ndarray | slice]]:

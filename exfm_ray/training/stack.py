@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exfm_ray.config import Arm, Config
+from exfm_ray.arms import Objective
+from exfm_ray.config import Config
 from exfm_ray.data.batch import Batch
 from exfm_ray.distillation.adapter import Adapter
 from exfm_ray.distillation.objective import Weights
@@ -18,8 +19,9 @@ from exfm_ray.engine.stacked import StackedEngine, StackedModule, dense_rates
 from exfm_ray.errors import UserError
 from exfm_ray.models.network import build_network
 from exfm_ray.schema import Schema
-from exfm_ray.training.job import Job
+from exfm_ray.training.job import Job, arm_schema
 from exfm_ray.training.lane import Group, Lane, Learner
+from exfm_ray.training.sharing import Sharing
 from exfm_ray.tune_config import STACKABLE
 
 
@@ -80,16 +82,20 @@ def stacked(jobs: Sequence[Job], schema: Schema, teachers: Sequence[int]) -> tup
     network, seeds = student.model or first.config.vm.model, [job.config.seed for job in jobs]
     configs = [job.config.distillation for job in jobs]
     tasks = tuple(schema.task_index(task) for task in student.tasks)
-    students = [Student(build_network(network, schema, len(tasks), s), arm, c, s) for s, c in zip(seeds, configs, strict=True)]
+    plain, schema = schema, arm_schema(arm, schema, first.config)
+    students = [Student(build_network(network, schema, len(tasks), s), arm.objective, c, s) for s, c in zip(seeds, configs, strict=True)]
     adapter = None
-    if arm is Arm.AH_SA:
+    if arm.objective is Objective.AH_SA:
         adapters = [Adapter(c.sa, len(tasks), s) for s, c in zip(seeds, configs, strict=True)]
         adapter = StackedModule(adapters, torch.optim.Adam, [{"lr": c.sa.lr} for c in configs])
     engine = StackedEngine(schema, [job.trainer for job in jobs], students, network, seeds)
     stack = Stack(student.name, arm, tasks, engine, stacked_weights([job.config for job in jobs]), adapter, jobs=list(jobs))
     columns = [[teacher * len(tasks) + task for task in range(len(tasks))] for teacher in teachers]
     width = (max(teachers) + 1) * len(tasks)
-    return stack, Group(schema, [stack], schema.domain_index(student.domain), first.config.vm.batch_size, engine.device, columns, width)
+    return stack, Group(
+        plain, [stack], schema.domain_index(student.domain), first.config.vm.batch_size, engine.device, columns, width,
+        sharing=Sharing.of(first.config, student, plain),
+    )  # fmt: skip
 
 
 def stacked_weights(configs: Sequence[Config]) -> Weights:

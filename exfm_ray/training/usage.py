@@ -1,8 +1,8 @@
-"""When each table row was last used, so that the rows of ids that have left can be reset."""
+"""When each table row was last used, so that the rows of ids that have left can be reset; and how often."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,58 @@ Array = np.ndarray[Any, Any]
 NEVER = -1
 
 
-class Usage:
-    """The last window in which an example used a row, for the rows R of all tables, one table after the other.
+class _AllRows:
+    """The rows R of all tables, one table after the other."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._schema = schema
+        rows_T = np.array(list(schema.tables.values()), np.int64)
+        self._first_T = np.cumsum(rows_T) - rows_T
+        self._rows = int(rows_T.sum())
+        self._first = dict(zip(schema.tables, self._first_T.tolist(), strict=True))
+        self._single_S = np.array([self._first[f.table or f.name] for f in schema.single])
+        self._bags = [(f.name, self._first[f.table or f.name]) for f in schema.bags]
+
+    def read_by(self, rows: pa.Table) -> Iterator[Array]:
+        """Numbers of the rows that examples read, as often as they do."""
+        yield list_values(rows["sparse"], len(self._single_S)) + self._single_S
+        for name, first in self._bags:
+            yield rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) + first
+
+
+class Uses(_AllRows):
+    """How often examples of finished windows have read each row. All workers hold the same, as with `Usage`."""
+
+    def __init__(self, schema: Schema) -> None:
+        super().__init__(schema)
+        self._count_R, self._now_R = np.zeros(self._rows, np.int32), np.zeros(self._rows, np.int32)
+
+    def mark(self, rows: pa.Table) -> None:
+        """Examples `rows` use their table rows."""
+        if rows.num_rows:
+            for number_X in self.read_by(rows):
+                np.add.at(self._now_R, number_X.ravel(), 1)
+
+    def end_window(self) -> None:
+        """A window is learnt: its uses count from now on. Within a window nothing does, so that going on there marks it whole again."""
+        self._count_R += self._now_R
+        self._now_R[:] = 0
+
+    def of(self, table: str) -> Array:
+        """Uses of a table's rows so far."""
+        return self._count_R[self._first[table] :][: self._schema.tables[table]]
+
+    def state(self) -> dict[str, Array]:
+        """For a checkpoint: a copy."""
+        return {"count": self._count_R.copy()}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """From `state()`."""
+        self._count_R = np.array(state["count"], np.int32)
+
+
+class Usage(_AllRows):
+    """The last window in which an example used a row.
 
     Only windows with examples count, from 0 on: a silence of the stream makes no row stale. Every worker marks the rows of
     whole fragments, not of its share, so all workers hold the same and need not ask each other.
@@ -24,23 +74,17 @@ class Usage:
 
     def __init__(self, schema: Schema, windows: int) -> None:
         """`windows`: for how many windows a row may be unused."""
-        self._schema, self._windows = schema, windows
-        rows_T = np.array(list(schema.tables.values()), np.int64)
-        self._first_T = np.cumsum(rows_T) - rows_T
-        first = dict(zip(schema.tables, self._first_T, strict=True))
-        self._single_S = np.array([first[f.table or f.name] for f in schema.single])
-        self._bags = [(f.name, first[f.table or f.name]) for f in schema.bags]
-        self._last_R = np.full(rows_T.sum(), NEVER, np.int32)
+        super().__init__(schema)
+        self._windows = windows
+        self._last_R = np.full(self._rows, NEVER, np.int32)
         self._window, self._marked = 0, False
 
     def mark(self, rows: pa.Table) -> None:
         """The window's examples `rows` use their table rows."""
         if not rows.num_rows:
             return
-        self._last_R[list_values(rows["sparse"], len(self._single_S)) + self._single_S] = self._window
-        for name, first in self._bags:
-            values_V = rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            self._last_R[values_V + first] = self._window
+        for number_X in self.read_by(rows):
+            self._last_R[number_X] = self._window
         self._marked = True
 
     def end_window(self) -> dict[str, Array]:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exfm_ray.config import AHConfig, Arm, DistillationConfig, KDConfig, SAConfig
+from exfm_ray.arms import Objective
+from exfm_ray.config import AHConfig, DistillationConfig, KDConfig, SAConfig
 from exfm_ray.distillation.objective import Weights, bce_BT, labels_objective_B, objective_B
 from exfm_ray.distillation.student import Logits
 
@@ -26,15 +27,15 @@ def h(z: float, y: float) -> float:
 
 # alpha = 3: the teacher's 0.2 becomes 0.6 and its 0.8 is clipped at 1. beta is no part of the objective.
 EXPECTED = {
-    Arm.LABELS: [h(0.3, 1), h(-2, 0)],
-    Arm.KD: [h(0.3, 1) + 0.5 * h(0.3, 0.2), h(-2, 0) + 0.5 * h(-2, 0.8)],
-    Arm.AH: [h(0.3, 1) + 0.25 * h(1.1, 0.6), h(-2, 0) + 0.25 * h(-0.4, 1.0)],
-    Arm.AH_SA: [h(0.3, 1) + 0.25 * h(1.1, 0.6) + 2 * h(-1.7, 0.35), h(-2, 0) + 0.25 * h(-0.4, 1.0) + 2 * h(0.6, 0.05)],
+    Objective.LABELS: [h(0.3, 1), h(-2, 0)],
+    Objective.KD: [h(0.3, 1) + 0.5 * h(0.3, 0.2), h(-2, 0) + 0.5 * h(-2, 0.8)],
+    Objective.AH: [h(0.3, 1) + 0.25 * h(1.1, 0.6), h(-2, 0) + 0.25 * h(-0.4, 1.0)],
+    Objective.AH_SA: [h(0.3, 1) + 0.25 * h(1.1, 0.6) + 2 * h(-1.7, 0.35), h(-2, 0) + 0.25 * h(-0.4, 1.0) + 2 * h(0.6, 0.05)],
 }
 
 
-@pytest.mark.parametrize("arm", list(Arm))
-def test_formula_of_each_arm(arm: Arm) -> None:
+@pytest.mark.parametrize("arm", list(Objective))
+def test_formula_of_each_arm(arm: Objective) -> None:
     """Wrong: a weight multiplies another term than its name says, alpha is not clipped, or heads are confused."""
     torch.testing.assert_close(objective_B(arm, WEIGHTS, LOGITS, LABELS, TEACHER, TARGET), torch.tensor(EXPECTED[arm]))
 
@@ -47,9 +48,9 @@ def some(rows: int, tasks: int, seed: int) -> tuple[Logits, Tensor, Tensor, Tens
     return Logits(*logits), (y < 0.3).float(), p, t
 
 
-@pytest.mark.parametrize("arm", list(Arm))
+@pytest.mark.parametrize("arm", list(Objective))
 @pytest.mark.parametrize("tasks", [2, 3])
-def test_every_term_is_the_mean_over_the_tasks(arm: Arm, tasks: int) -> None:
+def test_every_term_is_the_mean_over_the_tasks(arm: Objective, tasks: int) -> None:
     """Wrong: a task counts more than another, learns another's target, or the loss grows with the number of tasks."""
     logits, labels, teacher, target = some(200, tasks, seed=tasks)
     z_s, z_d, z_a, y, p, t = (x.double().numpy() for x in (*logits, labels, teacher, target))
@@ -59,28 +60,28 @@ def test_every_term_is_the_mean_over_the_tasks(arm: Arm, tasks: int) -> None:
         return sum(each) / tasks
 
     terms = {"labels": term(z_s, y), "kd": 0.5 * term(z_s, p), "ah": 0.25 * term(z_d, np.minimum(1, 3 * p)), "sa": 2 * term(z_a, t)}
-    parts = {Arm.LABELS: ["labels"], Arm.KD: ["labels", "kd"], Arm.AH: ["labels", "ah"], Arm.AH_SA: ["labels", "ah", "sa"]}
+    parts = {Objective.LABELS: ["labels"], Objective.KD: ["labels", "kd"], Objective.AH: ["labels", "ah"], Objective.AH_SA: ["labels", "ah", "sa"]}
     found = objective_B(arm, WEIGHTS, logits, labels, teacher, target)
     np.testing.assert_allclose(found.double().numpy(), sum(terms[part] for part in parts[arm]), rtol=1e-5)  # float32 against float64
 
 
-@pytest.mark.parametrize("arm", list(Arm))
-def test_one_task_is_the_plain_formula_to_the_bit(arm: Arm) -> None:
+@pytest.mark.parametrize("arm", list(Objective))
+def test_one_task_is_the_plain_formula_to_the_bit(arm: Objective) -> None:
     """Wrong: that a model may have several tasks changes what a model of one learns."""
     logits, labels, teacher, target = some(500, 1, seed=9)
     (z_s, z_d, z_a), (y, p, t) = (x[:, 0] for x in logits), (x[:, 0] for x in (labels, teacher, target))
     loss = F.binary_cross_entropy_with_logits(z_s, y, reduction="none")
-    if arm is Arm.KD:
+    if arm is Objective.KD:
         loss = loss + 0.5 * F.binary_cross_entropy_with_logits(z_s, p, reduction="none")
-    if arm in (Arm.AH, Arm.AH_SA):
+    if arm in (Objective.AH, Objective.AH_SA):
         loss = loss + 0.25 * F.binary_cross_entropy_with_logits(z_d, (3 * p).clamp(max=1), reduction="none")
-    if arm is Arm.AH_SA:
+    if arm is Objective.AH_SA:
         loss = loss + 2 * F.binary_cross_entropy_with_logits(z_a, t, reduction="none")
     assert torch.equal(objective_B(arm, WEIGHTS, logits, labels, teacher, target), loss)
 
 
-@pytest.mark.parametrize("arm", list(Arm))
-def test_without_supervision_every_arm_learns_the_labels(arm: Arm) -> None:
+@pytest.mark.parametrize("arm", list(Objective))
+def test_without_supervision_every_arm_learns_the_labels(arm: Objective) -> None:
     """Wrong: an arm skips or invents something where there is no teacher, and the comparison of arms is not fair."""
     assert torch.equal(objective_B(arm, WEIGHTS, LOGITS, LABELS, None, None), bce_BT(LOGITS.serving_BT, LABELS)[:, 0])
 
@@ -101,4 +102,4 @@ def test_tasks_are_averaged() -> None:
 def test_the_adapter_arm_needs_its_target() -> None:
     """Wrong: a forgotten target silently makes ah_sa the same as ah."""
     with pytest.raises(AssertionError, match="adapter's target"):
-        objective_B(Arm.AH_SA, WEIGHTS, LOGITS, LABELS, TEACHER, None)
+        objective_B(Objective.AH_SA, WEIGHTS, LOGITS, LABELS, TEACHER, None)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from exfm_ray.config import AHConfig, Arm, DistillationConfig, SAConfig
+from exfm_ray.arms import Objective
+from exfm_ray.config import AHConfig, DistillationConfig, SAConfig
 from exfm_ray.distillation.objective import Weights, objective_B
 from exfm_ray.distillation.student import Student, scale_gradient
 from exfm_ray.model_config import MLPConfig
@@ -18,7 +19,7 @@ DENSE = torch.empty(6, 0)
 WEIGHTS = Weights.of(DistillationConfig())
 
 
-def make(arm: Arm, beta: float = 4.0, own_head: bool = True, seed: int = 0, tasks: int = 2) -> Student:
+def make(arm: Objective, beta: float = 4.0, own_head: bool = True, seed: int = 0, tasks: int = 2) -> Student:
     config = DistillationConfig(ah=AHConfig(beta=beta, mlp=(5,)), sa=SAConfig(own_head=own_head))
     return Student(build_network(MLPConfig(dim=4, mlp=(8,)), SCHEMA, tasks, seed=0), arm, config, seed)
 
@@ -29,17 +30,17 @@ def embedded() -> Tensor:
 
 @pytest.mark.parametrize(
     ("arm", "own_head", "heads"),
-    [(Arm.LABELS, True, 0), (Arm.KD, True, 0), (Arm.AH, True, 1), (Arm.AH_SA, True, 2), (Arm.AH_SA, False, 1)],
+    [(Objective.LABELS, True, 0), (Objective.KD, True, 0), (Objective.AH, True, 1), (Objective.AH_SA, True, 2), (Objective.AH_SA, False, 1)],
 )
-def test_heads_of_each_arm(arm: Arm, own_head: bool, heads: int) -> None:
+def test_heads_of_each_arm(arm: Objective, own_head: bool, heads: int) -> None:
     """Wrong: an arm carries a head that nothing trains, or lacks one."""
     student = make(arm, own_head=own_head)
     logits = student(embedded(), DENSE)
     names = {name.split(".")[0] for name, _ in student.named_parameters()} - {"network"}
     assert len(names) == heads
-    assert (logits.auxiliary_BT is not None) == (arm in (Arm.AH, Arm.AH_SA))
-    assert (logits.adapter_BT is not None) == (arm is Arm.AH_SA)
-    if arm is Arm.AH_SA:
+    assert (logits.auxiliary_BT is not None) == (arm in (Objective.AH, Objective.AH_SA))
+    assert (logits.adapter_BT is not None) == (arm is Objective.AH_SA)
+    if arm is Objective.AH_SA:
         assert (logits.adapter_BT is logits.auxiliary_BT) == (not own_head)
         assert own_head != torch.equal(logits.adapter_BT, logits.auxiliary_BT)
     assert all(z is None or (z.dtype, z.shape) == (torch.float32, (6, 2)) for z in logits)
@@ -48,8 +49,8 @@ def test_heads_of_each_arm(arm: Arm, own_head: bool, heads: int) -> None:
 def test_all_arms_start_with_the_same_serving_network() -> None:
     """Wrong: arms differ by their random start, and the gain of an arm is luck."""
     x = embedded()
-    reference = make(Arm.LABELS)
-    for arm in Arm:
+    reference = make(Objective.LABELS)
+    for arm in Objective:
         student = make(arm)
         assert torch.equal(student(x, DENSE).serving_BT, reference(x, DENSE).serving_BT)
         for name, weight in reference.network.state_dict().items():
@@ -58,8 +59,8 @@ def test_all_arms_start_with_the_same_serving_network() -> None:
 
 def test_extra_heads_depend_on_their_seed_only() -> None:
     """Wrong: the auxiliary head of ah and of ah_sa, or of a run and its repetition, start differently."""
-    ah, torch_state = make(Arm.AH), torch.get_rng_state()
-    both, other = make(Arm.AH_SA), make(Arm.AH, seed=1)
+    ah, torch_state = make(Objective.AH), torch.get_rng_state()
+    both, other = make(Objective.AH_SA), make(Objective.AH, seed=1)
     assert torch.equal(torch_state, torch.get_rng_state())
     first = [h.auxiliary_head.mlp[-1].weight for h in (ah, both, other)]
     assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
@@ -80,7 +81,7 @@ def test_beta_scales_what_reaches_backbone_and_tables_and_nothing_else(own_head:
     """Wrong: beta changes the forward pass, the heads' own gradients, or misses the backbone or the tables."""
     gradients, forwards = {}, {}
     for beta in (0.0, 1.0, 4.0):
-        student, x = make(Arm.AH_SA, beta, own_head, tasks=tasks), embedded()
+        student, x = make(Objective.AH_SA, beta, own_head, tasks=tasks), embedded()
         logits = student(x, DENSE)
         forwards[beta] = logits
         (logits.auxiliary_BT.sum() + logits.adapter_BT.sum()).backward()
@@ -95,8 +96,8 @@ def test_beta_scales_what_reaches_backbone_and_tables_and_nothing_else(own_head:
     assert gradients[1.0]["tables"].abs().sum() > 0 and not gradients[0.0]["tables"].any()
 
 
-@pytest.mark.parametrize("arm", [Arm.AH, Arm.AH_SA])
-def test_the_teacher_does_not_reach_the_serving_head(arm: Arm) -> None:
+@pytest.mark.parametrize("arm", [Objective.AH, Objective.AH_SA])
+def test_the_teacher_does_not_reach_the_serving_head(arm: Objective) -> None:
     """Wrong: the serving head's gradient depends on the teacher: its bias leaks into what is served."""
     label = torch.tensor([[0.0, 1], [0, 0], [1, 0]]).repeat(2, 1)
     serving = []
@@ -111,14 +112,14 @@ def test_the_label_does_not_reach_the_auxiliary_head() -> None:
     """Wrong: the auxiliary head learns the label, which blunts its use as a channel for the teacher."""
     heads = []
     for label in (torch.zeros(6, 2), torch.ones(6, 2)):
-        student = make(Arm.AH)
-        objective_B(Arm.AH, WEIGHTS, student(embedded(), DENSE), label, torch.full((6, 2), 0.3), None).sum().backward()
+        student = make(Objective.AH)
+        objective_B(Objective.AH, WEIGHTS, student(embedded(), DENSE), label, torch.full((6, 2), 0.3), None).sum().backward()
         heads.append([p.grad for p in student.auxiliary_head.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*heads, strict=True))
 
 
-@pytest.mark.parametrize("arm", list(Arm))
-def test_each_task_teaches_its_own_outputs(arm: Arm) -> None:
+@pytest.mark.parametrize("arm", list(Objective))
+def test_each_task_teaches_its_own_outputs(arm: Objective) -> None:
     """Wrong: an output of one task, served or not, gets a gradient from labels, teacher or adapter's target of another task."""
     generator = torch.Generator().manual_seed(1)
     first = [torch.rand(6, 2, generator=generator) for _ in range(3)]

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from example import SCHEMA, make_rows
 
-from exfm_ray.config import Arm, DistillationConfig, VMConfig
+from exfm_ray.arms import Arm, Objective
+from exfm_ray.config import DistillationConfig, VMConfig
 from exfm_ray.das.supervision import TEACHER_COLUMN
 from exfm_ray.data.stream import list_values
 from exfm_ray.model_config import MLPConfig, ModelConfig, WukongConfig
@@ -28,7 +29,7 @@ class Case:
     """One training: settings, sizes of the global batches, which of them have supervision (all, or from one on), a VM's tasks."""
 
     trainer: dict[str, Any] = field(default_factory=dict)
-    arm: Arm | None = Arm.LABELS
+    arm: Objective | None = Objective.LABELS
     batches: tuple[int, ...] = (64, 64, 64, 64, 64, 33, 1)
     supervised_from: int = 0
     model: ModelConfig = MLP
@@ -59,10 +60,10 @@ def make_group(case: Case) -> Any:
     config, distillation = VMConfig(**case.trainer), DistillationConfig()
     tasks = (0, 1) if case.arm is None else case.tasks
     device = torch.device("cpu")
-    student = Student(build_network(case.model, SCHEMA, len(tasks), SEED), case.arm or Arm.LABELS, distillation, SEED)
+    student = Student(build_network(case.model, SCHEMA, len(tasks), SEED), case.arm or Objective.LABELS, distillation, SEED)
     engine = Engine(SCHEMA, config, student, case.model, SEED, device)
-    adapter = Replica(Adapter(distillation.sa, len(tasks), SEED), distillation.sa.lr, device) if case.arm is Arm.AH_SA else None
-    lane = Lane("m", case.arm, tasks, engine, Weights.of(distillation), adapter)
+    adapter = Replica(Adapter(distillation.sa, len(tasks), SEED), distillation.sa.lr, device) if case.arm is Objective.AH_SA else None
+    lane = Lane("m", Arm(case.arm) if case.arm else None, tasks, engine, Weights.of(distillation), adapter)
     return Group(SCHEMA, [lane], None, 64, device, tasks, len(SCHEMA.tasks))
 
 

@@ -15,7 +15,8 @@ from steps import Case
 from torch import Tensor, nn
 from workers import Workers
 
-from exfm_ray.config import Arm, DistillationConfig, SAConfig
+from exfm_ray.arms import Objective
+from exfm_ray.config import DistillationConfig, SAConfig
 from exfm_ray.das.supervision import TEACHER_COLUMN
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import list_values
@@ -44,8 +45,8 @@ def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
 
 
 @pytest.mark.parametrize("stage", ZERO)
-@pytest.mark.parametrize(("arm", "tasks"), [(None, (0, 1)), (Arm.AH_SA, (0,)), (Arm.AH_SA, (1, 0))])
-def test_two_workers_equal_one(groups: dict[int, Workers], stage: int, arm: Arm | None, tasks: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("arm", "tasks"), [(None, (0, 1)), (Objective.AH_SA, (0,)), (Objective.AH_SA, (1, 0))])
+def test_two_workers_equal_one(groups: dict[int, Workers], stage: int, arm: Objective | None, tasks: tuple[int, ...]) -> None:
     """Wrong: the gradient is not the mean over the global batch (a short last batch, or a worker without a row, counts
     wrongly), or a ZeRO stage changes the result."""
     model = steps.WUKONG if arm is None else steps.MLP
@@ -70,7 +71,7 @@ def plain_torch(case: Case, loss: Loss, adapter: nn.Module) -> dict[str, np.ndar
     """The same training written down anew: autograd, AdamW, row-wise Adagrad by its formula."""
     tables = PlainTables(SCHEMA, case.model, steps.SEED)
     network = build_network(case.model, SCHEMA, 2, steps.SEED)
-    student = Student(network, case.arm or Arm.LABELS, DistillationConfig(), steps.SEED)
+    student = Student(network, case.arm or Objective.LABELS, DistillationConfig(), steps.SEED)
     adam = torch.optim.AdamW([{"params": student.parameters(), "weight_decay": 0.01}, {"params": adapter.parameters(), "weight_decay": 0}], lr=1e-3)
     momentum = torch.zeros(len(tables.weight))
     for rows in steps.global_batches(case):
@@ -111,7 +112,7 @@ def test_learns_what_plain_torch_learns(groups: dict[int, Workers]) -> None:
 
 def test_two_tasks_learn_what_plain_torch_learns(groups: dict[int, Workers]) -> None:
     """Wrong: a task learns labels, predictions or an adapter's targets of another, or the adapter's target contains its labels."""
-    case = Case(trainer=OPTIMIZER, arm=Arm.AH_SA, batches=(64, 64, 64), tasks=(1, 0))
+    case = Case(trainer=OPTIMIZER, arm=Objective.AH_SA, batches=(64, 64, 64), tasks=(1, 0))
     mlps = Adapter(SAConfig(), 2, steps.SEED).mlps
 
     def loss(logits: Logits, labels: Tensor, teacher: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ def test_goes_on_from_a_checkpoint_to_the_bit(groups: dict[int, Workers], tmp_pa
     """Wrong: a checkpoint lacks a part of the state (a moment, bf16's float32 weights, the tables' momentum, the adapter, its
     optimizer, the moving average)."""
     optimizer = {} if stage == 3 else {"ema": 0.9}
-    case = Case(trainer={"zero_stage": stage, "precision": precision, "optimizer": optimizer}, arm=Arm.AH_SA, tasks=(1, 0))
+    case = Case(trainer={"zero_stage": stage, "precision": precision, "optimizer": optimizer}, arm=Objective.AH_SA, tasks=(1, 0))
     for straight, resumed in groups[world].run(steps.resume, case, tmp_path, 4):
         assert_equal(resumed, straight)
 
@@ -145,7 +146,7 @@ LAYOUTS = [(1, {"zero_stage": 0}), (2, {"zero_stage": 1}), (2, {"zero_stage": 2,
 @pytest.mark.parametrize(("saved", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")])
 def test_goes_on_with_other_workers_stages_and_sharding(groups: dict[int, Workers], tmp_path: Path, saved: int, precision: str) -> None:
     """Wrong: a table, a moment or a weight is read from the wrong place when it was cut otherwise, or a part of it is lost."""
-    cases = [Case(trainer={**trainer, "precision": precision}, arm=Arm.AH_SA, tasks=(1, 0)) for _, trainer in LAYOUTS]
+    cases = [Case(trainer={**trainer, "precision": precision}, arm=Objective.AH_SA, tasks=(1, 0)) for _, trainer in LAYOUTS]
     before = groups[LAYOUTS[saved][0]].run(steps.save_at, cases[saved], tmp_path, 4)[0]
     straight = groups[1].run(steps.train, cases[0])[0]
     for (world, _), case in zip(LAYOUTS, cases, strict=True):
@@ -154,9 +155,9 @@ def test_goes_on_with_other_workers_stages_and_sharding(groups: dict[int, Worker
             assert_close(groups[world].run(steps.go_on, case, tmp_path, 4)[0], straight, **TOLERANCE)
 
 
-@pytest.mark.parametrize("arm", [Arm.AH, Arm.AH_SA])
+@pytest.mark.parametrize("arm", [Objective.AH, Objective.AH_SA])
 @pytest.mark.parametrize("stage", ZERO)
-def test_heads_without_a_gradient(groups: dict[int, Workers], stage: int, arm: Arm) -> None:
+def test_heads_without_a_gradient(groups: dict[int, Workers], stage: int, arm: Objective) -> None:
     """Wrong: the first windows, which have no supervision, fail or move the heads that nothing teaches yet; or the stages
     of ZeRO disagree once supervision comes."""
     untaught = Case(trainer={"zero_stage": stage}, arm=arm, supervised_from=99)
@@ -183,8 +184,8 @@ def test_evaluation_is_whole_on_rank_0(groups: dict[int, Workers], rows: int) ->
 
 def test_bf16_learns(groups: dict[int, Workers]) -> None:
     """Wrong: bf16 fails, or is so coarse that training goes another way."""
-    case = Case(arm=Arm.AH)
-    exact, coarse = (groups[1].run(steps.train, Case(trainer={"precision": p}, arm=Arm.AH))[0] for p in ("fp32", "bf16"))
+    case = Case(arm=Objective.AH)
+    exact, coarse = (groups[1].run(steps.train, Case(trainer={"precision": p}, arm=Objective.AH))[0] for p in ("fp32", "bf16"))
     assert case.batches
     for name in exact:
         # bf16 holds 8 bits: 0.4% of a value; gradients of one sign make Adam and Adagrad step by lr all the same

@@ -10,7 +10,8 @@ import torch
 from example import SCHEMA, make_rows
 from torch import nn
 
-from exfm_ray.config import Arm, DistillationConfig
+from exfm_ray.arms import Objective
+from exfm_ray.config import DistillationConfig
 from exfm_ray.data.batch import to_batch
 from exfm_ray.distillation.objective import Weights, objective_B
 from exfm_ray.distillation.student import Student
@@ -231,9 +232,9 @@ def test_dropout(config: ModelConfig) -> None:
     assert torch.equal(model(x, d), model(x, d))
 
 
-@pytest.mark.parametrize("arm", [Arm.KD, Arm.AH, Arm.AH_SA])
+@pytest.mark.parametrize("arm", [Objective.KD, Objective.AH, Objective.AH_SA])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.type)
-def test_every_arm_trains_every_model(config: ModelConfig, arm: Arm) -> None:
+def test_every_arm_trains_every_model(config: ModelConfig, arm: Objective) -> None:
     """Wrong: a model does not fit an arm's heads, or the arm's loss does not reach all of its weights and its tables."""
     batch, distillation = to_batch(make_rows(64, seed=1), SCHEMA), DistillationConfig()
     tables = PlainTables(SCHEMA, config, seed=0)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from small_runs import WINDOWS, assert_close, figures, metrics, small_config
 from workers import Workers
 
-from exfm_ray.config import Arm, Config
+from exfm_ray.arms import PLAIN
+from exfm_ray.config import Config
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.prepare.world import DOMAINS
 from exfm_ray.data.stream import EventStream
@@ -52,7 +53,7 @@ def test_metrics_have_the_promised_rows(base: Config) -> None:
     for window in range(WINDOWS):
         for domain in ("all", *DOMAINS):
             expected |= {(window, "fm", "fm", domain, task) for task in ("click", "conversion")}
-        for arm in Arm:
+        for arm in PLAIN:
             expected |= {(window, "feed", str(arm), "feed", "click"), (window, "stories", str(arm), "stories", "conversion")}
     assert found == expected
     for row in rows:
@@ -63,9 +64,9 @@ def test_metrics_have_the_promised_rows(base: Config) -> None:
 
 def test_every_arm_learns_in_its_own_way(base: Config) -> None:
     """Wrong: what the teacher says does not reach the arms, or all arms learn the same."""
-    for window, different in ((1, 1), (2, len(Arm))):  # window 0 has no supervision, so all arms learn the same from it
+    for window, different in ((1, 1), (2, len(PLAIN))):  # window 0 has no supervision, so all arms learn the same from it
         rows = [row for row in metrics(base).values() if row["window"] == window and row["model"] == "feed"]
-        assert len(rows) == len(Arm) and len({row["log_loss"] for row in rows}) == different
+        assert len(rows) == len(PLAIN) and len({row["log_loss"] for row in rows}) == different
 
 
 def test_summary_has_the_promised_keys(base: Config) -> None:
@@ -164,7 +165,7 @@ def test_serving_pays_nothing(base: Config) -> None:
     schema = EventStream.open(base.folder / "stream").schema
     for vm in ("feed", "stories"):
         seen = set()
-        for arm in Arm:
+        for arm in PLAIN:
             folder = base.folder / "exported" / f"{vm}-{arm}"
             files = {path.name: path.stat().st_size for path in folder.iterdir()}
             files["model.json"] -= len(arm)  # the arm's name in the facts is all that may differ
@@ -184,7 +185,7 @@ def test_exported_models_say_what_the_trained_ones_say(base: Config, groups: dic
     stream = EventStream.open(base.folder / "stream")
     batch = to_batch(stream.read(0, stream.window(0).fragments[0]).slice(0, 100), stream.schema)
     trained = groups[1].run(predictions, base, 100)[0]
-    assert len(trained) == 2 * len(Arm)
+    assert len(trained) == 2 * len(PLAIN)
     for name, logits in trained.items():
         model, _ = load_model(base.folder / "exported" / name)
         # the same float32 weights; fbgemm and torch add the rows of a bag in their own ways

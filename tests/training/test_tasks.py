@@ -13,7 +13,8 @@ from local_runs import predictions, run_locally
 from small_runs import WINDOWS, figures, metrics, small_config
 from workers import Workers
 
-from exfm_ray.config import Arm, Config
+from exfm_ray.arms import Objective
+from exfm_ray.config import Config
 from exfm_ray.das.supervision import TEACHER_COLUMN
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream, list_values
@@ -36,15 +37,15 @@ def test_every_arm_has_figures_for_both_tasks(config: Config) -> None:
     """Wrong: a task is not evaluated or not summed up, or the teacher reaches only one of the tasks."""
     rows = [row for row in metrics(config).values() if row["model"] == "both"]
     found = {(row["window"], row["arm"], row["domain"], row["task"]) for row in rows}
-    assert found == {(window, arm, "feed", task) for window in range(WINDOWS) for arm in Arm for task in TASKS}
+    assert found == {(window, arm, "feed", task) for window in range(WINDOWS) for arm in Objective for task in TASKS}
     for task in TASKS:
-        for window, different in ((1, 1), (2, len(Arm))):  # window 0 has no supervision, so all arms learn the same from it
+        for window, different in ((1, 1), (2, len(Objective))):  # window 0 has no supervision, so all arms learn the same from it
             assert len({row["log_loss"] for row in rows if (row["window"], row["task"]) == (window, task)}) == different
     told = {(row["arm"], row["task"]): row for row in figures(config) if row["model"] == "both"}
-    assert told.keys() == {(arm, task) for arm in Arm for task in TASKS}
+    assert told.keys() == {(arm, task) for arm in Objective for task in TASKS}
     fm = {row["task"]: row["ne"] for row in figures(config) if row["model"] == "fm" and row["domain"] == "feed"}
     for (arm, task), row in told.items():
-        labels = told[Arm.LABELS, task]["ne"]
+        labels = told[Objective.LABELS, task]["ne"]
         assert row["ne_gain"] == pytest.approx((labels - row["ne"]) / labels), (arm, task)
         assert row["fm_ne_gain"] == pytest.approx((labels - fm[task]) / labels), (arm, task)
 
@@ -83,7 +84,7 @@ def taught(config: Config) -> list[tuple[np.ndarray, np.ndarray]]:
 def test_the_teacher_speaks_of_the_students_tasks(config: Config, groups: dict[int, Workers]) -> None:
     """Wrong: a task is taught another task's predictions."""
     seen = groups[1].run(taught, config)[0]
-    assert [labels.shape[1] for labels, _ in seen] == [1] * len(Arm) + [2] * len(Arm)
+    assert [labels.shape[1] for labels, _ in seen] == [1] * len(Objective) + [2] * len(Objective)
     for labels, teacher in seen:
         np.testing.assert_allclose(teacher, 0.1 + 0.8 * labels, rtol=1e-6)
     labels = seen[-1][0]
@@ -95,7 +96,7 @@ def test_exports_all_tasks_in_their_order(config: Config, groups: dict[int, Work
     stream = EventStream.open(config.folder / "stream")
     batch = to_batch(stream.read(0, stream.window(0).fragments[0]).slice(0, 100), stream.schema)
     trained = groups[1].run(predictions, config, 100)[0]
-    for arm in Arm:
+    for arm in Objective:
         model, manifest = load_model(config.folder / "exported" / f"both-{arm}")
         assert manifest.tasks == TASKS
         # the same float32 weights; fbgemm and torch add the rows of a bag in their own ways

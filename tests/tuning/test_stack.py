@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tuning_runs import taught
+from tuning_runs import SWEEP, taught
 from workers import Workers
 
 from exfm_ray.config import Config, with_settings
@@ -62,10 +62,11 @@ def assert_same(found: Sequence[Sequence[Outcome]], expected: Sequence[Sequence[
 
 @pytest.fixture(scope="module")
 def base(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Config:
-    return taught(groups, tmp_path_factory.mktemp("stack"))
+    tune = {**SWEEP, "arms": ["labels", "labels+share", "kd+share+history"]}  # or the DAS would give no rows, and represent nothing
+    return taught(groups, tmp_path_factory.mktemp("stack"), tune=tune)
 
 
-@pytest.mark.parametrize("arm", ["labels", "kd", "ah", "ah_sa"])
+@pytest.mark.parametrize("arm", ["labels", "kd", "ah", "ah_sa", "labels+share", "ah_sa+share+history"])
 def test_together_as_alone(base: Config, groups: dict[int, Workers], arm: str) -> None:
     """Wrong: a setting does not reach its model, one model's step touches another, or the stacked optimizers are not the engines'."""
     (expected,) = groups[1].run(alone, base, "feed", arm, MEMBERS)

@@ -1,0 +1,52 @@
+"""What the DAS gives a run's vertical models beside predictions, where their arms ask for it: rows of tables, representations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from exfm_ray.config import Config
+from exfm_ray.das.history import HistoryStore, history_store
+from exfm_ray.das.lag import Policy
+from exfm_ray.das.shared import SharedStore, shared_store
+from exfm_ray.das.snapshots import SnapshotStore
+from exfm_ray.data.stream import EventStream, Window
+
+
+@dataclass(frozen=True)
+class Gifts:
+    """Published with a window's supervision, by the same snapshot.
+
+    Attributes:
+        domains: whose examples' rows are given.
+        tables: of which rows are given; none: all tables.
+        seed: of the representations' projection.
+    """
+
+    shared: SharedStore | None
+    history: HistoryStore | None
+    domains: tuple[str, ...]
+    tables: tuple[str, ...]
+    seed: int
+    policy: Policy
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """What the arms of a config ask for."""
+        domains = tuple(sorted({student.domain for student in config.vm.models}))
+        return cls(shared_store(config), history_store(config), domains, config.distillation.share.tables, config.seed, Policy.of(config.das))
+
+    def has(self, window: int) -> bool:
+        """True when all that is given with a window is committed."""
+        return all(store.has(window) for store in (self.shared, self.history) if store)
+
+    def ready(self, window: int) -> bool:
+        """True when a window's gifts can be made: histories are made in order."""
+        return self.history is None or self.history.ready(window)
+
+    def publish(self, stream: EventStream, snapshots: SnapshotStore, window: Window, version: int) -> None:
+        """Make what is not there yet."""
+        if self.shared and not self.shared.has(window.index):
+            self.shared.publish(stream, window, snapshots, version, self.domains, self.tables, self.policy)
+        if self.history and not self.history.has(window.index):
+            self.history.publish(stream, window, snapshots, version, self.seed)

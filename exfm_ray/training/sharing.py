@@ -1,0 +1,164 @@
+"""What arms with +share are given: the teacher's table rows for a window's ids, made to fit the vertical model's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from exfm_ray.config import Config, StudentConfig
+from exfm_ray.das.lag import Policy
+from exfm_ray.das.shared import SharedStore, TableRows, shared_store
+from exfm_ray.das.snapshots import SnapshotStore
+from exfm_ray.engine.tables import GivenRows
+from exfm_ray.errors import UserError, nearest
+from exfm_ray.models.layout import Layout
+from exfm_ray.models.stored import table_parts
+from exfm_ray.schema import Schema
+from exfm_ray.training.usage import Uses
+
+
+def widths(config: Config, student: StudentConfig | None, schema: Schema) -> dict[str, int]:
+    """Width of each table's rows in a student, or in the FM (None)."""
+    model = config.fm.model if student is None else student.model or config.vm.model
+    embeddings = Layout.of(model, schema).embeddings
+    return {table: number * model.dim for table, number in embeddings.items()}
+
+
+def check_sharing(config: Config, schema: Schema) -> None:
+    """UserError where the config's arms share tables that are not there, or rows that do not fit and have no projection."""
+    share = config.distillation.share
+    if not any(arm.shares for arm in config.arms):
+        return
+    for name in share.tables:
+        if name not in schema.tables:
+            told = nearest(name, schema.tables) or f" There are {', '.join(schema.tables)}."
+            raise UserError(f"setting 'distillation.share.tables': no table is named '{name}'.{told}")
+    theirs = widths(config, None, schema)
+    for student in config.vm.models:
+        if student.teacher not in (None, config.fm.name):
+            raise UserError(f"setting 'vm.models': '{student.name}' is taught by '{student.teacher}', but only the FM gives rows; leave +share out")
+        for name, width in widths(config, student, schema).items():
+            if (name in share.tables or not share.tables) and width != theirs[name] and share.projection == "none":
+                raise UserError(
+                    f"setting 'vm.arms': '{student.name}' shares table '{name}', whose rows have {theirs[name]} numbers in the FM and {width} in the "
+                    "student; set distillation.share.projection=principal, give both the same dim and embeddings, or leave the table out of "
+                    "distillation.share.tables"
+                )
+
+
+@dataclass
+class Sharing:
+    """The rows for one student, window by window.
+
+    Attributes:
+        widths: of the student's tables.
+        uses: how often each row was used, where that decides.
+    """
+
+    config: Config
+    store: SharedStore
+    schema: Schema
+    domain: str
+    widths: Mapping[str, int]
+    uses: Uses | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._share = self.config.distillation.share
+        self.uses = Uses(self.schema) if self._share.mode == "unseen" else None
+
+    @classmethod
+    def of(cls, config: Config, student: StudentConfig, schema: Schema) -> Sharing | None:
+        """None where no arm takes rows."""
+        store = shared_store(config)
+        return cls(config, store, schema, student.domain, widths(config, student, schema)) if store else None
+
+    @property
+    def weight(self) -> float:
+        """How far a row is moved to the given one."""
+        return self._share.weight if self._share.mode == "average" else 1.0
+
+    def rows(self, window: int) -> dict[str, GivenRows]:
+        """What is written before a window is evaluated; nothing in windows without a teacher."""
+        policy = Policy.of(self.config.das)
+        if policy.version(window) is None:
+            return {}
+        given = self.store.read(window, self.domain, self.schema, policy)
+        return {name: self._fit(name, rows) for name, rows in given.items()}
+
+    def after(self, windows: int) -> Iterator[dict[str, GivenRows]]:
+        """What a student is served with after so many windows: all rows of the snapshot that is to supervise the next one, in parts."""
+        version = Policy.of(self.config.das).version(windows)
+        if version is None:
+            return
+        snapshots = SnapshotStore(self.config.folder / "snapshots", self.store.teacher)
+        for name, first_row, row_XW in table_parts(snapshots.folder(version)):
+            if name in self._share.tables or not self._share.tables:
+                id_X = np.arange(first_row, first_row + len(row_XW))
+                yield {name: self._fit(name, TableRows(id_X, row_XW, torch.zeros(len(row_XW))))}
+
+    def mark(self, rows: pa.Table) -> None:
+        """These rows, of a fragment, are going to be learnt."""
+        if self.uses:
+            self.uses.mark(rows)
+
+    def end_window(self) -> None:
+        """The window is learnt."""
+        if self.uses:
+            self.uses.end_window()
+
+    def _fit(self, name: str, rows: TableRows) -> GivenRows:
+        """The student's rows from the teacher's."""
+        id_X, row_XW, momentum_X = rows
+        if self.uses:
+            few_X = self.uses.of(name)[id_X] < self._share.unseen_below
+            chosen = torch.from_numpy(few_X)
+            id_X, row_XW, momentum_X = id_X[few_X], row_XW[chosen], None if momentum_X is None else momentum_X[chosen]
+        if row_XW.shape[1] != self.widths[name]:
+            row_XW = row_XW @ self._maps[name]
+        if self._share.optimizer == "keep":
+            return GivenRows(id_X, row_XW, None)
+        if self._share.optimizer == "reset":
+            return GivenRows(id_X, row_XW, torch.zeros(len(id_X)))
+        if momentum_X is None:
+            raise UserError(
+                f"{self.store.root}: the teacher's rows come without optimizer state, which distillation.share.optimizer=teacher needs; train the FM "
+                "anew in a run whose arms share tables, or choose keep or reset"
+            )
+        return GivenRows(id_X, row_XW, momentum_X)
+
+    @cached_property
+    def _maps(self) -> dict[str, Tensor]:
+        """(W of the teacher, W of the student) for each table of another width, from the first rows that were given."""
+        policy = Policy.of(self.config.das)
+        window = policy.first
+        while self.store.has(window) and not self.store.manifest(window).domains[self.domain].rows:
+            window += 1
+        first = self.store.read(window, self.domain, self.schema, policy)
+        theirs = self.store.manifest(window).widths
+        none = torch.empty(0)
+        return {
+            name: principal_map(first[name].row_XW if name in first else none.view(0, width), self.widths[name])
+            for name, width in theirs.items() if width != self.widths[name]
+        }  # fmt: skip
+
+
+def principal_map(row_XW: Tensor, width: int) -> Tensor:
+    """The linear map of rows onto the `width` directions in which they are largest (eigenvectors of their second moment), float32 (W, width).
+
+    Orthonormal, so it keeps lengths and angles as well as any map to that width can; to a greater width the rows are filled up with
+    zeros. The sign of each direction is such that its largest component is positive.
+    """
+    wide = row_XW.shape[1]
+    if width >= wide:
+        return torch.eye(wide, width)
+    _, vector_WW = torch.linalg.eigh(row_XW.double().T @ row_XW.double())
+    map_WV = vector_WW.flip(1)[:, :width]
+    sign_V = map_WV.gather(0, map_WV.abs().argmax(0, keepdim=True)).sign()
+    projection_WV: Tensor = (map_WV * sign_V).float()
+    return projection_WV
