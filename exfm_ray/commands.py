@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -214,10 +215,10 @@ def _known_schema(config: Config) -> Schema:
 
 
 def prepare(config: Config) -> None:
-    """Turn the raw data set into an event stream."""
-    from exfm_ray.pipeline import prepare_stream
+    """Turn the raw data set into an event stream; with data.follow, take what comes until it ends."""
+    from exfm_ray.pipeline import follow_stream, prepare_stream
 
-    stream = prepare_stream(config)
+    stream = follow_stream(config) if config.data.follow else prepare_stream(config)
     windows = [stream.window(w) for w in stream.windows()]
     print(f"{stream.root}: {len(windows)} windows, {sum(w.rows for w in windows):,} events, {sum(w.duplicates for w in windows):,} duplicates")
     tables = read_json(stream.root / "manifest.json").get("tables", {})
@@ -231,12 +232,18 @@ def _run(config: Config, fm: bool, das: bool, vm: bool) -> None:
     from exfm_ray.data.drift import write_new_ids
     from exfm_ray.pipeline import Run, prepare_stream
 
-    run = Run(config, prepare_stream(config))
-    run.execute(fm, das, vm)
-    run.summarise()
-    if not config.fm.static:
-        write_new_ids(run.stream, config.folder / "new_ids.json")
-    _write_report(config.folder)
+    while True:
+        stream = prepare_stream(config)
+        over = stream.complete  # asked first: what is there by then is done below
+        run = Run(config, stream)
+        if run.execute(fm, das, vm) or over:
+            run.summarise()
+            if over and not config.fm.static:  # written once, of the whole stream
+                write_new_ids(run.stream, config.folder / "new_ids.json")
+            _write_report(config.folder)
+        if over:
+            return
+        time.sleep(config.data.follow.poll_s if config.data.follow else 0)
 
 
 def _write_report(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from exfm_ray.config import Config, StudentConfig, dump_config, lineage
 from exfm_ray.das.history import check_history
 from exfm_ray.das.run import DAS
 from exfm_ray.data.feed import FEED_WAIT_S
-from exfm_ray.data.prepare import prepare
+from exfm_ray.data.labels import released_windows
+from exfm_ray.data.prepare import follow, prepare
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
 from exfm_ray.files import append_text, read_json, write_json, write_text
@@ -58,6 +60,10 @@ STOP_S = 60.0
 
 def prepare_stream(config: Config) -> EventStream:
     """Prepare the config's stream and check that the models fit it."""
+    if config.data.follow:
+        stream = prepare(config)
+        check_models(config, stream.schema)
+        return stream
     embedded, done = config.data.embedded, 0
     total = embedded.windows * embedded.events_per_window if config.data.source == "embedded" else config.data.max_rows
     with ProgressView({"prepare": total}) as view:
@@ -70,6 +76,19 @@ def prepare_stream(config: Config) -> EventStream:
         stream = prepare(config, progress, lambda schema: check_models(config, schema))
     check_models(config, stream.schema)  # once more, where the stream was there already and its raw data are not
     return stream
+
+
+def follow_stream(config: Config) -> EventStream:
+    """Take what comes into a followed stream until it ends, and check that the models fit it."""
+    done = 0
+    with ProgressView({"prepare": None}) as view:
+
+        def progress(window: int, rows: int) -> None:
+            nonlocal done
+            done += rows
+            view.update({"prepare": (window, done)})
+
+        return follow(config, progress, lambda schema: check_models(config, schema))
 
 
 def check_models(config: Config, schema: Schema) -> None:
@@ -156,37 +175,63 @@ class Run:
 
     def __post_init__(self) -> None:
         self.folder = self.config.folder
-        self.windows = self.stream.windows()
+        self._open = not self.stream.complete  # asked first: what is there by then is seen below
+        self.windows = released_windows(self.stream, fm_tasks(self.config, self.stream.schema))
         self.dases = [DAS(self.config, self.stream, teacher) for teacher in (None, *self.config.teachers)]
         self._over = threading.Event()
         self.memory = MemoryMeter()
+        self.learnable: dict[str, list[int]] = {}  # by job; fixed for a call of execute, for a followed stream grows meanwhile
         self._pending: list[Future[None]] = []
         self._recorder: Any = None
 
-    def execute(self, fm: bool = True, das: bool = True, vm: bool = True) -> None:
-        """Run the roles asked for, side by side, to the end of the stream. Rule 5: only what is missing is done."""
+    def reachable(self, job: Job, fm: bool, das: bool) -> list[int]:
+        """The windows that a job can learn by now: released for its tasks and, where the stream goes on, supervised or about to be."""
+        if job.role == "fm":
+            return self.windows
+        windows = released_windows(self.stream, job.tasks())
+        if not self._open or set(self.config.vm.arms) == {LABELS}:
+            return windows
+        own = next(own for own in self.dases if own.store.teacher == job.teacher)
+        return list(takewhile(lambda w: not own.missing([w]) or (das and self._in_reach(own, w, fm)), windows))
+
+    def unscored(self, own: DAS, fm: bool) -> list[int]:
+        """Windows that a DAS can score by now."""
+        return own.missing([w for w in self.stream.windows() if self._in_reach(own, w, fm)])
+
+    def _in_reach(self, own: DAS, window: int, fm: bool) -> bool:
+        """Whether the snapshot that supervises a window is there, or of windows that the FM learns in this call; all are, where the
+        stream has ended."""
+        version = own.order.policy.version(window)
+        if not self._open or version is None:
+            return True
+        return own.snapshots.has(version) or (fm and own.teacher is None and version <= len(self.windows))
+
+    def execute(self, fm: bool = True, das: bool = True, vm: bool = True) -> bool:
+        """Run the roles asked for, side by side, to the end of the stream, or of what is there by now of one that is followed; False when
+        there was nothing to do. Rule 5: only what is missing is done."""
         self._check_static(das)
         self._claim()
         jobs = ([Job("fm", self.config)] if fm else []) + (vm_jobs(self.config) if vm else [])
         for told in [told for job in jobs for told in job.checkpoints.set_aside_damaged()]:
             print(f"warning: {told}", file=sys.stderr)
             append_text(self.folder / "logs" / "driver.log", told)
-        jobs = [job for job in jobs if not job.finished(self.windows)]
-        scoring = {own.order.role: own.missing(self.windows) for own in self.dases} if das else {}
+        self.learnable = {job.name: self.reachable(job, fm, das) for job in jobs}
+        jobs = [job for job in jobs if not job.finished(self.learnable[job.name])]
+        scoring = {own.order.role: self.unscored(own, fm) for own in self.dases} if das else {}
         scoring = {role: missing for role, missing in scoring.items() if missing}
         for own in self.dases:
             own.readers = [job.checkpoints.root for job in jobs if job.role == "vm" and job.teacher == own.store.teacher]
         if not jobs and not scoring:
-            return
+            return False
         self._check_inputs(fm, das, [job for job in jobs if job.role == "vm"], scoring)
         failure = self.folder / "logs" / "error.txt"
         failure.unlink(missing_ok=True)
         with ray_session(self.config), closing(PipelineRuns(self.config, self.summarise)), ProgressView(self._totals(jobs, scoring)) as view:
             self._recorder = RecorderActor.options(scheduling_strategy=beside_driver()).remote(self.folder / "metrics.jsonl")
             self._progress()
-            feeds = [start_feed(job, self.windows) for job in jobs]
+            feeds = [start_feed(job, self.learnable[job.name]) for job in jobs]
             self._pending = [self._start(job, feed) for job, feed in zip(jobs, feeds, strict=True)]
-            self._pending += [self._start_das(own) for own in self.dases[1:] if own.order.role in scoring]
+            self._pending += [self._start_das(own, scoring[own.order.role]) for own in self.dases[1:] if own.order.role in scoring]
             watch = self._watcher(view)
             try:
                 own = self.dases[0]
@@ -203,6 +248,7 @@ class Run:
                     ray.kill(feed)
                 wait(self._pending, STOP_S)  # the other jobs end by the loss of their feeds, before Ray goes
             view.update(self._progress())
+        return True
 
     def _progress(self) -> dict[str, tuple[int, int]]:
         """Job -> (window it is at, examples done)."""
@@ -210,16 +256,16 @@ class Run:
         return state
 
     def _start(self, job: Job, feed: Any) -> Future[None]:
-        return in_thread(job.name, lambda: run_job(job, self.windows, self._recorder, feed))
+        return in_thread(job.name, lambda: run_job(job, self.learnable[job.name], self._recorder, feed))
 
-    def _start_das(self, das: DAS) -> Future[None]:
+    def _start_das(self, das: DAS, windows: Sequence[int]) -> Future[None]:
         """Have the DAS of another teacher than the FM work beside it."""
 
         def watch() -> None:
             if self._over.is_set():
                 raise RuntimeError("the run is over")
 
-        return in_thread(das.order.role, lambda: das.run(self.windows, lambda window, rows: self._scored(das, window, rows, watch), watch))
+        return in_thread(das.order.role, lambda: das.run(windows, lambda window, rows: self._scored(das, window, rows, watch), watch))
 
     def _check_inputs(self, fm: bool, das: bool, vms: Sequence[Job], scoring: Mapping[str, Sequence[int]]) -> None:
         """UserError where a role would wait for ever: for what is not there and no role of this run makes."""
@@ -236,7 +282,7 @@ class Run:
             self._check_supervised(own, vms)
 
     def _check_supervised(self, das: DAS, vms: Sequence[Job]) -> None:
-        lacking = das.missing(self.windows) if any(job.teacher == das.store.teacher for job in vms) else []
+        lacking = das.missing(sorted({w for job in vms if job.teacher == das.store.teacher for w in self.learnable[job.name]}))
         if lacking:
             raise UserError(f"{das.store.root}: no supervision of window {lacking[0]} by '{das.store.teacher}'; run das first")
 
@@ -269,11 +315,11 @@ class Run:
 
     def _totals(self, jobs: Sequence[Job], scoring: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Examples that each role has still to do."""
-        sizes = {w: self.stream.window(w) for w in self.windows}
+        sizes = {w: self.stream.window(w) for w in self.stream.windows()}
         totals = {}
         for job in jobs:
             done = job.checkpoints.latest()
-            left = [work.window for work in job.passes(self.windows, done) if work.purpose == "learn"]
+            left = [work.window for work in job.passes(self.learnable[job.name], done) if work.purpose == "learn"]
             domains = [self.stream.schema.domain_index(s.domain) for s in job.students]
             rows = sum(sum(f.domain_rows[d] for d in domains) if domains else f.rows for w in left for f in sizes[w].fragments)
             totals[job.name] = rows - done.examples

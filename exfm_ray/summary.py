@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from exfm_ray.arms import LABELS
 from exfm_ray.config import Config
 from exfm_ray.das.lag import Policy
+from exfm_ray.data.labels import is_released, labelled
 from exfm_ray.data.stream import EventStream, list_values, window_name
 from exfm_ray.metrics.gain import ne_gain, transfer_ratio
 from exfm_ray.metrics.state import MetricState
@@ -60,11 +61,12 @@ def best_nes(stream: EventStream, windows: Sequence[int]) -> dict[tuple[str, str
 
 def _truth_states(stream: EventStream, window: int, path: Path) -> Mapping[tuple[str, str], MetricState]:
     schema, truth = stream.schema, pq.read_table(path, partitioning=None)
-    tables = [stream.read(window, fragment, ["domain", "labels"]) for fragment in stream.window(window).fragments]
+    tasks = [task for task in schema.tasks if is_released(stream, window, (task,))]
+    tables = [labelled(stream, window, fragment, tasks, ["domain", "labels"]) for fragment in stream.window(window).fragments]
     domain_N = np.concatenate([table["domain"].to_numpy() for table in tables])
     labels_NT = np.concatenate([list_values(table["labels"], len(schema.tasks)) for table in tables])
     states = {}
-    for i, task in enumerate(schema.tasks):
+    for i, task in ((schema.task_index(task), task) for task in tasks):
         p_N = np.clip(truth[task].to_numpy().astype(np.float64), TRUTH_LOGIT_LIMIT, 1 - TRUTH_LOGIT_LIMIT)
         logits_N = np.log(p_N) - np.log1p(-p_N)
         states[ALL_DOMAINS, task] = MetricState.of(logits_N, labels_NT[:, i])

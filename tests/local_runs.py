@@ -77,10 +77,10 @@ def train(job: Job, windows: Sequence[int], dies_at: int | None, batches: int | 
     worker.saver.finish()
 
 
-def score(config: Config) -> int:
-    """The DAS of a run, in this process; rows scored."""
+def score(config: Config, windows: Sequence[int] | None = None) -> int:
+    """The DAS of a run, in this process, over all windows or over `windows`; rows scored."""
     stream = EventStream.open(config.folder / "stream")
-    return DAS(config, stream).run_here(stream.windows())
+    return DAS(config, stream).run_here(stream.windows() if windows is None else windows)
 
 
 def predictions(config: Config, rows: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from exfm_ray.das.history import HistoryStore, user_column
 from exfm_ray.das.lag import Policy
 from exfm_ray.das.shared import SharedStore
 from exfm_ray.data.feed import Pass
+from exfm_ray.data.labels import correction_fragments, correction_rows, is_correction, is_released, labelled
 from exfm_ray.data.stream import EventStream, Fragment, Window, list_values, window_name
 from exfm_ray.errors import UserError
 from exfm_ray.files import atomic_path, read_json, write_json
@@ -211,7 +212,8 @@ class AugmentedReader:
             return False
         if self.history and not self.history.ready(work.window):
             return False
-        return self.store is None or not self.supervised(work) or self.store.has(work.window)
+        labels = is_released(self._stream, work.window, self.tasks)
+        return labels and (self.store is None or not self.supervised(work) or self.store.has(work.window))
 
     def _shared(self, work: Pass) -> bool:
         """True when models are given table rows before this pass."""
@@ -222,6 +224,8 @@ class AugmentedReader:
             return f"the shared table rows of window {work.window} (teacher '{self.shared.teacher if self.shared else None}')"
         if self.history and not self.history.ready(work.window):
             return f"the representations of window {work.window - 1} (teacher '{self.history.teacher}')"
+        if not is_released(self._stream, work.window, self.tasks):
+            return f"the labels of window {work.window} for {', '.join(self.tasks)}"
         return f"the supervision of window {work.window} (teacher '{self.store.teacher if self.store else None}')"
 
     @cached_property
@@ -229,16 +233,30 @@ class AugmentedReader:
         return EventStream.open(self.stream_root)
 
     def fragments(self, work: Pass) -> Sequence[Fragment]:
-        """Fragments that hold a row of one of the domains."""
-        return [f for f in self._stream.window(work.window).fragments if any(f.domain_rows[d] for d in self.domains)]
+        """Fragments that hold a row of one of the domains; to learn, first corrections of earlier windows' labels."""
+        late = correction_fragments(self._stream, work.window, self.tasks) if work.purpose == "learn" else []
+        return [f for f in (*late, *self._stream.window(work.window).fragments) if any(f.domain_rows[d] for d in self.domains)]
 
     def read(self, work: Pass, fragment: Fragment) -> pa.Table:
-        events = self._stream.read(work.window, fragment)
+        if is_correction(fragment):
+            events = correction_rows(self._stream, work.window, fragment, lambda window, origin: self._origin(work, window, origin))
+        else:
+            events = self._augment(work, fragment, labelled(self._stream, work.window, fragment, self.tasks))
+        return events.filter(pc.is_in(events["domain"], pa.array(self.domains, pa.int32())))
+
+    def _origin(self, work: Pass, window: int, fragment: Fragment) -> pa.Table | None:
+        """A fragment that corrections point to, with its own supervision; None where it had no teacher but `work`'s rows have one."""
+        origin = Pass(window, "learn")
+        if self.supervised(work) and not self.supervised(origin):
+            return None
+        return self._augment(origin, fragment, self._stream.read(window, fragment))
+
+    def _augment(self, work: Pass, fragment: Fragment, events: pa.Table) -> pa.Table:
+        """With the window's supervision, and with what was remembered before it."""
         if self.supervised(work):
             assert self.store is not None
             self._check_teacher(work.window)
             events = self.store.join(work.window, fragment, events, self.tasks)
-        events = events.filter(pc.is_in(events["domain"], pa.array(self.domains, pa.int32())))
         if self.history:
             schema = self._stream.schema
             events = self.history.join(work.window, events, user_column(schema, self.history.settings), len(schema.single))

@@ -21,6 +21,7 @@ import pyarrow as pa
 import ray
 
 from exfm_ray.actors import answer
+from exfm_ray.data.labels import correction_fragments, correction_rows, is_correction, is_released, labelled
 from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.errors import UserError
 
@@ -63,21 +64,30 @@ class FragmentReader(Protocol):
 
 @dataclass(frozen=True)
 class StreamReader:
-    """All rows of a stream's windows, as they are."""
+    """All rows of a stream's windows, with the released labels of `tasks`; to learn, first the corrections that it delivers.
+
+    Corrections are positives alone: learnt last, they would be what the next window is evaluated by.
+    """
 
     root: Path
+    tasks: tuple[str, ...] = ()
 
     def ready(self, work: Pass) -> bool:
-        return EventStream.open(self.root).has(work.window)
+        return is_released(EventStream.open(self.root), work.window, self.tasks)
 
     def awaits(self, work: Pass) -> str:
-        return f"window {work.window} of {self.root}"
+        return f"window {work.window} of {self.root} and its labels"
 
     def fragments(self, work: Pass) -> Sequence[Fragment]:
-        return EventStream.open(self.root).window(work.window).fragments
+        stream = EventStream.open(self.root)
+        late = correction_fragments(stream, work.window, self.tasks) if work.purpose == "learn" else []
+        return [*late, *stream.window(work.window).fragments]
 
     def read(self, work: Pass, fragment: Fragment) -> pa.Table:
-        return EventStream.open(self.root).read(work.window, fragment)
+        stream = EventStream.open(self.root)
+        if is_correction(fragment):
+            return correction_rows(stream, work.window, fragment, stream.read)
+        return labelled(stream, work.window, fragment, self.tasks)
 
 
 def _datasource(reader: FragmentReader, work: Sequence[tuple[Pass, Fragment]]) -> Any:

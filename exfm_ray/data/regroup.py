@@ -16,7 +16,9 @@ class Regroup:
         self._count = 0
 
     def add(self, table: pa.Table) -> Iterator[pa.Table]:
-        """The tables that are full with `table`'s rows."""
+        """The tables that are full with `table`'s rows; one without rows may lack columns."""
+        if not table.num_rows:
+            return
         self._waiting.append(table)
         self._count += table.num_rows
         if self._count < self._rows:

@@ -20,7 +20,7 @@ class ShuffledReader(StreamReader):
     Rows stay within their fragment: `data.fragment_rows` is the buffer of the shuffle. Passes that evaluate keep the order.
     """
 
-    seed: int
+    seed: int = 0
 
     def fragments(self, work: Pass) -> Sequence[Fragment]:
         fragments = super().fragments(work)

@@ -213,8 +213,11 @@ class WindowWriter:
         self._pieces = Regroup(writer.fragment_rows)
         self._fragments: list[Fragment] = []
 
-    def append(self, table: pa.Table) -> None:
-        """Add packed rows in event order. Ignored in a window that an earlier preparation has committed."""
+    def append(self, table: pa.Table, known_NT: np.ndarray[Any, Any] | None = None) -> None:
+        """Add packed rows in event order. Ignored in a window that an earlier preparation has committed.
+
+        `known_NT`: ms at which each label became known; nobody asks where labels stand with their events.
+        """
         if self.committed:
             return
         for piece in self._pieces.add(table):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,9 +42,14 @@ def bce_BT(logit_BT: Tensor, target_BT: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logit_BT, target_BT.expand_as(logit_BT), reduction="none")
 
 
+def label_bce_BT(logit_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    """h(z, y), and 0 where the label is NaN: a correction (see `data.labels`) tells the label of one task only."""
+    return torch.where(labels_BT.isnan(), 0.0, bce_BT(logit_BT, labels_BT.nan_to_num()))
+
+
 def labels_objective_B(logits_BT: Tensor, labels_BT: Tensor) -> Tensor:
     """Mean of h over the tasks, per example."""
-    return bce_BT(logits_BT, labels_BT).mean(dim=-1)
+    return label_bce_BT(logits_BT, labels_BT).mean(dim=-1)
 
 
 def objective_B(
@@ -54,7 +60,7 @@ def objective_B(
     `teacher_BT` holds the teacher's probabilities; None, where the window has no supervision, leaves the label term to
     all of them. `target_BT` holds the adapter's targets, which ah_sa needs whenever there is a teacher.
     """
-    loss_BT = bce_BT(logits.serving_BT, labels_BT)
+    loss_BT = label_bce_BT(logits.serving_BT, labels_BT)
     if teacher_BT is None or objective is Objective.LABELS:
         return loss_BT.mean(dim=-1)
     if objective is Objective.KD:

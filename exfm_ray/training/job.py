@@ -87,9 +87,9 @@ class Job:
     def reader(self, schema: Schema) -> FragmentReader:
         """What the feed reads for this job."""
         if self.config.fm.static:
-            return ShuffledReader(self.stream_root, self.config.seed)
+            return ShuffledReader(self.stream_root, seed=self.config.seed)
         if not self.students:
-            return StreamReader(self.stream_root)
+            return StreamReader(self.stream_root, fm_tasks(self.config, schema))
         taught = any(arm.taught for arm in self.config.vm.arms)
         store = SupervisionStore(self.config.folder / "supervision", self.teacher) if taught else None
         domains = tuple(sorted({schema.domain_index(student.domain) for student in self.students}))

@@ -103,3 +103,20 @@ def test_the_adapter_arm_needs_its_target() -> None:
     """Wrong: a forgotten target silently makes ah_sa the same as ah."""
     with pytest.raises(AssertionError, match="adapter's target"):
         objective_B(Objective.AH_SA, WEIGHTS, LOGITS, LABELS, TEACHER, None)
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_a_label_that_is_not_told_teaches_nothing(objective: Objective) -> None:
+    """Wrong: a correction, which tells one task's label, moves the others, or makes the loss or its gradient NaN."""
+    logits, labels, teacher, target = some(40, 2, seed=3)
+    told = labels.clone()
+    told[::2, 1] = float("nan")
+    serving = logits.serving_BT.clone().requires_grad_()
+    loss_B = objective_B(objective, WEIGHTS, logits._replace(serving_BT=serving), told, teacher, target)
+    hidden_B = F.binary_cross_entropy_with_logits(logits.serving_BT[:, 1], labels[:, 1], reduction="none") / 2
+    hidden_B[1::2] = 0
+    torch.testing.assert_close(loss_B, objective_B(objective, WEIGHTS, logits, labels, teacher, target) - hidden_B)
+    loss_B.sum().backward()
+    assert serving.grad is not None and torch.isfinite(serving.grad).all()
+    if objective is not Objective.KD:  # whose teacher's term is on the same head
+        assert (serving.grad[::2, 1] == 0).all() and (serving.grad[1::2] != 0).all()

@@ -6,21 +6,26 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any
 
 from exfm_ray.config import Config
+from exfm_ray.data.labelled_writer import LabelledWriter
 from exfm_ray.data.prepare import avazu, criteo, embedded, frappe, kuairand, movielens, table
+from exfm_ray.data.prepare.arrivals import FolderArrivals
 from exfm_ray.data.prepare.cutter import Cutter, Progress
+from exfm_ray.data.prepare.follower import Follower
+from exfm_ray.data.prepare.kafka import KafkaArrivals
 from exfm_ray.data.prepare.pack import Packer
 from exfm_ray.data.prepare.reader import part_rows, read
 from exfm_ray.data.prepare.source import RawSource, with_table_rows
 from exfm_ray.data.stream import EventStream, StreamWriter
-from exfm_ray.errors import UserError
+from exfm_ray.errors import UserError, nearest
 from exfm_ray.files import read_json
 from exfm_ray.schema import Schema
 
-__all__ = ["prepare", "source_schema", "stream_folder"]
+__all__ = ["follow", "prepare", "source_schema", "stream_folder"]
 
 FORMAT = 1  # raise it when the same raw data would become other rows
 SOURCES: dict[str, Callable[[Config], RawSource]] = {
@@ -33,6 +38,7 @@ SOURCES: dict[str, Callable[[Config], RawSource]] = {
 }
 # What does not change the content, or is told by the schema and the fingerprint of the files.
 NOT_CONTENT = {"memory_mb", "root", "schema_file"}
+LATE = {"attribution_s", "late_labels"}  # content of streams only in which labels come late
 
 
 def stream_folder(config: Config) -> Path:
@@ -43,9 +49,9 @@ def stream_folder(config: Config) -> Path:
 def prepare(config: Config, progress: Progress | None = None, check: Callable[[Schema], None] | None = None) -> EventStream:
     """Turn the raw data of `config.data` into the event stream `<run>/stream`, window by window.
 
-    A complete stream with the same settings is returned as it is. After an interruption the windows committed before are
-    left alone, what their events leave behind (history, normaliser, numbers) is computed again, and the files come out the
-    same. Memory does not depend on the size of the input.
+    A complete stream with the same settings is returned as it is, a followed one (`follow`) as it is by now. After an
+    interruption the windows committed before are left alone, what their events leave behind (history, normaliser, numbers) is
+    computed again, and the files come out the same. Memory does not depend on the size of the input.
 
     Args:
         config: the run; `data`, `seed` and the run's folder are read.
@@ -57,16 +63,17 @@ def prepare(config: Config, progress: Progress | None = None, check: Callable[[S
             the folder before is untouched and nothing new is left there.
     """
     root = stream_folder(config)
-    if _finished_elsewhere(root, config):
+    if config.data.follow or _finished_elsewhere(root, config):
         return EventStream.open(root)
     source = None if config.data.source == "embedded" else SOURCES[config.data.source](config)
     schema = with_table_rows(source.schema if source else embedded.schema(config.data.embedded), config.data.table_rows)
     source = replace(source, schema=schema) if source else None
     _check_windows(config, source)
+    _check_attribution(config, schema, source)
     if check:
         check(schema)
     with _undone_on_error(root):
-        writer = StreamWriter(root, schema, _settings(config, schema, source), config.data.fragment_rows)
+        writer = _writer(config, root, schema, _settings(config, schema, source))
         stream = EventStream(root, schema)
         if not stream.complete:
             _sweep(root)
@@ -75,12 +82,36 @@ def prepare(config: Config, progress: Progress | None = None, check: Callable[[S
     return stream
 
 
+def follow(config: Config, progress: Progress | None = None, check: Callable[[Schema], None] | None = None) -> EventStream:
+    """Take what comes into `data.root` into the stream `<run>/stream` until it ends (see `data.prepare.follower`); arguments as for `prepare`.
+
+    Can be killed at any time; called again it goes on, with the same result. One process at a time follows a stream.
+    """
+    root = stream_folder(config)
+    arrivals = KafkaArrivals(config) if config.data.source == "kafka" else FolderArrivals(config)
+    schema = with_table_rows(arrivals.spec.table_schema, config.data.table_rows)
+    source = RawSource(schema=schema, files=(config.data.root,), query="")
+    _check_tasks(config, schema)
+    if check:
+        check(schema)
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".follow.lock").open("w") as lock:
+        try:
+            flock(lock, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{root}: another process follows this stream already") from None
+        writer = StreamWriter(root, schema, _settings(config, schema, None), config.data.fragment_rows)
+        _sweep(root)
+        Follower(config, writer, arrivals, source, progress).run()
+    return EventStream.open(root)
+
+
 def source_schema(config: Config) -> Schema:
     """The schema that a stream of `config.data` will have. No data are read: a `table` source needs its schema file alone, the other raw
     sources their files' names and headers. UserError where they are not there."""
     if config.data.source == "embedded":
         schema = embedded.schema(config.data.embedded)
-    elif config.data.source == "table":
+    elif config.data.source in ("table", "kafka"):
         schema = table.load(config.data.schema_file).table_schema
     else:
         schema = SOURCES[config.data.source](config).schema
@@ -107,10 +138,51 @@ def _stream(config: Config, writer: StreamWriter, source: RawSource, progress: P
 
 def _settings(config: Config, schema: Schema, source: RawSource | None) -> dict[str, Any]:
     """All that the content of the stream depends on, as JSON."""
-    data = config.data.model_dump(mode="json", exclude=NOT_CONTENT | (set() if source is None else {"embedded"}))
+    data = _content(config)
     files = source.fingerprint() if source else []
     seed = config.seed if source and source.seeded else None
     return {"format": FORMAT, "schema": schema.model_dump(mode="json"), "data": data, "seed": seed, "files": files}
+
+
+def _content(config: Config) -> dict[str, Any]:
+    """The settings of `data` on which the content of the stream depends, as JSON."""
+    data = config.data
+    excluded = NOT_CONTENT | (set() if data.source == "embedded" else {"embedded"}) | (set() if data.delayed else LATE) | {"follow"}
+    content = data.model_dump(mode="json", exclude=excluded) | ({"attribution_s": data.delayed} if data.delayed else {})
+    if data.follow:
+        content["follow"] = {"lateness_s": data.follow.lateness_s} | ({"topic": data.follow.kafka.topic} if data.follow.kafka else {})
+    return content
+
+
+def _writer(config: Config, root: Path, schema: Schema, settings: dict[str, Any]) -> StreamWriter:
+    data = config.data
+    if data.delayed:
+        return LabelledWriter(root, schema, settings, data.fragment_rows, data.delayed, data.late_labels)
+    return StreamWriter(root, schema, settings, data.fragment_rows)
+
+
+def _check_tasks(config: Config, schema: Schema) -> None:
+    for task in config.data.attribution_s:
+        if task not in schema.tasks:
+            way_out = nearest(task, schema.tasks) or f" There are {', '.join(schema.tasks)}."
+            raise UserError(f"setting 'data.attribution_s': unknown task '{task}'.{way_out}")
+
+
+def _check_attribution(config: Config, schema: Schema, source: RawSource | None) -> None:
+    """UserError where labels of a task cannot come late."""
+    told = source.told if source else embedded.TASKS
+    _check_tasks(config, schema)
+    if config.data.delayed and (config.data.window.by == "file" or (source and source.ordered_only)):
+        raise UserError(
+            f"setting 'data.attribution_s' needs times, and the windows of '{config.data.source}' are static: a set without time or cut by "
+            "files has all its labels at once; remove the setting"
+        )
+    for task in config.data.delayed:
+        if task not in told:
+            raise UserError(
+                f"setting 'data.attribution_s.{task}': '{config.data.source}' does not tell when its label became known"
+                + (f"; it does for {', '.join(told)}" if told else "; a `table` source does with `label_time` in the schema file")
+            )
 
 
 def _finished_elsewhere(root: Path, config: Config) -> bool:
@@ -118,8 +190,7 @@ def _finished_elsewhere(root: Path, config: Config) -> bool:
     if config.data.source == "embedded" or config.data.root.is_dir() or not (root / "manifest.json").exists():
         return False
     made = read_json(root / "settings.json")
-    data = config.data.model_dump(mode="json", exclude=NOT_CONTENT | {"embedded"})
-    return bool((made["format"], made["data"]) == (FORMAT, data) and made["seed"] in (None, config.seed))
+    return bool((made["format"], made["data"]) == (FORMAT, _content(config)) and made["seed"] in (None, config.seed))
 
 
 def _check_windows(config: Config, source: RawSource | None) -> None:
@@ -140,7 +211,7 @@ def _sweep(root: Path) -> None:
     for folder in root.glob("window=*"):
         if not (folder / "manifest.json").exists():
             shutil.rmtree(folder)
-    for temporary in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp")):
+    for temporary in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp"), *root.glob("*/*/.*.tmp")):
         temporary.unlink()
 
 

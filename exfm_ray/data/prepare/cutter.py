@@ -83,7 +83,7 @@ class Cutter:
         if not kept_N.all():
             piece = piece.take(kept_N)
         if not window.committed:
-            window.append(piece.packed(self._writer.schema, self.normaliser.apply(piece.dense_ND)))
+            window.append(piece.packed(self._writer.schema, self.normaliser.apply(piece.dense_ND)), piece.known_NT)
         self.normaliser.observe(piece.dense_ND)
         self._window_rows += len(piece)
         self.rows += len(piece)

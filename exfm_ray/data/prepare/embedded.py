@@ -35,6 +35,7 @@ CHUNK_ROWS = 50_000
 CLICKS = 10
 DENSE = ("user_activity", "ad_quality", "user_taste", "ad_style")
 DENSE_NOISE = 1.0
+CLICK_DELAY_S, CONVERSION_DELAY_S = 120.0, 43_200.0  # means; a conversion is told that much after its click
 TRUTH = pa.schema([("example_id", pa.int64()), *((task, pa.float32()) for task in TASKS)])
 
 
@@ -161,6 +162,13 @@ class Generator:
         return gather(rows, begin, begin + self.world.keyword_count_A[ad]).cast(pa.list_(pa.int32()))
 
 
+def known_times(seed: int, window: int, number: int, times_N: Array) -> Array:
+    """When the labels of a chunk's events would be known, ms: int64 (N, 2). Delays are exponential and drawn apart from the events."""
+    draw = latent.random(seed, latent.DELAY, window, number)
+    delay_N2 = draw.exponential((CLICK_DELAY_S, CONVERSION_DELAY_S), (len(times_N), 2)).cumsum(axis=1)
+    return np.asarray(times_N[:, None] + np.round(delay_N2 * 1000).astype(np.int64))
+
+
 def write(config: Config, writer: StreamWriter, progress: Progress | None) -> dict[str, Any]:
     """Write all windows and their truth; what the stream's manifest says of them."""
     settings = config.data.embedded
@@ -173,9 +181,10 @@ def write(config: Config, writer: StreamWriter, progress: Progress | None) -> di
         window = writer.window(index, start_ms, start_ms + WINDOW_MS)
         rows = 0
         with _truth_writer(truth_path(writer.root, index), skip=window.committed) as truth:
-            for events, probabilities in generator.window():
+            for number, (events, probabilities) in enumerate(generator.window()):
                 kept = min(len(events), left)
-                window.append(events.slice(0, kept))
+                known_NT = known_times(settings.seed, index, number, events["event_time"].to_numpy()[:kept])
+                window.append(events.slice(0, kept), known_NT)
                 if truth and kept:
                     truth.write_table(probabilities.slice(0, kept))
                 rows, left = rows + kept, left - kept

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from exfm_ray.config import Config
 from exfm_ray.data.prepare.history import History
-from exfm_ray.data.prepare.source import RawSource, hashed, indexed, read_csv, require, require_glob, sequence
+from exfm_ray.data.prepare.source import RawSource, hashed, indexed, name, read_csv, require, require_glob, sequence
 from exfm_ray.schema import DenseFeature, Kind, Schema, SparseFeature
 
 TABS = 15
@@ -26,6 +26,8 @@ VIDEO_NUMBERS = ("author_id", "music_id", "music_type")
 SIZES = ("server_width", "server_height")
 LOG = dict.fromkeys(("user_id", "video_id", "time_ms", "duration_ms", "tab"), "BIGINT")
 TASKS = ("is_click", "long_view", "is_like")
+# When a label is known: a click starts the video; how long it was viewed, and whether it is liked by then, when it has been played.
+KNOWN = {"is_click": "l.time_ms", "long_view": "l.time_ms + l.play_time_ms", "is_like": "l.time_ms + l.play_time_ms"}
 
 
 def source(config: Config) -> RawSource:
@@ -33,10 +35,12 @@ def source(config: Config) -> RawSource:
     root, rows = config.data.root, config.data.hash_rows
     logs = require_glob(root, "log_standard_*.csv")
     users, videos = require(root, "user_features_pure.csv"), require(root, "video_features_basic_pure.csv")
+    told = tuple(task for task in TASKS if task in config.data.delayed)
     return RawSource(
         schema=_schema(rows),
         files=(*logs, users, videos),
-        query=_query(logs, users, videos),
+        query=_query(logs, users, videos, told),
+        told=told,
         history=History(feature="clicked_videos", user="user_id", item="video_id", label="is_click", length=CLICKS),
     )
 
@@ -60,9 +64,10 @@ def _schema(rows: int) -> Schema:
     return Schema(features=tuple(features), dense=tuple(dense), tasks=TASKS, domains=tuple(str(t) for t in range(TABS)), group_by="user_id")
 
 
-def _query(logs: tuple[Path, ...], users: Path, videos: Path) -> str:
+def _query(logs: tuple[Path, ...], users: Path, videos: Path, told: tuple[str, ...]) -> str:
     """Event order is by time, then as in the files, so that ties do not depend on the sort."""
-    log = read_csv(logs, LOG | dict.fromkeys(TASKS, "DOUBLE"))
+    log = read_csv(logs, LOG | dict.fromkeys(TASKS, "DOUBLE") | ({"play_time_ms": "BIGINT"} if told else {}))
+    known = "".join(f", {KNOWN[task]} AS {name('known:' + task)}" for task in told)
     user = read_csv([users], {"user_id": "BIGINT"} | dict.fromkeys((*ONEHOTS, *COUNTS), "DOUBLE"))
     numbers = ("video_id", *VIDEO_NUMBERS)
     video = read_csv([videos], dict.fromkeys((*numbers, *SIZES), "DOUBLE") | {"upload_dt": "DATE", "tag": "VARCHAR"})
@@ -75,6 +80,6 @@ def _query(logs: tuple[Path, ...], users: Path, videos: Path) -> str:
              videos AS (SELECT * FROM {video} QUALIFY row_number() OVER (PARTITION BY video_id) = 1)
         SELECT l.time_ms AS event_time, l.tab::VARCHAR AS domain, l.is_click, l.long_view, l.is_like, l.user_id, l.video_id,
                {user_columns}, {video_columns}, string_split(v.tag, ',') AS tag, hour(l.moment) AS hour, isodow(l.moment) - 1 AS weekday,
-               l.duration_ms::DOUBLE AS duration_ms, (l.moment::DATE - v.upload_dt)::DOUBLE AS video_age_days
+               l.duration_ms::DOUBLE AS duration_ms, (l.moment::DATE - v.upload_dt)::DOUBLE AS video_age_days{known}
         FROM log l LEFT JOIN users u ON l.user_id = u.user_id LEFT JOIN videos v ON l.video_id = v.video_id
         ORDER BY l.time_ms, l.place"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,15 @@ class Normaliser:
         """From now on the open window counts as an earlier one."""
         self._closed.merge(self._open)
         self._open = Moments(len(self.names))
+
+    def dump(self) -> dict[str, list[float]]:
+        """All that `restore` needs, as JSON without loss; to be called between windows."""
+        return {name: values.tolist() for name, values in vars(self._closed).items()}
+
+    def restore(self, dumped: Mapping[str, Sequence[float]]) -> None:
+        """Go on where `dump` was called."""
+        for name, values in dumped.items():
+            setattr(self._closed, name, np.array(values))
 
     def state(self) -> dict[str, dict[str, float]]:
         """Count, mean and std of every dense feature over the closed windows, for the manifest and for serving."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -24,12 +25,14 @@ class Rows:
     """Encoded events, in event order: N events, S single-valued features, D dense features, T tasks.
 
     `dense_ND` is transformed, not normalised: that depends on the window. `repeated_N` marks repetitions of earlier events.
+    `known_NT`: ms at which each label became known, int64.
     """
 
     example_id_N: Array
     times_N: Array
     domain_N: Array
     labels_NT: Array
+    known_NT: Array
     sparse_NS: Array
     dense_ND: Array
     bags: dict[str, pa.Array]
@@ -39,13 +42,21 @@ class Rows:
         return len(self.times_N)
 
     def take(self, chosen: Array | slice) -> Self:
-        """The events that a boolean mask or a slice chooses."""
+        """The events that a boolean mask, positions or a slice choose."""
         if isinstance(chosen, slice):
             bags = {n: b[chosen] for n, b in self.bags.items()}
+        elif chosen.dtype != bool:
+            bags = {n: b.take(pa.array(chosen)) for n, b in self.bags.items()}
         else:
             bags = {n: b.filter(pa.array(chosen)) for n, b in self.bags.items()}
         arrays = {n: a[chosen] for n, a in vars(self).items() if n != "bags"}
         return type(self)(**arrays, bags=bags)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """One after the other."""
+        bags = {name: pa.concat_arrays([part.bags[name] for part in parts]) for name in parts[0].bags}
+        return cls(**{n: np.concatenate([vars(part)[n] for part in parts]) for n in vars(parts[0]) if n != "bags"}, bags=bags)
 
     def packed(self, schema: Schema, dense_ND: Array) -> pa.Table:
         """The stream's columns, with `dense_ND` normalised."""
@@ -98,7 +109,7 @@ class Packer:
         numbers_N = np.arange(self._read, self._read + rows)
         schema, name, watch = self.schema, self.source.name, self.collisions.add
         domain_N = encode_domains(_column(raw, "domain"), schema, name) if "domain" in raw.column_names else np.zeros(rows, np.int32)
-        labels = [encode_labels(_column(raw, task), task, name) for task in schema.tasks]
+        labels = [self._label(raw, task) for task in schema.tasks]
         sparse = [encode_values(_column(raw, f.name), f, name, watch) for f in schema.single[:-1]]
         dense = [encode_dense(_column(raw, d.name), d.transform, d.name, name) for d in schema.dense]
         built = self.source.history.feature if self.source.history else None
@@ -108,6 +119,7 @@ class Packer:
             times_N=times_N,
             domain_N=domain_N,
             labels_NT=np.stack(labels, axis=1),
+            known_NT=np.stack([self._known(raw, task, label_N, times_N) for task, label_N in zip(schema.tasks, labels, strict=True)], axis=1),
             sparse_NS=np.stack([*sparse, domain_N + 1], axis=1).astype(np.int32),
             dense_ND=np.stack(dense, axis=1) if dense else np.zeros((rows, 0)),
             bags=bags,
@@ -151,6 +163,22 @@ class Packer:
             raise UserError(
                 f"{self.source.name}: example ids must be integers below 2^63 ({error}); leave `example_id` out to number the events"
             ) from None
+
+    def _label(self, raw: pa.Table, task: str) -> Array:
+        """float32 (N,): NaN where the labels are no column, but come later."""
+        if task not in raw.column_names:
+            return np.full(len(raw), np.nan, np.float32)
+        return encode_labels(_column(raw, task), task, self.source.name)
+
+    def _known(self, raw: pa.Table, task: str, label_N: Array, times_N: Array) -> Array:
+        """When each label became known, ms; with its event where the source says nothing else."""
+        if task not in self.source.told:
+            return times_N
+        column = _column(raw, f"known:{task}")
+        lacking = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False) & (label_N == 1))
+        if len(lacking):
+            raise UserError(f"{self.source.name}: event {self._read + lacking[0]} has label 1 for '{task}' but no time at which it became known")
+        return np.asarray(column.fill_null(0).cast(pa.int64()).to_numpy(zero_copy_only=False))
 
     def _repeated(self, raw: pa.Table, rows: Rows) -> Array:
         """An event with an id of its own is known by it; another one by all that it says."""

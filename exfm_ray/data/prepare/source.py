@@ -31,6 +31,7 @@ class RawSource:
         ordered_only: there is no time, only an order.
         parts: a DuckDB table expression for each file, in event order, where the events of the files follow one another.
         seeded: the query depends on the config's seed.
+        told: tasks of which the query tells in a column `known:<task>` (BIGINT, ms) when a label of 1 became known.
     """
 
     schema: Schema
@@ -40,6 +41,7 @@ class RawSource:
     ordered_only: bool = False
     parts: tuple[str, ...] = ()
     seeded: bool = False
+    told: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -29,15 +29,16 @@ class EventTime(Model):
 class TableFile(Model):
     """The schema file. Feature, dense and task names are the files' column names."""
 
-    format: Literal["csv", "parquet"]
+    format: Literal["csv", "parquet", "json"] = Field(description="json: messages of kafka")
     files: str | tuple[str, ...] = Field(
-        description="file names or globs below data.root; read in the order given, the files of a glob in the order of their names"
+        (), description="file names or globs below data.root; read in the order given, the files of a glob in the order of their names"
     )
     delimiter: str = Field(",", min_length=1, max_length=1)
     list_delimiter: str = Field("|", min_length=1, description="between the values of a multi-valued or sequence feature held as text")
     event_time: EventTime | None = None
     domain: str | None = None
     example_id: str | None = None
+    label_time: dict[str, str] = Field({}, description="task -> column that says when its label became known, in the unit of event_time")
     sort: bool = False
     table_schema: Schema = Field(alias="schema")
 
@@ -68,6 +69,19 @@ def _explain(kind: str, place: tuple[int | str, ...], message: str) -> str:
 
 def source(config: Config) -> RawSource:
     """The files that the schema file describes."""
+    spec = checked(config)
+    if spec.format == "json" or not spec.files:
+        raise UserError(f"{config.data.schema_file}: a `table` source reads `files` of the format csv or parquet; `json` is of kafka's messages")
+    return described(spec, tuple(path for pattern in patterns(spec) for path in require_glob(config.data.root, pattern)))
+
+
+def patterns(spec: TableFile) -> tuple[str, ...]:
+    """Names or globs of the files."""
+    return (spec.files,) if isinstance(spec.files, str) else spec.files
+
+
+def checked(config: Config) -> TableFile:
+    """The schema file, once it is seen to make sense."""
     spec = load(config.data.schema_file)
     schema = spec.table_schema
     leaks = {*(f.name for f in schema.features), *(d.name for d in schema.dense)} & set(schema.tasks)
@@ -75,15 +89,27 @@ def source(config: Config) -> RawSource:
         raise UserError(f"{config.data.schema_file}: '{min(leaks)}' is a task and a feature: the answer would be among the inputs; drop one")
     if spec.domain is None and len(schema.domains) > 1:
         raise UserError(f"{config.data.schema_file}: {len(schema.domains)} domains but no `domain` column to tell them; name one, or keep one domain")
-    if spec.sort and spec.event_time is None:
-        raise UserError(f"{config.data.schema_file}: `sort: true` needs an `event_time`")
-    patterns = (spec.files,) if isinstance(spec.files, str) else spec.files
-    files = tuple(path for pattern in patterns for path in require_glob(config.data.root, pattern))
+    for task in spec.label_time:
+        if task not in schema.tasks:
+            raise UserError(f"{config.data.schema_file}: `label_time` names '{task}', which is no task.{nearest(task, schema.tasks)}")
+    for key, used in (("sort: true", spec.sort), ("label_time", bool(spec.label_time))):
+        if used and spec.event_time is None:
+            raise UserError(f"{config.data.schema_file}: `{key}` needs an `event_time`")
+    return spec
+
+
+def described(spec: TableFile, files: tuple[Path, ...], awaited: Container[str] = ()) -> RawSource:
+    """Files as a source; those of a followed stream have no columns for the tasks in `awaited`, whose labels come later."""
+    schema = spec.table_schema
+    there = schema.model_copy(update={"tasks": tuple(task for task in schema.tasks if task not in awaited)})
+    spec = spec.model_copy(update={"table_schema": there})
     query = _csv(spec, files) if spec.format == "csv" else _parquet(spec, files)
     if spec.sort:
         query = f"SELECT * EXCLUDE (place) FROM ({query}) ORDER BY event_time, place"
     parts = () if spec.sort else tuple(_table(spec, [path]) for path in files)
-    return RawSource(schema=schema, files=files, query=query, ordered_only=spec.event_time is None, parts=parts)
+    return RawSource(
+        schema=schema, files=files, query=query, ordered_only=spec.event_time is None, parts=parts, told=tuple(spec.label_time)
+    )  # fmt: skip
 
 
 def _table(spec: TableFile, files: Sequence[Path]) -> str:
@@ -101,6 +127,7 @@ def _columns(spec: TableFile, bag: Callable[[SparseFeature], str], casts: dict[s
     chosen += [f"{bag(f)} AS {name(f.name)}" for f in schema.bags]
     if spec.event_time:
         chosen.append(UNITS[spec.event_time.unit].format(name(spec.event_time.column)) + " AS event_time")
+        chosen += [f"{UNITS[spec.event_time.unit].format(name(column))} AS {name('known:' + task)}" for task, column in spec.label_time.items()]
     if spec.domain:
         chosen.append(f"{name(spec.domain)}::VARCHAR AS domain")
     if spec.example_id:
@@ -113,7 +140,7 @@ def _columns(spec: TableFile, bag: Callable[[SparseFeature], str], casts: dict[s
 def _wanted(spec: TableFile) -> list[str]:
     """All columns that the files must have."""
     schema = spec.table_schema
-    special = [spec.event_time.column if spec.event_time else None, spec.domain, spec.example_id]
+    special = [spec.event_time.column if spec.event_time else None, spec.domain, spec.example_id, *spec.label_time.values()]
     return [*schema.tasks, *(f.name for f in schema.features), *(d.name for d in schema.dense), *(c for c in special if c)]
 
 
@@ -126,7 +153,8 @@ def _csv_types(spec: TableFile) -> dict[str, str]:
     if spec.example_id:
         types[spec.example_id] = "BIGINT"
     if spec.event_time:
-        types[spec.event_time.column] = {"s": "DOUBLE", "iso": "TIMESTAMP"}.get(spec.event_time.unit, "BIGINT")
+        kind = {"s": "DOUBLE", "iso": "TIMESTAMP"}.get(spec.event_time.unit, "BIGINT")
+        types |= dict.fromkeys([spec.event_time.column, *spec.label_time.values()], kind)
     return types
 
 
@@ -164,10 +192,12 @@ def _check_types(path: Path, spec: TableFile, there: pa.Schema) -> None:
         *((f.name, lambda t: not pa.types.is_nested(t), "one value") for f in schema.features if f.kind is Kind.SINGLE),
         *((f.name, pa.types.is_integer, "an integer") for f in schema.features if f.kind is Kind.SINGLE and f.encoding is Encoding.INDEX),
     ]
-    if spec.event_time and spec.event_time.unit == "iso":
-        wanted.append((spec.event_time.column, lambda t: pa.types.is_timestamp(t) or _is_text(t), "a timestamp, or ISO 8601 text"))
-    elif spec.event_time:
-        wanted.append((spec.event_time.column, _is_number, f"a number ({spec.event_time.unit})"))
+    if spec.event_time:
+        times = [spec.event_time.column, *spec.label_time.values()]
+        if spec.event_time.unit == "iso":
+            wanted += [(c, lambda t: pa.types.is_timestamp(t) or _is_text(t), "a timestamp, or ISO 8601 text") for c in times]
+        else:
+            wanted += [(c, _is_number, f"a number ({spec.event_time.unit})") for c in times]
     for column, fits, what in wanted:
         kind = there.field(column).type
         if not fits(kind):

@@ -23,7 +23,7 @@ BIASES = (-1.9, -2.7, -1.4, -5.3)  # click rates of about 17, 10, 23 and 1 %
 AGE_LOSS, AGE_SCALE = 0.5, 8.0  # an ad's logit falls by up to AGE_LOSS, with a time constant of AGE_SCALE windows
 SHIFT = np.pi / 6
 KEYWORDS_PER_CATEGORY, MOST_KEYWORDS = 8, 4
-ROOT, STEP, CHUNK = 0, 1, 2  # what a random stream is for
+ROOT, STEP, CHUNK, DELAY = 0, 1, 2, 3  # what a random stream is for
 
 
 def random(seed: int, *what: int) -> np.random.Generator:

@@ -14,10 +14,12 @@ import pyarrow as pa
 import pytest
 
 from exfm_ray.config import Config
+from exfm_ray.data.labels import labelled, release
 from exfm_ray.data.prepare import prepare
 from exfm_ray.data.prepare.encode import encode_values
 from exfm_ray.data.stream import EventStream, list_values
 from exfm_ray.errors import UserError
+from exfm_ray.files import read_json
 
 Find = Callable[[str], Path]
 MakeConfig = Callable[..., Config]
@@ -169,3 +171,24 @@ def test_missing_data_say_where_they_should_be(make: MakeConfig, tmp_path: Path)
     (tmp_path / "trian.txt").write_text("")
     with pytest.raises(UserError, match=r"train\.txt: no such file.*Did you mean 'trian\.txt'.*data\.root"):
         prepare(make("criteo", tmp_path, window=BY_ROWS))
+
+
+def test_kuairand_long_views_are_known_when_the_video_was_played(make: MakeConfig, data_set: Find) -> None:
+    """Wrong: a long view is released before the video has been watched for so long, one that was known is missing, or it becomes a feature."""
+    root = data_set("kuairand_pure")
+    late = {"attribution_s": {"long_view": 30}, "late_labels": "correct", "max_rows": 6_000, "window": {"length_s": 1200, "empty": "keep"}}
+    stream = prepare(make("kuairand", root, **late))
+    with next(root.glob("log_standard_*.csv")).open() as handle:
+        log = list(itertools.islice(csv.DictReader(handle), 6_000))
+    column, delivered = stream.schema.task_index("long_view"), 0
+    for index in stream.windows():
+        window, corrected = stream.window(index), release(stream, index, "long_view").corrections
+        for fragment in window.fragments:
+            table = labelled(stream, index, fragment, ("long_view",))
+            rows = [log[i] for i in table["example_id"].to_pylist()]
+            known = [int(r["time_ms"]) + int(r["play_time_ms"]) < window.end_ms + 30_000 for r in rows]
+            expected = [float(r["long_view"] == "1" and k) for r, k in zip(rows, known, strict=True)]
+            assert list_values(table["labels"], 3)[:, column].tolist() == expected
+        delivered += release(stream, index, "long_view").positives + (corrected.rows if corrected else 0)
+    told = read_json(stream.root / "manifest.json")["labels"]["long_view"]
+    assert sum(told["late"].values()) > 10 and delivered + told["undelivered"] == sum(r["long_view"] == "1" for r in log)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from exfm_ray.config import Config
+from exfm_ray.data.labels import labelled, release
 from exfm_ray.data.prepare import prepare
 from exfm_ray.data.stream import EventStream, list_values
 from exfm_ray.errors import UserError
@@ -232,3 +233,43 @@ def test_an_empty_window_is_refused_unless_kept(run: Prepare, tmp_path: Path) ->
         run(lines, data={"window": HOURS | {"empty": "error"}})
     assert not (tmp_path / "runs" / "run" / "stream").exists()
     assert [w.rows for stream in [run(lines)] for w in map(stream.window, stream.windows())] == [1, 0, 0, 1]
+
+
+def test_label_times_of_a_table(run: Prepare) -> None:
+    """Wrong: a label is released that became known after its window's deadline, or a source that tells no time waits for ever."""
+    lines = ["0,feed,u1,3,a,1,1,600\n", "10,search,u2,4,,2,1,4500\n", "20,feed,u2,4,,2,0,\n", "4000,feed,u1,5,a,,1,4001\n"]
+    header = HEADER.replace("click\n", "click,told\n")
+    late = {"attribution_s": {"click": 600}, "late_labels": "correct"}
+    stream = run(lines, header, data=late, label_time={"click": "told"})
+    found = [list_values(labelled(stream, w, f, ("click",))["labels"], 1)[:, 0].tolist() for w in (0, 1) for f in stream.window(w).fragments]
+    assert found == [[1, 0, 0], [1]]
+    assert release(stream, 1, "click").late == {0: 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "does not tell when its label became known.*label_time"),
+        ({"label_time": {"clic": "told"}}, "names 'clic', which is no task.*click"),
+        ({"event_time": None, "label_time": {"click": "told"}}, "label_time.*needs an `event_time`"),
+        ({"label_time": {"click": "tol"}}, "no column 'tol'.*told"),
+    ],
+)
+def test_label_times_that_are_not_there(run: Prepare, changes: dict[str, Any], message: str) -> None:
+    """Wrong: labels of which nobody knows when they came are waited for, or the message does not say what to add."""
+    lines, header = ["0,feed,u1,3,a,1,1,600\n"], HEADER.replace("click\n", "click,told\n")
+    with pytest.raises(UserError, match=message):
+        run(lines, header, data={"attribution_s": {"click": 600}}, **changes)
+
+
+def test_a_label_without_its_time(run: Prepare) -> None:
+    """Wrong: a positive label of unknown time is dropped, or taken as known at once."""
+    with pytest.raises(UserError, match="event 0 has label 1 for 'click' but no time"):
+        run(["0,feed,u1,3,a,1,1,\n"], HEADER.replace("click\n", "click,told\n"), data={"attribution_s": {"click": 9}}, label_time={"click": "told"})
+
+
+@pytest.mark.parametrize("window", [{"by": "rows", "rows": 2}, {"by": "file"}])
+def test_sets_without_time_have_no_late_labels(run: Prepare, window: dict[str, Any]) -> None:
+    """Wrong: windows without times wait for a clock."""
+    with pytest.raises(UserError, match="needs times.*static"):
+        run(LINES, data={"attribution_s": {"click": 9}, "window": window}, event_time=None)
