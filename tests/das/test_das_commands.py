@@ -72,14 +72,14 @@ STATE: dict[str, Any] = {
     "backlog": {"windows": 2, "fragments": 7, "examples": 70_000}, "committed": 3, "held_back": "window 4 waits for snapshot 4",
     "actors": [{"number": 3, "process": 77, "up": True, "snapshots": [2], "coming": [3], "fragments": 2}],
     "written": [{"window": 3, "snapshot": 2, "examples": 9000, "label_s": 1000.0, "snapshot_s": 5000.0, "ended_s": 5012.3}],
-    "parked": [{"window": 1, "fragment": None, "snapshot": 0, "cause": "no snapshot", "tries": 1}], "faults": [(time.time() - 90, "an actor died")],
+    "parked": [{"window": 1, "fragment": None, "snapshot": 0, "cause": "no snapshot", "tries": 1}],
 }  # fmt: skip
 
 
 def test_status_shows_what_the_service_tells() -> None:
     """Wrong: a figure is missing from the tables, or of another row or age."""
     console = Console(width=200, record=True, file=io.StringIO())
-    for table in status_tables(STATE):
+    for table in status_tables(STATE | {"faults": [(time.time() - 90, "an actor died")]}):
         console.print(table)
     shown = " ".join(console.export_text().split())
     for part in ("2 windows, 7 fragments, 70,000 examples", "1,234 examples/s", "waits for snapshot 4", "2, 3 (coming)", "at work", "2 client(s)",
