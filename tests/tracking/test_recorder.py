@@ -13,7 +13,9 @@ from exfm_ray.tracking.recorder import Recorder, read_metrics
 
 
 def row(window: int, ne: float = 0.5, **changes: Any) -> dict[str, Any]:
-    return {"window": window, "role": "vm", "model": "m", "arm": "kd", "domain": "d", "task": "t", "seed": 0, "ne": ne} | changes
+    identity = {"window": window, "role": "vm", "model": "m", "arm": "kd", "domain": "d", "task": "t", "seed": 0}
+    figures = dict.fromkeys(("auc", "gauc", "log_loss", "calibration", "label_rate", "examples"))
+    return identity | figures | {"ne": ne} | changes
 
 
 def test_each_row_once(tmp_path: Path) -> None:
