@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from exfm_ray.config import EmbeddedConfig, load_config
+from exfm_ray.config import load_config
 from exfm_ray.data.prepare.embedded import schema
+from exfm_ray.data_config import EmbeddedConfig
 from exfm_ray.model_config import DCNv2Config, DLRMConfig, MLPConfig, ModelConfig, WukongConfig
 from exfm_ray.models.flops import forward_flops, training_flops
 from exfm_ray.models.layout import Inputs, Layout, SequenceRows

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from exfm_ray.config import WindowConfig
 from exfm_ray.data.prepare.normaliser import Normaliser
 from exfm_ray.data.prepare.pack import Rows
 from exfm_ray.data.stream import StreamWriter, WindowWriter
+from exfm_ray.data_config import WindowConfig
 from exfm_ray.errors import UserError
 
 Array = np.ndarray[Any, Any]

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from exfm_ray.config import Config, EmbeddedConfig
+from exfm_ray.config import Config
 from exfm_ray.data.prepare import world as latent
 from exfm_ray.data.prepare.cutter import Progress
 from exfm_ray.data.prepare.history import gather
@@ -23,6 +23,7 @@ from exfm_ray.data.prepare.pack import packed
 from exfm_ray.data.prepare.source import indexed, sequence
 from exfm_ray.data.prepare.world import World
 from exfm_ray.data.stream import StreamWriter, window_name
+from exfm_ray.data_config import EmbeddedConfig
 from exfm_ray.files import atomic_path
 from exfm_ray.schema import DenseFeature, Encoding, Kind, Schema, SparseFeature
 

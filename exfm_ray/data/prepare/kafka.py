@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
-from exfm_ray.config import Config, KafkaConfig
+from exfm_ray.config import Config
 from exfm_ray.data.ledger import LOG, check_labels
 from exfm_ray.data.prepare.arrivals import END, Arrival, Position, followed_spec
 from exfm_ray.data.prepare.table import TableFile
+from exfm_ray.data_config import KafkaConfig
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.schema import Encoding, Kind
 
@@ -85,7 +86,7 @@ class _Topic:
             "auto.offset.reset": "error",
         }  # fmt: skip
         try:
-            self._consumer = kafka.Consumer({**config.options, **own})
+            self._consumer = kafka.Consumer({**config.resolved(), **own})
             topics = self._consumer.list_topics(timeout=REACH_S).topics
         except (kafka.KafkaException, ValueError, TypeError) as error:
             raise UserError(f"kafka at {config.servers}: {error}; see data.follow.kafka.servers and options") from None

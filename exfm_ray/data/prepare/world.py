@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from exfm_ray.config import EmbeddedConfig
+from exfm_ray.data_config import EmbeddedConfig
 
 Array = np.ndarray[Any, Any]
 

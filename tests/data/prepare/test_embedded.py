@@ -10,11 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from exfm_ray.config import Config, EmbeddedConfig
+from exfm_ray.config import Config
 from exfm_ray.data.prepare import prepare
 from exfm_ray.data.prepare.embedded import ClickLog, truth_path
 from exfm_ray.data.prepare.world import SHIFT, World
 from exfm_ray.data.stream import EventStream, list_values
+from exfm_ray.data_config import EmbeddedConfig
 
 MakeConfig = Callable[..., Config]
 SMALL = {"windows": 4, "events_per_window": 60_000, "users": 5_000, "ads": 1_000, "advertisers": 100}
