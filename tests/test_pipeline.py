@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from dashboard_spec import logged, named
 from local_runs import run_locally
-from small_runs import SETTINGS, WINDOWS, assert_close, figures, metrics, run, small_config
+from small_runs import SETTINGS, WINDOWS, assert_close, figures, merged, metrics, run, small_config
 from wandb_files import OfflineRun, run_files
 from workers import Workers
 
@@ -27,12 +28,19 @@ from exfm_ray.tracking.dashboard import parts
 
 REPOSITORY = Path(__file__).parents[1]
 RUN_S = 300
+ARMS = ("labels", "kd", "ah_sa", "ah+share+history")
+"""All that the roles hand to each other: predictions, table rows, representations."""
+
+
+def config_of(folder: Path, name: str, **changes: Any) -> Config:
+    """The tiny run with these arms."""
+    return small_config(folder, name, **merged({"vm": {"arms": ARMS}}, changes))
 
 
 @pytest.fixture(scope="module")
 def base(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Config:
     """An undisturbed run, the roles in turn, without Ray."""
-    config = small_config(tmp_path_factory.mktemp("base"), "base")
+    config = config_of(tmp_path_factory.mktemp("base"), "base")
     run_locally(groups, config)
     return config
 
@@ -46,7 +54,7 @@ def assert_same(config: Config, base: Config) -> None:
 def test_side_by_side_on_ray_equals_in_turn(cluster: None, base: Config, tmp_path: Path) -> None:
     """Wrong: running the roles side by side lets one see too much or too little, or the feed loses the order; or a command
     given again does the work again."""
-    config = small_config(tmp_path, "ray", wandb={"mode": "offline"})
+    config = config_of(tmp_path, "ray", wandb={"mode": "offline"})
     summary = run(config)
     assert_same(config, base)
     assert len(run_files(config.folder)) == 1 + 2 * len(config.vm.arms) + 1  # the FM, two students, the DAS
@@ -89,7 +97,7 @@ def assert_timeline(config: Config) -> None:
 
 def test_two_workers_on_ray_equal_one(cluster: None, base: Config, tmp_path: Path) -> None:
     """Wrong: two Ray Train workers take other rows than one."""
-    config = small_config(tmp_path, "two", fm={"workers": 2}, vm={"workers": 2})
+    config = config_of(tmp_path, "two", fm={"workers": 2}, vm={"workers": 2})
     run(config)
     rows = metrics(config)
     assert rows.keys() == metrics(base).keys()
@@ -97,9 +105,10 @@ def test_two_workers_on_ray_equal_one(cluster: None, base: Config, tmp_path: Pat
     assert_close(list(rows.values()), [metrics(base)[key] for key in rows], 1e-3)
 
 
+@pytest.mark.slow
 def test_a_damaged_fragment_ends_the_run_and_it_goes_on_when_repaired(cluster: None, base: Config, tmp_path: Path) -> None:
     """Wrong: an error in one role leaves the others waiting for ever, is not told as what it is, or spoils the run."""
-    config = small_config(tmp_path, "damaged")
+    config = config_of(tmp_path, "damaged")
     stream = prepare_stream(config)
     path = stream.path(2, stream.window(2).fragments[1])
     whole = path.read_bytes()
@@ -121,7 +130,7 @@ def test_a_damaged_fragment_ends_the_run_and_it_goes_on_when_repaired(cluster: N
 def start(folder: Path, name: str) -> subprocess.Popen[bytes]:
     """`run.py pipeline` on the tiny stream in a process of its own."""
     file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump(SETTINGS | {"run": {"dir": str(folder)}}))
+    file.write_text(yaml.safe_dump(merged(SETTINGS, {"run": {"dir": str(folder)}, "vm": {"arms": list(ARMS)}})))
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     command = [sys.executable, "run.py", "pipeline", "--config", str(file), "--name", name]
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -148,7 +157,7 @@ def kill_and_go_on(config: Config, moments: list[int | float]) -> None:
 @pytest.mark.slow
 def test_goes_on_after_a_kill(base: Config, tmp_path: Path) -> None:
     """Wrong: something half-written is read, or work is done twice or not at all, after the driver was killed (rule 5)."""
-    config = small_config(tmp_path, "killed")
+    config = config_of(tmp_path, "killed")
     kill_and_go_on(config, [20])
     assert_same(config, base)
     assert read_json(config.folder / "summary.json")["roles"]["fm"]["examples"] == WINDOWS * 900
@@ -157,6 +166,6 @@ def test_goes_on_after_a_kill(base: Config, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_goes_on_after_kills_at_any_moment(base: Config, tmp_path: Path) -> None:
     """Wrong: as above, at moments that nobody chose: in the start, in the stream's preparation, in a checkpoint."""
-    config = small_config(tmp_path, "killed")
+    config = config_of(tmp_path, "killed")
     kill_and_go_on(config, [1.0, 6.0, 14.0, 1, 20.0, 20, 40])
     assert_same(config, base)

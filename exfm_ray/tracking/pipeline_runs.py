@@ -134,7 +134,7 @@ class PipelineRuns:
         run.summary.update({"peak_memory_bytes": summary["peak_memory_bytes"]})
         folder = self._made(learner)
         if folder:
-            name = f"{self._config.name}-{str(learner).replace(' ', '-')}"
+            name = f"{self._config.name}-{str(learner).replace(' ', '-').replace('+', '.')}"  # wandb refuses others
             run.log_artifact(_reference(folder, name, "snapshot" if learner.role == "fm" else "export"))
         run.finish()
 

@@ -129,6 +129,7 @@ def waiting(name: str) -> list[str]:
     return ["train-fm", "--config", "configs/demo.yaml", "--name", name, *(f"--set={setting}" for setting in settings)]
 
 
+@pytest.mark.slow
 def test_a_job_is_left_refused_stopped_and_resubmitted(head: Head) -> None:
     """Wrong: Ctrl-C ends the job, or does not say how to stop it; a run waits for a node without saying which; two jobs write one run;
     --stop leaves a job running; an id cannot be used again; a stopped job ends with 0."""
@@ -138,8 +139,8 @@ def test_a_job_is_left_refused_stopped_and_resubmitted(head: Head) -> None:
     assert code == 2 and out == "" and errors.startswith("error: job 'waiting' is running: ") and "run.py submit --stop waiting" in errors
 
     first.send_signal(signal.SIGINT)
-    code, _, errors = ended(first)
-    assert code == 130, errors
+    code, out, errors = ended(first)
+    assert code == 130, out + errors
     assert "job waiting goes on; `ray job logs --follow waiting` follows it, `run.py submit --stop waiting` stops it\n" in errors
     assert head.get("/api/jobs/waiting", head.token.read_text()).json()["status"] == "RUNNING"
     assert ended(head.submit("--stop", "waiting")) == (0, "job waiting: stopped\n", "")

@@ -31,6 +31,7 @@ def kill_a_worker(config: Config, killed: list[int]) -> None:
         killed.append(workers[-1].pid)
 
 
+@pytest.mark.slow
 def test_an_elastic_job_outlives_a_worker(cluster: None, tmp_path: Path) -> None:
     """Wrong: the loss of a worker ends an elastic job, or it goes on at another place in the data."""
     elastic: dict[str, Any] = {"fm": {"workers": 2, "min_workers": 1, "zero_stage": 1}, "checkpoint": {"every_examples": 300}}
