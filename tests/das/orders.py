@@ -40,6 +40,11 @@ def written(order: Order) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.glob("window=*/*"))}
 
 
+def scored(order: Order) -> list[Path]:
+    """Files that are whole by now, while actors write."""
+    return sorted((order.store.root / order.store.teacher).glob("window=*/[!.]*"))
+
+
 def undisturbed(order: Order) -> dict[str, bytes]:
     """What one scorer in this process writes into a store beside, window by window."""
     other = replace(order, store=replace(order.store, root=order.store.root.with_name("undisturbed")))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import ray
-from orders import make_order, make_place, undisturbed, written
+from orders import make_order, make_place, scored, undisturbed, written
 from ray.exceptions import RayActorError
 
 from exfm_ray.das import client
@@ -92,7 +92,7 @@ def test_killed_actors_and_services(serving: Any, tmp_path: Path) -> None:
 
     def watch() -> None:
         """Kill an actor, then the service, then an actor ... as soon as it has written something since the last time."""
-        if len(kills) >= 5 or len(written(order)) < 10 * len(kills) + 3:
+        if len(kills) >= 5 or len(scored(order)) < 10 * len(kills) + 3:
             return
         with suppress(RayActorError):  # the service that was killed last is not back yet
             service = connect(order)
