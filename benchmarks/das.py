@@ -82,7 +82,7 @@ def actors(order: Order, quick: bool) -> dict[str, Any]:
     model, _ = order.snapshots.load(1, stream.schema.digest)
     tables = [stream.read(windows[0], fragment) for fragment in stream.window(windows[0]).fragments]
     batches = [batch for table in tables for batch in to_batch(table, stream.schema).split(size)]
-    one, two = ScorerActor.remote(order), ScorerActor.remote(order)  # type: ignore[attr-defined]
+    one, two = ScorerActor.remote(order), ScorerActor.remote(order)
     told: dict[str, list[float]] = {"forward": [], "one": [], "two": [], "same": [], "rolling": []}
     for _ in range(repetitions + 1):  # the first one warms up
         ray.get([actor.take.remote(1) for actor in (one, two)])

@@ -17,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from exfm_ray.config import Arm, Config, StudentConfig
+from exfm_ray.arms import Arm
+from exfm_ray.config import Config, StudentConfig
 from exfm_ray.das.run import DAS
 from exfm_ray.das.supervision import TEACHER_COLUMN
 from exfm_ray.data.batch import Batch, to_batch
@@ -142,7 +143,7 @@ def flops(settings: Config, own: Sequence[StudentConfig], windows: Sequence[int]
 def saving(settings: Config, windows: Sequence[int], quick: bool) -> dict[str, Any]:
     """S -> seconds and FLOPs of each way, and what the external teacher saves of co-distillation's."""
     one_process()
-    settings = settings.model_copy(update={"vm": settings.vm.model_copy(update={"arms": (Arm.AH_SA,)})})
+    settings = settings.model_copy(update={"vm": settings.vm.model_copy(update={"arms": (Arm("ah_sa"),)})})
     windows = windows[1:2] if quick else windows[1:3]  # the ones that have a teacher
     told = {}
     ways: dict[str, Callable[[Sequence[StudentConfig]], None]] = {

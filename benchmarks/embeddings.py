@@ -142,7 +142,7 @@ def train(layout: Layout, scratch: Path, rows: int, steps: int) -> dict[str, flo
     """One layout: memory of its largest worker, and its speed."""
     folder = scratch / layout.name
     folder.mkdir()
-    mp.spawn(worker, (layout, folder, rows, steps), nprocs=layout.workers)  # type: ignore[no-untyped-call]
+    mp.spawn(worker, (layout, folder, rows, steps), nprocs=layout.workers)  # type: ignore[no-untyped-call,attr-defined]
     told = [json.loads(path.read_text()) for path in folder.glob("worker*.json")]
     figures = {key: max(worker[key] for worker in told) for key in ("table_bytes", "resident_bytes")}
     figures["examples_per_s"] = min(worker["examples_per_s"] for worker in told)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from exfm_ray.commands import main as command
+from exfm_ray.das.lag import Policy
 from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.das.supervision import AugmentedReader, SupervisionStore
 from exfm_ray.data.feed import Pass
@@ -94,7 +95,7 @@ def _stream(run: Path) -> object:
 
 def _supervision(run: Path) -> object:
     stream = EventStream.open(run / "stream")
-    reader = AugmentedReader(run / "stream", SupervisionStore(run / "supervision", "fm"), 1, (0,), ("click",))
+    reader = AugmentedReader(run / "stream", SupervisionStore(run / "supervision", "fm"), Policy(1), (0,), ("click",))
     return [reader.read(Pass(2, "learn"), fragment).to_pydict() for fragment in stream.window(2).fragments]
 
 

@@ -44,7 +44,8 @@ def passes(job: Job) -> tuple[list[dict[str, Any]], EarlyStopping]:
     static = job.static(windows)
     assert static
     loop, _ = local_loop(job, windows)
-    stopping, best = EarlyStopping(static.config), []
+    stopping = EarlyStopping(static.config)
+    best: list[dict[str, Any]] = []
     while not stopping.over:
         rows = loop.run_passes(static.works(stopping.last + 1), stopping.last + 1)
         best = rows if stopping.take(rows) else best

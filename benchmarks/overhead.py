@@ -62,7 +62,7 @@ def speed(timings: list[Timing]) -> float:
 def in_ray(settings: Config) -> JobResult:
     """The FM's job under Ray Train."""
     job, windows = Job("fm", settings), EventStream.open(settings.folder / "stream").windows()
-    recorder = RecorderActor.remote(settings.folder / "metrics.jsonl")  # type: ignore[attr-defined]
+    recorder = RecorderActor.remote(settings.folder / "metrics.jsonl")
     run_job(job, windows, recorder, start_feed(job, windows))
     return job.checkpoints.result(Mark(len(windows)))
 
@@ -126,7 +126,7 @@ def das(folder: str, quick: bool) -> dict[str, Any]:
     batches = [to_batch(t.slice(s, size), stream.schema) for t in tables for s in range(0, t.num_rows, size)]
     rows, pairs = sum(len(b) for b in batches), []
     order = replace(service.order, das=settings.das.model_copy(update={"threads": 1}))
-    actor = ScorerActor.remote(order)  # type: ignore[attr-defined]
+    actor = ScorerActor.remote(order)
     ray.get(actor.take.remote(window))
     for _ in range(4 if quick else 10):
         started = time.perf_counter()
@@ -146,7 +146,8 @@ def das(folder: str, quick: bool) -> dict[str, Any]:
 
 def score_all(actor: Any, window: int, fragments: Sequence[Fragment]) -> None:
     """Give an actor a window's fragments as the pool does: `CALLS` in hand at once."""
-    left, running = list(fragments), []
+    left = list(fragments)
+    running: list[Any] = []
     while left or running:
         while left and len(running) < CALLS:
             running.append(actor.score.remote(window, left.pop(0), window))

@@ -95,9 +95,11 @@ class FuxiCTR(Peer):
         from fuxictr.pytorch.dataloaders.parquet_dataloader import ParquetDataLoader
 
         if name == RAY:
-            return ParquetDataLoader(self.feature_map, str(self.folder / "train.parquet"), batch_size=self.batch_size, shuffle=True)
+            loader: Iterable[Any] = ParquetDataLoader(self.feature_map, str(self.folder / "train.parquet"), batch_size=self.batch_size, shuffle=True)
+            return loader
         path = str(self.folder / "train.npz")
-        return NpzDataLoader(self.feature_map, path, batch_size=self.batch_size, shuffle=True, num_workers=WORKERS[name])
+        loader = NpzDataLoader(self.feature_map, path, batch_size=self.batch_size, shuffle=True, num_workers=WORKERS[name])
+        return loader
 
     def train(self, batches: Iterable[Any]) -> None:
         self.model.train_epoch(batches)

@@ -107,7 +107,7 @@ def write_setting(folder: Path, raw: pd.DataFrame, user_ids: int | None) -> None
     writer = StreamWriter(folder / "stream", schema, {}, fragment_rows=50_000)
     writer.write_window(0, 0, len(raw), 0, [table])
     writer.finish({"rows": len(raw)})
-    np.savez(folder / "train.npz", **ids, label=labels)
+    np.savez(folder / "train.npz", **{**ids, "label": labels})  # type: ignore[arg-type]  # of its stub
     pd.DataFrame({**ids, "label": labels}).to_parquet(folder / "train.parquet")
     (folder / "tables.json").write_text(json.dumps({f.name: f.rows for f in schema.single}))
 
@@ -219,7 +219,8 @@ def peer_python(given: Path | None) -> Path:
 
 def run(python: Path, folder: Path, pairing: Pairing, loader: str | None, pairs: int) -> dict[str, Any]:
     """One comparison; the peer's quickest loader is found where none is given."""
-    peer, trials = Theirs(python, folder, pairing), {}
+    peer = Theirs(python, folder, pairing)
+    trials: dict[str, Any] = {}
     if loader is None:
         loader, trials = quickest_loader(peer, pairing.peer, len(pd.read_parquet(folder / "train.parquet", columns=["label"])))
     with peer as train:
@@ -237,7 +238,9 @@ def main() -> None:
         sys.exit(f"{source}: no such file; --data names the folder that holds frappe/")
     torch.set_num_threads(THREADS)
     one_process()
-    raw, figures, loaders = pd.read_csv(source), {}, {}
+    raw = pd.read_csv(source)
+    figures: dict[str, Any] = {}
+    loaders: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for setting in QUICK if options.quick else FULL:
             folder = Path(scratch) / setting.name

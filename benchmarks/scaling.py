@@ -122,7 +122,8 @@ def fit(found: dict[Run, dict[str, float]], family: str) -> dict[str, Any]:
     runs = [run for run in found if run.family == family]
     seeds = sorted({run.seed for run in runs})
     columns = [[float(run.seed == seed) for seed in seeds] + [-np.log2(found[run]["flops"])] for run in runs]
-    x, y = np.array(columns), np.array([found[run]["ne"] for run in runs])
+    x: np.ndarray = np.array(columns)
+    y = np.array([found[run]["ne"] for run in runs])
     solution, *_ = np.linalg.lstsq(x, y, rcond=None)
     residual, free = y - x @ solution, len(y) - x.shape[1]
     error = np.sqrt(residual @ residual / free * np.linalg.inv(x.T @ x)[-1, -1])

@@ -17,7 +17,7 @@ def draw(families: dict[str, Any], path: Path) -> None:
     """`families`: name -> sizes (each with flops, ne, ne_seeds), a and b of the fit. Dots are means over seeds, bars their range."""
     sizes = [size for family in families.values() for size in family["sizes"]]
     logs = [math.log2(size["flops"]) for size in sizes]
-    nes = [ne for size in sizes for ne in size["ne_seeds"]]
+    nes: list[float] = [ne for size in sizes for ne in size["ne_seeds"]]
     low, high, bottom, top = min(logs) - 0.2, max(logs) + 0.2, min(nes), max(nes)
     margin = 0.06 * (top - bottom)
     bottom, top = bottom - margin, top + margin

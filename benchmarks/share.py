@@ -152,9 +152,9 @@ def study(dataset: Dataset, folder: str, data: Path, seeds: Sequence[int], wante
     told = {}
     for student in configs[seeds[0]].vm.models:
         trained: dict[str, dict[int, list[Rows]]] = defaultdict(dict)
-        for (name, variant, seed), each in found.items():
+        for (name, told_of, seed), each in found.items():
             if name == student.name:
-                trained[variant][seed] = each
+                trained[told_of][seed] = each
         fm = {seed: fm_rows(config, student.domain, student.tasks[0]) for seed, config in configs.items()}
         told[student.name] = judge(wanted, trained, fm)
     return told
