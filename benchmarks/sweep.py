@@ -77,7 +77,9 @@ def last_figures(jobs: Sequence[Job], reader: FragmentReader, windows: range) ->
 def together(settings: Config, rows: StudentRows, arm: str, repetitions: int) -> dict[str, float]:
     """Trainings that differ in rates, weights and seeds, together and one after the other."""
     student, windows = settings.vm.models[0], range(6)
-    knobs: list[dict[str, Any]] = [{"vm.optimizer.table_lr": 0.02 * 1.3**i, "distillation.ah.w": 0.3 + i, "distillation.sa.lr": 1e-3 * (i + 1)} for i in range(TOGETHER)]
+    knobs: list[dict[str, Any]] = [
+        {"vm.optimizer.table_lr": 0.02 * 1.3**i, "distillation.ah.w": 0.3 + i, "distillation.sa.lr": 1e-3 * (i + 1)} for i in range(TOGETHER)
+    ]
     jobs = [trial_job(settings, student, arm, knob, 1, seed) for seed, knob in enumerate(knobs)]
     ratios, differences = [], []
     for _ in range(repetitions):
