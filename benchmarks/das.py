@@ -2,7 +2,7 @@
 
 On the embedded stream with the demo's FM, one torch thread in each process; all ratios are medians over interleaved repetitions:
 1. one scorer actor, reading and writing included, against the bare forward pass over the same batches in memory;
-2. two actors against one;
+2. two actors against one; beside it what the machine gives: the bare forward pass in two processes against one;
 3. windows scored by a new snapshot each, against the same windows scored by one snapshot;
 4. bytes of supervision on disk for each example and task;
 5. ten clients that ask for the same windows against one;
@@ -75,33 +75,53 @@ def tasks_of(order: Order, stream: EventStream, windows: Sequence[int], versions
     return found
 
 
+class Bare:
+    """The forward pass alone, over the batches of a window, in a process of its own."""
+
+    def __init__(self, order: Order, window: int) -> None:
+        torch.set_num_threads(1)
+        stream = EventStream.open(order.stream_root)
+        self._model, _ = order.snapshots.load(1, stream.schema.digest)
+        tables = [stream.read(window, fragment) for fragment in stream.window(window).fragments]
+        self._batches = [batch for table in tables for batch in to_batch(table, stream.schema).split(order.das.batch_size)]
+
+    def score(self) -> None:
+        """All of them."""
+        for batch in self._batches:
+            self._model.score(batch)
+
+
+def seconds_of(actors: Sequence[Any]) -> float:
+    """Until all of these have scored all their batches."""
+    started = time.perf_counter()
+    ray.get([actor.score.remote() for actor in actors])
+    return time.perf_counter() - started
+
+
 def actors(order: Order, quick: bool) -> dict[str, Any]:
     """One actor against the bare forward pass, two against one, rollovers against none."""
-    stream, size = EventStream.open(order.stream_root), order.das.batch_size
+    stream = EventStream.open(order.stream_root)
     windows, repetitions = list(range(LEARNT, WINDOWS)), 3 if quick else 7
-    model, _ = order.snapshots.load(1, stream.schema.digest)
-    tables = [stream.read(windows[0], fragment) for fragment in stream.window(windows[0]).fragments]
-    batches = [batch for table in tables for batch in to_batch(table, stream.schema).split(size)]
+    bare = [ray.remote(Bare).remote(order, windows[0]) for _ in range(2)]
     one, two = ScorerActor.remote(order), ScorerActor.remote(order)
-    told: dict[str, list[float]] = {"forward": [], "one": [], "two": [], "same": [], "rolling": []}
+    told: dict[str, list[float]] = {"forward": [], "forward_two": [], "one": [], "two": [], "same": [], "rolling": []}
     for _ in range(repetitions + 1):  # the first one warms up
         ray.get([actor.take.remote(1) for actor in (one, two)])
-        started = time.perf_counter()
-        for batch in batches:
-            model.score(batch)
-        told["forward"].append(time.perf_counter() - started)
+        told["forward"].append(seconds_of(bare[:1]))
+        told["forward_two"].append(seconds_of(bare) / 2)
         told["one"].append(score([one], tasks_of(order, stream, windows[:1], [1])))
         told["same"].append(score([one], tasks_of(order, stream, windows, [1] * len(windows))))
         told["two"].append(score([one, two], tasks_of(order, stream, windows, [1] * len(windows))))
         told["rolling"].append(score([one], tasks_of(order, stream, windows, range(1, LEARNT + 1))))
     rounds = [dict(zip(told, values, strict=True)) for values in list(zip(*told.values(), strict=True))[1:]]
     rows = stream.window(windows[0]).rows
-    for actor in (one, two):
+    for actor in (one, two, *bare):
         ray.kill(actor)
     return {
         "forward_examples_per_s": rows / statistics.median(r["forward"] for r in rounds),
         "actor_examples_per_s": rows / statistics.median(r["one"] for r in rounds),
         "actor_over_forward": statistics.median(r["forward"] / r["one"] for r in rounds),
+        "two_processes_over_one": statistics.median(r["forward"] / r["forward_two"] for r in rounds),
         "two_actors_over_one": statistics.median(r["same"] / r["two"] for r in rounds),
         "rollover_of_a_window": statistics.median((r["rolling"] / r["same"] - 1) * len(windows) / (LEARNT - 1) for r in rounds),
     }

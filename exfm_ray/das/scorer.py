@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 import torch
 
 from exfm_ray.das.order import Order
 from exfm_ray.das.shards import ShardedModel, start_holders
-from exfm_ray.data.batch import to_batch
+from exfm_ray.data.batch import Batch, to_batch
 from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.errors import UserError
 from exfm_ray.models.stored import PlainModel
-from exfm_ray.schema import Schema
 
 CALLS = 3
 """Fragments that an actor has in hand at once: it reads one, computes another, writes a third."""
@@ -34,9 +32,9 @@ class Scored:
     seconds: float
 
 
-def score_table(model: PlainModel, table: pa.Table, schema: Schema, batch_size: int) -> np.ndarray:
-    """Probabilities (rows, tasks), float32, of packed rows; the rows are cut every `batch_size`, from the first on."""
-    parts = [model.score(batch).numpy() for batch in to_batch(table, schema).split(batch_size)]
+def score_rows(model: PlainModel, rows: Batch, batch_size: int) -> np.ndarray:
+    """Probabilities (rows, tasks), float32; the rows are cut every `batch_size`, from the first on."""
+    parts = [model.score(batch).numpy() for batch in rows.split(batch_size)]
     return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
 
 
@@ -94,12 +92,13 @@ class Scorer:
         if order.store.scored(window, fragment, version):
             return Scored(0, 0.0)
         table = self._stream.read(window, fragment)
+        rows = to_batch(table, self._stream.schema)
         model, tasks = self._take(version)
         if isinstance(model, ShardedModel):
-            model = model.with_rows_of(to_batch(table, self._stream.schema))
+            model = model.with_rows_of(rows)
         with self._computing:
             started = time.perf_counter()
-            p_NT = score_table(model, table, self._stream.schema, order.das.batch_size)
+            p_NT = score_rows(model, rows, order.das.batch_size)
             seconds = time.perf_counter() - started
         predictions = {task: p_NT[:, i] for i, task in enumerate(tasks)}
         order.store.write(window, fragment, table["example_id"], version, predictions)

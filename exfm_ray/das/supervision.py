@@ -23,7 +23,7 @@ from exfm_ray.das.lag import Policy
 from exfm_ray.das.shared import SharedStore
 from exfm_ray.data.feed import Pass
 from exfm_ray.data.labels import correction_fragments, correction_rows, is_correction, is_released, labelled
-from exfm_ray.data.stream import EventStream, Fragment, Window, list_values, window_name
+from exfm_ray.data.stream import EventStream, Fragment, Window, list_values, read_parquet, window_name
 from exfm_ray.errors import UserError
 from exfm_ray.files import atomic_path, read_json, write_json
 from exfm_ray.schema import Model
@@ -113,7 +113,7 @@ class SupervisionStore:
         if not path.exists():
             return False
         try:
-            table = pq.read_table(path, columns=["snapshot"], partitioning=None, page_checksum_verification=True)
+            table = read_parquet(path, ["snapshot"])
         except (pa.ArrowException, OSError):  # damaged: score it again
             return False
         return table.num_rows == fragment.rows and pc.all(pc.equal(table["snapshot"], snapshot)).as_py() is not False
@@ -149,7 +149,7 @@ class SupervisionStore:
             if task not in manifest.tasks:
                 raise UserError(f"{path}: no supervision for task '{task}'; this teacher writes {', '.join(manifest.tasks)}")
         try:
-            table = pq.read_table(path, partitioning=None, use_threads=False, page_checksum_verification=True)
+            table = read_parquet(path)
         except FileNotFoundError:
             raise UserError(f"{path}: the manifest names this file, but it is not there; remove the window's folder and run the DAS") from None
         except (pa.ArrowException, OSError) as error:

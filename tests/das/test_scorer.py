@@ -13,7 +13,7 @@ from example import SCHEMA
 from orders import make_order
 from publish import publish
 
-from exfm_ray.das.scorer import Scored, Scorer, score_table
+from exfm_ray.das.scorer import Scored, Scorer, score_rows
 from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream, Fragment
@@ -121,4 +121,4 @@ def test_no_rows(stream: EventStream, snapshots: SnapshotStore) -> None:
     """Wrong: a fragment without rows stops the scorer."""
     model, _ = load_model(snapshots.folder(1))
     table = stream.read(0, stream.window(0).fragments[0]).slice(0, 0)
-    assert len(score_table(model, table, SCHEMA, 10)) == 0
+    assert len(score_rows(model, to_batch(table, SCHEMA), 10)) == 0
