@@ -32,9 +32,10 @@ def summary_rows(config: Config, stream: EventStream, results: Iterable[JobResul
     windows = stream.windows()
     best = best_nes(stream, [w for w in windows if w >= config.metrics.warmup_windows])
     ne = {key: state.figures()["ne"] for key, state in states.items()}
+    models, arms = list(dict.fromkeys(key[0] for key in states)), [FM_ARM, *config.vm.arms]
     rows = []
-    for key, state in states.items():
-        model, arm, domain, task = key
+    for key in sorted(states, key=lambda key: (models.index(key[0]), arms.index(key[1]))):
+        (model, arm, domain, task), state = key, states[key]
         role = "fm" if arm == FM_ARM else "vm"
         row: dict[str, Any] = {"role": role, **describe(key), "seed": config.seed, **state.figures(), "best_ne": best.get((domain, task))}
         row["snapshot"] = supervisor(key, windows[-1] + 1, Policy.of(config.das)) if windows else None

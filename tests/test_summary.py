@@ -61,14 +61,16 @@ def state(quality: float) -> MetricState:
 
 
 def test_gains_compare_the_same_examples(stream: EventStream, tmp_path: Path) -> None:
-    """Wrong: a gain is over another arm, another domain's figures, or the ratio of gains is upside down."""
-    states = {("vm", arm, "feed", "click"): state(q) for arm, q in (("labels", 1.0), ("kd", 1.5), ("ah", 0.5))}
+    """Wrong: a gain is over another arm, another domain's figures, or the ratio of gains is upside down; arms stand in another order than
+    the config's, labels first."""
+    states = {("vm", arm, "feed", "click"): state(q) for arm, q in (("ah", 0.5), ("labels", 1.0), ("kd", 1.5))}
     states |= {("fm", "fm", "feed", "click"): state(3.0), ("fm", "fm", "all", "click"): state(9.0)}
     other_task = {("vm", arm, "feed", "conversion"): state(q) for arm, q in (("labels", 0.3), ("kd", 2.5), ("ah", 4.0))}
     states |= other_task | {("fm", "fm", "feed", "conversion"): state(0.7)}
     config = small_config(tmp_path, "x")
     told = summary_rows(config, stream, [JobResult(states, [])])
     assert len(told) == len(states)
+    assert [row["arm"] for row in told if row["model"] == "vm"] == ["labels", "labels", "kd", "kd", "ah", "ah"]
     rows = {(row["model"], row["arm"], row["domain"]): row for row in told if row["task"] == "click"}
     ne = {key: row["ne"] for key, row in rows.items()}
     base, fm = ne["vm", "labels", "feed"], ne["fm", "fm", "feed"]
