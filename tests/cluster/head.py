@@ -49,6 +49,7 @@ class Head:
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            "RAY_health_check_period_ms": "1000",  # a dead node is found after 5 s, not 15
             "RAY_prestart_worker_first_driver": "0",  # workers started ahead lack a job's code and are thrown away
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), bare["PATH"]]),
             "EXFM_HOME": str(self.home),
