@@ -6,8 +6,9 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +18,7 @@ from exfm_ray.errors import UserError, nearest
 from exfm_ray.files import read_json
 from exfm_ray.places import base, lasting, placed
 from exfm_ray.schema import Schema
+from exfm_ray.tracking.lacking import lacking
 
 USER_ERROR = 2
 
@@ -229,6 +231,7 @@ def prepare(config: Config) -> None:
 
 
 def _run(config: Config, fm: bool, das: bool, vm: bool) -> None:
+    from exfm_ray.das.client import ParkedError
     from exfm_ray.data.drift import write_new_ids
     from exfm_ray.pipeline import Run, prepare_stream
 
@@ -236,7 +239,13 @@ def _run(config: Config, fm: bool, das: bool, vm: bool) -> None:
         stream = prepare_stream(config)
         over = stream.complete  # asked first: what is there by then is done below
         run = Run(config, stream)
-        if run.execute(fm, das, vm) or over:
+        try:
+            worked = run.execute(fm, das, vm)
+        except ParkedError:  # names one cause; summary and report have all
+            run.summarise()
+            _write_report(config.folder)
+            raise
+        if worked or over:
             run.summarise()
             if over and not config.fm.static:  # written once, of the whole stream
                 write_new_ids(run.stream, config.folder / "new_ids.json")
@@ -308,6 +317,7 @@ def train_fm(config: Config) -> None:
 def das(config: Config) -> None:
     """Let the DAS score every window with the snapshots that train-fm has published; `das start|status|stop`: as a service."""
     _run(config, fm=False, das=True, vm=False)
+    _show_lacking(read_json(config.folder / "summary.json"))
 
 
 def train_vm(config: Config) -> None:
@@ -352,9 +362,15 @@ def show(config: Config) -> None:
         identity = (str(row[key]) for key in (*place, "domain", "task", "model", "arm"))
         table.add_row(*identity, *(_cell(key, row.get(key)) for key in columns))
     console.print(table)
+    _show_lacking(summary)
     seconds = ", ".join(f"{role} {r['examples']:,} examples in {r['seconds']:.0f} s" for role, r in summary["roles"].items() if r["examples"])
     memory = f"peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB"
     console.print(f"{seconds}; {memory}. Everything is in {config.folder}", highlight=False, soft_wrap=True)
+
+
+def _show_lacking(summary: Mapping[str, Any]) -> None:
+    for line in lacking(summary):
+        _console().print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _cell(key: str, value: float | None) -> str:

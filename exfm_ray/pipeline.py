@@ -29,6 +29,7 @@ from exfm_ray.actors import answer, beside_driver
 from exfm_ray.arms import LABELS
 from exfm_ray.config import Config, StudentConfig, dump_config, lineage
 from exfm_ray.das.history import check_history
+from exfm_ray.das.lacking import parked, stood_in
 from exfm_ray.das.run import DAS
 from exfm_ray.data.feed import FEED_WAIT_S
 from exfm_ray.data.labels import released_windows
@@ -192,7 +193,13 @@ class Run:
         if not self._open or set(self.config.vm.arms) == {LABELS}:
             return windows
         own = next(own for own in self.dases if own.store.teacher == job.teacher)
-        return list(takewhile(lambda w: not own.missing([w]) or (das and self._in_reach(own, w, fm)), windows))
+        shares = any(arm.shares for arm in self.config.vm.arms)  # what is exported is given the rows of the snapshot for the next window
+
+        def learnable(window: int) -> bool:
+            supervised = not own.missing([window]) or (das and self._in_reach(own, window, fm))
+            return supervised and (not shares or self._in_reach(own, window + 1, fm))
+
+        return list(takewhile(learnable, windows))
 
     def unscored(self, own: DAS, fm: bool) -> list[int]:
         """Windows that a DAS can score by now."""
@@ -366,6 +373,8 @@ class Run:
             "windows": static.held_out if static else [w for w in self.windows if w >= self.config.metrics.warmup_windows],
             "figures": self._best_pass() if static else summary_rows(self.config, self.stream, found.values()),
             "roles": roles | {role: {"seconds": seconds, "examples": examples} for role, (seconds, examples) in scored.items()},
+            "parked": [row for own in self.dases for row in parked(own.order)],
+            "stood_in": [row for own in self.dases for row in stood_in(own.order)],
             "peak_memory_bytes": max(self.memory.peak, before),
         }
         write_json(path, summary)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
 from exfm_ray.arms import Arm
 from exfm_ray.config import Config, StudentConfig
 from exfm_ray.das.supervision import TEACHER_COLUMN
+from exfm_ray.data.corrections import without_corrections
 from exfm_ray.data.feed import Pass
 from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.training.job import Job
@@ -22,10 +23,12 @@ class StudentRows:
     Attributes:
         listed: window -> its fragments that hold rows of the student.
         tables: (window, fragment's file) -> packed rows, with the teacher's predictions where there are any.
+        judged: those that are evaluated instead, where corrections stand among the rows.
     """
 
     listed: Mapping[int, tuple[Fragment, ...]]
     tables: Mapping[tuple[int, str], pa.Table]
+    judged: Mapping[tuple[int, str], pa.Table] = field(default_factory=dict)
 
     @classmethod
     def read_from(cls, config: Config, student: StudentConfig, windows: Sequence[int]) -> StudentRows:
@@ -36,7 +39,8 @@ class StudentRows:
         reader = job.reader(EventStream.open(job.stream_root).schema)
         listed = {window: tuple(reader.fragments(Pass(window, "learn"))) for window in windows}
         tables = {(window, f.file): reader.read(Pass(window, "learn"), f) for window, fragments in listed.items() for f in fragments}
-        return cls(listed, tables)
+        own = {key: without_corrections(table) for key, table in tables.items()}
+        return cls(listed, tables, {key: table for key, table in own.items() if table.num_rows < tables[key].num_rows})
 
     def ready(self, work: Pass) -> bool:
         return work.window in self.listed
@@ -48,6 +52,8 @@ class StudentRows:
         return self.listed[work.window]
 
     def read(self, work: Pass, fragment: Fragment) -> pa.Table:
-        table = self.tables[work.window, fragment.file]
-        hidden = work.purpose == "evaluate" and TEACHER_COLUMN in table.column_names
-        return table.drop_columns([TEACHER_COLUMN]) if hidden else table
+        key = work.window, fragment.file
+        if work.purpose == "learn":
+            return self.tables[key]
+        table = self.judged.get(key, self.tables[key])
+        return table.drop_columns([TEACHER_COLUMN]) if TEACHER_COLUMN in table.column_names else table

@@ -21,6 +21,10 @@ ANSWER_S = 60.0
 """Longest wait for one answer of a service."""
 
 
+class ParkedError(UserError):
+    """Windows that could not be labelled; all others are."""
+
+
 def connect(order: Order, lasting: bool = False, follow: bool = False) -> Any:
     """The service that carries out `order`: the one that runs, or a new one; `lasting`: it outlives the process that starts it.
 
@@ -56,7 +60,7 @@ def label(order: Order, windows: Sequence[int], progress: Callable[[int, int], N
         watch: called all the time; it raises to end the wait.
 
     Raises:
-        UserError: some windows could not be labelled; all others are.
+        ParkedError: some windows could not be labelled; all others are.
     """
     client, left, seen = uuid.uuid4().hex, set(windows), dict.fromkeys(windows, 0)
     service = None
@@ -83,7 +87,7 @@ def label(order: Order, windows: Sequence[int], progress: Callable[[int, int], N
                     seen[window] = rows
             left -= told["committed"]
             if left and left <= told["parked"].keys():
-                raise UserError(parked_message(order, {window: told["parked"][window] for window in left}))
+                raise ParkedError(parked_message(order, {window: told["parked"][window] for window in left}))
             watch()
             time.sleep(POLL_S if left else 0)
     finally:

@@ -56,6 +56,11 @@ class Order:
         return Policy.of(self.das)
 
     @property
+    def parked_list(self) -> Path:
+        """Where what has failed too often is listed."""
+        return self.store.root / self.store.teacher / "parked.json"
+
+    @property
     def name(self) -> str:
         """Names the service that carries the order out: the same for all who want this supervision in this store."""
         return f"das {self.store.root.parent.name} {self.store.teacher} {digest([str(self.store.root), self.store.teacher])}"

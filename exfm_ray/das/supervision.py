@@ -21,8 +21,9 @@ from pydantic import ValidationError
 from exfm_ray.das.history import HistoryStore, user_column
 from exfm_ray.das.lag import Policy
 from exfm_ray.das.shared import SharedStore
+from exfm_ray.data.corrections import learnt_fragments, with_corrections
 from exfm_ray.data.feed import Pass
-from exfm_ray.data.labels import correction_fragments, correction_rows, is_correction, is_released, labelled
+from exfm_ray.data.labels import is_released, labelled
 from exfm_ray.data.stream import EventStream, Fragment, Window, list_values, read_parquet, window_name
 from exfm_ray.errors import UserError
 from exfm_ray.files import atomic_path, read_json, write_json
@@ -233,15 +234,20 @@ class AugmentedReader:
         return EventStream.open(self.stream_root)
 
     def fragments(self, work: Pass) -> Sequence[Fragment]:
-        """Fragments that hold a row of one of the domains; to learn, first corrections of earlier windows' labels."""
-        late = correction_fragments(self._stream, work.window, self.tasks) if work.purpose == "learn" else []
-        return [f for f in (*late, *self._stream.window(work.window).fragments) if any(f.domain_rows[d] for d in self.domains)]
+        """Fragments that hold a row of one of the domains; to learn, see `learnt_fragments`."""
+        if work.purpose == "learn":
+            return learnt_fragments(self._stream, work.window, self.tasks, self.domains)
+        return [f for f in self._stream.window(work.window).fragments if any(f.domain_rows[d] for d in self.domains)]
 
     def read(self, work: Pass, fragment: Fragment) -> pa.Table:
-        if is_correction(fragment):
-            events = correction_rows(self._stream, work.window, fragment, lambda window, origin: self._origin(work, window, origin))
-        else:
-            events = self._augment(work, fragment, labelled(self._stream, work.window, fragment, self.tasks))
+        def own() -> pa.Table:
+            return self._augment(work, fragment, labelled(self._stream, work.window, fragment, self.tasks))
+
+        def origin(window: int, fragment: Fragment) -> pa.Table | None:
+            return self._origin(work, window, fragment)
+
+        learns = work.purpose == "learn"
+        events = with_corrections(self._stream, work.window, fragment, self.tasks, own, origin) if learns else own()
         return events.filter(pc.is_in(events["domain"], pa.array(self.domains, pa.int32())))
 
     def _origin(self, work: Pass, window: int, fragment: Fragment) -> pa.Table | None:

@@ -28,7 +28,7 @@ class Batch:
         bag_values_V: int64, table rows of the bags, bag after bag, example after example.
         bag_lengths_MB: int64, how many values each bag has in each example.
         dense_BD: float32, normalised.
-        labels_BT: float32, 0 or 1.
+        labels_BT: float32, 0 or 1; to learn also NaN, where none is known, and `data.corrections.CORRECTED`.
     """
 
     sparse_BS: Tensor

@@ -21,7 +21,8 @@ import pyarrow as pa
 import ray
 
 from exfm_ray.actors import answer
-from exfm_ray.data.labels import correction_fragments, correction_rows, is_correction, is_released, labelled
+from exfm_ray.data.corrections import learnt_fragments, with_corrections
+from exfm_ray.data.labels import is_released, labelled
 from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.errors import UserError
 
@@ -64,10 +65,7 @@ class FragmentReader(Protocol):
 
 @dataclass(frozen=True)
 class StreamReader:
-    """All rows of a stream's windows, with the released labels of `tasks`; to learn, first the corrections that it delivers.
-
-    Corrections are positives alone: learnt last, they would be what the next window is evaluated by.
-    """
+    """All rows of a stream's windows, with the released labels of `tasks`; to learn, with the corrections that it delivers among them."""
 
     root: Path
     tasks: tuple[str, ...] = ()
@@ -80,14 +78,17 @@ class StreamReader:
 
     def fragments(self, work: Pass) -> Sequence[Fragment]:
         stream = EventStream.open(self.root)
-        late = correction_fragments(stream, work.window, self.tasks) if work.purpose == "learn" else []
-        return [*late, *stream.window(work.window).fragments]
+        if work.purpose == "learn":
+            return learnt_fragments(stream, work.window, self.tasks)
+        return stream.window(work.window).fragments
 
     def read(self, work: Pass, fragment: Fragment) -> pa.Table:
         stream = EventStream.open(self.root)
-        if is_correction(fragment):
-            return correction_rows(stream, work.window, fragment, stream.read)
-        return labelled(stream, work.window, fragment, self.tasks)
+
+        def own() -> pa.Table:
+            return labelled(stream, work.window, fragment, self.tasks)
+
+        return with_corrections(stream, work.window, fragment, self.tasks, own, stream.read) if work.purpose == "learn" else own()
 
 
 def _datasource(reader: FragmentReader, work: Sequence[tuple[Pass, Fragment]]) -> Any:

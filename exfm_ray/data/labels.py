@@ -13,7 +13,7 @@ then are written beside its fragments, for good.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +25,9 @@ from pydantic import ValidationError
 from exfm_ray.data.stream import EventStream, Fragment, list_values, window_name
 from exfm_ray.errors import UserError
 from exfm_ray.files import read_json
-from exfm_ray.schema import Model, Schema
+from exfm_ray.schema import Model
 
 ATTRIBUTION = "labels.json"
-CORRECTIONS = "corrections."
-CORRECTION = pa.schema([("example_id", pa.int64()), ("window", pa.int32()), ("fragment", pa.int32()), ("row", pa.int32())])
 
 
 class Released(Model):
@@ -106,7 +104,7 @@ def labelled(stream: EventStream, window: int, fragment: Fragment, tasks: Sequen
     labels_NT = list_values(events["labels"], len(stream.schema.tasks)).copy()
     for task in awaited:
         labels_NT[:, stream.schema.task_index(task)] = _labels(stream, window, fragment, task, events["example_id"])
-    return _with_labels(events, labels_NT)
+    return with_labels(events, labels_NT)
 
 
 def _labels(stream: EventStream, window: int, fragment: Fragment, task: str, ids: pa.ChunkedArray) -> np.ndarray:
@@ -127,46 +125,7 @@ def _labels(stream: EventStream, window: int, fragment: Fragment, task: str, ids
     return np.asarray(table["label"].to_numpy()).astype(np.float32)
 
 
-def _with_labels(events: pa.Table, labels_NT: np.ndarray) -> pa.Table:
+def with_labels(events: pa.Table, labels_NT: np.ndarray) -> pa.Table:
+    """The same rows with these labels, float32 (rows, tasks)."""
     column = pa.FixedSizeListArray.from_arrays(pa.array(labels_NT.ravel(), pa.float32()), labels_NT.shape[1])
     return events.set_column(events.column_names.index("labels"), events.schema.field("labels"), column)
-
-
-def correction_fragments(stream: EventStream, window: int, tasks: Sequence[str]) -> list[Fragment]:
-    """What a released window delivers of labels that came too late for their own: for each task one more fragment to learn, if any."""
-    found = [release(stream, window, task).corrections for task in tasks if task in attribution(stream.root)]
-    return [fragment for fragment in found if fragment]
-
-
-def is_correction(fragment: Fragment) -> bool:
-    """Whether a fragment is one of `correction_fragments`."""
-    return fragment.file.startswith(CORRECTIONS)
-
-
-def correction_rows(stream: EventStream, window: int, fragment: Fragment, read: Callable[[int, Fragment], pa.Table | None]) -> pa.Table:
-    """The examples that a correction fragment points to, as `read` gives their own window's fragments (None: leave these out).
-
-    Their label of the fragment's task is 1, all others NaN: learnt once already, or not known.
-    """
-    task = fragment.file.removeprefix(CORRECTIONS).removesuffix(".parquet")
-    path = stream.path(window, fragment)
-    places = pq.read_table(path, partitioning=None, use_threads=False)
-    if places.schema != CORRECTION or places.num_rows != fragment.rows:
-        raise UserError(f"{path}: {places.num_rows} rows of {places.column_names} where the manifest says {fragment.rows}; prepare the stream again")
-    origin_C = np.stack([places["window"].to_numpy(), places["fragment"].to_numpy()], axis=1)
-    found = []
-    for origin, number in np.unique(origin_C, axis=0).tolist():
-        here = places.filter(pa.array((origin_C == (origin, number)).all(axis=1)))
-        events = read(origin, stream.window(origin).fragments[number])
-        if events is not None:
-            rows = events.take(here["row"].combine_chunks())
-            if not rows["example_id"].equals(here["example_id"]):
-                raise UserError(f"{path}: points to other examples than window {origin} holds; prepare the stream again")
-            found.append(rows)
-    return _corrected(pa.concat_tables(found), stream.schema, task) if found else stream.schema.arrow_schema.empty_table()
-
-
-def _corrected(rows: pa.Table, schema: Schema, task: str) -> pa.Table:
-    labels_NT = np.full((rows.num_rows, len(schema.tasks)), np.nan, np.float32)
-    labels_NT[:, schema.task_index(task)] = 1
-    return _with_labels(rows.combine_chunks(), labels_NT)

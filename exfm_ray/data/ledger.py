@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from exfm_ray.data.labels import CORRECTION, CORRECTIONS, Released, release, release_folder
+from exfm_ray.data.corrections import CORRECTION, CORRECTIONS
+from exfm_ray.data.labels import Released, release, release_folder
 from exfm_ray.data.stream import EventStream, Fragment, Window, window_name
 from exfm_ray.errors import UserError
 from exfm_ray.files import atomic_path, write_json

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from exfm_ray.arms import Objective
 from exfm_ray.config import DistillationConfig
+from exfm_ray.data.corrections import CORRECTED
 from exfm_ray.distillation.student import Logits
 
 
@@ -43,8 +44,14 @@ def bce_BT(logit_BT: Tensor, target_BT: Tensor) -> Tensor:
 
 
 def label_bce_BT(logit_BT: Tensor, labels_BT: Tensor) -> Tensor:
-    """h(z, y), and 0 where the label is NaN: a correction (see `data.labels`) tells the label of one task only."""
-    return torch.where(labels_BT.isnan(), 0.0, bce_BT(logit_BT, labels_BT.nan_to_num()))
+    """h(z, y); 0 where the label is NaN, for a correction (see `data.corrections`) tells the label of one task only.
+
+    Of a correction it is h(z, 1) - h(z, 0) = -z: the example was learnt as a 0 before, and this takes it back. Learnt as a plain 1 beside
+    that 0, an example would count twice, and the rate that is learnt would be p / (1 + the share of all examples that is corrected).
+    """
+    known_BT = labels_BT.nan_to_num()
+    loss_BT = torch.where(known_BT == CORRECTED, -logit_BT, bce_BT(logit_BT, known_BT))
+    return torch.where(labels_BT.isnan(), 0.0, loss_BT)
 
 
 def labels_objective_B(logits_BT: Tensor, labels_BT: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 from exfm_ray.tracking import charts
 from exfm_ray.tracking.clock import PAUSE_S, bars, seconds
+from exfm_ray.tracking.lacking import lacking
 from exfm_ray.tracking.marks import at_serving
 from exfm_ray.tracking.page import STYLE, Part, place_figure, write_page
 from exfm_ray.tracking.run_files import Row, RunFiles, panels
@@ -39,6 +40,7 @@ body { color: var(--ink); background: var(--paper) }
 }
 """
 TABLES = """
+.lacks { border-left: .3rem solid #c60; padding-left: .6rem; overflow-wrap: anywhere }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 0 } dt { opacity: .7 } dd { margin: 0; overflow-wrap: anywhere }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .875rem; width: 100%; margin-bottom: 1rem }
 th, td { padding: .25rem .35rem; border-bottom: 1px solid var(--line); text-align: right } th { vertical-align: bottom }
@@ -79,7 +81,8 @@ def _told(run: RunFiles) -> str:
         "seed": f"{run.setting('seed', 0)}",
         "versions": ", ".join(run.versions),
     }
-    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items() if fact) + "</dl>"
+    lacks = "".join(f"<p class=lacks>{escape(line)}</p>" for line in lacking(run.summary or {}))
+    return lacks + "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items() if fact) + "</dl>"
 
 
 def _role_of_windows(run: RunFiles) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from exfm_ray.das import service
+from exfm_ray.das import scoring
 from exfm_ray.das.backlog import Work
 from exfm_ray.das.client import parked_message
 from exfm_ray.das.order import Order
@@ -51,8 +51,8 @@ class LocalPool:
 
 def local_service(patch: pytest.MonkeyPatch, order: Order, **options: bool) -> Service:
     """A service whose thread runs in this process, looking often."""
-    patch.setattr(service, "LOOK_S", 0.02)
-    patch.setattr(service, "Pool", lambda *arguments: LocalPool(order))
+    patch.setattr(scoring, "LOOK_S", 0.02)
+    patch.setattr(scoring, "Pool", lambda *arguments: LocalPool(order))
     return Service(order, **options)
 
 

@@ -14,6 +14,7 @@ from orders import make_order, make_place, undisturbed, written
 from publish import publish
 
 from exfm_ray.das import versions
+from exfm_ray.das.lacking import parked, stood_in
 from exfm_ray.das.order import Order
 from exfm_ray.das.service import Service
 from exfm_ray.data.stream import EventStream, StreamWriter
@@ -77,11 +78,13 @@ def test_a_fragment_that_cannot_be_read_is_parked(local: Local, tmp_path: Path) 
     with pytest.raises(UserError, match=rf"{path}: \d+ bytes where the manifest says .* no supervision of window\(s\) 2 by 'fm'"):
         finish(local(order), order, windows_of(order))
     assert [order.store.has(w) for w in range(4)] == [False, True, False, True]
-    (parked,) = read_json(order.store.root / "fm" / "parked.json")
-    assert (parked["window"], parked["fragment"], parked["snapshot"], parked["tries"]) == (2, path.name, 2, 2)
+    (listed,) = read_json(order.store.root / "fm" / "parked.json")
+    assert (listed["window"], listed["fragment"], listed["snapshot"], listed["tries"]) == (2, path.name, 2, 2)
+    (told,) = parked(order)
+    assert told["teacher"] == "fm" and told["cause"].startswith(f"{path}: "), "for summary and report"
     path.write_bytes(whole)
     assert finish(local(order), order, windows_of(order)) == {2: 400}, "the other fragments of the window were scored before"
-    assert read_json(order.store.root / "fm" / "parked.json") == []
+    assert read_json(order.store.root / "fm" / "parked.json") == [] == parked(order)
     assert written(order) == undisturbed(order)
 
 
@@ -94,6 +97,7 @@ def test_a_damaged_snapshot_is_never_taken(local: Local, tmp_path: Path) -> None
     ((_, fault),) = service.state()["faults"]
     assert fault.startswith("snapshot 2 is left out") and "dense.safetensors: missing or not the file" in fault
     assert [(order.store.manifest(w).snapshot, order.store.manifest(w).asked) for w in (1, 2, 3)] == [(1, None), (1, 2), (3, None)]
+    assert stood_in(order) == [{"teacher": "fm", "window": 2, "asked": 2, "snapshot": 1}]
 
 
 @pytest.mark.parametrize("fault", ["half published", "another schema", "pinned"])

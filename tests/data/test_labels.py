@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from small_runs import small_config
@@ -14,13 +15,14 @@ from small_runs import small_config
 from exfm_ray.config import Config
 from exfm_ray.das.lag import Policy
 from exfm_ray.das.supervision import TEACHER_COLUMN, AugmentedReader, SupervisionStore
+from exfm_ray.data.corrections import CORRECTED
 from exfm_ray.data.feed import Pass, StreamReader
 from exfm_ray.data.labels import is_released, labelled, release, release_folder, released_windows
 from exfm_ray.data.prepare import prepare
 from exfm_ray.data.prepare.embedded import START_MS, WINDOW_MS, known_times
 from exfm_ray.data.stream import EventStream, list_values
 from exfm_ray.errors import UserError
-from exfm_ray.files import read_json
+from exfm_ray.files import read_json, write_json
 
 HOURS = {"click": 600, "conversion": 7200}
 BOTH = ("click", "conversion")
@@ -77,17 +79,25 @@ def test_late_labels_come_back_once_as_positives_to_learn(tmp_path: Path) -> Non
     labels_NT, known_NT, window_N = truth(tmp_path)
     reader, found = StreamReader(stream.root, BOTH), []
     for window in stream.windows():
-        assert len(reader.fragments(Pass(window, "evaluate"))) == len(stream.window(window).fragments)
-        for fragment in reader.fragments(Pass(window, "learn"))[: -len(stream.window(window).fragments)]:
+        manifest = stream.window(window)
+        late = [release(stream, window, task).corrections for task in BOTH]
+        assert list(reader.fragments(Pass(window, "evaluate"))) == list(reader.fragments(Pass(window, "learn"))) == list(manifest.fragments)
+        domains = np.zeros(4, np.int64)
+        for fragment in manifest.fragments:
             rows = reader.read(Pass(window, "learn"), fragment)
-            assert rows.schema.equals(stream.schema.arrow_schema) and rows.num_rows == fragment.rows
+            again_N = window_N[rows["example_id"].to_numpy()] < window
+            assert rows.schema.equals(stream.schema.arrow_schema)
+            assert rows.filter(pa.array(~again_N)).equals(reader.read(Pass(window, "evaluate"), fragment)), "its own rows, in their order"
             values_NT = list_values(rows["labels"], 2)
-            column = int(np.flatnonzero(values_NT[0] == 1)[0])
-            assert np.isnan(values_NT[:, 1 - column]).all() and (values_NT[:, column] == 1).all()
-            np.testing.assert_array_equal(np.bincount(rows["domain"].to_numpy(), minlength=4), fragment.domain_rows)
-            ids = rows["example_id"].to_numpy()
-            np.testing.assert_array_equal((rows["event_time"].to_numpy() - START_MS) // WINDOW_MS, window_N[ids])
-            found += [(window, column, i) for i in ids.tolist()]
+            domains += np.bincount(rows["domain"].to_numpy()[again_N], minlength=4)
+            for column, of_task in enumerate(late):
+                mine_N = again_N & (values_NT[:, column] == CORRECTED)
+                assert np.isnan(values_NT[mine_N, 1 - column]).all()
+                assert abs(mine_N.sum() - (of_task.rows * fragment.rows / manifest.rows if of_task else 0)) <= 1, "dealt by the fragments' rows"
+                first, second = (half.sum() for half in np.array_split(mine_N, 2))
+                assert abs(first - second) <= 2, "spread over the fragment"
+                found += [(window, column, i) for i in rows["example_id"].to_numpy()[mine_N].tolist()]
+        np.testing.assert_array_equal(domains, np.sum([f.domain_rows for f in late if f] or [[0] * 4], axis=0))
     expected = []
     for column, task in enumerate(BOTH):
         for i in np.flatnonzero(labels_NT[:, column] == 1).tolist():
@@ -130,16 +140,29 @@ def test_corrections_carry_their_own_supervision(tmp_path: Path) -> None:
         store.commit(stream.window(window), window, ("conversion",), Policy(1))
     reader, plain = (AugmentedReader(stream.root, s, Policy(1), (0, 2), ("conversion",)) for s in (store, None))
     untaught = taught = 0
-    for window in stream.windows():
+    for window in stream.windows()[1:]:
         for fragment in reader.fragments(Pass(window, "learn")):
             rows = reader.read(Pass(window, "learn"), fragment)
-            if fragment.file.startswith("corrections") and rows.num_rows:
-                p_N1 = list_values(rows[TEACHER_COLUMN], 1)
-                np.testing.assert_allclose(p_N1[:, 0], rows["example_id"].to_numpy() % 97 / 100, rtol=1e-6)
-                assert set(rows["domain"].to_pylist()) <= {0, 2} and (rows["event_time"].to_numpy() >= START_MS + WINDOW_MS).all()
-                taught += rows.num_rows
-                untaught += plain.read(Pass(window, "learn"), fragment).num_rows - rows.num_rows
+            both = (rows, plain.read(Pass(window, "learn"), fragment))
+            rows, more = (table.filter(pc.less(table["event_time"], START_MS + window * WINDOW_MS)) for table in both)
+            np.testing.assert_allclose(list_values(rows[TEACHER_COLUMN], 1)[:, 0], rows["example_id"].to_numpy() % 97 / 100, rtol=1e-6)
+            assert set(rows["domain"].to_pylist()) <= {0, 2} and (rows["event_time"].to_numpy() >= START_MS + WINDOW_MS).all()
+            taught, untaught = taught + rows.num_rows, untaught + more.num_rows - rows.num_rows
     assert taught > 5 and untaught > 0, "corrections of window 0, which had no teacher, are left out with one"
+
+
+def test_a_window_without_events_brings_its_corrections(tmp_path: Path) -> None:
+    """Wrong: where there is nothing to mix corrections with, they are lost."""
+    stream = prepare(make(tmp_path))
+    late = release(stream, 4, "conversion").corrections
+    assert late is not None
+    empty = stream.window(4).model_copy(update={"rows": 0, "fragments": ()})
+    write_json(stream.root / "window=004" / "manifest.json", empty.model_dump(mode="json"))
+    for reader in (StreamReader(stream.root, ("conversion",)), AugmentedReader(stream.root, None, Policy(1), (0, 1, 2, 3), ("conversion",))):
+        assert not reader.fragments(Pass(4, "evaluate"))
+        (fragment,) = reader.fragments(Pass(4, "learn"))
+        rows = reader.read(Pass(4, "learn"), fragment)
+        assert rows.num_rows == late.rows and (list_values(rows["labels"], 2)[:, 1] == CORRECTED).all()
 
 
 def test_a_killed_preparation_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from exfm_ray.arms import Objective
 from exfm_ray.config import AHConfig, DistillationConfig, KDConfig, SAConfig
+from exfm_ray.data.corrections import CORRECTED
 from exfm_ray.distillation.objective import Weights, bce_BT, labels_objective_B, objective_B
 from exfm_ray.distillation.student import Logits
 
@@ -46,6 +47,23 @@ def some(rows: int, tasks: int, seed: int) -> tuple[Logits, Tensor, Tensor, Tens
     logits = [2 * torch.randn(rows, tasks, generator=generator) for _ in range(3)]
     p, t, y = (torch.rand(rows, tasks, generator=generator) for _ in range(3))
     return Logits(*logits), (y < 0.3).float(), p, t
+
+
+@pytest.mark.parametrize("arm", list(Objective))
+def test_a_correction_takes_back_the_negative_that_was_learnt(arm: Objective) -> None:
+    """Wrong: an example learnt as a 0 and corrected to a 1 is not what one learnt as a 1 at once is, or the label of another task moves."""
+    logits, labels, teacher, target = some(40, 2, seed=3)
+    wrong, correction = labels.clone(), torch.full_like(labels, math.nan)
+    wrong[:, 1], correction[:, 1], labels[:, 1] = 0, CORRECTED, 1
+
+    def gradient(told: Tensor) -> Tensor:
+        z = logits.serving_BT.clone().requires_grad_()
+        objective_B(arm, WEIGHTS._replace(kd_w=0.0), logits._replace(serving_BT=z), told, teacher, target).sum().backward()
+        assert z.grad is not None
+        return z.grad
+
+    torch.testing.assert_close(gradient(wrong) + gradient(correction), gradient(labels))
+    assert not gradient(correction)[:, 0].any() and (gradient(correction)[:, 1] == -0.5).all(), "-1 over two tasks"
 
 
 @pytest.mark.parametrize("arm", list(Objective))

@@ -1,0 +1,39 @@
+"""The rows that trials read from memory: those that the run's own readers give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from small_runs import small_config
+
+from exfm_ray.das.lag import Policy
+from exfm_ray.das.supervision import SupervisionStore
+from exfm_ray.data.feed import Pass
+from exfm_ray.data.prepare import prepare
+from exfm_ray.training.job import Job
+from tuning.rows import StudentRows
+
+
+def test_corrections_are_learnt_and_not_evaluated(tmp_path: Path) -> None:
+    """Wrong: a trial's figures are also of corrections, or it learns without them."""
+    late = {"attribution_s": {"click": 1}, "late_labels": "correct"}
+    config = small_config(tmp_path, "late", data=late, vm={"arms": ["labels", "kd"]})
+    stream, student = prepare(config), config.vm.models[0]
+    store = SupervisionStore(config.folder / "supervision", "fm")
+    for window in stream.windows()[1:]:
+        for fragment in stream.window(window).fragments:
+            ids = stream.read(window, fragment, ["example_id"])["example_id"]
+            store.write(window, fragment, ids, window, {"click": np.full(len(ids), 0.5, np.float32)})
+        store.commit(stream.window(window), window, ("click",), Policy(1))
+    rows, reader = StudentRows.read_from(config, student, stream.windows()), Job("vm-feed", config, (student,)).reader(stream.schema)
+    more = 0
+    for window in stream.windows():
+        for purpose in ("evaluate", "learn"):
+            work = Pass(window, purpose)  # type: ignore[arg-type]
+            assert list(rows.fragments(work)) == list(reader.fragments(work))
+            for fragment in rows.fragments(work):
+                found, expected = rows.read(work, fragment), reader.read(work, fragment)
+                assert found["example_id"].equals(expected["example_id"])
+                more += found.num_rows if purpose == "learn" else -found.num_rows
+    assert more > 3
