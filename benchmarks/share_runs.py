@@ -26,7 +26,9 @@ TABLE_LR = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 DENSE_LR = (0.001, 0.003)
 GRID: tuple[Settings, ...] = tuple({"vm.optimizer.table_lr": t, "vm.optimizer.dense_lr": d} for t in TABLE_LR for d in DENSE_LR)
 DRIFTS = ("pinned", "refreshed", "aligned")
+MIXED = "mixed"
 Rows = list[dict[str, Any]]
+KEPT = ("window", "examples", "label_rate", "log_loss", "calibration")
 
 
 class Variant(NamedTuple):
@@ -39,11 +41,16 @@ class Variant(NamedTuple):
     as_chosen_for: str = ""
     """The variant whose settings it takes, so that they differ in one thing; empty: its own are chosen."""
 
+    @property
+    def training(self) -> str:
+        """What is trained, the same for variants that differ only in what is chosen of it; names its file."""
+        return ",".join([self.arm, *(f"{name}={value}" for name, value in self.settings.items()), *([self.rows] if self.rows else [])])
+
 
 def variants() -> list[Variant]:
-    """Labels first; then every objective alone and with shared rows; what happens to optimizer state; controls."""
+    """Labels first; then every objective alone and with shared rows; what happens to optimizer state; histories; controls."""
     found = [Variant(arm, arm, {}) for arm in ("labels", "kd", "ah", "ah_sa", "labels+share", "kd+share", "ah+share", "ah_sa+share")]
-    for arm in ("labels+share", "ah+share"):
+    for arm in ("labels+share", "kd+share"):
         for state in ("reset", "teacher"):
             found.append(Variant(f"{arm}, optimizer {state}", arm, {"distillation.share.optimizer": state}))
         found.append(Variant(f"{arm}, average", arm, {"distillation.share.mode": "average"}))
@@ -52,11 +59,17 @@ def variants() -> list[Variant]:
         found.append(Variant(f"{arm}, rows of other ids", arm, {}, "permuted"))
     for arm in ("labels+history", "ah_sa+history", "kd+share+history"):
         found += [Variant(f"{arm}, {drift}", arm, {}, drift) for drift in DRIFTS]
-    return [*found, Variant("labels, settings of labels+share", "labels", {}, "", "labels+share")]
+        found.append(Variant(f"{arm}, {DRIFTS[0]}, pasts of other users", arm, {}, MIXED))
+    return [*found, *(Variant(f"labels, settings of {arm}", "labels", {}, "", arm) for arm in ("labels+share", "kd+share"))]
+
+
+def trimmed(row: dict[str, Any]) -> dict[str, Any]:
+    """What figures of several windows are made of."""
+    return {key: row[key] for key in KEPT}
 
 
 def train(config: Config, student: StudentConfig, variant: Variant, rows: StudentRows) -> list[Rows]:
-    """For each setting of GRID, the student's rows of metrics.jsonl over all windows; the trainings learn as one stack."""
+    """For each setting of GRID, the student's rows of metrics over all windows; the trainings learn as one stack."""
     torch.set_num_threads(1)
     one_process()
     jobs = [trial_job(config, student, variant.arm, {**settings, **variant.settings}, 0) for settings in GRID]
@@ -66,7 +79,7 @@ def train(config: Config, student: StudentConfig, variant: Variant, rows: Studen
         loop.run(window)
     by_model: dict[str, Rows] = defaultdict(list)
     for row in report.rows:
-        by_model[row["model"]].append(row)
+        by_model[row["model"]].append(trimmed(row))
     return [by_model[learner.model] for learner in stack.everyone]
 
 
@@ -96,13 +109,20 @@ def choose(trained: Mapping[int, Sequence[Rows]]) -> tuple[float, int]:
 def judge(
     wanted: Sequence[Variant], trained: Mapping[str, Mapping[int, Sequence[Rows]]], fm: Mapping[int, Rows]
 ) -> dict[str, dict[str, Any]]:
-    """variant -> what was chosen for it, and NE, gain over the chosen labels arm, transfer ratio and calibration of each seed."""
-    chosen = {variant.name: choose(trained[variant.name]) for variant in wanted if not variant.as_chosen_for}
-    told = {}
+    """variant -> what was chosen for it, and NE, gain over the chosen labels arm, transfer ratio and calibration of each seed.
+
+    Args:
+        trained: training of a variant -> seed -> rows of each setting; what has failed is not there, and its variants are left out.
+        fm: seed -> the FM's rows on the student's examples.
+    """
+    chosen = {variant.name: choose(trained[variant.training]) for variant in wanted if trained.get(variant.training)}
+    told: dict[str, dict[str, Any]] = {}
     for variant in wanted:
+        if not {variant.name, variant.as_chosen_for or variant.name} <= chosen.keys():
+            continue
         best_score, setting = chosen[variant.as_chosen_for or variant.name]
         seeds = []
-        for seed, each in trained[variant.name].items():
+        for seed, each in trained[variant.training].items():
             own, labels, teacher = (over(rows, JUDGED) for rows in (each[setting], trained["labels"][seed][chosen["labels"][1]], fm[seed]))
             assert labels and teacher
             gain = ne_gain(own.ne if own else None, labels.ne)
