@@ -19,6 +19,7 @@ from small_runs import SETTINGS, WINDOWS, assert_close, figures, merged, metrics
 from wandb_files import OfflineRun, run_files
 from workers import Workers
 
+from exfm_ray.commands import main
 from exfm_ray.config import Config
 from exfm_ray.data.prepare import source_schema
 from exfm_ray.files import read_json, read_lines
@@ -124,6 +125,26 @@ def test_a_damaged_fragment_ends_the_run_and_it_goes_on_when_repaired(cluster: N
     path.write_bytes(whole)
     run(config)
     assert not error.exists()
+    assert_same(config, base)
+
+
+@pytest.mark.slow
+def test_a_parked_window_is_told(cluster: None, base: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrong: a run that lacks a window's supervision ends with exit code 0, or summary and report say nothing of it; or they do so for good."""
+    config = config_of(tmp_path, "parked", das={"tries": 2})
+    prepare_stream(config)
+    file, full = tmp_path / "parked.yaml", config.folder / "supervision" / "fm" / "window=002"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    full.parent.mkdir(parents=True)
+    full.touch()  # no folder can be made here
+    assert main(["pipeline", "--config", str(file)]) == 2
+    assert "no supervision of window(s) 2 by 'fm'" in capsys.readouterr().err
+    told = read_json(config.folder / "summary.json")["parked"]
+    assert {row["window"] for row in told} == {2} and told[0]["teacher"] == "fm"
+    assert "window 2, fragment=" in (config.folder / "report.html").read_text()
+    full.unlink()
+    assert main(["pipeline", "--config", str(file)]) == 0
+    assert read_json(config.folder / "summary.json")["parked"] == [] and "class=lacks" not in (config.folder / "report.html").read_text()
     assert_same(config, base)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from local_runs import train
 from pydantic import ValidationError
-from small_runs import WINDOWS, merged, small_config
+from small_runs import WINDOWS, merged, metrics, run, small_config
 from workers import Workers
 
 from exfm_ray.config import Config
@@ -86,6 +87,14 @@ def test_a_student_learns_from_the_teacher_it_names(chain: Config) -> None:
     assert ne["feed", "labels"] == ne["feed_fm", "labels"], "the same model and rows, and no teacher"
     assert ne["feed", "ah"] != ne["feed_fm", "ah"], "the same model and rows, and two teachers"
     assert summary["roles"]["das-feed_fm"]["examples"] == 0, "timed only as a service"
+
+
+def test_a_chain_side_by_side_on_ray(cluster: None, chain: Config, tmp_path: Path) -> None:
+    """Wrong: side by side, FM, domain FM and vertical model wait for ever, or one learns from what another teacher has written."""
+    config = small_config(tmp_path, "ray", **CHAIN)
+    summary = run(config)
+    assert metrics(config) == metrics(chain)
+    assert {name: role["examples"] for name, role in summary["roles"].items() if "das" in name} == {"das": 2700, "das-feed_fm": 2700}
 
 
 def test_another_runs_fm_is_a_teacher(groups: dict[int, Workers], chain: Config) -> None:

@@ -30,14 +30,24 @@ def connect(order: Order, lasting: bool = False, follow: bool = False) -> Any:
 
     UserError where one runs that labels the same store otherwise.
     """
+    service = _found(order, lasting, follow)
+    _agree(service, order, lasting)
+    return service
+
+
+def _found(order: Order, lasting: bool = False, follow: bool = False) -> Any:
+    """A handle, at once: the service may be starting still. Without a handle to it a service that is not lasting ends."""
     options = {"name": order.name, "namespace": NAMESPACE, "get_if_exists": True, "lifetime": "detached" if lasting else None}
-    service = ServiceActor.options(**options).remote(order, lasting, follow)
+    return ServiceActor.options(**options).remote(order, lasting, follow)
+
+
+def _agree(service: Any, order: Order, lasting: bool = False) -> None:
+    """UserError where a service labels otherwise."""
     found, lasts = ray.get(service.order.remote(), timeout=ANSWER_S)
     if difference := order.differs(found):
         raise UserError(f"a DAS with other settings is at work on {order.store.root} ({difference}); end it with `run.py das stop`")
     if lasting and not lasts:
         raise UserError(f"a pipeline's own DAS is at work on {order.store.root}; start the service when that has ended")
-    return service
 
 
 def services() -> dict[str, Any]:
@@ -63,18 +73,24 @@ def label(order: Order, windows: Sequence[int], progress: Callable[[int, int], N
         ParkedError: some windows could not be labelled; all others are.
     """
     client, left, seen = uuid.uuid4().hex, set(windows), dict.fromkeys(windows, 0)
-    service = None
+    service, agreed = None, False
     try:
         while left:
             try:
                 if service is None:
-                    service = connect(order)
+                    service, agreed = _found(order), False
+                if not agreed:
+                    _agree(service, order)
+                    agreed = True
                 told = ray.get(service.progress.remote(client), timeout=ANSWER_S)
                 if told is None:
                     ray.get(service.ask.remote(client, left), timeout=ANSWER_S)
                     seen = dict.fromkeys(windows, 0)
                     continue
-            except (RayActorError, GetTimeoutError) as error:  # killed, or its owner has ended, or it is slow: it is asked anew
+            except GetTimeoutError:  # it is slow to start or to answer: to let go of it would end it
+                watch()
+                continue
+            except RayActorError as error:  # killed, or its owner has ended: it is asked anew
                 if getattr(error, "actor_init_failed", False):
                     raise
                 service = None
@@ -91,7 +107,7 @@ def label(order: Order, windows: Sequence[int], progress: Callable[[int, int], N
             watch()
             time.sleep(POLL_S if left else 0)
     finally:
-        if service is not None:
+        if service is not None and agreed:
             _leave(service, client)
 
 

@@ -22,11 +22,15 @@ from exfm_ray.data.stream import EventStream
 
 KILLS, FILES_BETWEEN, WINDOWS = 55, 20, 13
 WAIT_S = 240
+BUSY = {"RAY_worker_niceness": "0"}
+"""On a busy machine Ray's processes do not stand behind all others."""
+SLOW_START = "The current node timed out during startup"
+"""Ray's word on a busy machine, before there is a driver: after 30 s, which no setting changes."""
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
     """The driver in a process of its own."""
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | RAY_ENVIRONMENT
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | RAY_ENVIRONMENT | BUSY
     return subprocess.Popen([sys.executable, str(Path(__file__).with_name("drive.py")), str(folder)], env=environment, stderr=subprocess.PIPE)
 
 
@@ -51,10 +55,11 @@ def test_killed_at_random(tmp_path: Path) -> None:
     order = order_in(make_place(tmp_path, windows=WINDOWS, rows=5000, fragment_rows=50))
     chance, killed = random.Random(6), Counter[str]()
     files, driver = 0, start(tmp_path)
-    since = time.monotonic()
+    started = since = time.monotonic()
     while driver.poll() is None or driver.returncode != 0:
         if driver.poll() is not None:
-            assert driver.returncode == -signal.SIGKILL, driver.stderr.read().decode() if driver.stderr else ""
+            told = driver.stderr.read().decode() if driver.stderr else ""
+            assert driver.returncode == -signal.SIGKILL or SLOW_START in told, told
             driver = start(tmp_path)
         now = len(list(order.store.root.glob("fm/window=*/fragment=*")))
         if now >= files + FILES_BETWEEN and killed.total() < KILLS:
@@ -66,8 +71,8 @@ def test_killed_at_random(tmp_path: Path) -> None:
                 if kind == "driver":
                     driver.wait()
         assert time.monotonic() - since < WAIT_S, f"no progress after {killed}"
-        time.sleep(0.02)
-    print(dict(killed))
+        time.sleep(0.1)  # to look costs the processes that are looked at their time
+    print(dict(killed), f"{time.monotonic() - started:.0f} s")
     assert killed.total() >= 50 and min(killed[kind] for kind in ("actor", "service", "driver")) >= 1
     assert written(order) == undisturbed(order)
     stream = EventStream.open(order.stream_root)
