@@ -3,6 +3,7 @@
 Trains the demo's student `feed` without Ray, exports both arms, and asks ONNX Runtime (one thread) for 1, 100 and 1,000 candidates.
 The graphs are the same, so the ratio of the medians has to be 1 within noise: the calls of both, and of a second session of the
 labels arm as a control, are interleaved in changing order. Sizes are of folders on disk; the delta is that of one more window.
+What arms with options cost beside these: benchmarks/share_serving.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 
 from benchmarks.common import arguments, bar, report
 from exfm_ray.config import Config, load_config
@@ -26,7 +28,9 @@ from exfm_ray.das.run import DAS
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.prepare import prepare
 from exfm_ray.data.stream import EventStream
+from exfm_ray.files import read_json
 from exfm_ray.serving.export import export_student
+from exfm_ray.serving.folder import SCHEMA
 from exfm_ray.serving.graph import inputs_of
 from exfm_ray.serving.program import ONNX, onnx_session
 from exfm_ray.training.job import Job, Worker
@@ -39,6 +43,8 @@ LABELS, DISTILLED, CONTROL = "labels", "ah_sa", "labels again"
 NOISE = 0.05
 ROUNDS = 20
 Inputs = dict[str, np.ndarray[Any, Any]]
+Ask = Callable[[], object]
+"""One call of a served student."""
 
 
 def config(folder: str, quick: bool) -> Config:
@@ -49,12 +55,13 @@ def config(folder: str, quick: bool) -> Config:
     return load_config(CONFIG, overrides)
 
 
-def train(job: Job, windows: Sequence[int]) -> None:
-    """The job up to the end of `windows`, from its latest checkpoint on."""
-    done = job.checkpoints.latest()
-    worker = Worker(job, None, KeptRows(), torch.device("cpu"))
+def train(job: Job, windows: Sequence[int]) -> list[dict[str, Any]]:
+    """The job up to the end of `windows`, from its latest checkpoint on; its rows of metrics."""
+    done, report = job.checkpoints.latest(), KeptRows()
+    worker = Worker(job, None, report, torch.device("cpu"))
     worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, done))  # type: ignore[assignment]
     worker.run(windows, done)
+    return report.rows
 
 
 def supervise(settings: Config, stream: EventStream) -> None:
@@ -74,24 +81,47 @@ def candidates(stream: EventStream, count: int) -> Inputs:
     return {name: tensor.numpy() for name, tensor in inputs_of(stream.schema, batch).items()}
 
 
-def latency(graphs: Mapping[str, Path], inputs: Inputs, calls: int) -> dict[str, Any]:
-    """Milliseconds of each graph's calls, and ratios of their medians to the labels arm's. The sessions are opened anew in each round, in another
-    order, for where their memory happens to lie is worth a few percent for as long as they live."""
-    taken: dict[str, list[float]] = {name: [] for name in graphs}
-    order, rng = list(graphs), random.Random(0)
+def asking(served: Path, inputs: Inputs) -> Ask:
+    """A call of a served student with a user's candidates; one with a feature store looks the user up first, once for all of them."""
+    session, history = onnx_session(served / ONNX), read_json(served / SCHEMA).get("history")
+    if not history:
+        return lambda: session.run(None, inputs)
+    store, count = load_file(served / history["file"]), len(inputs["sparse_BS"])
+    users_U, past_UF = store["users"], store["inputs"]
+    column = [feature["name"] for feature in read_json(served / SCHEMA)["sparse_BS"]].index(history["key"])
+
+    def ask() -> object:
+        user = inputs["sparse_BS"][0, column]
+        at = min(int(np.searchsorted(users_U, user)), len(users_U) - 1)
+        past_F = past_UF[at] if users_U[at] == user else np.zeros_like(past_UF[0])
+        dense_BD = np.concatenate([inputs["dense_BD"], np.broadcast_to(past_F, (count, len(past_F)))], axis=1)
+        return session.run(None, inputs | {"dense_BD": dense_BD})
+
+    return ask
+
+
+def latency(served: Mapping[str, Path], inputs: Inputs, calls: int) -> dict[str, Any]:
+    """Milliseconds of each served student's calls, and the ratio of its median to the labels arm's. The sessions are opened anew in each round, in
+    another order, for where their memory happens to lie is worth a few percent for as long as they live."""
+    taken: dict[str, list[float]] = {name: [] for name in served}
+    order, rng = list(served), random.Random(0)
     for _ in range(ROUNDS):
         rng.shuffle(order)
-        sessions = {name: onnx_session(graphs[name]) for name in order}
+        asks = {name: asking(served[name], inputs) for name in order}
         for call in range(-calls // 10 // ROUNDS, calls // ROUNDS):
             rng.shuffle(order)
             for name in order:
                 started = time.perf_counter()
-                sessions[name].run(None, inputs)
+                asks[name]()
                 if call >= 0:
                     taken[name].append(1e3 * (time.perf_counter() - started))
     p50 = {name: float(np.median(ms)) for name, ms in taken.items()}
-    figures: dict[str, Any] = {name: {"p50_ms": p50[name], "p99_ms": float(np.quantile(ms, 0.99))} for name, ms in taken.items()}
-    return {**figures, "ratio": p50[DISTILLED] / p50[LABELS], "control": p50[CONTROL] / p50[LABELS]}
+    return {name: {"p50_ms": p50[name], "p99_ms": float(np.quantile(ms, 0.99)), "ratio": p50[name] / p50[LABELS]} for name, ms in taken.items()}
+
+
+def calls(quick: bool) -> int:
+    """How many calls are timed."""
+    return 500 if quick else 3_000
 
 
 def main() -> None:
@@ -113,17 +143,16 @@ def main() -> None:
         sizes = {**{arm: size(path) for arm, path in served.items()}, "delta": size(delta)}
         figures: dict[str, Any] = {"bytes": sizes, "delta_over_full": sizes["delta"] / sizes[DISTILLED]}
         print(f"bytes: {sizes}; the delta is {figures['delta_over_full']:.1%} of the full export", flush=True)
-        graphs = {name: served[name.split()[0]] / ONNX for name in (LABELS, DISTILLED, CONTROL)}
-        bars = {}
+        bars, folders = {}, {**served, CONTROL: served[LABELS]}
         for count in CANDIDATES:
-            told = latency(graphs, candidates(stream, count), 500 if options.quick else 3_000)
-            figures[f"candidates_{count}"] = told
+            told = latency(folders, candidates(stream, count), calls(options.quick))
             own = told[DISTILLED]
+            figures[f"candidates_{count}"] = {**told, "ratio": own["ratio"], "control": told[CONTROL]["ratio"]}
             print(
-                f"{count:,} candidates: p50 {own['p50_ms']:.3f} ms, p99 {own['p99_ms']:.3f} ms; over labels {told['ratio']:.3f}, "
-                f"labels over itself {told['control']:.3f}", flush=True,
+                f"{count:,} candidates: p50 {own['p50_ms']:.3f} ms, p99 {own['p99_ms']:.3f} ms; over labels {own['ratio']:.3f}, "
+                f"labels over itself {told[CONTROL]['ratio']:.3f}", flush=True,
             )  # fmt: skip
-            bars[f"latency_over_labels_{count}"] = bar(told["ratio"], 1 + NOISE, at_least=False)
+            bars[f"latency_over_labels_{count}"] = bar(own["ratio"], 1 + NOISE, at_least=False)
         report("serving", figures, bars)
 
 

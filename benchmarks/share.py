@@ -8,7 +8,7 @@ students of their own for each of 5 seeds:
   users, and the labels arm under the settings that were chosen for arms with +share.
 Each variant's learning rates (of tables and dense part, the same grid for all) are chosen on windows 5 and 6, by the mean over seeds, and
 its figures are of windows 7 to 11: NE gain over the labels arm that was chosen likewise, transfer ratio, calibration.
-Before that the cost of a window that refreshes a million rows: see benchmarks/share_cost.py.
+Before that the cost: of a window that refreshes a million rows (benchmarks/share_cost.py), in training and at serving (share_serving.py).
 
 With --keep, finished parts are kept in that folder: the same command goes on after a kill with those that are missing.
 """
@@ -30,6 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import ray
 
+from benchmarks import share_serving
 from benchmarks.common import arguments, bar, report
 from benchmarks.parts import Part, Parts
 from benchmarks.share_cost import cost
@@ -176,6 +177,8 @@ def main() -> None:
         cpus = len(os.sched_getaffinity(0))
         parts = Parts(folder, cpus)
         figures["cost"] = parts.kept("parts/cost", lambda: cost(quick=options.quick))
+        figures["arms"] = parts.kept("parts/arms", lambda: share_serving.costs(quick=options.quick))
+        print(share_serving.markdown(figures["arms"]), flush=True)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         for name, dataset in datasets.items():
             figures[name] = study(dataset, parts, options.data, seeds, wanted)

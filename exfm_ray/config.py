@@ -18,7 +18,7 @@ from exfm_ray.errors import UserError, nearest
 from exfm_ray.model_config import MODEL_TYPES, MLPConfig, ModelConfig, Widths, WukongConfig
 from exfm_ray.placement_config import PlacementConfig
 from exfm_ray.schema import Model, Name
-from exfm_ray.tune_config import TuneConfig
+from exfm_ray.tune_config import UNSEARCHABLE, TuneConfig, as_text
 
 
 class OptimizerConfig(Model):
@@ -291,6 +291,11 @@ class Config(Model):
                 raise ValueError(f"vertical model '{student.name}': teacher '{student.teacher}' is none of {', '.join(names)}.")
             if student.publishes and student.publishes not in self.vm.arms:
                 raise ValueError(f"vertical model '{student.name}' publishes arm '{student.publishes}', which is none of vm.arms")
+            if student.publishes and student.publishes.remembers:
+                raise ValueError(
+                    f"vertical model '{student.name}' publishes arm '{student.publishes}', whose predictions need each user's history, which the "
+                    "DAS does not look up when it scores; let it publish an arm without +history"
+                )
             if student.publishes and student.name == self.fm.name:
                 raise ValueError(f"vertical model '{student.name}' publishes under the FM's name; rename one of them")
             seen, above = [student.name], student.teacher
@@ -334,10 +339,13 @@ def _check_sweep(config: Config, tune: TuneConfig) -> None:
     for name in tune.students:
         if name not in students:
             raise ValueError(f"tune.students names '{name}', which is none of vm.models.{nearest(name, students)}")
-    taught = [(part, section) for part, section in config.distillation if part != "history"]  # the DAS writes histories before the sweep
-    searchable = [f"distillation.{part}.{key}" for part, section in taught for key in type(section).model_fields]
+    known = [f"distillation.{part}.{key}" for part, section in config.distillation for key in type(section).model_fields]
+    searchable = [setting for setting in known if not any(setting.startswith(beginning) for beginning in UNSEARCHABLE)]
     searchable += [f"vm.optimizer.{key}" for key in OptimizerConfig.model_fields] + ["vm.batch_size"]
     for setting, distribution in tune.space.items():
+        why = next((why for beginning, why in UNSEARCHABLE.items() if setting.startswith(beginning)), None) if setting in known else None
+        if why:
+            raise ValueError(f"tune.space: '{setting}' cannot be searched: {why}")
         if setting not in searchable:
             told = nearest(setting, searchable) or f" A sweep may search {', '.join(searchable)}."
             raise ValueError(f"tune.space: unknown setting '{setting}'.{told}")
@@ -346,6 +354,13 @@ def _check_sweep(config: Config, tune: TuneConfig) -> None:
                 with_settings(config, {setting: value})
             except ValidationError as error:
                 raise ValueError("tune.space: " + "; ".join(_explain(e) for e in error.errors())) from None
+    given = config.distillation.share.tables
+    for tables in tune.space["distillation.share.tables"].choice if given and "distillation.share.tables" in tune.space else ():
+        if not tables or not set(tables) <= set(given):  # type: ignore[arg-type]
+            raise ValueError(
+                f"tune.space: 'distillation.share.tables' asks for {as_text(tables)}, but before the sweep begins the DAS gives rows of "
+                f"{as_text(given)} alone, as distillation.share.tables says; set that to [], all tables"
+            )
 
 
 def load_config(file: Path, overrides: Sequence[str] = (), name: str | None = None) -> Config:

@@ -128,6 +128,18 @@ class Schema(Model):
         """Names this schema: two streams, a snapshot and a stream fit together when their digests are equal."""
         return digest(self.model_dump(mode="json"))
 
+    def difference(self, other: Schema) -> str:
+        """What of this schema another one lacks or has otherwise, in words, where their digests differ."""
+        theirs = {feature.name: feature for feature in (*other.single, *other.bags)}
+        for own in (*self.single, *self.bags):
+            found = theirs.get(own.name)
+            if found is None:
+                return f"it has no feature '{own.name}'"
+            if (found.encoding, found.rows, found.table) != (own.encoding, own.rows, own.table):
+                ways = (f"{f.encoding} into {f.rows} rows of table '{f.table or f.name}'" for f in (found, own))
+                return f"it numbers the ids of '{own.name}' otherwise ({', here '.join(ways)})"
+        return "its lists of features, dense features, tasks or domains are others"
+
     def domain_index(self, name: str) -> int:
         """Position of a domain; ValueError with the nearest name for an unknown one."""
         if name not in self.domains:

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from exfm_ray.arms import LABELS, PLAIN, Arm, Objective
 from exfm_ray.schema import Model, Name
 
-Value = bool | int | float | str | tuple[int, ...]
+Value = bool | int | float | str | tuple[int, ...] | tuple[str, ...]
 Settings = dict[str, Value]
 """Dotted setting -> value."""
 
@@ -27,6 +27,13 @@ BEARS: Mapping[str, Callable[[Arm], bool]] = {
     "vm.": lambda arm: True,
 }
 """Beginning of a setting's name -> the arms on which it bears."""
+
+UNSEARCHABLE: Mapping[str, str] = {
+    "distillation.history.": "the DAS represents the windows with it before the sweep begins, once for all trials; run a sweep for each value, "
+    "under another name",
+    "distillation.share.projection": "rows that fit are never projected, and rows of another width always have to be; set it in the config",
+}
+"""Beginning of a setting's name -> why no sweep can search it."""
 
 STACKABLE = frozenset(
     {
@@ -92,7 +99,7 @@ def as_text(value: Value) -> str:
 
 
 def default_space() -> dict[str, Distribution]:
-    """Around the values that the configs here use. The adapter's settings are searched in ah_sa only."""
+    """Around the values that the configs here use. The adapter's settings are searched in ah_sa only, those of shared rows with +share."""
     return {
         "vm.optimizer.table_lr": Distribution(low=0.01, high=0.5, log=True),
         "vm.optimizer.dense_lr": Distribution(low=3e-4, high=2e-2, log=True),
@@ -106,6 +113,10 @@ def default_space() -> dict[str, Distribution]:
         "distillation.sa.lr": Distribution(low=1e-4, high=3e-2, log=True),
         "distillation.sa.input": Distribution(choice=("probability", "logit")),
         "distillation.sa.own_head": Distribution(choice=(False, True)),
+        "distillation.share.mode": Distribution(choice=("replace", "average", "unseen")),
+        "distillation.share.weight": Distribution(low=0.1, high=0.9, when={"distillation.share.mode": "average"}),
+        "distillation.share.unseen_below": Distribution(low=1, high=10, integer=True, when={"distillation.share.mode": "unseen"}),
+        "distillation.share.optimizer": Distribution(choice=("keep", "reset", "teacher")),
     }
 
 

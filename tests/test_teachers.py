@@ -14,19 +14,22 @@ from pydantic import ValidationError
 from small_runs import WINDOWS, merged, metrics, run, small_config
 from workers import Workers
 
-from exfm_ray.config import Config
+from exfm_ray.config import Config, DistillationConfig, ShareConfig
 from exfm_ray.das.run import DAS
+from exfm_ray.das.shared import SharedStore
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream
+from exfm_ray.errors import UserError
 from exfm_ray.models.stored import load_model
-from exfm_ray.pipeline import Run, prepare_stream, vm_jobs
+from exfm_ray.pipeline import Run, check_models, prepare_stream, vm_jobs
+from exfm_ray.schema import Schema
 from exfm_ray.training.job import Job
 
 CHAIN: dict[str, Any] = {
     "teachers": [{"name": "feed_fm"}],
     "das": {"keep_snapshots": True},
     "vm": {
-        "arms": ["labels", "ah"],
+        "arms": ["labels", "ah", "labels+share"],
         "models": [
             {"name": "feed_fm", "domain": "feed", "task": "click", "publishes": "ah"},
             {"name": "feed", "domain": "feed", "task": "click", "teacher": "feed_fm"},
@@ -108,11 +111,64 @@ def test_another_runs_fm_is_a_teacher(groups: dict[int, Workers], chain: Config)
     assert files == {path.relative_to(here): path.read_bytes() for path in here.glob("window=*/*")} and len(files) > WINDOWS
 
 
+def assert_served_with(config: Config, student: str, snapshot: Path) -> None:
+    """Rows of this snapshot are what a student with shared rows is served with."""
+    teacher, served = (load_model(folder)[0].tables.tables() for folder in (snapshot, config.folder / "exported" / f"{student}-labels+share"))
+    assert all(torch.equal(table, teacher[name]) for name, table in served.items())
+
+
+def test_rows_are_those_of_the_teacher_that_a_student_names(chain: Config) -> None:
+    """Wrong: a vertical model's student is given the FM's rows, or the other way round, or rows of a domain that nobody asked for."""
+    for student, teacher in (("feed", "feed_fm"), ("search", "fm"), ("feed_fm", "fm")):
+        assert_served_with(chain, student, chain.folder / "snapshots" / teacher / f"version={WINDOWS:03d}")
+    for teacher, domains in (("fm", {"feed", "search"}), ("feed_fm", {"feed"})):
+        for window in range(1, WINDOWS):
+            manifest = SharedStore(chain.folder / "shared", teacher).manifest(window)
+            assert (manifest.snapshot, set(manifest.domains), manifest.momentum) == (window, domains, True)
+
+
+def taught_elsewhere(chain: Config, name: str, **vm: Any) -> Config:
+    """A run whose student's teacher is the FM of the run `chain`."""
+    student = {"name": "feed", "domain": "feed", "task": "click", "teacher": "fm"}
+    settings = {"fm": {"name": "own"}, "teachers": [{"name": "fm", "run": chain.folder}], "vm": {"arms": ["labels+share"], "models": [student], **vm}}
+    return small_config(chain.run.dir, name, **settings)
+
+
+def test_rows_of_another_runs_fm(groups: dict[int, Workers], chain: Config) -> None:
+    """Wrong: rows of another run's FM are not found, are this run's own FM's, or come without the optimizer state that was published."""
+    config = taught_elsewhere(chain, "elsewhere")
+    config = config.model_copy(update={"distillation": DistillationConfig(share=ShareConfig(optimizer="teacher"))})
+    stream = prepare_stream(config)
+    groups[1].run(score, config, 1)
+    groups[1].run(train, vm_jobs(config)[0], stream.windows(), None)
+    assert_served_with(config, "feed", chain.folder / "snapshots" / "fm" / f"version={WINDOWS:03d}")
+
+
+def test_rows_of_another_runs_fm_that_do_not_fit_are_told(chain: Config) -> None:
+    """Wrong: rows of another width, or of ids that were hashed otherwise, are found not to fit after hours, or never."""
+    schema = EventStream.open(chain.folder / "stream").schema
+    with pytest.raises(UserError, match="'feed' shares table 'user', whose rows have 4 numbers in teacher 'fm' and 8 in the student"):
+        check_models(taught_elsewhere(chain, "wide", model={"type": "mlp", "dim": 8, "mlp": [8]}), schema)
+    features = schema.model_dump()["features"]
+    hashed = {**features[0], "rows": 77}
+    changes = {
+        "it numbers the ids of 'user' otherwise .index into 301 rows of table 'user', here index into 77 rows": [hashed, *features[1:]],
+        "it has no feature 'town'": [*features, {"name": "town", "rows": 5}],
+    }
+    for told, other in changes.items():
+        with pytest.raises(UserError, match=rf"version=001: this snapshot was trained on another schema than the stream's: {told}"):
+            check_models(taught_elsewhere(chain, "other"), Schema.model_validate(schema.model_dump() | {"features": other}))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
         ({"teachers": [{"name": "fm"}]}, "two teachers are named 'fm'"),
         ({"teachers": [{"name": "nobody"}]}, "no vertical model of this name `publishes`"),
+        (
+            {"vm": {"arms": ["labels", "ah+history"], "models": [CHAIN["vm"]["models"][0] | {"publishes": "ah+history"}]}},
+            r"publishes arm 'ah\+history', whose predictions need each user's history",
+        ),
         ({"teachers": []}, "teacher 'feed_fm' is none of fm"),
         ({"vm": {"arms": ["labels"]}}, "publishes arm 'ah', which is none of vm.arms"),
         ({"vm": {"models": [CHAIN["vm"]["models"][0] | {"teacher": "feed_fm"}]}}, "would learn from itself: feed_fm <- feed_fm"),

@@ -19,7 +19,11 @@ SPACES = {
     "typo": ({"distillation.ah.wt": RANGE}, r"tune.space: unknown setting 'distillation.ah.wt'. Did you mean 'distillation.ah.w'\?"),
     "not searchable": ({"fm.batch_size": RANGE}, r"unknown setting 'fm.batch_size'"),
     "nothing near": ({"zzz": RANGE}, r"unknown setting 'zzz'. A sweep may search distillation.kd.w, "),
-    "history": ({"distillation.history.dim": RANGE}, r"unknown setting 'distillation.history.dim'"),
+    "history": ({"distillation.history.dim": RANGE}, r"'distillation.history.dim' cannot be searched: the DAS .* before the sweep begins"),
+    "history's layer": ({"distillation.history.layer": {"choice": ["backbone"]}}, r"'distillation.history.layer' cannot be searched"),
+    "history, typo": ({"distillation.history.dims": RANGE}, r"unknown setting 'distillation.history.dims'"),
+    "projection": ({"distillation.share.projection": {"choice": ["none"]}}, r"'distillation.share.projection' cannot be searched: rows that fit"),
+    "no tables": ({"distillation.share.tables": {"choice": ["user"]}}, r"tune.space: setting 'distillation.share.tables'"),
     "value": ({W: {"low": -1, "high": 1}}, r"tune.space: setting 'distillation.ah.w': .*greater than or equal to 0"),
     "choice": ({"distillation.sa.input": {"choice": ["logit", "lo"]}}, r"tune.space: setting 'distillation.sa.input': .*'lo'"),
     "order of ends": ({W: {"low": 2, "high": 1}}, r"tune.space.distillation.ah.w': low is 2, which is not below high = 1"),
@@ -106,3 +110,27 @@ def test_settings_of_shared_rows_are_searched_where_rows_are_shared() -> None:
     rate, mode = "vm.optimizer.table_lr", "distillation.share.mode"
     searched = {"labels": {rate}, "ah": {W, rate}, "labels+share": {mode, rate}, "ah+share": {mode, W, rate}}
     assert {str(arm): set(tune.space_of(arm)) for arm in tune.arms} == searched
+
+
+def test_tables_that_the_das_does_not_give_are_not_searched() -> None:
+    """Wrong: a trial shares fewer tables than it says, for the DAS has published no others."""
+    tables = {"choice": [["user"], ["user", "ad"]]}
+    tune = {**GOOD, "arms": ["labels", "kd+share"], "space": {"distillation.share.tables": tables}}
+    assert Config.model_validate({"tune": tune, "distillation": {"share": {"tables": ["ad", "user"]}}}).tune is not None
+    whole = Config.model_validate({"tune": tune}).tune
+    assert whole is not None and whole.space["distillation.share.tables"].choice == (("user",), ("user", "ad"))
+    for given, asked in ((["user"], ["user", "ad"]), (["user"], [])):
+        tune["space"] = {"distillation.share.tables": {"choice": [asked]}}
+        with pytest.raises(ValueError, match=r"asks for \[.*before the sweep begins the DAS gives rows of \[\"user\"\] alone"):
+            Config.model_validate({"tune": tune, "distillation": {"share": {"tables": given}}})
+
+
+def test_the_default_space_searches_shared_rows_where_they_are_shared() -> None:
+    """Wrong: a sweep over arms with +share leaves their own settings as they stand, or asks for weights where nothing is averaged."""
+    tune = Config.model_validate({"tune": {**GOOD, "arms": ["labels", "kd", "kd+share", "ah+share+history"]}}).tune
+    assert tune is not None
+    share = {f"distillation.share.{key}" for key in ("mode", "weight", "unseen_below", "optimizer")}
+    spaces = {str(arm): tune.space_of(arm) for arm in tune.arms}
+    assert share & set(spaces["labels"]) == share & set(spaces["kd"]) == set()
+    assert share <= set(spaces["kd+share"]) and share <= set(spaces["ah+share+history"])
+    assert spaces["kd+share"]["distillation.share.weight"].when == {"distillation.share.mode": "average"}

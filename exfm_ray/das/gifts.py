@@ -18,7 +18,7 @@ class Gifts:
     """Published with a window's supervision, by the same snapshot.
 
     Attributes:
-        domains: whose examples' rows are given.
+        domains: whose examples' rows are given: those of the teacher's students.
         tables: of which rows are given; none: all tables.
         seed: of the representations' projection.
     """
@@ -31,10 +31,12 @@ class Gifts:
     policy: Policy
 
     @classmethod
-    def of(cls, config: Config) -> Self:
-        """What the arms of a config ask for."""
-        domains = tuple(sorted({student.domain for student in config.vm.models}))
-        return cls(shared_store(config), history_store(config), domains, config.distillation.share.tables, config.seed, Policy.of(config.das))
+    def of(cls, config: Config, teacher: str | None = None) -> Self:
+        """What the arms of a config ask of the FM, or of another teacher. Histories are the FM's, whoever teaches."""
+        name = teacher or config.fm.name
+        domains = tuple(sorted({student.domain for student in config.vm.models if (student.teacher or config.fm.name) == name}))
+        shared, history = shared_store(config, name) if domains else None, history_store(config) if name == config.fm.name else None
+        return cls(shared, history, domains, config.distillation.share.tables, config.seed, Policy.of(config.das))
 
     def has(self, window: int) -> bool:
         """True when all that is given with a window is committed."""

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from exfm_ray.config import Config, HistoryConfig
 from exfm_ray.das.lag import Policy
@@ -33,7 +33,9 @@ from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream, Fragment, Window, list_values, window_name
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.files import atomic_path, read_json, write_json
+from exfm_ray.models.layout import Layout
 from exfm_ray.models.network import Network
+from exfm_ray.models.past import Past
 from exfm_ray.models.stored import PlainModel, load_model
 from exfm_ray.schema import Model, Schema
 
@@ -115,6 +117,10 @@ class FeatureStore:
         values_KX = self.last_ULD[at_K].reshape(len(at_K), -1) if kept else self.total_UD[at_K] / self.count_U[at_K, None]
         summary_NF[known_N] = np.concatenate([np.log1p(self.count_U[at_K, None]), values_KX], axis=1)
         return summary_NF
+
+    def past(self) -> Past:
+        """What examples of each user are given, in the order of the users."""
+        return Past(torch.from_numpy(self.users_U), torch.from_numpy(self.summary(self.users_U)))
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,10 @@ class HistoryStore:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.copytree(snapshots.folder(first), temporary)
             temporary.replace(kept)
-        return load_model(kept)[0], first
+        model, stored = load_model(kept)
+        if stored.example.digest != schema.digest:
+            raise UserError(f"{kept}: this snapshot was trained on another schema than the stream's; remove {self.root}")
+        return model, first
 
     def _represent(self, model: PlainModel, table: pa.Table, schema: Schema, seed: int) -> Array:
         parts = [represent(model, batch, self.settings.layer) for batch in to_batch(table, schema).split(512)]
@@ -278,11 +287,21 @@ def check_history(config: Config, schema: Schema) -> None:
         return
     user_column(schema, settings)
     with torch.device("meta"):
-        network: nn.Module = Network(config.fm.model, schema, tasks=1)
-    known = [name for name, _ in network.named_modules() if name]
-    if settings.layer not in known:
-        told = nearest(settings.layer, known) or f" There are {', '.join(known)}."
-        raise UserError(f"setting 'distillation.history.layer': the FM's network has no module '{settings.layer}'.{told}")
+        network = Network(config.fm.model, schema, tasks=1)
+        known = [name for name, _ in network.named_modules() if name]
+        if settings.layer not in known:
+            told = nearest(settings.layer, known) or f" There are {', '.join(known)}."
+            raise UserError(f"setting 'distillation.history.layer': the FM's network has no module '{settings.layer}'.{told}")
+        found: list[object] = []
+        hook = network.get_submodule(settings.layer).register_forward_hook(lambda module, inputs, output: found.append(output))
+        examples = 3
+        network(torch.zeros(examples, Layout.of(config.fm.model, schema).rows, config.fm.model.dim), torch.zeros(examples, len(schema.dense)))
+        hook.remove()
+    if not any(isinstance(output, Tensor) and output.ndim > 1 and len(output) == examples for output in found[-1:]):
+        raise UserError(
+            f"setting 'distillation.history.layer' is {settings.layer}: this module of the FM's network puts out no numbers for each example; "
+            "name one that does, such as backbone"
+        )
 
 
 def history_store(config: Config) -> HistoryStore | None:

@@ -44,10 +44,10 @@ class Order:
         folder, name = config.folder, teacher.name if teacher else config.fm.name
         elsewhere = teacher.run if teacher else None
         return cls(
-            stream_root=folder / "stream", snapshots=SnapshotStore((elsewhere or folder) / "snapshots", name),
+            stream_root=folder / "stream", snapshots=SnapshotStore.of(config, name),
             store=SupervisionStore(folder / "supervision", name), das=config.das, log=folder / "timeline.jsonl",
             owns_snapshots=not config.das.keep_snapshots and elsewhere is None, readers=tuple(readers) if config.das.ahead else (),
-            role=f"das-{name}" if teacher else "das", labels=config.placement.das, gifts=None if teacher else Gifts.of(config),
+            role=f"das-{name}" if teacher else "das", labels=config.placement.das, gifts=Gifts.of(config, name),
         )  # fmt: skip
 
     @property

@@ -151,10 +151,10 @@ class SharedStore:
         }  # fmt: skip
 
 
-def shared_store(config: Config) -> SharedStore | None:
-    """Where a run's rows lie; None where no arm takes them."""
+def shared_store(config: Config, teacher: str | None = None) -> SharedStore | None:
+    """Where the rows of a run's FM, or of another of its teachers, lie; None where no arm takes them."""
     shares = any(arm.shares for arm in config.arms)
-    return SharedStore(config.folder / "shared", config.fm.name) if shares else None
+    return SharedStore(config.folder / "shared", teacher or config.fm.name) if shares else None
 
 
 def ids_of(stream: EventStream, window: Window, domain: str, tables: Sequence[str]) -> dict[str, Ids]:

@@ -7,11 +7,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from torch import Tensor
 
+from exfm_ray.config import Config
 from exfm_ray.errors import UserError
 from exfm_ray.models.network import Network
 from exfm_ray.models.stored import (
@@ -23,8 +26,10 @@ from exfm_ray.models.stored import (
     load_model,
     load_network,
     read_manifest,
+    table_parts,
     whole_tables,
 )
+from exfm_ray.schema import Schema
 
 
 class SnapshotError(UserError):
@@ -38,6 +43,13 @@ class SnapshotStore:
     root: Path
     teacher: str
 
+    @classmethod
+    def of(cls, config: Config, teacher: str | None = None) -> Self:
+        """Those of a run's FM, or of another of its teachers: another run's, or made in this one."""
+        name = teacher or config.fm.name
+        elsewhere = next((other.run for other in config.teachers if other.name == name), None)
+        return cls((elsewhere or config.folder) / "snapshots", name)
+
     def folder(self, version: int) -> Path:
         """Where a version lies."""
         return self.root / self.teacher / f"version={version:03d}"
@@ -50,6 +62,24 @@ class SnapshotStore:
         """Published versions, oldest first."""
         found = (self.root / self.teacher).glob(f"version=*/{MANIFEST}")
         return sorted(int(path.parent.name.removeprefix("version=")) for path in found)
+
+    def manifest(self, version: int, schema: Schema) -> StoredModel:
+        """The manifest of a version, with the checks of `load` but for the files' hashes; its error says what is otherwise in its schema."""
+        folder = self._published(version)
+        manifest = read_manifest(folder)
+        if manifest.example.digest != schema.digest:
+            raise SnapshotError(
+                f"{folder}: this snapshot was trained on another schema than the stream's: {schema.difference(manifest.example)}; "
+                "train its model on this stream"
+            )
+        self._check(version, manifest, schema.digest)
+        return manifest
+
+    def tables(self, version: int, schema: Schema) -> Iterator[tuple[str, int, Tensor]]:
+        """A version's tables in parts (`table_parts`), with the checks of `load`."""
+        self.manifest(version, schema)
+        checked_manifest(self.folder(version))
+        return table_parts(self.folder(version))
 
     def load(self, version: int, schema_digest: str) -> tuple[PlainModel, tuple[str, ...]]:
         """Model and its tasks, on the CPU; SnapshotError when it is damaged, not what its name says or of another schema."""

@@ -3,6 +3,7 @@
 <folder>/tables.0000.safetensors   one file a worker: its rows of every table, keyed `table@first_row`
 <folder>/momentum.0000.safetensors where it is asked for, the rows' Adagrad state, in the same form
 <folder>/dense.safetensors         the serving network
+<folder>/history.safetensors       of an exported arm with +history: what it reads of each user (`models.past`)
 <folder>/model.json                written last: network, schema, tasks, hashes of the files, what the writer adds
 """
 
@@ -38,6 +39,18 @@ class StoredModel(Model):
     tasks: tuple[str, ...]
     files: dict[str, str]
     facts: dict[str, Any]
+
+    @property
+    def remembered(self) -> int:
+        """How many of the last dense features are a history (`models.past`)."""
+        return int(self.facts["history"]["inputs"]) if "history" in self.facts else 0
+
+    @property
+    def stream(self) -> Schema:
+        """The schema of the stream: the example's without a history."""
+        told = self.example.model_dump()
+        kept = len(told["dense"]) - self.remembered
+        return Schema.model_validate(told | {"dense": told["dense"][:kept]}) if self.remembered else self.example
 
 
 class PlainModel(nn.Module):

@@ -1,6 +1,7 @@
 """python -m exfm_ray.serving.delta BASE DELTA TO: what one more window changed in a served student, put into the folder served before.
 
 <folder>/delta.safetensors   per table with changes: `rows/<table>` int32 (X,), `values/<table>` float32 (X, embeddings times E)
+<folder>/history.safetensors of an arm with +history: the users whose inputs changed, in the form of the whole store
 <folder>/model.onnx          the new graph and dense part whole; a few kB, for its tables lie beside it
 <folder>/schema.json         the new normalisation
 <folder>/manifest.json       hash of the tables it starts from, manifest of the folder that results
@@ -22,18 +23,34 @@ from torch import Tensor
 
 from exfm_ray.errors import UserError
 from exfm_ray.files import read_json, sha256
+from exfm_ray.models.past import HISTORY, Past
 from exfm_ray.schema import Model
-from exfm_ray.serving.folder import MANIFEST, SCHEMA, Served, check_file, hashes, new_folder, read_served, read_tables, write_manifest, write_tables
+from exfm_ray.serving.folder import (
+    MANIFEST,
+    SCHEMA,
+    Served,
+    check_file,
+    hashes,
+    new_folder,
+    read_past,
+    read_served,
+    read_tables,
+    write_manifest,
+    write_tables,
+)
 from exfm_ray.serving.program import ONNX, TABLES
 
 DELTA = "delta.safetensors"
 
 
 class Delta(Model):
-    """The manifest. `since`: hash of the tables that the rows are put into; `changed`: table to number of rows; `target`: the result's."""
+    """The manifest. `since`: hash of the tables that the rows are put into; `since_history`: that of the feature store; `changed`: table to
+    number of rows; `changed_users`: of the feature store; `target`: the result's."""
 
     since: str
+    since_history: str | None = None
     changed: dict[str, int]
+    changed_users: int = 0
     target: Served
     files: dict[str, str]
 
@@ -90,9 +107,20 @@ def write_delta(folder: Path, base: Path, full: Path, target: Served) -> None:
     for name in (ONNX, SCHEMA):
         shutil.copyfile(full / name, folder / name)
     changed = {key.partition("/")[2]: len(rows) for key, rows in delta.items() if key.startswith("rows/")}
-    files = {name: target.files[name] for name in (ONNX, SCHEMA, TABLES)}
+    users = _write_users(folder, read_past(base, old), read_past(full, target))
+    files = {name: target.files[name] for name in (ONNX, SCHEMA, TABLES, HISTORY) if name in target.files}
     result = target.model_copy(update={"files": files, "checked": {**target.checked, "largest_difference": _of(target, files)}})
-    write_manifest(folder, Delta(since=old.files[TABLES], changed=changed, target=result, files=hashes(folder)))
+    since = {"since": old.files[TABLES], "since_history": old.files.get(HISTORY)}
+    write_manifest(folder, Delta(**since, changed=changed, changed_users=users, target=result, files=hashes(folder)))
+
+
+def _write_users(folder: Path, before: Past | None, after: Past | None) -> int:
+    """Write the users whose history has changed; how many they are."""
+    if not (before and after):
+        return 0
+    changed = after.since(before)
+    changed.write(folder)
+    return len(changed.users_U)
 
 
 def _of(target: Served, files: Mapping[str, str]) -> dict[str, float]:
@@ -111,16 +139,20 @@ def apply_folder(base: Path, delta: Path, folder: Path) -> None:
         raise UserError(f"{delta / MANIFEST}: not the manifest of a delta ({error.errors()[0]['msg']})") from None
     old = read_served(base)
     check_same_student(base, old, manifest.target)
-    if old.files.get(TABLES) != manifest.since:
+    if (old.files.get(TABLES), old.files.get(HISTORY)) != (manifest.since, manifest.since_history):
         raise UserError(f"{delta}: starts from other tables than those of {base}; apply the deltas in between first, or take a full export")
-    for name in (DELTA, ONNX, SCHEMA):
+    past = read_past(base, old)
+    for name in (DELTA, ONNX, SCHEMA, *([HISTORY] if past else [])):
         check_file(delta, name, manifest.files)
     with new_folder(folder) as new:
         write_tables(new, apply(read_tables(base, old), load_file(delta / DELTA)))
+        if past:
+            past.put(Past.read(delta)).write(new)
         for name in (ONNX, SCHEMA):
             shutil.copyfile(delta / name, new / name)
-        if sha256(new / TABLES) != manifest.target.files[TABLES]:
-            raise UserError(f"{delta}: the rows put into {base} do not give the tables that its manifest promises; take a full export")
+        for name in (TABLES, *([HISTORY] if past else [])):
+            if sha256(new / name) != manifest.target.files[name]:
+                raise UserError(f"{delta}: the rows put into {base} do not give the {name} that its manifest promises; take a full export")
         write_manifest(new, manifest.target)
 
 

@@ -15,6 +15,7 @@ from exfm_ray.data.batch import Batch, to_batch
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.files import write_json
+from exfm_ray.models.past import Past
 from exfm_ray.models.stored import MANIFEST as MODEL_MANIFEST
 from exfm_ray.models.stored import PlainModel, StoredModel, load_model
 from exfm_ray.serving.delta import check_same_student, write_delta
@@ -60,18 +61,19 @@ def export_student(run: Path, vm: str, arm: str, to: Path | None = None, since: 
     check_tools(aot)
     model, stored = load_model(source)
     stream = EventStream.open(run / "stream")
-    if Arm(arm).remembers:
-        raise UserError(f"{source}: arm '{arm}' reads a feature store at serving, which export does not write; choose an arm without +history")
-    if stream.schema.digest != stored.example.digest:
+    if Arm(arm).remembers and not stored.remembered:
+        raise UserError(f"{source}: arm '{arm}' was stored without its feature store, by an earlier version; train it again under another --name")
+    if stream.schema.digest != stored.stream.digest:
         raise UserError(f"{source}: trained on another schema than {stream.root} has; export from the run that trained it")
-    rows = check_rows(stream)
+    past = Past.read(source) if stored.remembered else None
+    rows = check_rows(stream, stored, past)
     if not since:
         with new_folder(folder) as new:
-            write_served(new, run.name, model, stored, stream, rows, aot, program=True)
+            write_served(new, run.name, model, stored, stream, past, rows, aot, program=True)
         return folder
     check_same_student(since, read_served(since), _described(run.name, stored, {}, {}))
     with new_folder(folder) as new, tempfile.TemporaryDirectory(dir=new.parent, prefix=".full.") as full:
-        target = write_served(Path(full), run.name, model, stored, stream, rows, aot=False, program=False)
+        target = write_served(Path(full), run.name, model, stored, stream, past, rows, aot=False, program=False)
         write_delta(new, since, Path(full), target)
     return folder
 
@@ -91,26 +93,36 @@ def find_student(run: Path, vm: str, arm: str) -> Path:
     return run / "exported" / f"{vm}-{arm}"
 
 
-def check_rows(stream: EventStream) -> Batch:
-    """The first rows of the last window that has some; UserError for a stream without events."""
+def check_rows(stream: EventStream, stored: StoredModel, past: Past | None) -> Batch:
+    """The first rows of the last window that has some, with their history; UserError for a stream without events."""
     for window in reversed(stream.windows()):
         for fragment in stream.window(window).fragments:
             if fragment.rows > 1:
-                return to_batch(stream.read(window, fragment).slice(0, CHECKED_ROWS), stream.schema)
+                rows = to_batch(stream.read(window, fragment).slice(0, CHECKED_ROWS), stream.schema)
+                return remembered(rows, stored, past) if past else rows
     raise UserError(f"{stream.root}: no events to check the written model with")
 
 
+def remembered(rows: Batch, stored: StoredModel, past: Past) -> Batch:
+    """Rows with what their users' history holds behind their dense features."""
+    column = [feature.name for feature in stored.example.single].index(stored.facts["history"]["key"])
+    return replace(rows, dense_BD=torch.cat([rows.dense_BD, past.of(rows.sparse_BS[:, column])], dim=1))
+
+
 def write_served(
-    folder: Path, run: str, model: PlainModel, stored: StoredModel, stream: EventStream, rows: Batch, aot: bool, program: bool
+    folder: Path, run: str, model: PlainModel, stored: StoredModel, stream: EventStream, past: Past | None, rows: Batch, aot: bool, program: bool
 ) -> Served:
     """Fill `folder` with the student and its manifest.
 
     Args:
+        past: the feature store of an arm with +history.
         rows: what the written models are checked with.
         program: with the torch.export program; `aot`: with the compiled one.
     """
     write_tables(folder, model.tables.tables())
-    write_json(folder / SCHEMA, served_schema(stored.example, stream))
+    write_json(folder / SCHEMA, served_schema(stored.stream, stream, stored.facts.get("history")))
+    if past:
+        past.write(folder)
     # Traced with values in every bag: torch.export takes a size of 0 or 1 for a constant.
     example = inputs_of(stored.example, _full_bags(rows))
     with quiet():

@@ -4,6 +4,7 @@
 <folder>/model.onnx           ONNX model; its tables are those of the next file
 <folder>/tables.safetensors   every table by name, float32 (rows, embeddings times E)
 <folder>/schema.json          how raw values become inputs
+<folder>/history.safetensors  of an arm with +history: what it reads of each user (`models.past`)
 <folder>/manifest.json        student, inputs, hashes of the files, what was checked
 """
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from exfm_ray.errors import UserError
 from exfm_ray.files import read_json, sha256, write_json
 from exfm_ray.model_config import ModelConfig
+from exfm_ray.models.past import HISTORY, Past
 from exfm_ray.schema import Model
 from exfm_ray.serving.program import TABLES
 
@@ -83,6 +85,14 @@ def read_tables(folder: Path, manifest: Served) -> dict[str, Tensor]:
     check_file(folder, TABLES, manifest.files)
     tables: dict[str, Tensor] = load_file(folder / TABLES)
     return tables
+
+
+def read_past(folder: Path, manifest: Served) -> Past | None:
+    """The feature store of a served folder, where its arm has one; UserError where the file is not the manifest's."""
+    if HISTORY not in manifest.files:
+        return None
+    check_file(folder, HISTORY, manifest.files)
+    return Past.read(folder)
 
 
 def check_file(folder: Path, name: str, files: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -11,9 +12,11 @@ from exfm_ray.data.prepare.normaliser import LIMIT
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
 from exfm_ray.files import read_json
+from exfm_ray.models.past import HISTORY
 from exfm_ray.schema import DOMAIN_FEATURE, Encoding, Schema, SparseFeature
 
 EXAMPLES: dict[str, tuple[Any, ...]] = {"text": ("", "a", "café", "12345"), "integer": (0, 12345, -1), "number": (0.0, 0.5)}
+LOOK_UP = "row of feature `key` -> its place in `users` (ascending) -> that row of `inputs`, zeros where it is not there; behind the rest of dense_BD"
 MAPPING = {
     "missing": "row 0 of every table",
     "index": "an integer v in [0, rows - 1) is row v + 1",
@@ -28,8 +31,11 @@ MAPPING = {
 }
 
 
-def served_schema(schema: Schema, stream: EventStream) -> dict[str, Any]:
-    """The content of schema.json: columns of the inputs in order, tables with examples, normalisation after the stream's last window."""
+def served_schema(schema: Schema, stream: EventStream, history: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of schema.json: columns of the inputs in order, tables with examples, normalisation after the stream's last window.
+
+    `history`: what a stored model says of its own (`StoredModel.facts`), where it has one.
+    """
     return {
         "digest": schema.digest,
         "tasks": list(schema.tasks),
@@ -40,6 +46,7 @@ def served_schema(schema: Schema, stream: EventStream) -> dict[str, Any]:
         "domains": {name: schema.domain_index(name) + 1 for name in schema.domains},
         "tables": {f.name: _table(f) for f in (*schema.single, *schema.bags) if f.table is None},
         "mapping": {**MAPPING, DOMAIN_FEATURE: "the row that `domains` gives its name"},
+        **({"history": {"file": HISTORY, **history, "mapping": LOOK_UP}} if history else {}),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from exfm_ray.arms import Arm, Objective
 from exfm_ray.config import Config, StudentConfig, TrainerConfig
-from exfm_ray.das.history import history_store, with_history
+from exfm_ray.das.history import history_store, user_column, with_history
 from exfm_ray.das.lag import Policy
 from exfm_ray.das.shared import shared_store
 from exfm_ray.das.snapshots import SnapshotStore
@@ -93,7 +93,7 @@ class Job:
         taught = any(arm.taught for arm in self.config.vm.arms)
         store = SupervisionStore(self.config.folder / "supervision", self.teacher) if taught else None
         domains = tuple(sorted({schema.domain_index(student.domain) for student in self.students}))
-        given = shared_store(self.config), history_store(self.config)
+        given = shared_store(self.config, self.teacher), history_store(self.config)
         return AugmentedReader(self.stream_root, store, Policy.of(self.config.das), domains, self.tasks(), *given)
 
     def static(self, windows: Sequence[int]) -> StaticSet | None:
@@ -252,39 +252,46 @@ class Worker:
         """Publish a snapshot of the FM, or of each student that is a teacher itself: the state after the first `version` windows, or
         after pass `version` over a static set."""
         config = self.job.config
-        if self.job.role == "fm" and any(arm.shares for arm in config.arms):
-            folder = self._snapshots(config.fm.name).folder(version)
-            write_tables(folder, dist.get_rank(), self.loop.lanes[0].engine.momentum_shards(), MOMENTUM)
         teachers: dict[tuple[str, Arm | None], ModelConfig] = {
             (student.name, student.publishes): student.model or config.vm.model for student in self.job.students if student.publishes
         }
         for lane in self.loop.lanes:
             network = config.fm.model if self.job.role == "fm" else teachers.get((lane.model, lane.arm))
             if network:
-                facts = {"teacher": lane.model, "version": version, "seed": config.seed}
-                self._store(self._snapshots(lane.model).folder(version), lane, network, facts)
+                facts, folder = {"teacher": lane.model, "version": version, "seed": config.seed}, self._snapshots(lane.model).folder(version)
+                if any(arm.shares for arm in config.arms):
+                    write_tables(folder, dist.get_rank(), lane.engine.momentum_shards(), MOMENTUM)
+                self._store(folder, lane, network, facts)
 
     def export(self, windows: int) -> None:
         """Export each VM as it is served: tables, network and serving head; no auxiliary head, no adapter.
 
-        An arm with +share is evaluated with rows that it is given just before, so it is given all that are known now.
+        An arm with +share is evaluated with rows that it is given just before, so it is given all that are known now; one with +history is
+        stored with what it reads of each user.
         """
         config = self.job.config
         if any(arm.shares for arm in config.vm.arms):
-            self._await_snapshot(Policy.of(config.das).version(windows))
+            snapshots, version = SnapshotStore.of(config, self.job.teacher), Policy.of(config.das).version(windows)
+            if version is not None:
+                _await(lambda: snapshots.has(version), f"{snapshots.folder(version)}: not published", "train its teacher further")
         for group in self.loop.groups:
             group.refresh(windows)
         networks = {student.name: student.model or config.vm.model for student in self.job.students}
         for lane in self.loop.lanes:
-            facts = {"vm": lane.model, "arm": str(lane.arm), "windows": windows, "seed": config.seed}
-            self._store(config.folder / "exported" / lane.name, lane, networks[lane.model], facts)
+            folder, facts = config.folder / "exported" / lane.name, {"vm": lane.model, "arm": str(lane.arm), "windows": windows, "seed": config.seed}
+            if lane.remembers:
+                facts["history"] = self._store_past(folder, windows)
+            self._store(folder, lane, networks[lane.model], facts)
 
-    def _await_snapshot(self, version: int | None) -> None:
-        deadline, snapshots = time.monotonic() + FEED_WAIT_S, self._snapshots(self.job.config.fm.name)
-        while version is not None and not snapshots.has(version):
-            if time.monotonic() > deadline:
-                raise UserError(f"{snapshots.folder(version)}: not published within {FEED_WAIT_S:.0f} s; train the FM further")
-            time.sleep(POLL_S)
+    def _store_past(self, folder: Path, windows: int) -> dict[str, Any]:
+        """Write what an arm with +history reads of each user after so many windows; what is to be said of it."""
+        history, schema = history_store(self.job.config), self.stream.schema
+        assert history
+        _await(lambda: history.ready(windows), f"{history.folder(windows - 1)}: not represented", "run the DAS")
+        past = history.before(windows).past()
+        if dist.get_rank() == 0:
+            past.write(folder)
+        return {"key": schema.single[user_column(schema, history.settings)].name, "inputs": past.inputs_UF.shape[1]}
 
     def _store(self, folder: Path, lane: Lane, network: ModelConfig, facts: dict[str, Any]) -> None:
         with lane.engine.evaluated():
@@ -296,3 +303,12 @@ class Worker:
             tasks = tuple(self.stream.schema.tasks[task] for task in lane.tasks)
             commit_model(folder, network, arm_schema(lane.arm, self.stream.schema, self.job.config), tasks, serving, facts)
         dist.barrier()
+
+
+def _await(done: Callable[[], bool], lacking: str, remedy: str) -> None:
+    """Wait for what another role of the run leaves on the disk; UserError where it does not come."""
+    deadline = time.monotonic() + FEED_WAIT_S
+    while not done():
+        if time.monotonic() > deadline:
+            raise UserError(f"{lacking} within {FEED_WAIT_S:.0f} s; {remedy}")
+        time.sleep(POLL_S)

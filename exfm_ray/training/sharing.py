@@ -18,7 +18,6 @@ from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.engine.tables import GivenRows
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.models.layout import Layout
-from exfm_ray.models.stored import table_parts
 from exfm_ray.schema import Schema
 from exfm_ray.training.usage import Uses
 
@@ -30,24 +29,37 @@ def widths(config: Config, student: StudentConfig | None, schema: Schema) -> dic
     return {table: number * model.dim for table, number in embeddings.items()}
 
 
+def teachers_widths(config: Config, teacher: str | None, schema: Schema) -> dict[str, int] | None:
+    """Width of each table's rows in a teacher: the FM, a vertical model of this run, or another run's FM, by its first snapshot; None
+    where that one has published none yet."""
+    if teacher in (None, config.fm.name):
+        return widths(config, None, schema)
+    if any(other.name == teacher and other.run for other in config.teachers):
+        snapshots = SnapshotStore.of(config, teacher)
+        first = snapshots.versions()[:1]
+        stored = snapshots.manifest(first[0], schema) if first else None
+        return {name: number * stored.network.dim for name, number in Layout.of(stored.network, schema).embeddings.items()} if stored else None
+    return widths(config, next(student for student in config.vm.models if student.name == teacher), schema)
+
+
 def check_sharing(config: Config, schema: Schema) -> None:
     """UserError where the config's arms share tables that are not there, or rows that do not fit and have no projection."""
     share = config.distillation.share
     if not any(arm.shares for arm in config.arms):
         return
-    for name in share.tables:
-        if name not in schema.tables:
-            told = nearest(name, schema.tables) or f" There are {', '.join(schema.tables)}."
-            raise UserError(f"setting 'distillation.share.tables': no table is named '{name}'.{told}")
-    theirs = widths(config, None, schema)
+    searched = config.tune.space["distillation.share.tables"].choice if config.tune and "distillation.share.tables" in config.tune.space else ()
+    for setting, names in (("distillation.share.tables", share.tables), *(("tune.space", choice) for choice in searched)):
+        for name in names if isinstance(names, tuple) else ():
+            if name not in schema.tables:
+                told = nearest(str(name), schema.tables) or f" There are {', '.join(schema.tables)}."
+                raise UserError(f"setting '{setting}': no table is named '{name}'.{told}")
     for student in config.vm.models:
-        if student.teacher not in (None, config.fm.name):
-            raise UserError(f"setting 'vm.models': '{student.name}' is taught by '{student.teacher}', but only the FM gives rows; leave +share out")
-        for name, width in widths(config, student, schema).items():
-            if (name in share.tables or not share.tables) and width != theirs[name] and share.projection == "none":
+        theirs, teacher = teachers_widths(config, student.teacher, schema), f"teacher '{student.teacher}'" if student.teacher else "the FM"
+        for name, width in widths(config, student, schema).items() if theirs else ():
+            if (name in share.tables or not share.tables) and theirs and width != theirs[name] and share.projection == "none":
                 raise UserError(
-                    f"setting 'vm.arms': '{student.name}' shares table '{name}', whose rows have {theirs[name]} numbers in the FM and {width} in the "
-                    "student; set distillation.share.projection=principal, give both the same dim and embeddings, or leave the table out of "
+                    f"setting 'vm.arms': '{student.name}' shares table '{name}', whose rows have {theirs[name]} numbers in {teacher} and {width} in "
+                    "the student; set distillation.share.projection=principal, give both the same dim and embeddings, or leave the table out of "
                     "distillation.share.tables"
                 )
 
@@ -75,7 +87,7 @@ class Sharing:
     @classmethod
     def of(cls, config: Config, student: StudentConfig, schema: Schema) -> Sharing | None:
         """None where no arm takes rows."""
-        store = shared_store(config)
+        store = shared_store(config, student.teacher)
         return cls(config, store, schema, student.domain, widths(config, student, schema)) if store else None
 
     @property
@@ -89,16 +101,16 @@ class Sharing:
         if policy.version(window) is None:
             return {}
         given = self.store.read(window, self.domain, self.schema, policy)
-        return {name: self._fit(name, rows) for name, rows in given.items()}
+        return {name: self._fit(name, rows) for name, rows in given.items() if self._takes(name)}
 
     def after(self, windows: int) -> Iterator[dict[str, GivenRows]]:
         """What a student is served with after so many windows: all rows of the snapshot that is to supervise the next one, in parts."""
         version = Policy.of(self.config.das).version(windows)
         if version is None:
             return
-        snapshots = SnapshotStore(self.config.folder / "snapshots", self.store.teacher)
-        for name, first_row, row_XW in table_parts(snapshots.folder(version)):
-            if name in self._share.tables or not self._share.tables:
+        snapshots = SnapshotStore.of(self.config, self.store.teacher)
+        for name, first_row, row_XW in snapshots.tables(version, self.schema):
+            if self._takes(name):
                 id_X = np.arange(first_row, first_row + len(row_XW))
                 yield {name: self._fit(name, TableRows(id_X, row_XW, torch.zeros(len(row_XW))))}
 
@@ -111,6 +123,10 @@ class Sharing:
         """The window is learnt."""
         if self.uses:
             self.uses.end_window()
+
+    def _takes(self, table: str) -> bool:
+        """The DAS may give rows of more tables than a sweep's trial takes."""
+        return table in self._share.tables or not self._share.tables
 
     def _fit(self, name: str, rows: TableRows) -> GivenRows:
         """The student's rows from the teacher's."""

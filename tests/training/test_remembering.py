@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from local_runs import run_locally, score, train
+from safetensors.numpy import load_file
 from small_runs import WINDOWS, assert_close, figures, flip_labels, metrics, rewrite, small_config
 from test_sharing import WORKERS_TOLERANCE
 from workers import Workers
 
-from exfm_ray.config import Config
+from exfm_ray.config import Config, with_settings
+from exfm_ray.das.history import history_store, user_column
+from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream, window_name
 from exfm_ray.errors import UserError
+from exfm_ray.files import read_json, write_json
+from exfm_ray.models.past import HISTORY
 from exfm_ray.models.stored import load_model
 from exfm_ray.pipeline import check_models, prepare_stream, vm_jobs
+from exfm_ray.schema import Schema
+from exfm_ray.serving.delta import main as delta_main
 from exfm_ray.serving.export import export_student
-from exfm_ray.training.job import Job
+from exfm_ray.training.job import Job, Worker
 
 ARMS = ["labels", "labels+history", "kd+share+history"]
 
@@ -69,21 +81,21 @@ def test_goes_on_after_a_kill(groups: dict[int, Workers], tmp_path: Path, drift:
     assert figures(killed) == figures(whole)
 
 
-@pytest.mark.parametrize("drift", ["pinned", "aligned"])
-def test_later_labels_change_nothing_that_is_given(groups: dict[int, Workers], tmp_path: Path, drift: str) -> None:
+@pytest.mark.parametrize(("drift", "lag"), [("pinned", 1), ("aligned", 1), ("refreshed", 2)])
+def test_later_labels_change_nothing_that_is_given(groups: dict[int, Workers], tmp_path: Path, drift: str, lag: int) -> None:
     """Wrong: what a vertical model reads of the past in a window depends on labels of that window or later ones (rule 2)."""
     changed_at = 2
-    runs = [config_of(tmp_path, name, {"drift": drift}) for name in ("as_is", "changed")]
+    runs = [config_of(tmp_path, name, {"drift": drift}, das={"fm_lag": lag}) for name in ("as_is", "changed")]
     stream = prepare_stream(runs[1])
     for window in range(changed_at, WINDOWS):
         rewrite(stream, window, flip_labels)
     for config in runs:
         run_locally(groups, config)
-    for window in range(1, WINDOWS):  # what lies in a window's folder is given from the next one on
+    for window in range(lag, WINDOWS):  # what lies in a window's folder is given from the next one on
         files = [sorted((c.folder / "history" / "fm" / window_name(window)).iterdir()) for c in runs]
         assert [path.name for path in files[0]] == [path.name for path in files[1]] and len(files[0]) == 6
         equal = all(one.read_bytes() == other.read_bytes() for one, other in zip(*files, strict=True))
-        assert equal == (window <= changed_at or drift == "pinned"), window
+        assert equal == (window < changed_at + lag or drift == "pinned"), window
     told = [{k: r for k, r in metrics(c).items() if r["window"] <= changed_at and r["model"] == "feed"} for c in runs]
     for key in told[0]:  # mean prediction, in which the labels cancel out
         means = [one[key]["calibration"] * one[key]["label_rate"] for one in told]
@@ -100,7 +112,84 @@ def test_what_a_snapshot_does_not_give_is_told_at_once(base: Config, tmp_path: P
         check_models(config_of(tmp_path, "wrong", history), EventStream.open(base.folder / "stream").schema)
 
 
-def test_export_without_its_feature_store_is_refused(base: Config) -> None:
+def test_a_module_that_puts_out_nothing_is_told_at_once(base: Config, tmp_path: Path) -> None:
+    """Wrong: a part of the FM's network that is never called, or does not speak of single examples, is found out in the first window."""
+    fm = {"type": "masknet", "dim": 4, "blocks": 2, "block_width": 4, "mask_mlp": [4], "mlp": [4]}
+    schema = EventStream.open(base.folder / "stream").schema
+    with pytest.raises(UserError, match=r"'distillation.history.layer' is backbone.blocks: this module .* puts out no numbers for each example"):
+        check_models(with_settings(config_of(tmp_path, "wrong", {"layer": "backbone.blocks"}), {"fm.model": fm}), schema)
+    check_models(with_settings(config_of(tmp_path, "right", {"layer": "backbone.blocks.1"}), {"fm.model": fm}), schema)
+
+
+def evaluated(config: Config, folder: Path) -> dict[str, Any]:
+    """Probabilities of the trained lanes of `feed`, from the last checkpoint, on its rows of the last window given the past up to the
+    stream's end, as the DAS has it; the rows are left in `folder`."""
+    (job,) = vm_jobs(config)
+    worker = Worker(job, None, None, torch.device("cpu"))
+    job.checkpoints.load(job.checkpoints.latest(), worker.loop)
+    history, group, stream = history_store(config), worker.loop.groups[0], EventStream.open(config.folder / "stream")
+    assert history
+    schema = stream.schema
+    events = stream.read(WINDOWS - 1, stream.window(WINDOWS - 1).fragments[0])
+    rows = group.select(history.join(WINDOWS, events, user_column(schema, history.settings), len(schema.single)))
+    pq.write_table(rows, folder / "rows.parquet")
+    return {name: 1 / (1 + np.exp(-logits.astype(np.float64))) for name, logits in group.evaluate(rows).logits.items()}
+
+
+def served_inputs(served: Path, rows: pa.Table, schema: Schema) -> dict[str, np.ndarray[Any, Any]]:
+    """What a server asks with: the examples' own columns, and what the served files say of their users, one after the other."""
+    told = read_json(served / "schema.json")["history"]
+    store = load_file(served / told["file"])
+    of = dict(zip(store["users"].tolist(), store["inputs"], strict=True))
+    batch = to_batch(rows, schema)
+    inputs = {name: getattr(batch, name).numpy() for name in ("sparse_BS", "dense_BD", "bag_values_V", "bag_lengths_MB")}
+    users = inputs["sparse_BS"][:, [f["name"] for f in read_json(served / "schema.json")["sparse_BS"]].index(told["key"])]
+    past = np.stack([of.get(int(user), np.zeros(told["inputs"], np.float32)) for user in users])
+    assert past.any()
+    return inputs | {"dense_BD": np.concatenate([inputs["dense_BD"], past], axis=1)}
+
+
+def test_served_with_its_feature_store_it_predicts_as_trained(base: Config, groups: dict[int, Workers], tmp_path: Path) -> None:
+    """Wrong: a server that looks users up in the served store predicts otherwise than the trained model that is given their past."""
+    (expected,) = groups[1].run(evaluated, base, tmp_path)
+    stream, rows = EventStream.open(base.folder / "stream"), pq.read_table(tmp_path / "rows.parquet")
+    served = export_student(base.folder, "feed", "labels+history", tmp_path / "served")
+    (found,) = onnxruntime.InferenceSession(served / "model.onnx").run(None, served_inputs(served, rows, stream.schema))
+    np.testing.assert_allclose(found, expected["feed-labels+history"], rtol=0, atol=1e-5)
+    assert np.abs(found - expected["feed-kd+share+history"]).max() > 1e-3, "or any student would do"
+
+
+def test_a_delta_brings_the_changed_users(groups: dict[int, Workers], tmp_path: Path) -> None:
+    """Wrong: a server that takes deltas looks users up in another store than one that takes full exports, or is sent all of it."""
+    model = {"name": "feed", "domain": "feed", "task": "click"}
+    config = config_of(tmp_path, "run", vm={"arms": ["labels+history"], "models": [model]})
+    windows = prepare_stream(config).windows()
+    groups[1].run(train, Job("fm", config), windows, None)
+    groups[1].run(score, config)
+    (job,) = vm_jobs(config)
+    groups[1].run(train, job, windows[:2], None)
+    earlier = export_student(config.folder, "feed", "labels+history", tmp_path / "earlier")
+    groups[1].run(train, job, windows, None)
+    full = export_student(config.folder, "feed", "labels+history", tmp_path / "full")
+    delta = export_student(config.folder, "feed", "labels+history", tmp_path / "delta", since=earlier)
+    assert 0 < read_json(delta / "manifest.json")["changed_users"] <= len(load_file(full / HISTORY)["users"])
+    assert delta_main([str(earlier), str(delta), str(tmp_path / "now")]) == 0
+    for file in ("tables.safetensors", HISTORY, "schema.json"):
+        assert (tmp_path / "now" / file).read_bytes() == (full / file).read_bytes() != b""
+    assert (earlier / HISTORY).read_bytes() != (full / HISTORY).read_bytes()
+    assert delta_main([str(full), str(delta), str(tmp_path / "wrong")]) == 2
+
+
+def test_a_model_without_its_feature_store_is_refused(base: Config, tmp_path: Path) -> None:
     """Wrong: a served folder promises predictions for which it lacks inputs."""
-    with pytest.raises(UserError, match=r"arm 'labels\+history' reads a feature store at serving"):
-        export_student(base.folder, "feed", "labels+history")
+    folder = Path(shutil.copytree(base.folder / "exported" / "feed-labels+history", tmp_path / "exported" / "feed-labels+history"))
+    (tmp_path / "stream").symlink_to(base.folder / "stream")
+    (folder / HISTORY).write_bytes((folder / HISTORY).read_bytes()[:-1] + b"\1")
+    with pytest.raises(UserError, match="history.safetensors: missing or not the file that model.json describes"):
+        export_student(tmp_path, "feed", "labels+history")
+    stored = read_json(folder / "model.json")
+    facts = {key: value for key, value in stored["facts"].items() if key != "history"}
+    files = {name: digest for name, digest in stored["files"].items() if name != HISTORY}
+    write_json(folder / "model.json", stored | {"facts": facts, "files": files})
+    with pytest.raises(UserError, match=r"arm 'labels\+history' was stored without its feature store"):
+        export_student(tmp_path, "feed", "labels+history")

@@ -76,6 +76,16 @@ def test_together_as_alone(base: Config, groups: dict[int, Workers], arm: str) -
     assert min(abs(last[0] - last[1]), abs(last[1] - last[2])) > 100 * CLOSE  # or the comparison says nothing
 
 
+def test_a_trial_shares_the_tables_that_it_names(base: Config, groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Wrong: a trial is given rows of tables that it does not share, because the DAS has published them for others."""
+    only = taught(groups, tmp_path_factory.mktemp("only"), tune=base.tune, distillation={"share": {"tables": ["user"]}})
+    (((expected,), *_), ((found,), *_), ((others,), *_)) = (
+        reversed(groups[1].run(alone, config, "feed", "labels+share", [settings])[0])
+        for config, settings in ((only, {}), (base, {"distillation.share.tables": ("user",)}), (base, {}))
+    )
+    assert found == expected != others
+
+
 @pytest.mark.parametrize(
     "model",
     [
