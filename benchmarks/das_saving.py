@@ -8,7 +8,6 @@ All in one process, on the same windows, each model on its domain's rows:
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from exfm_ray.data.batch import Batch, to_batch
 from exfm_ray.data.regroup import Regroup
 from exfm_ray.data.stream import EventStream
 from exfm_ray.distillation.objective import labels_objective_B
+from exfm_ray.files import remove_tree
 from exfm_ray.models.flops import forward_flops, training_flops
 from exfm_ray.models.layout import Layout
 from exfm_ray.models.stored import PlainModel
@@ -84,7 +84,7 @@ def external(settings: Config, own: Sequence[StudentConfig], windows: Sequence[i
     stream = EventStream.open(settings.folder / "stream")
     fm = build_groups(Job("fm", settings), stream.schema, CPU)[0]
     das = DAS(settings, stream)
-    shutil.rmtree(das.store.root / settings.fm.name, ignore_errors=True)
+    remove_tree(das.store.root / settings.fm.name)
     for table in (stream.read(w, fragment) for w in windows for fragment in stream.window(w).fragments):
         for rows in batches(fm, [table]):
             fm.learn(rows)

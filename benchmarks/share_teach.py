@@ -111,7 +111,7 @@ def give(config: Config, teacher: Config, stream: EventStream) -> None:
 
 def permute_labels(stream: EventStream, folder: Path, seed: int) -> None:
     """The stream with the labels of each fragment in another order."""
-    shutil.copytree(stream.root, folder)
+    shutil.copytree(str(stream.root), folder)
     copy = EventStream.open(folder)
     windows = {number: copy.window(number) for number in stream.windows()}
     for number in windows:
@@ -131,12 +131,12 @@ def permute_labels(stream: EventStream, folder: Path, seed: int) -> None:
 def permute_rows(config: Config, folder: Path) -> None:
     """The run's rows with the ids of every table mixed up: the same rows, on each id another's."""
     store = SharedStore(folder / "shared", config.fm.name)
-    shutil.copytree(config.folder / "shared", store.root)
+    shutil.copytree(config.folder / "shared", folder / "shared")
     rng = np.random.default_rng(config.seed)
     for window in (window for window in WINDOWS if store.has(window)):
         manifest = store.manifest(window)
         for domain, part in manifest.domains.items():
-            path = store.folder(window) / part.file
+            path = Path(str(store.folder(window) / part.file))
             tensors = load_file(path)
             for name in [name for name in tensors if name.startswith("rows/")]:
                 tensors[name] = rng.permutation(tensors[name])
@@ -153,7 +153,7 @@ def mix_users(remembered: Config, mixed: Config) -> None:
     """
     store, own = history_store(remembered), history_store(mixed)
     assert store and own
-    shutil.copytree(store.root, own.root)
+    shutil.copytree(str(store.root), str(own.root))
     rng, keys, other = np.random.default_rng(remembered.seed), np.empty(0, np.int64), np.empty(0, np.int64)
     for window in (window for window in WINDOWS if own.has(window)):
         path = own.folder(window) / "after.safetensors"

@@ -17,6 +17,8 @@ from exfm_ray.data_config import DataConfig, Folder
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.model_config import MODEL_TYPES, MLPConfig, ModelConfig, Widths, WukongConfig
 from exfm_ray.placement_config import PlacementConfig
+from exfm_ray.places import stores
+from exfm_ray.remote import Place, check_url, without_credentials
 from exfm_ray.schema import Model, Name
 from exfm_ray.tune_config import UNSEARCHABLE, TuneConfig, as_text
 
@@ -244,6 +246,9 @@ class RunConfig(Model):
     """Where runs go."""
 
     dir: Folder = Field(Path("runs"), validate_default=True)
+    storage: Annotated[str, AfterValidator(check_url)] | None = Field(
+        None, description="URL, such as s3://bucket/prefix, below which stream, snapshots and supervision lie instead of in the run's folder"
+    )
 
 
 class WandbConfig(Model):
@@ -323,6 +328,11 @@ class Config(Model):
     def folder(self) -> Path:
         """The run's folder."""
         return self.run.dir / self.name
+
+    @property
+    def stores(self) -> Place:
+        """Where what the roles give each other lies: in the run's folder, or remote."""
+        return stores(self.folder, self.name, self.run.storage)
 
 
 def with_settings(config: Config, settings: Mapping[str, object]) -> Config:
@@ -422,7 +432,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "union_tag_not_found":
         return f"setting '{place}': give it a 'type': {', '.join(MODEL_TYPES)}"
     message = error["msg"].removeprefix("Value error, ")
-    given = f" (given: {error['input']!r})" if not isinstance(error["input"], dict | list | tuple | BaseModel) else ""
+    told = without_credentials(error["input"]) if isinstance(error["input"], str) else error["input"]
+    given = f" (given: {told!r})" if not isinstance(error["input"], dict | list | tuple | BaseModel) else ""
     return f"setting '{place}': {message}{given}"
 
 
@@ -456,6 +467,11 @@ CHANGEABLE = {"fm": WAYS, "vm": WAYS, "checkpoint": True, "das": {"min_actors", 
 def lineage(config: Config) -> str:
     """The settings that a run keeps from its beginning to its end, as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude=CHANGEABLE), sort_keys=False, allow_unicode=True)  # type: ignore[arg-type]
+
+
+def stores_lineage(config: Config) -> str:
+    """Those of them on which what lies in remote stores depends: not the folder, which may be another on each machine."""
+    return lineage(config.model_copy(update={"run": config.run.model_copy(update={"dir": Path()})}))
 
 
 def dump_config(config: Config) -> str:

@@ -1,21 +1,30 @@
-"""Files that are whole or absent: every write goes to a temporary name beside its target and is renamed."""
+"""Files that are whole or absent: every write goes to a temporary name beside its target and is renamed; a remote file is put in one step."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from exfm_ray.errors import UserError
+from exfm_ray.remote import Place, RemotePath
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in `path`'s folder; rename it to `path` when the block ends without an error."""
+def atomic_path(path: Place) -> Iterator[Path]:
+    """Yield a temporary path in `path`'s folder; rename it to `path` when the block ends without an error. Of a remote file the temporary
+    one lies on this machine."""
+    if isinstance(path, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="exfm-ray.") as folder:
+            yield Path(folder) / path.name
+            path.put(Path(folder) / path.name)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -27,18 +36,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Place, text: str) -> None:
     """Write `text` to `path` atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Place, value: Any) -> None:
     """Write `value` as JSON to `path` atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Place) -> Any:
     """The JSON value in `path`; UserError where the file is missing or damaged."""
     try:
         return json.loads(path.read_text())
@@ -46,6 +55,23 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:  # not JSON, not text, or nested without end
         raise UserError(f"{path}: not valid JSON ({error}); remove it and run the step that writes it again") from None
+
+
+def readable(path: Place) -> Any:
+    """What pyarrow reads a Parquet file from: a local one where it lies, a remote one from memory, fetched whole in one go."""
+    if isinstance(path, Path):
+        return path
+    import pyarrow as pa
+
+    return pa.BufferReader(path.read_bytes())
+
+
+def remove_tree(folder: Place) -> None:
+    """Delete all below a folder, and a local one itself. What is not there is no error."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        folder.remove_tree()
 
 
 def append_lines(path: Path, rows: Sequence[Any]) -> None:

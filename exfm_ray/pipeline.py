@@ -27,7 +27,7 @@ import yaml
 
 from exfm_ray.actors import answer, beside_driver
 from exfm_ray.arms import LABELS
-from exfm_ray.config import Config, StudentConfig, dump_config, lineage
+from exfm_ray.config import Config, StudentConfig, dump_config, lineage, stores_lineage
 from exfm_ray.das.history import check_history
 from exfm_ray.das.lacking import parked, stood_in
 from exfm_ray.das.run import DAS
@@ -39,6 +39,7 @@ from exfm_ray.errors import UserError
 from exfm_ray.files import append_text, read_json, write_json, write_text
 from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.network import Network
+from exfm_ray.remote import Place
 from exfm_ray.runtime import MemoryMeter, ray_session
 from exfm_ray.schema import Schema
 from exfm_ray.summary import summary_rows
@@ -308,15 +309,25 @@ class Run:
         """Write the resolved config; a folder that holds a run of other settings is refused."""
         path = self.folder / "config.yaml"
         settings = dump_config(self.config)
-        if path.exists() and self._begun(path) != lineage(self.config):
+        if path.exists() and self._begun(path, lineage) != lineage(self.config):
             raise UserError(f"{path}: this folder holds a run with other settings; choose another --name, or remove the folder")
+        self._claim_stores(settings)
         versions = "".join(f"# {name} {version(name)}\n" for name in PACKAGES)
         write_text(path, f"{settings}\n---\n# python {platform.python_version()}\n{versions}")
 
-    def _begun(self, path: Path) -> str | None:
+    def _claim_stores(self, settings: str) -> None:
+        """The same for remote stores, which runs from other folders may name, too."""
+        path = self.config.stores / "config.yaml"
+        if isinstance(path, Path):
+            return
+        if path.exists() and self._begun(path, stores_lineage) != stores_lineage(self.config):
+            raise UserError(f"{path}: a run with other settings has its stores there; choose another --name or run.storage")
+        write_text(path, settings)
+
+    def _begun(self, path: Place, kept: Callable[[Config], str]) -> str | None:
         """The settings with which the run in this folder was begun; None where they are none of this version's."""
         try:
-            return lineage(Config.model_validate(yaml.safe_load(path.read_text().split("\n---\n")[0])))
+            return kept(Config.model_validate(yaml.safe_load(path.read_text().split("\n---\n")[0])))
         except (ValueError, yaml.YAMLError):
             return None
 

@@ -1,9 +1,14 @@
-"""Where relative folders lie: below EXFM_HOME, else below the working folder; in a Ray job never in the code uploaded for it."""
+"""Where relative folders lie: below EXFM_HOME, else below the working folder; in a Ray job never in the code uploaded for it. And where a run
+keeps what its roles give each other: in its folder, or remote."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+import yaml
+
+from exfm_ray.remote import Place, RemotePath
 
 UPLOADS = "working_dir_files"
 """The folder of a Ray node in which uploaded code lies, one folder for each upload. Ray removes them when jobs or its session end."""
@@ -25,3 +30,17 @@ def base() -> Path:
 def lasting(path: str | Path) -> Path:
     """`path` made absolute."""
     return base() / path
+
+
+def stores(folder: Path, name: str, storage: str | None) -> Place:
+    """Where the run `name` in `folder` has its stores: stream, snapshots, supervision, and what students are given beside it."""
+    return folder if storage is None else RemotePath(storage) / name
+
+
+def stores_of(run: Path) -> Place:
+    """The same of a run that is there, as the config in its folder says."""
+    try:
+        settings = next(iter(yaml.safe_load_all((run / "config.yaml").read_text())))
+        return stores(run, str(settings["name"]), settings["run"].get("storage"))
+    except (OSError, ValueError, yaml.YAMLError, StopIteration, TypeError, KeyError, AttributeError):  # whoever reads the settings says so
+        return run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,10 @@ from exfm_ray.config import Config
 from exfm_ray.das.lag import Policy
 from exfm_ray.data.labels import is_released, labelled
 from exfm_ray.data.stream import EventStream, list_values, window_name
+from exfm_ray.files import readable
 from exfm_ray.metrics.gain import ne_gain, transfer_ratio
 from exfm_ray.metrics.state import MetricState
+from exfm_ray.remote import Place
 from exfm_ray.schema import ALL_DOMAINS
 from exfm_ray.training.checkpoint import JobResult
 from exfm_ray.training.loop import FM_ARM, Key, describe, supervisor
@@ -60,8 +61,8 @@ def best_nes(stream: EventStream, windows: Sequence[int]) -> dict[tuple[str, str
     return {key: ne for key, ne in figures.items() if ne is not None}
 
 
-def _truth_states(stream: EventStream, window: int, path: Path) -> Mapping[tuple[str, str], MetricState]:
-    schema, truth = stream.schema, pq.read_table(path, partitioning=None)
+def _truth_states(stream: EventStream, window: int, path: Place) -> Mapping[tuple[str, str], MetricState]:
+    schema, truth = stream.schema, pq.read_table(readable(path), partitioning=None)
     tasks = [task for task in schema.tasks if is_released(stream, window, (task,))]
     tables = [labelled(stream, window, fragment, tasks, ["domain", "labels"]) for fragment in stream.window(window).fragments]
     domain_N = np.concatenate([table["domain"].to_numpy() for table in tables])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from example import make_stream
 from hypothesis import settings
+from s3_server import S3, s3_server
 from workers import Workers
 
 from exfm_ray.data.stream import EventStream
@@ -48,3 +49,10 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Worke
     yield groups
     for workers in groups.values():
         workers.stop()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """An S3 server. Ray's processes and the engine workers have its credentials, as this one has."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server

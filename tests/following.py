@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from exfm_ray.config import Config
+from exfm_ray.remote import Place
 
 HOUR_MS = 3_600_000
 SPEC: dict[str, Any] = {
@@ -76,14 +77,15 @@ def lay_out(folder: Path, events: pa.Table, labels: pa.Table, pieces: int) -> No
     (folder / "raw" / "_END").touch()
 
 
-def followed(folder: Path, name: str = "run", **data: Any) -> Config:
+def followed(folder: Path, name: str = "run", storage: str | None = None, **data: Any) -> Config:
     """A config that follows `folder`/raw."""
     spec = folder / "schema.yaml"
     spec.write_text(yaml.safe_dump(SPEC))
     settings = {**DATA, "root": folder / "raw", "schema_file": spec, **data}
-    return Config.model_validate({"name": name, "run": {"dir": folder / "runs"}, "data": settings})
+    return Config.model_validate({"name": name, "run": {"dir": folder / "runs", "storage": storage}, "data": settings})
 
 
-def contents(root: Path) -> dict[str, bytes]:
+def contents(root: Place) -> dict[str, bytes]:
     """All files of a stream."""
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file() and p.name != ".follow.lock"}
+    files = [path for path in root.rglob("*") if not isinstance(path, Path) or path.is_file()]
+    return {"/".join(path.parts[len(root.parts) :]): path.read_bytes() for path in files}

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from dashboard_spec import logged, named
 from local_runs import run_locally
+from s3_server import S3
 from small_runs import SETTINGS, WINDOWS, assert_close, figures, merged, metrics, run, small_config
 from wandb_files import OfflineRun, run_files
 from workers import Workers
@@ -22,10 +23,13 @@ from workers import Workers
 from exfm_ray.commands import main
 from exfm_ray.config import Config
 from exfm_ray.data.prepare import source_schema
+from exfm_ray.data.stream import EventStream
+from exfm_ray.errors import UserError
 from exfm_ray.files import read_json, read_lines
 from exfm_ray.pipeline import Run, prepare_stream
 from exfm_ray.runtime import user_error
 from exfm_ray.tracking.dashboard import parts
+from exfm_ray.tracking.run_files import RunFiles
 
 REPOSITORY = Path(__file__).parents[1]
 RUN_S = 300
@@ -94,6 +98,28 @@ def assert_timeline(config: Config) -> None:
         scored = spans["das", window, "score"]
         assert scored["started_s"] + scored["waited_s"] >= spans["fm", window - 1, "learn"]["ended_s"] - 0.05, "two clocks of one machine"
     assert spans["das", 1, "score"]["waited_s"] > 0
+
+
+def test_stores_on_s3_equal_local_ones(cluster: None, base: Config, s3: S3, tmp_path: Path) -> None:
+    """Wrong: with stream, snapshots, supervision, rows and histories on S3 a role reads or writes other bytes, or something stays local; or
+    stores of one run are taken by another."""
+    storage = s3.url(tmp_path.name)
+    config = config_of(tmp_path, "base", run={"dir": tmp_path / "runs", "storage": storage})
+    run(config)
+    assert_same(config, base)
+    folders = ("stream", "supervision", "shared", "history", "snapshots")
+    assert not any((config.folder / part).exists() for part in folders)
+    for part in folders:
+        local, remote = base.folder / part, config.stores / part
+        files = {str(path.relative_to(local)): path.read_bytes() for path in local.rglob("*") if path.is_file()}
+        found = {"/".join(path.parts[len(remote.parts) :]): path.read_bytes() for path in remote.rglob("*") if not path.name.endswith(".sha256")}
+        assert found and found.items() <= files.items(), part
+        assert part == "snapshots" or found.keys() == files.keys(), part  # those that no window needs any more are gone
+    assert RunFiles.open(config.folder).state == "done"
+    assert not any("hidden-in-the-tests" in path.read_text(errors="ignore") for path in config.folder.rglob("*") if path.is_file())
+    other = config_of(tmp_path, "base", run={"dir": tmp_path / "others", "storage": storage}, seed=1)
+    with pytest.raises(UserError, match=r"s3://.*/base/config.yaml: a run with other settings has its stores there; choose another --name"):
+        Run(other, EventStream.open(config.stores / "stream")).execute()
 
 
 def test_two_workers_on_ray_equal_one(cluster: None, base: Config, tmp_path: Path) -> None:

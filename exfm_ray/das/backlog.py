@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from exfm_ray.data.stream import Fragment, Window
 from exfm_ray.files import read_json, write_json
+from exfm_ray.remote import Place, StorageError
 
 RETRY_S = 0.2
 """Pause before a fragment's second try; it doubles with every further one, up to `RETRY_MOST_S`."""
@@ -60,7 +60,7 @@ class OpenWindow:
 class Backlog:
     """Open windows in the order in which they were opened."""
 
-    def __init__(self, path: Path, tries: int) -> None:
+    def __init__(self, path: Place, tries: int) -> None:
         """`path`: where parked fragments are listed."""
         self._path, self._tries = path, tries
         self.open: dict[int, OpenWindow] = {}
@@ -125,7 +125,7 @@ class Backlog:
             self._write()
 
     def _write(self) -> None:
-        with suppress(OSError):  # a full disk: the list is told by the service all the same
+        with suppress(OSError, StorageError):  # a full disk: the list is told by the service all the same
             write_json(self._path, [asdict(p) for p in self.parked])
 
     def counts(self) -> dict[str, Any]:

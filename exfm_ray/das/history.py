@@ -13,7 +13,6 @@ represented by the snapshot that supervises it, which has not learned it, or by 
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, load_file, save_file
 from torch import Tensor
 
 from exfm_ray.config import Config, HistoryConfig
@@ -36,7 +35,8 @@ from exfm_ray.files import atomic_path, read_json, write_json
 from exfm_ray.models.layout import Layout
 from exfm_ray.models.network import Network
 from exfm_ray.models.past import Past
-from exfm_ray.models.stored import PlainModel, load_model
+from exfm_ray.models.stored import MANIFEST, PlainModel, copy_model, load_model
+from exfm_ray.remote import Place
 from exfm_ray.schema import Model, Schema
 
 HISTORY_COLUMN = "history"  # float32[F], added to a fragment's packed columns
@@ -127,12 +127,12 @@ class FeatureStore:
 class HistoryStore:
     """What one teacher's representations have become."""
 
-    root: Path
+    root: Place
     teacher: str
     settings: HistoryConfig
     policy: Policy
 
-    def folder(self, window: int) -> Path:
+    def folder(self, window: int) -> Place:
         """Where a window's representations lie."""
         return self.root / self.teacher / window_name(window)
 
@@ -208,11 +208,8 @@ class HistoryStore:
             return snapshots.load(version, schema.digest)[0], version
         kept, first = self.root / self.teacher / "pinned", self.policy.version(self.policy.first)
         assert first is not None
-        if not kept.exists():
-            temporary = kept.with_name(".pinned.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(snapshots.folder(first), temporary)
-            temporary.replace(kept)
+        if not (kept / MANIFEST).exists():
+            copy_model(snapshots.folder(first), kept)
         model, stored = load_model(kept)
         if stored.example.digest != schema.digest:
             raise UserError(f"{kept}: this snapshot was trained on another schema than the stream's; remove {self.root}")
@@ -230,9 +227,9 @@ class HistoryStore:
 
 
 @lru_cache(maxsize=2)
-def _read_store(path: Path, written_ns: int, dim: int, last: int) -> FeatureStore:
+def _read_store(path: Place, written_ns: int, dim: int, last: int) -> FeatureStore:
     """Read once per process: all fragments of a window look into the same one."""
-    arrays = load_file(path)
+    arrays = load_file(path) if isinstance(path, Path) else load(path.read_bytes())
     if not arrays:
         return FeatureStore.empty(HistoryConfig(dim=dim, last=last))
     return FeatureStore(arrays["users"], arrays["count"], arrays["total"], arrays.get("last", np.zeros((len(arrays["users"]), 0, dim), np.float32)))
@@ -307,4 +304,4 @@ def check_history(config: Config, schema: Schema) -> None:
 def history_store(config: Config) -> HistoryStore | None:
     """A run's; None where no arm remembers."""
     remembers = any(arm.remembers for arm in config.arms)
-    return HistoryStore(config.folder / "history", config.fm.name, config.distillation.history, Policy.of(config.das)) if remembers else None
+    return HistoryStore(config.stores / "history", config.fm.name, config.distillation.history, Policy.of(config.das)) if remembers else None

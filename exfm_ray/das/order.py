@@ -12,6 +12,8 @@ from exfm_ray.das.lag import Policy
 from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.das.supervision import SupervisionStore
 from exfm_ray.files import digest
+from exfm_ray.places import stores_of
+from exfm_ray.remote import Place
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Order:
         readers: folders in which each reader of the supervision leaves `windows=<n>/manifest.json` when it has learnt n windows.
     """
 
-    stream_root: Path
+    stream_root: Place
     snapshots: SnapshotStore
     store: SupervisionStore
     das: DASConfig
@@ -41,11 +43,11 @@ class Order:
     @classmethod
     def of(cls, config: Config, readers: Sequence[Path] = (), teacher: TeacherConfig | None = None) -> Order:
         """The order of a run: by its FM, or by another teacher."""
-        folder, name = config.folder, teacher.name if teacher else config.fm.name
-        elsewhere = teacher.run if teacher else None
+        stores, name = config.stores, teacher.name if teacher else config.fm.name
+        elsewhere = stores_of(teacher.run) if teacher and teacher.run else None
         return cls(
-            stream_root=folder / "stream", snapshots=SnapshotStore.of(config, name),
-            store=SupervisionStore(folder / "supervision", name), das=config.das, log=folder / "timeline.jsonl",
+            stream_root=stores / "stream", snapshots=SnapshotStore.of(config, name),
+            store=SupervisionStore(stores / "supervision", name), das=config.das, log=config.folder / "timeline.jsonl",
             owns_snapshots=not config.das.keep_snapshots and elsewhere is None, readers=tuple(readers) if config.das.ahead else (),
             role=f"das-{name}" if teacher else "das", labels=config.placement.das, gifts=Gifts.of(config, name),
         )  # fmt: skip
@@ -56,7 +58,7 @@ class Order:
         return Policy.of(self.das)
 
     @property
-    def parked_list(self) -> Path:
+    def parked_list(self) -> Place:
         """Where what has failed too often is listed."""
         return self.store.root / self.store.teacher / "parked.json"
 

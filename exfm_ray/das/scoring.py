@@ -20,10 +20,11 @@ from exfm_ray.das.versions import Versions
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
 from exfm_ray.files import append_lines
+from exfm_ray.remote import StorageError, pause_s
 
 TICK_S = 0.05
 LOOK_S = 0.2
-"""How often the stream and the snapshots are looked at for what is new."""
+"""How often the stream and the snapshots are looked at for what is new; less often where they are remote."""
 SPEED_S = 30.0
 """Examples per second are those of so many seconds."""
 KEPT = 20
@@ -66,7 +67,7 @@ class Scoring:
 
     def give_out(self) -> None:
         """Open windows and hand their fragments to actors."""
-        self._look()
+        self._look_again()
         self._pool.resize(self._backlog.counts()["fragments"])
         self._give()
 
@@ -111,11 +112,22 @@ class Scoring:
         """Since when the window was waited for: it was asked for, and the one before it begun."""
         return max(self._free_s, self._wanted().get(window, 0.0))
 
+    def _look_again(self) -> None:
+        """Look, where it is time. A storage that cannot be used now is looked at again later: whoever follows a stream outlives that."""
+        if time.monotonic() - self._looked_s < pause_s(self._order.stream_root, LOOK_S):
+            return
+        before = self._held_back
+        try:
+            self._look()
+        except StorageError as error:
+            self._held_back = str(error)
+            if self._held_back != before:
+                self._fault(self._held_back)
+        self._looked_s = time.monotonic()
+
     def _look(self) -> None:
         """Open the wanted windows that can be scored now, in order, as far as the actors have too little to do."""
-        if time.monotonic() - self._looked_s < LOOK_S:
-            return
-        self._looked_s, self._held_back = time.monotonic(), ""
+        self._held_back = ""
         done = self._committed | self._backlog.open.keys() | {p.window for p in self._backlog.parked}
         enough = 2 * CALLS * self._order.das.max_actors
         for window in sorted(self._wanted().keys() - done):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,11 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exfm_ray.config import Config
+from exfm_ray.copies import fetched, intact
 from exfm_ray.das.lag import Policy
 from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.data.stream import EventStream, Window, list_values, window_name
 from exfm_ray.errors import UserError
 from exfm_ray.files import atomic_path, read_json, sha256, write_json
+from exfm_ray.remote import Place
 from exfm_ray.schema import Model, Schema
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -68,10 +70,10 @@ class Shared(Model):
 class SharedStore:
     """What one teacher gives."""
 
-    root: Path
+    root: Place
     teacher: str
 
-    def folder(self, window: int) -> Path:
+    def folder(self, window: int) -> Place:
         """Where a window's rows lie."""
         return self.root / self.teacher / window_name(window)
 
@@ -108,8 +110,8 @@ class SharedStore:
             tensors |= {f"momentum/{name}": state[name][torch.from_numpy(id_X)] for name, id_X in ids.items() if state}
             with atomic_path(path) as temporary:
                 save_file(tensors, temporary)
-            size = path.stat().st_size
-            parts[domain] = Part(file=path.name, sha256=sha256(path), rows=sum(len(id_X) for id_X in ids.values()), bytes=size)
+                size, hashed = temporary.stat().st_size, sha256(temporary)
+            parts[domain] = Part(file=path.name, sha256=hashed, rows=sum(len(id_X) for id_X in ids.values()), bytes=size)
         manifest = Shared(
             window=window.index, teacher=self.teacher, snapshot=version, schema_digest=schema.digest, momentum=bool(state), domains=parts,
             widths={name: table.shape[1] for name, table in own.items()},
@@ -142,9 +144,9 @@ class SharedStore:
             raise UserError(f"{folder}: no rows for domain '{domain}', only for {', '.join(manifest.domains) or 'none'}{again}")
         part = manifest.domains[domain]
         path = folder / part.file
-        if Path(part.file).name != part.file or not path.exists() or sha256(path) != part.sha256:
+        if PurePath(part.file).name != part.file or not intact(path, part.sha256):
             raise UserError(f"{path}: missing or not the file that its manifest describes{again}")
-        tensors = load_file(path)
+        tensors = load_file(fetched(path, part.sha256))
         return {
             name: TableRows(tensors[f"ids/{name}"].numpy(), tensors[f"rows/{name}"], tensors.get(f"momentum/{name}"))
             for name in manifest.widths if f"ids/{name}" in tensors
@@ -154,7 +156,7 @@ class SharedStore:
 def shared_store(config: Config, teacher: str | None = None) -> SharedStore | None:
     """Where the rows of a run's FM, or of another of its teachers, lie; None where no arm takes them."""
     shares = any(arm.shares for arm in config.arms)
-    return SharedStore(config.folder / "shared", teacher or config.fm.name) if shares else None
+    return SharedStore(config.stores / "shared", teacher or config.fm.name) if shares else None
 
 
 def ids_of(stream: EventStream, window: Window, domain: str, tables: Sequence[str]) -> dict[str, Ids]:

@@ -6,16 +6,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 from torch import Tensor
 
 from exfm_ray.config import Config
 from exfm_ray.errors import UserError
+from exfm_ray.files import remove_tree
 from exfm_ray.models.network import Network
 from exfm_ray.models.stored import (
     MANIFEST,
@@ -29,6 +28,8 @@ from exfm_ray.models.stored import (
     table_parts,
     whole_tables,
 )
+from exfm_ray.places import stores_of
+from exfm_ray.remote import Place, StorageError
 from exfm_ray.schema import Schema
 
 
@@ -40,7 +41,7 @@ class SnapshotError(UserError):
 class SnapshotStore:
     """The snapshots of one teacher."""
 
-    root: Path
+    root: Place
     teacher: str
 
     @classmethod
@@ -48,9 +49,9 @@ class SnapshotStore:
         """Those of a run's FM, or of another of its teachers: another run's, or made in this one."""
         name = teacher or config.fm.name
         elsewhere = next((other.run for other in config.teachers if other.name == name), None)
-        return cls((elsewhere or config.folder) / "snapshots", name)
+        return cls((stores_of(elsewhere) if elsewhere else config.stores) / "snapshots", name)
 
-    def folder(self, version: int) -> Path:
+    def folder(self, version: int) -> Place:
         """Where a version lies."""
         return self.root / self.teacher / f"version={version:03d}"
 
@@ -86,6 +87,8 @@ class SnapshotStore:
         folder = self._published(version)
         try:
             model, manifest = load_model(folder)
+        except StorageError:
+            raise
         except UserError as error:
             raise SnapshotError(str(error)) from None
         self._check(version, manifest, schema_digest)
@@ -96,12 +99,14 @@ class SnapshotStore:
         folder = self._published(version)
         try:
             manifest = checked_manifest(folder)
+        except StorageError:
+            raise
         except UserError as error:
             raise SnapshotError(str(error)) from None
         self._check(version, manifest, schema_digest)
         return load_network(folder, manifest).eval(), manifest
 
-    def _published(self, version: int) -> Path:
+    def _published(self, version: int) -> Place:
         if not self.has(version):
             raise SnapshotError(f"{self.folder(version)}: snapshot {version} of teacher '{self.teacher}' is not published; train the FM further")
         return self.folder(version)
@@ -134,4 +139,4 @@ class SnapshotStore:
     def remove(self, version: int) -> None:
         """Delete a version; a kill in the middle leaves none that is only half there."""
         (self.folder(version) / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(self.folder(version), ignore_errors=True)
+        remove_tree(self.folder(version))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import PurePath
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ from exfm_ray.data.labels import is_released, labelled
 from exfm_ray.data.stream import EventStream, Fragment, Window, list_values, read_parquet, window_name
 from exfm_ray.errors import UserError
 from exfm_ray.files import atomic_path, read_json, write_json
+from exfm_ray.remote import Place
 from exfm_ray.schema import Model
 
 TEACHER_COLUMN = "teacher_predictions"  # float32[tasks of the job], added to a fragment's packed columns
@@ -55,18 +56,18 @@ class Supervised(Model):
 class SupervisionStore:
     """What one teacher wrote."""
 
-    root: Path
+    root: Place
     teacher: str
 
-    def path(self, window: int, fragment: Fragment) -> Path:
+    def path(self, window: int, fragment: Fragment) -> Place:
         """The supervision of one fragment: the fragment's own file name."""
-        return self.root / self.teacher / window_name(window) / Path(fragment.file).name
+        return self.root / self.teacher / window_name(window) / PurePath(fragment.file).name
 
     def has(self, window: int) -> bool:
         """True when a window's supervision is committed."""
         return self._manifest(window).exists()
 
-    def _manifest(self, window: int) -> Path:
+    def _manifest(self, window: int) -> Place:
         return self.root / self.teacher / window_name(window) / "manifest.json"
 
     def manifest(self, window: int) -> Supervised:
@@ -178,7 +179,7 @@ class SupervisionStore:
         return events.append_column(TEACHER_COLUMN, pa.FixedSizeListArray.from_arrays(pa.array(p_NT.ravel()), len(tasks)))
 
     @staticmethod
-    def _check_column(path: Path, equal: pa.ChunkedArray, found: pa.ChunkedArray, expected: object, column: str) -> None:
+    def _check_column(path: Place, equal: pa.ChunkedArray, found: pa.ChunkedArray, expected: object, column: str) -> None:
         wrong = pc.index(pc.fill_null(equal, False), False).as_py()
         if wrong >= 0:
             wanted = expected[wrong].as_py() if isinstance(expected, pa.ChunkedArray) else expected
@@ -196,7 +197,7 @@ class AugmentedReader:
     `history`, its rows are joined with the feature store as it was before the window, to learn and to evaluate.
     """
 
-    stream_root: Path
+    stream_root: Place
     store: SupervisionStore | None
     policy: Policy
     domains: tuple[int, ...]

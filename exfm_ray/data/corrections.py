@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from exfm_ray.data.labels import attribution, release, with_labels
 from exfm_ray.data.stream import EventStream, Fragment, list_values
 from exfm_ray.errors import UserError
+from exfm_ray.files import readable
 from exfm_ray.schema import Schema
 
 CORRECTIONS = "corrections."
@@ -76,7 +77,7 @@ def _rows(stream: EventStream, window: int, fragment: Fragment, start: float, en
     """
     task = fragment.file.removeprefix(CORRECTIONS).removesuffix(".parquet")
     path = stream.path(window, fragment)
-    places = pq.read_table(path, partitioning=None, use_threads=False)
+    places = pq.read_table(readable(path), partitioning=None, use_threads=False)
     if places.schema != CORRECTION or places.num_rows != fragment.rows:
         raise UserError(f"{path}: {places.num_rows} rows of {places.column_names} where the manifest says {fragment.rows}; prepare the stream again")
     first, last = round(start * fragment.rows), round(end * fragment.rows)

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import pyarrow as pa
@@ -25,9 +24,11 @@ from exfm_ray.data.corrections import learnt_fragments, with_corrections
 from exfm_ray.data.labels import is_released, labelled
 from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.errors import UserError
+from exfm_ray.remote import Place
 
 FRAGMENTS_PER_DATASET = 256
 BLOCKS_AHEAD = 4
+LOOK_S = 0.1
 FEED_WAIT_S = 3600.0
 """Longest that a job waits for a window or its supervision."""
 READ_S = 1800.0
@@ -67,7 +68,7 @@ class FragmentReader(Protocol):
 class StreamReader:
     """All rows of a stream's windows, with the released labels of `tasks`; to learn, with the corrections that it delivers among them."""
 
-    root: Path
+    root: Place
     tasks: tuple[str, ...] = ()
 
     def ready(self, work: Pass) -> bool:
@@ -115,10 +116,12 @@ def _datasource(reader: FragmentReader, work: Sequence[tuple[Pass, Fragment]]) -
 class _Reading:
     """One reading of some passes for a number of workers; ends when it is told to stop."""
 
-    def __init__(self, reader: FragmentReader, passes: Sequence[Pass], workers: int, wait_s: float, labels: Mapping[str, str]) -> None:
+    def __init__(
+        self, reader: FragmentReader, passes: Sequence[Pass], workers: int, wait_s: float, labels: Mapping[str, str], look_s: float
+    ) -> None:
         self.of = (tuple(passes), workers)
         self.untouched = True
-        self._reader, self._wait_s, self._labels = reader, wait_s, dict(labels)
+        self._reader, self._wait_s, self._labels, self._look_s = reader, wait_s, dict(labels), look_s
         self._blocks: deque[Any] = deque()
         self._first = 0  # index of the first block still held
         self._taken = [0] * workers
@@ -173,7 +176,7 @@ class _Reading:
         while not self._reader.ready(waiting[0]) and not self._error:
             if time.monotonic() > deadline:
                 raise UserError(f"the feed waited {self._wait_s:.0f} s for {self._reader.awaits(waiting[0])}")
-            time.sleep(0.1)
+            time.sleep(self._look_s)
         work: list[tuple[Pass, Fragment]] = []
         while waiting and len(work) <= FRAGMENTS_PER_DATASET and self._reader.ready(waiting[0]):
             task = waiting.popleft()
@@ -198,13 +201,14 @@ class Feed:
     """Reads a job's passes ahead of its workers. Needs max_concurrency of at least workers + 2."""
 
     def __init__(
-        self, reader: FragmentReader, passes: Sequence[Pass], workers: int, wait_s: float, labels: Mapping[str, str] | None = None
-    ) -> None:
+        self, reader: FragmentReader, passes: Sequence[Pass], workers: int, wait_s: float, labels: Mapping[str, str] | None = None,
+        look_s: float = LOOK_S,
+    ) -> None:  # fmt: skip
         """`wait_s`: longest wait for a pass to become ready, after which the job fails with what was missing. `labels`: of the nodes
-        that read."""
-        self._reader, self._wait_s, self._labels = reader, wait_s, labels or {}
+        that read. `look_s`: pause between two looks whether a pass is ready."""
+        self._reader, self._wait_s, self._labels, self._look_s = reader, wait_s, labels or {}, look_s
         self._failed: str | None = None
-        self._reading = _Reading(reader, passes, workers, wait_s, self._labels)
+        self._reading = _Reading(reader, passes, workers, wait_s, self._labels, look_s)
 
     def begin(self, passes: Sequence[Pass], workers: int) -> None:
         """Workers start, maybe again and in another number: from now on `block` counts from the first of `passes`.
@@ -215,7 +219,7 @@ class Feed:
             raise UserError(self._failed)
         if not (self._reading.untouched and self._reading.of == (tuple(passes), workers)):
             self._reading.stop()
-            self._reading = _Reading(self._reader, passes, workers, self._wait_s, self._labels)
+            self._reading = _Reading(self._reader, passes, workers, self._wait_s, self._labels, self._look_s)
 
     def fail(self, told: str) -> None:
         """A worker has met an error that no restart mends."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from exfm_ray.data.labels import ATTRIBUTION
 from exfm_ray.data.ledger import LOG, Ledger, part_path, write_part
 from exfm_ray.data.stream import EventStream, StreamWriter, WindowWriter, list_values
 from exfm_ray.files import write_json
+from exfm_ray.remote import Place
 from exfm_ray.schema import Schema
 
 Array = np.ndarray[Any, Any]
@@ -22,7 +22,7 @@ class LabelledWriter(StreamWriter):
     """A window's labels become a part of the log when it is committed; its end is then the clock by which windows are released."""
 
     def __init__(
-        self, root: Path, schema: Schema, settings: dict[str, Any], fragment_rows: int, attribution_s: Mapping[str, int], late_labels: str
+        self, root: Place, schema: Schema, settings: dict[str, Any], fragment_rows: int, attribution_s: Mapping[str, int], late_labels: str
     ) -> None:
         super().__init__(root, schema, settings, fragment_rows)
         self.attribution_s = attribution_s

@@ -24,7 +24,8 @@ from pydantic import ValidationError
 
 from exfm_ray.data.stream import EventStream, Fragment, list_values, window_name
 from exfm_ray.errors import UserError
-from exfm_ray.files import read_json
+from exfm_ray.files import read_json, readable
+from exfm_ray.remote import Place
 from exfm_ray.schema import Model
 
 ATTRIBUTION = "labels.json"
@@ -51,13 +52,13 @@ class Released(Model):
     schema_digest: str
 
 
-def attribution(root: Path) -> dict[str, int]:
+def attribution(root: Place) -> dict[str, int]:
     """Seconds of attribution of each task whose labels come after the events; empty where all labels stand with the events."""
     path = root / ATTRIBUTION
     return {str(task): int(s) for task, s in read_json(path)["attribution_s"].items()} if path.exists() else {}
 
 
-def release_folder(root: Path, window: int, task: str) -> Path:
+def release_folder(root: Place, window: int, task: str) -> Place:
     """Where a window's labels of a task lie."""
     return root / window_name(window) / f"released={task}"
 
@@ -111,7 +112,7 @@ def _labels(stream: EventStream, window: int, fragment: Fragment, task: str, ids
     release(stream, window, task)
     path = release_folder(stream.root, window, task) / Path(fragment.file).name
     try:
-        table = pq.read_table(path, partitioning=None, use_threads=False)
+        table = pq.read_table(readable(path), partitioning=None, use_threads=False)
     except FileNotFoundError:
         raise UserError(f"{path}: the release names this file, but it is not there; prepare the stream again") from None
     except pa.ArrowInvalid as error:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,8 @@ from exfm_ray.data.corrections import CORRECTION, CORRECTIONS
 from exfm_ray.data.labels import Released, release, release_folder
 from exfm_ray.data.stream import EventStream, Fragment, Window, window_name
 from exfm_ray.errors import UserError
-from exfm_ray.files import atomic_path, write_json
+from exfm_ray.files import atomic_path, readable, write_json
+from exfm_ray.remote import Place
 
 Array = np.ndarray[Any, Any]
 LOG = pa.schema([("example_id", pa.int64()), ("task", pa.string()), ("label", pa.int8()), ("time_ms", pa.int64())])
@@ -31,12 +31,12 @@ UNKNOWN = -1
 LISTED = 10
 
 
-def part_path(root: Path, number: int) -> Path:
+def part_path(root: Place, number: int) -> Place:
     """A part of the label log."""
     return root / "labels" / f"part={number:06d}.parquet"
 
 
-def write_part(root: Path, number: int, labels: pa.Table, facts: Mapping[str, str] | None = None) -> None:
+def write_part(root: Place, number: int, labels: pa.Table, facts: Mapping[str, str] | None = None) -> None:
     """Write labels that came together as a part of the log; `facts` say where they came from."""
     with atomic_path(part_path(root, number)) as temporary:
         table = labels.select(LOG.names).cast(LOG)
@@ -135,7 +135,7 @@ class Ledger:
     def add_part(self) -> None:
         """The next part of the label log is written."""
         path = part_path(self._stream.root, self.parts)
-        table = pq.read_table(path, partitioning=None)
+        table = pq.read_table(readable(path), partitioning=None)
         task_N, label_N = table["task"].to_numpy(zero_copy_only=False), table["label"].to_numpy()
         for task, book in self._books.items():
             mine = (task_N == task) & (label_N == 1)

@@ -20,7 +20,8 @@ from pydantic import ValidationError
 
 from exfm_ray.data.regroup import Regroup
 from exfm_ray.errors import UserError
-from exfm_ray.files import atomic_path, read_json, write_json
+from exfm_ray.files import atomic_path, read_json, readable, write_json
+from exfm_ray.remote import Place
 from exfm_ray.schema import Model, Schema
 
 ROW_GROUP_ROWS = 50_000
@@ -61,9 +62,9 @@ def list_values(column: pa.ChunkedArray | pa.Array, width: int) -> np.ndarray[An
     return np.asarray(flat).reshape(len(array), width)
 
 
-def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_parquet(path: Place, columns: Sequence[str] | None = None) -> pa.Table:
     """One Parquet file, its page checksums verified. Without `pyarrow.dataset`, which takes as long again for a fragment."""
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with pq.ParquetFile(readable(path), page_checksum_verification=True) as file:
         table: pa.Table = file.read(columns=list(columns) if columns else None, use_threads=False)
     return table
 
@@ -71,12 +72,12 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 class EventStream:
     """Reads a prepared stream; checks at the door that each fragment is what its manifest says."""
 
-    def __init__(self, root: Path, schema: Schema) -> None:
+    def __init__(self, root: Place, schema: Schema) -> None:
         self.root = root
         self.schema = schema
 
     @classmethod
-    def open(cls, root: Path) -> Self:
+    def open(cls, root: Place) -> Self:
         """Open a stream of which at least the schema is written."""
         if not (root / "schema.json").exists():
             raise UserError(f"{root}: no prepared stream here; run `run.py prepare` with the same config first")
@@ -112,7 +113,7 @@ class EventStream:
             raise UserError(f"{path}: this window was prepared with another schema; prepare the stream into a new folder")
         return window
 
-    def path(self, window: int, fragment: Fragment) -> Path:
+    def path(self, window: int, fragment: Fragment) -> Place:
         """Where a fragment lies; a name that leaves its folder is refused."""
         folder = self.root / window_name(window)
         if Path(fragment.file).name != fragment.file:
@@ -133,7 +134,7 @@ class EventStream:
         self._check(path, table, fragment)
         return table
 
-    def _check(self, path: Path, table: pa.Table, fragment: Fragment) -> None:
+    def _check(self, path: Place, table: pa.Table, fragment: Fragment) -> None:
         if table.num_rows != fragment.rows:
             raise UserError(f"{path}: {table.num_rows} rows where the manifest says {fragment.rows}")
         for field in self.schema.arrow_schema:
@@ -151,7 +152,7 @@ class EventStream:
                     self._check_range(path, bag.name, bag.rows, int(values.min()), int(values.max()))
 
     @staticmethod
-    def _check_range(path: Path, feature: str, rows: int, low: int, high: int) -> None:
+    def _check_range(path: Place, feature: str, rows: int, low: int, high: int) -> None:
         if low < 0 or high >= rows:
             raise UserError(
                 f"{path}: feature '{feature}' has id {low if low < 0 else high}, outside its table of {rows} rows; "
@@ -162,7 +163,7 @@ class EventStream:
 class StreamWriter:
     """Writes a stream window by window. A window that is committed already is left as it is."""
 
-    def __init__(self, root: Path, schema: Schema, settings: dict[str, Any], fragment_rows: int) -> None:
+    def __init__(self, root: Place, schema: Schema, settings: dict[str, Any], fragment_rows: int) -> None:
         """`settings` say how the stream was made; a folder that holds a stream made otherwise is refused, untouched."""
         self.root, self.schema, self.settings, self.fragment_rows = root, schema, settings, fragment_rows
         made = root / "settings.json"
@@ -189,7 +190,7 @@ class StreamWriter:
             window.append(table)
         window.commit(duplicates)
 
-    def write_fragment(self, folder: Path, number: int, table: pa.Table) -> Fragment:
+    def write_fragment(self, folder: Place, number: int, table: pa.Table) -> Fragment:
         """Write one fragment; `WindowWriter` names it in the manifest."""
         path = folder / f"fragment={number:04d}.parquet"
         with atomic_path(path) as temporary:

@@ -9,8 +9,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -19,16 +20,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from exfm_ray.copies import fetched, intact
 from exfm_ray.data.batch import Batch
 from exfm_ray.errors import UserError
-from exfm_ray.files import atomic_path, read_json, sha256, write_json
+from exfm_ray.files import atomic_path, read_json, sha256, write_json, write_text
 from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.embeddings import PlainTables
 from exfm_ray.models.network import Network
+from exfm_ray.remote import Place
 from exfm_ray.schema import Model, Schema
 
 MANIFEST = "model.json"
-TABLES, MOMENTUM = "tables", "momentum"
+HASH = ".sha256"
+"""Beside a remote file while its model is written: its hash."""
+TABLES, MOMENTUM, DENSE = "tables", "momentum", "dense.safetensors"
 
 
 class StoredModel(Model):
@@ -73,21 +78,21 @@ class PlainModel(nn.Module):
         return torch.sigmoid(self(batch.sparse_BS, batch.bag_values_V, batch.bag_lengths_MB, batch.dense_BD))
 
 
-def write_tables(folder: Path, rank: int, shards: Mapping[str, Tensor], kind: str = TABLES) -> None:
+def write_tables(folder: Place, rank: int, shards: Mapping[str, Tensor], kind: str = TABLES) -> None:
     """Write one worker's rows of the tables, or another `kind` of numbers about its rows."""
     _write(folder / f"{kind}.{rank:04d}.safetensors", shards)
 
 
-def table_parts(folder: Path, kind: str = TABLES) -> Iterator[tuple[str, int, Tensor]]:
+def table_parts(folder: Place, kind: str = TABLES) -> Iterator[tuple[str, int, Tensor]]:
     """What `write_tables` wrote of a stored model: table, first row, rows; one file at a time, hashes not checked."""
-    for name in sorted(read_manifest(folder).files):
+    for name, hashed in sorted(read_manifest(folder).files.items()):
         if name.startswith(f"{kind}."):
-            for key, rows in load_file(folder / name).items():
+            for key, rows in load_file(fetched(folder / name, hashed)).items():
                 table, _, first_row = key.rpartition("@")
                 yield table, int(first_row), rows
 
 
-def whole_tables(folder: Path, kind: str = TABLES) -> dict[str, Tensor]:
+def whole_tables(folder: Place, kind: str = TABLES) -> dict[str, Tensor]:
     """All parts of each table together."""
     parts: dict[str, list[tuple[int, Tensor]]] = {}
     for table, first_row, rows in table_parts(folder, kind):
@@ -96,25 +101,40 @@ def whole_tables(folder: Path, kind: str = TABLES) -> dict[str, Tensor]:
 
 
 def commit_model(
-    folder: Path, network: ModelConfig, schema: Schema, tasks: tuple[str, ...], dense: Mapping[str, Tensor], facts: dict[str, Any]
+    folder: Place, network: ModelConfig, schema: Schema, tasks: tuple[str, ...], dense: Mapping[str, Tensor], facts: dict[str, Any]
 ) -> None:
     """Write the network, hash all files, write the manifest: from now on the model is there.
 
     Args:
         dense: the serving network's state dict.
     """
-    _write(folder / "dense.safetensors", dense)
-    files = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    _write(folder / DENSE, dense)
+    written: list[Place] = list(folder.glob("*.safetensors"))
+    files = {path.name: _hash(path) for path in sorted(written, key=str)}
     manifest = StoredModel(network=network, example=schema, tasks=tasks, files=files, facts=facts)
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write(path: Place, tensors: Mapping[str, Tensor]) -> None:
     with atomic_path(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        if not isinstance(path, Path):  # who writes the manifest need not fetch it
+            write_text(path.with_name(path.name + HASH), sha256(temporary))
 
 
-def read_manifest(folder: Path) -> StoredModel:
+def _hash(path: Place) -> str:
+    return sha256(path) if isinstance(path, Path) else path.with_name(path.name + HASH).read_text()
+
+
+def copy_model(source: Place, target: Place) -> None:
+    """Copy a stored model, its manifest last; UserError for a damaged one."""
+    for name, hashed in checked_manifest(source).files.items():
+        with atomic_path(target / name) as temporary:
+            shutil.copyfile(fetched(source / name, hashed), temporary)
+    write_text(target / MANIFEST, (source / MANIFEST).read_text())
+
+
+def read_manifest(folder: Place) -> StoredModel:
     """The manifest of a stored model; UserError where there is none or it is damaged."""
     try:
         return StoredModel.model_validate(read_json(folder / MANIFEST))
@@ -122,23 +142,23 @@ def read_manifest(folder: Path) -> StoredModel:
         raise UserError(f"{folder / MANIFEST}: not a model manifest ({error.errors()[0]['msg']})") from None
 
 
-def checked_manifest(folder: Path) -> StoredModel:
+def checked_manifest(folder: Place) -> StoredModel:
     """The manifest of a stored model whose files have the hashes that it names; UserError for a damaged one."""
     manifest = read_manifest(folder)
     for name, expected in manifest.files.items():
-        if Path(name).name != name or not (folder / name).exists() or sha256(folder / name) != expected:
+        if PurePath(name).name != name or not intact(folder / name, expected):
             raise UserError(f"{folder / name}: missing or not the file that {MANIFEST} describes; this model is damaged")
     return manifest
 
 
-def load_network(folder: Path, manifest: StoredModel) -> Network:
+def load_network(folder: Place, manifest: StoredModel) -> Network:
     """The dense part of a stored model."""
     network = Network(manifest.network, manifest.example, len(manifest.tasks))
-    network.load_state_dict(load_file(folder / "dense.safetensors"))
+    network.load_state_dict(load_file(fetched(folder / DENSE, manifest.files[DENSE])))
     return network
 
 
-def load_model(folder: Path) -> tuple[PlainModel, StoredModel]:
+def load_model(folder: Place) -> tuple[PlainModel, StoredModel]:
     """Load a stored model onto the CPU, its files checked against their hashes."""
     manifest = checked_manifest(folder)
     tables = PlainTables(manifest.example, manifest.network, seed=None)
@@ -146,11 +166,11 @@ def load_model(folder: Path) -> tuple[PlainModel, StoredModel]:
     return PlainModel(tables, load_network(folder, manifest)).eval(), manifest
 
 
-def load_rows(folder: Path, manifest: StoredModel, rows: Mapping[str, range]) -> dict[str, Tensor]:
+def load_rows(folder: Place, manifest: StoredModel, rows: Mapping[str, range]) -> dict[str, Tensor]:
     """Some consecutive rows of each table, (rows, width of the table): only they are read from the disk."""
     parts: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in rows}
     for file in (name for name in sorted(manifest.files) if name.startswith(f"{TABLES}.")):
-        with safe_open(folder / file, framework="pt") as handle:
+        with safe_open(fetched(folder / file, manifest.files[file]), framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
                 name, _, first = key.rpartition("@")
                 held = handle.get_slice(key)

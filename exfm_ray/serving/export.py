@@ -18,6 +18,7 @@ from exfm_ray.files import write_json
 from exfm_ray.models.past import Past
 from exfm_ray.models.stored import MANIFEST as MODEL_MANIFEST
 from exfm_ray.models.stored import PlainModel, StoredModel, load_model
+from exfm_ray.places import stores_of
 from exfm_ray.serving.delta import check_same_student, write_delta
 from exfm_ray.serving.folder import SCHEMA, Port, Served, hashes, new_folder, read_served, write_manifest, write_tables
 from exfm_ray.serving.graph import ServedGraph, input_names, inputs_of
@@ -60,7 +61,7 @@ def export_student(run: Path, vm: str, arm: str, to: Path | None = None, since: 
         raise UserError("--aot and --since do not go together: a delta holds no compiled program; leave one of them out")
     check_tools(aot)
     model, stored = load_model(source)
-    stream = EventStream.open(run / "stream")
+    stream = EventStream.open(stores_of(run) / "stream")
     if Arm(arm).remembers and not stored.remembered:
         raise UserError(f"{source}: arm '{arm}' was stored without its feature store, by an earlier version; train it again under another --name")
     if stream.schema.digest != stored.stream.digest:

@@ -5,15 +5,16 @@ A thread follows the files that the run writes anyway, so nothing waits for wand
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
-from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from exfm_ray.config import Config
 from exfm_ray.files import digest, read_json, read_lines, write_json
+from exfm_ray.remote import Place, RemotePath
 from exfm_ray.schema import ALL_DOMAINS
 from exfm_ray.tracking.recorder import TIMELINE, read_metrics
 from exfm_ray.tracking.wandb_runs import close_wandb, open_run
@@ -138,10 +139,10 @@ class PipelineRuns:
             run.log_artifact(_reference(folder, name, "snapshot" if learner.role == "fm" else "export"))
         run.finish()
 
-    def _made(self, learner: Learner) -> Path | None:
+    def _made(self, learner: Learner) -> Place | None:
         """The folder of the model as it stands, whole: the last snapshot, the exported student."""
         if learner.role == "fm":
-            whole = (self._config.folder / "snapshots" / learner.model).glob(f"version=*/{MODEL}")
+            whole: Iterable[Place] = (self._config.stores / "snapshots" / learner.model).glob(f"version=*/{MODEL}")
             return max((path.parent for path in whole), key=lambda path: int(path.name.removeprefix("version=")), default=None)
         folder = self._config.folder / "exported" / f"{learner.model}-{learner.arm}"
         return folder if (folder / MODEL).exists() else None
@@ -151,15 +152,21 @@ def _learner(row: Mapping[str, Any]) -> Learner:
     return Learner(row["role"], row["model"], row["arm"])
 
 
-def _reference(folder: Path, name: str, kind: str) -> wandb.Artifact:
+def _reference(folder: Place, name: str, kind: str) -> wandb.Artifact:
     """A stored model as an artifact that holds no bytes of it, only where its files lie and their SHA-256.
 
-    wandb hashes the manifest alone, which changes with every file: reading tables again would take long.
+    wandb hashes the manifest alone, which changes with every file: reading tables again would take long. It would need libraries and
+    credentials of its own to look at remote files; there the artifact holds the manifest, and says where it lies.
     """
     import wandb
 
     manifest = read_json(folder / MODEL)
     artifact = wandb.Artifact(name, kind, metadata={"facts": manifest["facts"], "tasks": manifest["tasks"], "sha256": manifest["files"]})
+    if isinstance(folder, RemotePath):
+        artifact.metadata["folder"] = str(folder)
+        with artifact.new_file(MODEL) as file:
+            json.dump(manifest, file)
+        return artifact
     artifact.add_reference((folder / MODEL).absolute().as_uri())
     for file in manifest["files"]:
         artifact.add_reference((folder / file).absolute().as_uri(), checksum=False)

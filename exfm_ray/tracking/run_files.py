@@ -15,6 +15,7 @@ from exfm_ray.errors import UserError
 from exfm_ray.files import read_json, read_lines
 from exfm_ray.metrics.gain import ne_gain, transfer_ratio
 from exfm_ray.metrics.state import entropy
+from exfm_ray.places import stores_of
 from exfm_ray.schema import ALL_DOMAINS
 from exfm_ray.tracking.marks import listing
 from exfm_ray.tracking.recorder import TIMELINE, read_metrics
@@ -119,7 +120,7 @@ class RunFiles:
     @cached_property
     def windows(self) -> int:
         """Windows of the stream."""
-        return len(list((self.folder / "stream").glob("window=*/manifest.json")))
+        return len(list((stores_of(self.folder) / "stream").glob("window=*/manifest.json")))
 
     @cached_property
     def done(self) -> dict[str, int]:

@@ -30,6 +30,7 @@ from exfm_ray.errors import UserError
 from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.network import build_network
 from exfm_ray.models.stored import MOMENTUM, commit_model, write_tables
+from exfm_ray.remote import Place, pause_s
 from exfm_ray.schema import Schema
 from exfm_ray.training.checkpoint import START, Checkpoints, Mark
 from exfm_ray.training.lane import Group, Lane
@@ -66,9 +67,9 @@ class Job:
         return self.config.placement.vm if self.students else self.config.placement.fm
 
     @property
-    def stream_root(self) -> Path:
+    def stream_root(self) -> Place:
         """Where the stream lies."""
-        return self.config.folder / "stream"
+        return self.config.stores / "stream"
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -91,7 +92,7 @@ class Job:
         if not self.students:
             return StreamReader(self.stream_root, fm_tasks(self.config, schema))
         taught = any(arm.taught for arm in self.config.vm.arms)
-        store = SupervisionStore(self.config.folder / "supervision", self.teacher) if taught else None
+        store = SupervisionStore(self.config.stores / "supervision", self.teacher) if taught else None
         domains = tuple(sorted({schema.domain_index(student.domain) for student in self.students}))
         given = shared_store(self.config, self.teacher), history_store(self.config)
         return AugmentedReader(self.stream_root, store, Policy.of(self.config.das), domains, self.tasks(), *given)
@@ -246,7 +247,7 @@ class Worker:
         self.saver.save(mark, self.loop, teacher, self._stopping.state() if self._stopping else None)
 
     def _snapshots(self, teacher: str) -> SnapshotStore:
-        return SnapshotStore(self.job.config.folder / "snapshots", teacher)
+        return SnapshotStore(self.job.config.stores / "snapshots", teacher)
 
     def publish(self, version: int) -> None:
         """Publish a snapshot of the FM, or of each student that is a teacher itself: the state after the first `version` windows, or
@@ -273,7 +274,7 @@ class Worker:
         if any(arm.shares for arm in config.vm.arms):
             snapshots, version = SnapshotStore.of(config, self.job.teacher), Policy.of(config.das).version(windows)
             if version is not None:
-                _await(lambda: snapshots.has(version), f"{snapshots.folder(version)}: not published", "train its teacher further")
+                _await(lambda: snapshots.has(version), snapshots.root, f"{snapshots.folder(version)}: not published", "train its teacher further")
         for group in self.loop.groups:
             group.refresh(windows)
         networks = {student.name: student.model or config.vm.model for student in self.job.students}
@@ -287,13 +288,13 @@ class Worker:
         """Write what an arm with +history reads of each user after so many windows; what is to be said of it."""
         history, schema = history_store(self.job.config), self.stream.schema
         assert history
-        _await(lambda: history.ready(windows), f"{history.folder(windows - 1)}: not represented", "run the DAS")
+        _await(lambda: history.ready(windows), history.root, f"{history.folder(windows - 1)}: not represented", "run the DAS")
         past = history.before(windows).past()
         if dist.get_rank() == 0:
             past.write(folder)
         return {"key": schema.single[user_column(schema, history.settings)].name, "inputs": past.inputs_UF.shape[1]}
 
-    def _store(self, folder: Path, lane: Lane, network: ModelConfig, facts: dict[str, Any]) -> None:
+    def _store(self, folder: Place, lane: Lane, network: ModelConfig, facts: dict[str, Any]) -> None:
         with lane.engine.evaluated():
             write_tables(folder, dist.get_rank(), lane.engine.table_shards())
             dense = lane.engine.dense_state()
@@ -305,10 +306,10 @@ class Worker:
         dist.barrier()
 
 
-def _await(done: Callable[[], bool], lacking: str, remedy: str) -> None:
-    """Wait for what another role of the run leaves on the disk; UserError where it does not come."""
+def _await(done: Callable[[], bool], root: Place, lacking: str, remedy: str) -> None:
+    """Wait for what another role of the run leaves below `root`; UserError where it does not come."""
     deadline = time.monotonic() + FEED_WAIT_S
     while not done():
         if time.monotonic() > deadline:
             raise UserError(f"{lacking} within {FEED_WAIT_S:.0f} s; {remedy}")
-        time.sleep(POLL_S)
+        time.sleep(pause_s(root, POLL_S))

@@ -11,9 +11,10 @@ from typing import Any
 import ray
 
 from exfm_ray.actors import answer, beside_driver
-from exfm_ray.data.feed import FEED_WAIT_S, Feed
+from exfm_ray.data.feed import FEED_WAIT_S, LOOK_S, Feed
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
+from exfm_ray.remote import pause_s
 from exfm_ray.training.checkpoint import START, Mark
 from exfm_ray.training.job import Job, Worker
 
@@ -47,7 +48,7 @@ def start_feed(job: Job, windows: Sequence[int]) -> Any:
     labels = job.config.placement.data
     place: dict[str, Any] = {"label_selector": labels} if labels else {"scheduling_strategy": beside_driver()}
     actor = Feed.options(max_concurrency=2 * workers + 2, **place)  # type: ignore[attr-defined]
-    return actor.remote(reader, passes, workers, FEED_WAIT_S, labels)
+    return actor.remote(reader, passes, workers, FEED_WAIT_S, labels, pause_s(job.stream_root, LOOK_S))
 
 
 def run_job(job: Job, windows: Sequence[int], recorder: Any, feed: Any) -> None:

@@ -15,18 +15,19 @@ from exfm_ray.das.scorer import Scorer
 from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.das.supervision import SupervisionStore
 from exfm_ray.data.stream import EventStream
+from exfm_ray.remote import Place
 
 BATCH = 150
 
 
-def make_order(folder: Path, store: str = "supervision", **das: Any) -> Order:
-    """The order over <folder>/stream with the snapshots in <folder>/snapshots."""
+def make_order(folder: Place, store: str = "supervision", log: Path | None = None, **das: Any) -> Order:
+    """The order over <folder>/stream with the snapshots in <folder>/snapshots. `log`: for a remote folder."""
     settings = DASConfig(batch_size=BATCH, threads=1, **das)
-    supervision = SupervisionStore(folder / store, "fm")
-    return Order(folder / "stream", SnapshotStore(folder / "snapshots", "fm"), supervision, settings, folder / store / "timeline.jsonl", False)
+    supervision, log = SupervisionStore(folder / store, "fm"), log or Path(str(folder)) / store / "timeline.jsonl"
+    return Order(folder / "stream", SnapshotStore(folder / "snapshots", "fm"), supervision, settings, log, False)
 
 
-def make_place(folder: Path, windows: int = 3, rows: int = 1000, fragment_rows: int = 400, versions: int | None = None) -> Path:
+def make_place(folder: Place, windows: int = 3, rows: int = 1000, fragment_rows: int = 400, versions: int | None = None) -> Place:
     """A folder with a stream and a snapshot for each of its windows (or `versions`)."""
     make_stream(folder / "stream", windows, rows, fragment_rows)
     for version in range(1, (windows if versions is None else versions + 1)):
@@ -37,12 +38,12 @@ def make_place(folder: Path, windows: int = 3, rows: int = 1000, fragment_rows: 
 def written(order: Order) -> dict[str, bytes]:
     """All files of the supervision, by their paths; the list of parked ones and the log left out."""
     root = order.store.root / order.store.teacher
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.glob("window=*/*"))}
+    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in sorted(root.glob("window=*/*"), key=str)}
 
 
-def scored(order: Order) -> list[Path]:
+def scored(order: Order) -> list[Place]:
     """Files that are whole by now, while actors write."""
-    return sorted((order.store.root / order.store.teacher).glob("window=*/[!.]*"))
+    return sorted((order.store.root / order.store.teacher).glob("window=*/[!.]*"), key=str)
 
 
 def undisturbed(order: Order) -> dict[str, bytes]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from example import SCHEMA
 
 from exfm_ray.das.snapshots import SnapshotStore
@@ -11,13 +9,14 @@ from exfm_ray.model_config import MLPConfig, ModelConfig
 from exfm_ray.models.embeddings import PlainTables
 from exfm_ray.models.network import build_network
 from exfm_ray.models.stored import commit_model, write_tables
+from exfm_ray.remote import Place
 from exfm_ray.schema import Schema
 
 MODEL = MLPConfig(dim=4, mlp=(8,))
 
 
 def publish(
-    root: Path, version: int, schema: Schema = SCHEMA, named: int | None = None, scale: float = 1.0, model: ModelConfig = MODEL
+    root: Place, version: int, schema: Schema = SCHEMA, named: int | None = None, scale: float = 1.0, model: ModelConfig = MODEL
 ) -> SnapshotStore:
     """Version `version` of teacher fm, weights drawn from `version`; `named`: the version that its manifest tells; the tables are
     multiplied by `scale`."""

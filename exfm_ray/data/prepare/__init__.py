@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -22,7 +21,8 @@ from exfm_ray.data.prepare.reader import part_rows, read
 from exfm_ray.data.prepare.source import RawSource, with_table_rows
 from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.errors import UserError, nearest
-from exfm_ray.files import read_json
+from exfm_ray.files import read_json, remove_tree
+from exfm_ray.remote import Place, StorageError
 from exfm_ray.schema import Schema
 
 __all__ = ["follow", "prepare", "source_schema", "stream_folder"]
@@ -41,13 +41,13 @@ NOT_CONTENT = {"memory_mb", "root", "schema_file"}
 LATE = {"attribution_s", "late_labels"}  # content of streams only in which labels come late
 
 
-def stream_folder(config: Config) -> Path:
+def stream_folder(config: Config) -> Place:
     """Where a run's stream lies."""
-    return config.folder / "stream"
+    return config.stores / "stream"
 
 
 def prepare(config: Config, progress: Progress | None = None, check: Callable[[Schema], None] | None = None) -> EventStream:
-    """Turn the raw data of `config.data` into the event stream `<run>/stream`, window by window.
+    """Turn the raw data of `config.data` into the event stream `<stores>/stream`, window by window.
 
     A complete stream with the same settings is returned as it is, a followed one (`follow`) as it is by now. After an
     interruption the windows committed before are left alone, what their events leave behind (history, normaliser, numbers) is
@@ -83,9 +83,10 @@ def prepare(config: Config, progress: Progress | None = None, check: Callable[[S
 
 
 def follow(config: Config, progress: Progress | None = None, check: Callable[[Schema], None] | None = None) -> EventStream:
-    """Take what comes into `data.root` into the stream `<run>/stream` until it ends (see `data.prepare.follower`); arguments as for `prepare`.
+    """Take what comes into `data.root` into the stream `<stores>/stream` until it ends (see `data.prepare.follower`); arguments as for `prepare`.
 
-    Can be killed at any time; called again it goes on, with the same result. One process at a time follows a stream.
+    Can be killed at any time; called again it goes on, with the same result. One process at a time follows a stream: the lock is in the
+    run's folder, so that it does not see the follower of a remote stream whose run has its folder elsewhere.
     """
     root = stream_folder(config)
     arrivals = KafkaArrivals(config) if config.data.source == "kafka" else FolderArrivals(config)
@@ -94,8 +95,8 @@ def follow(config: Config, progress: Progress | None = None, check: Callable[[Sc
     _check_tasks(config, schema)
     if check:
         check(schema)
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".follow.lock").open("w") as lock:
+    config.folder.mkdir(parents=True, exist_ok=True)
+    with (config.folder / ".follow.lock").open("w") as lock:
         try:
             flock(lock, LOCK_EX | LOCK_NB)
         except BlockingIOError:
@@ -154,7 +155,7 @@ def _content(config: Config) -> dict[str, Any]:
     return content
 
 
-def _writer(config: Config, root: Path, schema: Schema, settings: dict[str, Any]) -> StreamWriter:
+def _writer(config: Config, root: Place, schema: Schema, settings: dict[str, Any]) -> StreamWriter:
     data = config.data
     if data.delayed:
         return LabelledWriter(root, schema, settings, data.fragment_rows, data.delayed, data.late_labels)
@@ -185,7 +186,7 @@ def _check_attribution(config: Config, schema: Schema, source: RawSource | None)
             )
 
 
-def _finished_elsewhere(root: Path, config: Config) -> bool:
+def _finished_elsewhere(root: Place, config: Config) -> bool:
     """Whether the stream is complete and its raw data are not on this machine: then the settings alone decide."""
     if config.data.source == "embedded" or config.data.root.is_dir() or not (root / "manifest.json").exists():
         return False
@@ -206,24 +207,30 @@ def _check_windows(config: Config, source: RawSource | None) -> None:
         )
 
 
-def _sweep(root: Path) -> None:
+def _sweep(root: Place) -> None:
     """Remove what a killed preparation left unfinished; committed windows stay."""
+    committed = {path.parent for path in root.glob("window=*/manifest.json")}
     for folder in root.glob("window=*"):
-        if not (folder / "manifest.json").exists():
-            shutil.rmtree(folder)
-    for temporary in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp"), *root.glob("*/*/.*.tmp")):
-        temporary.unlink()
+        if folder not in committed:
+            remove_tree(folder)
+    if isinstance(root, Path):  # elsewhere files are put in one step
+        for temporary in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp"), *root.glob("*/*/.*.tmp")):
+            temporary.unlink()
 
 
 @contextmanager
-def _undone_on_error(root: Path) -> Iterator[None]:
-    """On a UserError take back what this preparation wrote: the raw data will be corrected and prepared anew."""
-    before = set(root.rglob("*"))
+def _undone_on_error(root: Place) -> Iterator[None]:
+    """On a UserError take back what this preparation wrote: the raw data will be corrected and prepared anew. Where remote files cannot be
+    written, neither can they be deleted: what is there stays, to go on from."""
+    before: set[Place] = set(root.rglob("*"))
     try:
         yield
+    except StorageError:
+        raise
     except UserError:
-        for path in sorted(set(root.rglob("*")) - before, reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        if not before and root.is_dir():
+        there: set[Place] = set(root.rglob("*"))
+        for path in sorted(there - before, key=str, reverse=True):
+            path.rmdir() if isinstance(path, Path) and path.is_dir() else path.unlink()
+        if isinstance(root, Path) and not before and root.is_dir():
             root.rmdir()
         raise

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from exfm_ray.data.prepare.world import World
 from exfm_ray.data.stream import StreamWriter, window_name
 from exfm_ray.data_config import EmbeddedConfig
 from exfm_ray.files import atomic_path
+from exfm_ray.remote import Place
 from exfm_ray.schema import DenseFeature, Encoding, Kind, Schema, SparseFeature
 
 Array = np.ndarray[Any, Any]
@@ -59,7 +59,7 @@ def schema(config: EmbeddedConfig) -> Schema:
     return Schema(features=features, dense=tuple(DenseFeature(name=n) for n in DENSE), tasks=TASKS, domains=latent.DOMAINS, group_by="user")
 
 
-def truth_path(stream: Path, window: int) -> Path:
+def truth_path(stream: Place, window: int) -> Place:
     """Where the true probabilities of a window lie."""
     return stream / "truth" / f"{window_name(window)}.parquet"
 
@@ -197,7 +197,7 @@ def write(config: Config, writer: StreamWriter, progress: Progress | None) -> di
 
 
 @contextmanager
-def _truth_writer(path: Path, skip: bool) -> Iterator[pq.ParquetWriter | None]:
+def _truth_writer(path: Place, skip: bool) -> Iterator[pq.ParquetWriter | None]:
     if skip:
         yield None
         return

@@ -31,7 +31,8 @@ from exfm_ray.data.prepare.pack import Packer, Rows
 from exfm_ray.data.prepare.source import RawSource
 from exfm_ray.data.stream import EventStream, StreamWriter, window_name
 from exfm_ray.errors import UserError
-from exfm_ray.files import atomic_path, read_json, write_json
+from exfm_ray.files import atomic_path, read_json, readable, write_json
+from exfm_ray.remote import Place
 
 Array = np.ndarray[Any, Any]
 Progress = Callable[[int, int], None]
@@ -69,7 +70,7 @@ class Follower:
         if self._ledger:
             self._ledger.recover()
             if self._ledger.parts:
-                facts = pq.read_schema(part_path(self._writer.root, self._ledger.parts - 1)).metadata
+                facts = pq.read_schema(readable(part_path(self._writer.root, self._ledger.parts - 1))).metadata
                 self._label_position = json.loads(said(facts, POSITION) or "{}")
         windows = self._stream.windows()
         self._next = len(windows)
@@ -81,9 +82,9 @@ class Follower:
         self._watermark = state["watermark_ms"]
         self._first = self._absolute(self._stream.window(0).start_ms)
         self._normaliser.restore(state["normaliser"])
-        pending = pq.read_table(folder / PENDING, partitioning=None)
+        pending = pq.read_table(readable(folder / PENDING), partitioning=None)
         if pending.num_rows:
-            self._add(pending, folder / PENDING)
+            self._add(pending, Path(PENDING))
 
     def poll(self) -> bool:
         """Take all that has come; True when the stream has ended and is complete."""
@@ -190,7 +191,7 @@ class Follower:
         if self._progress:
             self._progress(index, self._stream.window(index).rows)
 
-    def _save(self, folder: Path) -> None:
+    def _save(self, folder: Place) -> None:
         tables = [raw for raw, _ in self._pending] or [pa.table({"event_time": pa.array([], pa.int64())})]
         joined = pa.concat_tables(tables, promote_options="permissive")
         with atomic_path(folder / PENDING) as temporary:

@@ -1,0 +1,74 @@
+"""Streams on S3: the bytes of local ones, whoever prepares, dies or fails."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from following import contents, followed, lay_out, make_log
+from s3_server import S3
+from small_runs import small_config
+
+from exfm_ray.config import Config
+from exfm_ray.data.prepare import _undone_on_error, follow, prepare
+from exfm_ray.errors import UserError
+from exfm_ray.files import write_text
+from exfm_ray.remote import Place, RemotePath
+
+
+class Killed(BaseException):
+    """What a kill is to the code."""
+
+
+def test_a_killed_follower_goes_on_with_the_same_bytes(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: after a kill at any put, events or labels are lost or doubled, or a window differs from a local follower's."""
+    events, labels = make_log(4, 30, 7)
+    lay_out(tmp_path, events, labels, 4)
+    put, left = RemotePath.put, [0]
+
+    def dies(self: RemotePath, source: Path) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        put(self, source)
+
+    config = followed(tmp_path, "killed", s3.url(tmp_path.name))
+    for writes in (9, 21):
+        left[0] = writes
+        monkeypatch.setattr(RemotePath, "put", dies)
+        with pytest.raises(Killed):
+            follow(config)
+        monkeypatch.setattr(RemotePath, "put", put)
+    assert contents(follow(config).root) == contents(follow(followed(tmp_path, "whole")).root)
+
+
+def small(folder: Path, storage: str | None) -> Config:
+    """A stream of generated events whose conversions are known later, and corrected."""
+    data: dict[str, Any] = {"attribution_s": {"conversion": 7200}, "late_labels": "correct", "embedded": {"windows": 3, "events_per_window": 300}}
+    return small_config(folder, "run", run={"dir": folder, "storage": storage}, data=data)
+
+
+def test_two_preparers_write_the_same(s3: S3, tmp_path: Path) -> None:
+    """Wrong: two processes that prepare one stream on S3, which no lock keeps apart, leave other files than one does on a local disk."""
+    configs = [small(tmp_path / name, s3.url(tmp_path.name)) for name in ("one", "two")]
+    with ThreadPoolExecutor(2) as threads:
+        one, two = threads.map(prepare, configs)
+    assert contents(one.root) == contents(two.root) == contents(prepare(small(tmp_path, None)).root)
+    assert any(name.startswith("window=002/corrections.") for name in contents(one.root))
+
+
+def test_what_was_written_before_an_error_is_taken_back(s3: S3, tmp_path: Path) -> None:
+    """Wrong: raw data that are refused leave half a stream, or take with them what was there before."""
+    places: list[Place] = [RemotePath(s3.url(tmp_path.name)), tmp_path / "local"]
+    for place in places:
+        with pytest.raises(UserError, match="bad"), _undone_on_error(place):
+            write_text(place / "window=000" / "a", "a")
+            raise UserError("bad")
+        assert contents(place) == {}
+        write_text(place / "kept", "b")
+        with pytest.raises(UserError, match="bad"), _undone_on_error(place):
+            write_text(place / "window=000" / "a", "a")
+            raise UserError("bad")
+        assert contents(place) == {"kept": b"b"}
