@@ -29,9 +29,10 @@ from exfm_ray.models.flops import forward_flops, training_flops
 from exfm_ray.models.layout import Layout
 from exfm_ray.models.stored import PlainModel
 from exfm_ray.training.checkpoint import START
-from exfm_ray.training.job import Job, Worker, build_groups
+from exfm_ray.training.job import Job
 from exfm_ray.training.lane import Group, Lane
 from exfm_ray.training.local import KeptRows, LocalClient, one_process
+from exfm_ray.training.worker import Worker, build_groups
 
 MODELS = (1, 2, 4, 8)
 CPU = torch.device("cpu")

@@ -37,8 +37,9 @@ from exfm_ray.data.prepare import prepare
 from exfm_ray.files import read_json, sha256
 from exfm_ray.tracking.recorder import IDENTITY, read_metrics
 from exfm_ray.training.checkpoint import START
-from exfm_ray.training.job import Job, Worker
+from exfm_ray.training.job import Job
 from exfm_ray.training.local import KeptRows, LocalClient, one_process
+from exfm_ray.training.worker import Worker
 
 SAYS = "Kills a small pipeline 20 times, times checkpoints, feeds malformed files: about 15 minutes on two cores (--quick: 4)."
 REPOSITORY = Path(__file__).parents[1]

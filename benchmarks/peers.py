@@ -43,8 +43,9 @@ from exfm_ray.data.prepare.source import indexed
 from exfm_ray.data.regroup import regroup
 from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.schema import DOMAIN_FEATURE, Schema
-from exfm_ray.training.job import Job, build_groups
+from exfm_ray.training.job import Job
 from exfm_ray.training.local import one_process
+from exfm_ray.training.worker import build_groups
 
 SAYS = "Times training of Wukong and DCNv2 and of their peers on Frappe, and with a table of 5 million ids: about 9 minutes (--quick: 2)."
 INSTALL = "python3.11 -m venv peers && peers/bin/pip install torch==2.13.0 fuxictr==2.3.10 torch-rechub==0.9.0"

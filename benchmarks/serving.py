@@ -33,8 +33,9 @@ from exfm_ray.serving.export import export_student
 from exfm_ray.serving.folder import SCHEMA
 from exfm_ray.serving.graph import inputs_of
 from exfm_ray.serving.program import ONNX, onnx_session
-from exfm_ray.training.job import Job, Worker
+from exfm_ray.training.job import Job
 from exfm_ray.training.local import KeptRows, LocalClient, one_process
+from exfm_ray.training.worker import Worker
 
 SAYS = "Trains, exports and times served students on the embedded stream: about 4 minutes on two cores (--quick: 1)."
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"

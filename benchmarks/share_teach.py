@@ -29,8 +29,9 @@ from exfm_ray.data.prepare import prepare
 from exfm_ray.data.stream import EventStream, StreamWriter, list_values, window_name
 from exfm_ray.files import atomic_path, read_json, sha256, write_json
 from exfm_ray.training.checkpoint import START
-from exfm_ray.training.job import Job, Worker
+from exfm_ray.training.job import Job
 from exfm_ray.training.local import KeptRows, LocalClient, one_process
+from exfm_ray.training.worker import Worker
 
 ROOT = Path(__file__).parents[1]
 WINDOWS = range(JUDGED.stop)

@@ -236,12 +236,12 @@ class Run:
         failure.unlink(missing_ok=True)
         with ray_session(self.config), closing(PipelineRuns(self.config, self.summarise)), ProgressView(self._totals(jobs, scoring)) as view:
             self._recorder = RecorderActor.options(scheduling_strategy=beside_driver()).remote(self.folder / "metrics.jsonl")
-            self._progress()
             feeds = [start_feed(job, self.learnable[job.name]) for job in jobs]
             self._pending = [self._start(job, feed) for job, feed in zip(jobs, feeds, strict=True)]
             self._pending += [self._start_das(own, scoring[own.order.role]) for own in self.dases[1:] if own.order.role in scoring]
             watch = self._watcher(view)
             try:
+                self._progress()  # where the recorder cannot begin, nothing else is told; all start beside it
                 own = self.dases[0]
                 own.run(scoring.get(own.order.role, []), lambda window, rows: self._scored(own, window, rows, watch), watch)
                 while self._pending:

@@ -22,8 +22,9 @@ from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream
 from exfm_ray.pipeline import Run, prepare_stream, vm_jobs
 from exfm_ray.tracking.recorder import Recorder
-from exfm_ray.training.job import Job, Worker
+from exfm_ray.training.job import Job
 from exfm_ray.training.local import LocalClient
+from exfm_ray.training.worker import Worker
 
 
 @dataclass

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from exfm_ray.das.history import HistoryStore, user_column
 from exfm_ray.das.lag import Policy
-from exfm_ray.das.shared import SharedStore
 from exfm_ray.data.corrections import learnt_fragments, with_corrections
 from exfm_ray.data.feed import Pass
 from exfm_ray.data.labels import is_released, labelled
@@ -29,6 +28,10 @@ from exfm_ray.errors import UserError
 from exfm_ray.files import atomic_path, read_json, write_json
 from exfm_ray.remote import Place
 from exfm_ray.schema import Model
+
+if TYPE_CHECKING:  # they import torch, seconds that no process that only reads need spend
+    from exfm_ray.das.history import HistoryStore
+    from exfm_ray.das.shared import SharedStore
 
 TEACHER_COLUMN = "teacher_predictions"  # float32[tasks of the job], added to a fragment's packed columns
 
@@ -265,6 +268,8 @@ class AugmentedReader:
             self._check_teacher(work.window)
             events = self.store.join(work.window, fragment, events, self.tasks)
         if self.history:
+            from exfm_ray.das.history import user_column
+
             schema = self._stream.schema
             events = self.history.join(work.window, events, user_column(schema, self.history.settings), len(schema.single))
         return events

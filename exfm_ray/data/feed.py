@@ -33,6 +33,8 @@ FEED_WAIT_S = 3600.0
 """Longest that a job waits for a window or its supervision."""
 READ_S = 1800.0
 """Longest that the reading of a block may take once its window is there."""
+READERS_WITHOUT_CPU = 2
+"""Read tasks side by side that ask Ray for no CPU."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +116,17 @@ def _datasource(reader: FragmentReader, work: Sequence[tuple[Pass, Fragment]]) -
 
 
 class _Reading:
-    """One reading of some passes for a number of workers; ends when it is told to stop."""
+    """One reading of some passes for a number of workers; ends when it is told to stop.
+
+    `again`: after the loss of workers those that are left may hold every CPU, so the read tasks ask for none and share theirs.
+    """
 
     def __init__(
-        self, reader: FragmentReader, passes: Sequence[Pass], workers: int, wait_s: float, labels: Mapping[str, str], look_s: float
+        self, reader: FragmentReader, passes: Sequence[Pass], workers: int, wait_s: float, labels: Mapping[str, str], look_s: float,
+        again: bool = False,
     ) -> None:
         self.of = (tuple(passes), workers)
+        self._asks: dict[str, int] = {"num_cpus": 0, "concurrency": READERS_WITHOUT_CPU} if again else {}
         self.untouched = True
         self._reader, self._wait_s, self._labels, self._look_s = reader, wait_s, dict(labels), look_s
         self._blocks: deque[Any] = deque()
@@ -190,7 +197,8 @@ class _Reading:
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.target_max_block_size = None  # one block a fragment, never split or merged
-        dataset = ray.data.read_datasource(_datasource(self._reader, work), override_num_blocks=len(work), label_selector=self._labels or None)
+        source, labels = _datasource(self._reader, work), self._labels or None
+        dataset = ray.data.read_datasource(source, override_num_blocks=len(work), label_selector=labels, **self._asks)
         for bundle in dataset.iter_internal_ref_bundles():
             for block in bundle.blocks:
                 yield block.ref
@@ -219,7 +227,7 @@ class Feed:
             raise UserError(self._failed)
         if not (self._reading.untouched and self._reading.of == (tuple(passes), workers)):
             self._reading.stop()
-            self._reading = _Reading(self._reader, passes, workers, self._wait_s, self._labels, self._look_s)
+            self._reading = _Reading(self._reader, passes, workers, self._wait_s, self._labels, self._look_s, again=True)
 
     def fail(self, told: str) -> None:
         """A worker has met an error that no restart mends."""

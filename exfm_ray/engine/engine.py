@@ -18,8 +18,9 @@ from exfm_ray.engine.average import Average
 from exfm_ray.engine.decay import RowDecay
 from exfm_ray.engine.dense import gathered_state, shard_dense
 from exfm_ray.engine.dense_state import dense_parts, restore_dense
+from exfm_ray.engine.given import GivenRows
 from exfm_ray.engine.parts import Parts, kept
-from exfm_ray.engine.tables import GivenRows, Shard, ShardedTables
+from exfm_ray.engine.tables import Shard, ShardedTables
 from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.layout import Layout
 from exfm_ray.schema import Schema

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingEnv
 
 from exfm_ray.config import TrainerConfig
 from exfm_ray.data.batch import Batch
+from exfm_ray.engine.given import GivenRows
 from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.dealing import deal
 from exfm_ray.models.embeddings import initial_rows, initial_table
@@ -40,14 +41,6 @@ class Shard:
     first_row: int
     weight_RW: Tensor
     momentum_R: Tensor
-
-
-class GivenRows(NamedTuple):
-    """Rows to be written into a table: their numbers, int64 ascending (X), the rows (X, W), and their Adagrad state (X) unless they keep it."""
-
-    id_X: np.ndarray[Any, np.dtype[np.int64]]
-    row_XW: Tensor
-    momentum_X: Tensor | None
 
 
 class ShardedTables(nn.Module):

@@ -1,46 +1,21 @@
-"""A training job: which lanes it holds, what it does after a window and at the end, and the code that its workers run."""
+"""A training job: whose models it trains, what it reads, how far it is. What its workers run is in `worker`, which imports seconds of engine."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-
-from exfm_ray.arms import Arm, Objective
 from exfm_ray.config import Config, StudentConfig, TrainerConfig
-from exfm_ray.das.history import history_store, user_column, with_history
+from exfm_ray.das.history import history_store
 from exfm_ray.das.lag import Policy
 from exfm_ray.das.shared import shared_store
-from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.das.supervision import AugmentedReader, SupervisionStore
-from exfm_ray.data.feed import FEED_WAIT_S, FeedClient, FragmentReader, Pass, StreamReader
+from exfm_ray.data.feed import FragmentReader, Pass, StreamReader
 from exfm_ray.data.shuffle import ShuffledReader
-from exfm_ray.data.stream import EventStream
-from exfm_ray.distillation.adapter import Adapter
-from exfm_ray.distillation.objective import Weights
-from exfm_ray.distillation.student import Student
-from exfm_ray.engine.engine import Engine
-from exfm_ray.engine.replica import Replica
-from exfm_ray.errors import UserError
-from exfm_ray.model_config import ModelConfig
-from exfm_ray.models.network import build_network
-from exfm_ray.models.stored import MOMENTUM, commit_model, write_tables
-from exfm_ray.remote import Place, pause_s
+from exfm_ray.remote import Place
 from exfm_ray.schema import Schema
-from exfm_ray.training.checkpoint import START, Checkpoints, Mark
-from exfm_ray.training.lane import Group, Lane
-from exfm_ray.training.loop import Loop, Report, Underway
-from exfm_ray.training.saving import Saver
-from exfm_ray.training.sharing import Sharing
+from exfm_ray.training.checkpoint import Checkpoints, Mark
 from exfm_ray.training.static import EarlyStopping, StaticSet
-from exfm_ray.training.watch import LossWatch
-
-POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -121,195 +96,3 @@ class Job:
 def fm_tasks(config: Config, schema: Schema) -> tuple[str, ...]:
     """Tasks that the FM learns."""
     return config.fm.tasks or schema.tasks
-
-
-def build_groups(job: Job, schema: Schema, device: torch.device) -> list[Group]:
-    """The job's lanes: one for the FM over all domains; else a group for each student, with a lane for each arm."""
-    config = job.config
-    if job.role == "fm":
-        tasks = tuple(schema.task_index(task) for task in fm_tasks(config, schema))
-        lane = _lane(job, config.fm.name, config.fm.model, None, tasks, schema, device)
-        return [Group(schema, [lane], None, config.fm.batch_size, device, reset_unused=config.fm.reset_unused)]
-    groups = []
-    for student in job.students:
-        tasks = tuple(schema.task_index(task) for task in student.tasks)
-        network = student.model or config.vm.model
-        lanes = [_lane(job, student.name, network, arm, tasks, schema, device) for arm in config.vm.arms]
-        teacher = tuple(job.tasks().index(task) for task in student.tasks)
-        domain, trainer = schema.domain_index(student.domain), config.vm
-        sharing = Sharing.of(config, student, schema)
-        groups.append(Group(schema, lanes, domain, trainer.batch_size, device, teacher, len(job.tasks()), trainer.reset_unused, sharing))
-    return groups
-
-
-def arm_schema(arm: Arm | None, schema: Schema, config: Config) -> Schema:
-    """What an arm reads of an example."""
-    return with_history(schema, config.distillation.history) if arm and arm.remembers else schema
-
-
-def _lane(
-    job: Job, model: str, network: ModelConfig, arm: Arm | None, tasks: tuple[int, ...], schema: Schema, device: torch.device
-) -> Lane:
-    """All arms of a student start from the same tables and the same serving network."""
-    seed, distillation = job.config.seed, job.config.distillation
-    schema = arm_schema(arm, schema, job.config)
-    student = Student(build_network(network, schema, len(tasks), seed), arm.objective if arm else Objective.LABELS, distillation, seed)
-    adapter = Replica(Adapter(distillation.sa, len(tasks), seed), distillation.sa.lr, device) if arm and arm.objective is Objective.AH_SA else None
-    return Lane(model, arm, tasks, Engine(schema, job.trainer, student, network, seed, device), Weights.of(distillation), adapter)
-
-
-@dataclass
-class Worker:
-    """One worker of a job."""
-
-    job: Job
-    feed: Any
-    report: Report | None
-    device: torch.device
-    loop: Loop = field(init=False)
-    saver: Saver = field(init=False)
-    _stopping: EarlyStopping | None = field(default=None, init=False)
-    _windows: int = field(default=0, init=False)
-    _saved: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        config = self.job.config
-        self.stream = EventStream.open(self.job.stream_root)
-        torch.manual_seed(config.seed)
-        groups = build_groups(self.job, self.stream.schema, self.device)
-        self.saver = Saver(self.job.checkpoints, config.checkpoint.keep)
-        self.loop = Loop(
-            role=self.job.role, seed=config.seed, groups=groups, reader=self.job.reader(self.stream.schema),
-            client=FeedClient(self.feed, dist.get_rank()), report=self.report, policy=Policy.of(config.das),
-            warmup_windows=config.metrics.warmup_windows,
-        )  # fmt: skip
-
-    def run(self, windows: Sequence[int], done: Mark) -> None:
-        """Go on from a checkpoint's mark, or from `START`."""
-        if done != START:
-            self.job.checkpoints.load(done, self.loop)
-        self._windows, self._saved = done.windows, done.examples
-        self.loop.between = self._between
-        self._watch = LossWatch(self.loop, self.job.checkpoints, self.job.role)
-        static = self.job.static(windows)
-        if static:
-            self.run_static(static)
-        else:
-            self.run_stream(windows, done.windows)
-        self.saver.finish()
-
-    def run_stream(self, windows: Sequence[int], done: int) -> None:
-        """One window after the other. What a window leaves behind is there before its checkpoint says that it is done."""
-        for position, window in list(enumerate(windows))[done:]:
-            self.loop.run(window)
-            self._watch.check()
-            self.publish(window + 1)
-            if self.job.role == "vm" and position + 1 == len(windows):
-                self.export(len(windows))
-            self._save_window(position + 1, window)
-
-    def run_static(self, static: StaticSet) -> None:
-        """Passes over a static set until early stopping; the best one's state is published, and only that."""
-        before = self.job.checkpoints.stopping()
-        self._stopping = EarlyStopping.restore(static.config, before) if before else EarlyStopping(static.config)
-        while not self._stopping.over:
-            number, worse = self._stopping.last + 1, self._stopping.best
-            rows = self.loop.run_passes(static.works(number), number)
-            self._watch.check()
-            decided: list[Any] = [self._stopping.take(rows) if dist.get_rank() == 0 else None, self._stopping.state()]
-            dist.broadcast_object_list(decided)  # only rank 0 knows the figures
-            better, self._stopping = decided[0], EarlyStopping.restore(static.config, decided[1])
-            if better:
-                self.publish(number)
-            self._save_window(number)
-            if better and worse and dist.get_rank() == 0:
-                self.saver.finish()
-                self._snapshots(self.job.config.fm.name).remove(worse)
-
-    def _between(self, work: Pass, under: Underway, group: int) -> None:
-        """After a batch: a checkpoint, where it is time for one."""
-        self._watch.after(work.window, under.batches - 1, group)
-        every, examples = self.job.config.checkpoint.every_examples, sum(under.learnt)
-        if every and examples - self._saved >= every:
-            self.loop.stop_clock(work, under)
-            self._watch.check()
-            self._save(Mark(self._windows, examples, under.work), work.window)
-            self._saved = examples
-            self.loop.start_clock()
-
-    def _save_window(self, windows: int, window: int | None = None) -> None:
-        """A checkpoint at the end of a window, or of a pass."""
-        self._save(Mark(windows), window)
-        self._windows, self._saved = windows, 0
-
-    def _save(self, mark: Mark, window: int | None) -> None:
-        teacher = Policy.of(self.job.config.das).version(window) if self.job.role == "vm" and window is not None else None
-        self.saver.save(mark, self.loop, teacher, self._stopping.state() if self._stopping else None)
-
-    def _snapshots(self, teacher: str) -> SnapshotStore:
-        return SnapshotStore(self.job.config.stores / "snapshots", teacher)
-
-    def publish(self, version: int) -> None:
-        """Publish a snapshot of the FM, or of each student that is a teacher itself: the state after the first `version` windows, or
-        after pass `version` over a static set."""
-        config = self.job.config
-        teachers: dict[tuple[str, Arm | None], ModelConfig] = {
-            (student.name, student.publishes): student.model or config.vm.model for student in self.job.students if student.publishes
-        }
-        for lane in self.loop.lanes:
-            network = config.fm.model if self.job.role == "fm" else teachers.get((lane.model, lane.arm))
-            if network:
-                facts, folder = {"teacher": lane.model, "version": version, "seed": config.seed}, self._snapshots(lane.model).folder(version)
-                if any(arm.shares for arm in config.arms):
-                    write_tables(folder, dist.get_rank(), lane.engine.momentum_shards(), MOMENTUM)
-                self._store(folder, lane, network, facts)
-
-    def export(self, windows: int) -> None:
-        """Export each VM as it is served: tables, network and serving head; no auxiliary head, no adapter.
-
-        An arm with +share is evaluated with rows that it is given just before, so it is given all that are known now; one with +history is
-        stored with what it reads of each user.
-        """
-        config = self.job.config
-        if any(arm.shares for arm in config.vm.arms):
-            snapshots, version = SnapshotStore.of(config, self.job.teacher), Policy.of(config.das).version(windows)
-            if version is not None:
-                _await(lambda: snapshots.has(version), snapshots.root, f"{snapshots.folder(version)}: not published", "train its teacher further")
-        for group in self.loop.groups:
-            group.refresh(windows)
-        networks = {student.name: student.model or config.vm.model for student in self.job.students}
-        for lane in self.loop.lanes:
-            folder, facts = config.folder / "exported" / lane.name, {"vm": lane.model, "arm": str(lane.arm), "windows": windows, "seed": config.seed}
-            if lane.remembers:
-                facts["history"] = self._store_past(folder, windows)
-            self._store(folder, lane, networks[lane.model], facts)
-
-    def _store_past(self, folder: Path, windows: int) -> dict[str, Any]:
-        """Write what an arm with +history reads of each user after so many windows; what is to be said of it."""
-        history, schema = history_store(self.job.config), self.stream.schema
-        assert history
-        _await(lambda: history.ready(windows), history.root, f"{history.folder(windows - 1)}: not represented", "run the DAS")
-        past = history.before(windows).past()
-        if dist.get_rank() == 0:
-            past.write(folder)
-        return {"key": schema.single[user_column(schema, history.settings)].name, "inputs": past.inputs_UF.shape[1]}
-
-    def _store(self, folder: Place, lane: Lane, network: ModelConfig, facts: dict[str, Any]) -> None:
-        with lane.engine.evaluated():
-            write_tables(folder, dist.get_rank(), lane.engine.table_shards())
-            dense = lane.engine.dense_state()
-        dist.barrier()
-        if dist.get_rank() == 0:
-            serving = {name.removeprefix("network."): tensor for name, tensor in dense.items() if name.startswith("network.")}
-            tasks = tuple(self.stream.schema.tasks[task] for task in lane.tasks)
-            commit_model(folder, network, arm_schema(lane.arm, self.stream.schema, self.job.config), tasks, serving, facts)
-        dist.barrier()
-
-
-def _await(done: Callable[[], bool], root: Place, lacking: str, remedy: str) -> None:
-    """Wait for what another role of the run leaves below `root`; UserError where it does not come."""
-    deadline = time.monotonic() + FEED_WAIT_S
-    while not done():
-        if time.monotonic() > deadline:
-            raise UserError(f"{lacking} within {FEED_WAIT_S:.0f} s; {remedy}")
-        time.sleep(pause_s(root, POLL_S))

@@ -16,12 +16,16 @@ from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
 from exfm_ray.remote import pause_s
 from exfm_ray.training.checkpoint import START, Mark
-from exfm_ray.training.job import Job, Worker
+from exfm_ray.training.job import Job
 
 COLLECTIVE_WAIT_S = 4 * FEED_WAIT_S
 """Longest wait of a worker for the others in a collective operation; each of them may itself wait for the feed, which gives up sooner."""
 RESTARTS = 5
 """How often an elastic job is started again after losing workers."""
+NO_ROOM = "WorkerGroupStartupTimeoutError"
+"""Ray Train's own, not public name of the error of a try that ended without room."""
+START_TRIES = 60
+"""How often Ray Train asks for room for a job's workers; each time it waits a minute, and a node may join meanwhile."""
 
 
 class _RecorderReport:
@@ -55,16 +59,19 @@ def run_job(job: Job, windows: Sequence[int], recorder: Any, feed: Any) -> None:
     """Run a job to its end, from its latest checkpoint on; `feed`: what `start_feed` gave.
 
     An elastic job (`min_workers`) that loses workers is started again with as many as there are room for, `RESTARTS` times at most.
+    UserError where there is no room for its workers.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more at each start, for a notice that nothing here uses
     trainer, logs = job.trainer, job.config.folder / "logs"
     cuda, elastic = trainer.device == "cuda", trainer.min_workers
-    TorchTrainer(
-        _train,
-        train_loop_config={"job": job, "windows": list(windows), "feed": feed, "recorder": recorder},
+    settings = {"job": job, "windows": list(windows), "feed": feed, "recorder": recorder}
+    tries = RESTARTS if elastic else START_TRIES  # elastic: the next try is for as many as Ray Train sees by then
+    trainer_of_ray = TorchTrainer(
+        lambda: _train(settings),  # as `train_loop_config` they would be read, and all that they import, by Ray Train's controller, too
         scaling_config=ScalingConfig(
             num_workers=(elastic, trainer.workers) if elastic else trainer.workers, use_gpu=cuda,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if cuda else {})},
@@ -73,9 +80,18 @@ def run_job(job: Job, windows: Sequence[int], recorder: Any, feed: Any) -> None:
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout_s=int(COLLECTIVE_WAIT_S)),
         run_config=RunConfig(
             name=job.name, storage_path=str(logs / "ray_train"),
-            failure_config=FailureConfig(max_failures=RESTARTS if elastic else 0, controller_failure_limit=0),
+            failure_config=FailureConfig(max_failures=RESTARTS if elastic else 0, controller_failure_limit=tries),
         ),
-    ).fit()  # fmt: skip
+    )  # fmt: skip
+    try:
+        trainer_of_ray.fit()
+    except ControllerError as error:
+        if type(error.controller_failure).__name__ != NO_ROOM:
+            raise
+        raise UserError(
+            f"{job.name} waited {tries + 1} minutes for room for its workers (a CPU{' and a GPU' if cuda else ''} each), which other roles or runs "
+            f"hold or the cluster has not; let nodes join, or lower {job.role}.workers: the same command goes on"
+        ) from None
 
 
 def _train(settings: dict[str, Any]) -> None:
@@ -92,6 +108,8 @@ def _train(settings: dict[str, Any]) -> None:
 
 def _work(job: Job, rank: int, settings: dict[str, Any]) -> None:
     import torch
+
+    from exfm_ray.training.worker import Worker  # seconds that neither the driver nor Ray Train's controller need spend
 
     if job.trainer.threads:
         torch.set_num_threads(job.trainer.threads)

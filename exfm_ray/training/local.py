@@ -16,9 +16,10 @@ from exfm_ray.das.lag import Policy
 from exfm_ray.data.feed import FragmentReader, Pass
 from exfm_ray.data.stream import EventStream
 from exfm_ray.training.checkpoint import START
-from exfm_ray.training.job import Job, build_groups
+from exfm_ray.training.job import Job
 from exfm_ray.training.lane import Group
 from exfm_ray.training.loop import Loop
+from exfm_ray.training.worker import build_groups
 
 
 class LocalClient:

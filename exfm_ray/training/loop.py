@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain, product
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,9 @@ from exfm_ray.data.regroup import Regroup
 from exfm_ray.errors import UserError
 from exfm_ray.metrics.state import MetricState
 from exfm_ray.schema import ALL_DOMAINS
-from exfm_ray.training.lane import Evaluated, Group, Lane
+
+if TYPE_CHECKING:  # it imports seconds of engine
+    from exfm_ray.training.lane import Evaluated, Group, Lane
 
 Key = tuple[str, str, str, str]
 """Model, arm (`fm` for the FM), domain, task."""

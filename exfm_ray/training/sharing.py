@@ -15,7 +15,7 @@ from exfm_ray.config import Config, StudentConfig
 from exfm_ray.das.lag import Policy
 from exfm_ray.das.shared import SharedStore, TableRows, shared_store
 from exfm_ray.das.snapshots import SnapshotStore
-from exfm_ray.engine.tables import GivenRows
+from exfm_ray.engine.given import GivenRows
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.models.layout import Layout
 from exfm_ray.schema import Schema

@@ -19,9 +19,10 @@ from exfm_ray.engine.stacked import StackedEngine, StackedModule, dense_rates
 from exfm_ray.errors import UserError
 from exfm_ray.models.network import build_network
 from exfm_ray.schema import Schema
-from exfm_ray.training.job import Job, arm_schema
+from exfm_ray.training.job import Job
 from exfm_ray.training.lane import Group, Lane, Learner
 from exfm_ray.training.sharing import Sharing
+from exfm_ray.training.worker import arm_schema
 from exfm_ray.tune_config import STACKABLE
 
 

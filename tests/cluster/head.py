@@ -50,6 +50,7 @@ class Head:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
             "RAY_health_check_period_ms": "1000",  # a dead node is found after 5 s, not 15
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # Ray Train sees the loss of a node up to 20 s late
             "RAY_prestart_worker_first_driver": "0",  # workers started ahead lack a job's code and are thrown away
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), bare["PATH"]]),
             "EXFM_HOME": str(self.home),

@@ -13,6 +13,7 @@ import ray
 from example import make_rows, make_stream
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from exfm_ray.das.lag import Policy
 from exfm_ray.das.supervision import AugmentedReader, SupervisionStore
@@ -101,6 +102,20 @@ def test_begins_anew_for_other_workers(cluster: None, stream: EventStream) -> No
             ray.get(feed.begin.remote(passes, 1), timeout=60)
     finally:
         ray.kill(feed)
+
+
+def test_reads_on_without_a_cpu_after_a_loss(cluster: None, stream: EventStream) -> None:
+    """Wrong: workers that hold every CPU that is left after a loss wait an hour and a half for a read task that asks for one more."""
+    every_cpu = placement_group([{"CPU": 1}] * int(ray.cluster_resources()["CPU"]))
+    feed = Feed.options(max_concurrency=4).remote(StreamReader(stream.root), [Pass(0, "learn")], 2, 20)  # type: ignore[attr-defined]
+    try:
+        assert every_cpu.wait(60), "another test holds a CPU"
+        ray.get(feed.begin.remote([Pass(1, "learn")], 1), timeout=60)
+        (ref,) = ray.get(feed.block.remote(0, 0), timeout=60)
+        assert ray.get(ref)["example_id"][0].as_py() == 1000
+    finally:
+        ray.kill(feed)
+        remove_placement_group(every_cpu)
 
 
 @given(rows=st.integers(0, 50), workers=st.integers(1, 7))

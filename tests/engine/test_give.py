@@ -27,7 +27,7 @@ def given() -> dict[str, np.ndarray]:
 
 def give(case: Case, weight: float, momentum: bool) -> list[dict[str, np.ndarray]]:
     """The state before and after rows are given, and the tables that are evaluated after it."""
-    from exfm_ray.engine.tables import GivenRows
+    from exfm_ray.engine.given import GivenRows
 
     group = steps.make_group(case)
     for rows in steps.global_batches(case):
@@ -71,8 +71,8 @@ def test_given_rows_are_written_and_no_others(
 
 def give_stacked(weight: float, momentum: bool) -> list[tuple[np.ndarray, np.ndarray]]:
     """Weights and momentum of three models' tables side by side before and after rows are given."""
+    from exfm_ray.engine.given import GivenRows
     from exfm_ray.engine.stacked import StackedTables
-    from exfm_ray.engine.tables import GivenRows
 
     tables = StackedTables(SCHEMA, MODEL, [1, 2, 3], [0.1] * 3)
     tables.momentum_K += 0.5

@@ -30,7 +30,8 @@ from exfm_ray.pipeline import check_models, prepare_stream, vm_jobs
 from exfm_ray.schema import Schema
 from exfm_ray.serving.delta import main as delta_main
 from exfm_ray.serving.export import export_student
-from exfm_ray.training.job import Job, Worker
+from exfm_ray.training.job import Job
+from exfm_ray.training.worker import Worker
 
 ARMS = ["labels", "labels+history", "kd+share+history"]
 

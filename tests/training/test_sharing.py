@@ -18,9 +18,10 @@ from exfm_ray.errors import UserError
 from exfm_ray.models.stored import load_model
 from exfm_ray.pipeline import check_models, prepare_stream, vm_jobs
 from exfm_ray.training.checkpoint import START
-from exfm_ray.training.job import Job, Worker
+from exfm_ray.training.job import Job
 from exfm_ray.training.local import LocalClient
 from exfm_ray.training.sharing import principal_map
+from exfm_ray.training.worker import Worker
 
 ARMS = ["labels", "labels+share", "ah_sa+share"]
 # of float32 sums in another order over 40 steps, as in test_jobs

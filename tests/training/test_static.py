@@ -23,9 +23,10 @@ from exfm_ray.metrics.state import MetricState
 from exfm_ray.pipeline import Run, prepare_stream
 from exfm_ray.tracking.recorder import read_metrics
 from exfm_ray.training.checkpoint import Mark
-from exfm_ray.training.job import Job, Worker
+from exfm_ray.training.job import Job
 from exfm_ray.training.local import LocalClient
 from exfm_ray.training.static import EarlyStopping, StaticSet
+from exfm_ray.training.worker import Worker
 
 VALIDATION, TEST = 2, 3
 MODEL = {"type": "wukong", "dim": 4, "l": 1, "n_F": 2, "n_L": 2, "k": 2, "fmb_mlp": [8], "mlp": [8], "dropout": 0.1}

@@ -18,8 +18,9 @@ from exfm_ray.config import Config
 from exfm_ray.errors import UserError
 from exfm_ray.pipeline import vm_jobs
 from exfm_ray.training.checkpoint import Mark
-from exfm_ray.training.job import Job, Worker
+from exfm_ray.training.job import Job
 from exfm_ray.training.local import LocalClient
+from exfm_ray.training.worker import Worker
 
 EVERY = {"checkpoint": {"every_examples": 150}}  # batches are of 64, so every third one
 WORKERS_TOLERANCE = 1e-3

@@ -61,7 +61,7 @@ def test_each_model_is_what_it_is_alone(config: Config, groups: dict[int, Worker
 
 def taught(config: Config) -> list[tuple[np.ndarray, np.ndarray]]:
     """(labels, teacher's predictions) of each lane's tasks; the teacher says 0.1 + 0.8 label."""
-    from exfm_ray.training.job import build_groups
+    from exfm_ray.training.worker import build_groups
 
     (job,) = vm_jobs(config)
     stream = EventStream.open(job.stream_root)
