@@ -13,6 +13,7 @@ from exfm_ray.data.batch import to_batch
 from exfm_ray.engine.tables import ADAGRAD_EPS
 from exfm_ray.model_config import DINConfig, MLPConfig, ModelConfig
 from exfm_ray.models.embeddings import PlainTables
+from exfm_ray.models.layout import Layout
 
 MODELS: dict[str, ModelConfig] = {
     "plain": MLPConfig(dim=4),
@@ -28,10 +29,11 @@ MODELS: dict[str, ModelConfig] = {
 def test_sharded_tables_equal_plain_tables(groups: dict[int, Workers], world: int, sharding: str, model: ModelConfig) -> None:
     """Wrong: what is trained and what is exported or scores with the same weights see different embeddings, or a gradient goes to another row."""
     sizes = (1, 5, 64)
-    plain = PlainTables(SCHEMA, model, seed=steps.SEED)
+    plain, singles = PlainTables(SCHEMA, model, seed=steps.SEED), sum(slot.width for slot in Layout.of(model, SCHEMA).single)
     for rank, (found, learnt) in enumerate(groups[world].run(steps.embed, sharding, model, sizes)):
         for size, embedded in zip(sizes, found, strict=True):
             expected = plain(to_batch(make_rows(size, seed=size + rank), SCHEMA)).detach().numpy()
+            np.testing.assert_array_equal(embedded[:, :singles], expected[:, :singles], err_msg="a row is what is stored, to the bit")
             # sums of at most 5 float32 values of size 0.05, in another order
             np.testing.assert_allclose(embedded, expected, rtol=1e-5, atol=1e-7)
         for name, (weight, momentum) in after_a_step(model, world, sizes[-1]).items():

@@ -16,7 +16,7 @@ from exfm_ray.config import Config
 from exfm_ray.training.job import Job
 
 TOLERANCE = 1e-2
-"""Up to 0.4 % of a figure was seen, and that is not rounding: see row-wise sharding in docs/guarantees.md."""
+"""Rounding that a ReLU's kink enlarges, in a toy model: up to 0.4 % of a figure was seen; see docs/guarantees.md."""
 SIZES = {"embedded": {"windows": 4, "events_per_window": 3000}}
 
 
