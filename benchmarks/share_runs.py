@@ -24,7 +24,9 @@ SCORED, JUDGED = range(5, 7), range(7, 12)
 BOUNDS = (0.95, 1.05)
 TABLE_LR = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 DENSE_LR = (0.001, 0.003)
-GRID: tuple[Settings, ...] = tuple({"vm.optimizer.table_lr": t, "vm.optimizer.dense_lr": d} for t in TABLE_LR for d in DENSE_LR)
+GRID: tuple[Settings, ...] = tuple(
+    {"vm.optimizer.table_lr": t, "distillation.share.table_lr": t, "vm.optimizer.dense_lr": d} for t in TABLE_LR for d in DENSE_LR
+)
 DRIFTS = ("pinned", "refreshed", "aligned")
 MIXED = "mixed"
 Rows = list[dict[str, Any]]

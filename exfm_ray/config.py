@@ -194,6 +194,7 @@ class ShareConfig(Model):
     unseen_below: int = Field(3, ge=1, description="uses, in the VM's examples so far, from which on a row is its own (mode: unseen)")
     optimizer: Literal["keep", "reset", "teacher"] = Field("keep", description="Adagrad state of a given row: the VM's, zero, or the FM's")
     projection: Literal["none", "principal"] = Field("none", description="how rows of another width become the VM's")
+    table_lr: float = Field(0.005, gt=0, description="rate of such an arm's tables in place of vm.optimizer.table_lr: given rows are learnt already")
 
 
 class HistoryConfig(Model):

@@ -24,9 +24,10 @@ BEARS: Mapping[str, Callable[[Arm], bool]] = {
     "distillation.ah.": lambda arm: arm.objective in (Objective.AH, Objective.AH_SA),
     "distillation.sa.": lambda arm: arm.objective is Objective.AH_SA,
     "distillation.share.": lambda arm: arm.shares,
+    "vm.optimizer.table_lr": lambda arm: not arm.shares,
     "vm.": lambda arm: True,
 }
-"""Beginning of a setting's name -> the arms on which it bears."""
+"""Beginning of a setting's name -> the arms on which it bears; the first that fits counts."""
 
 UNSEARCHABLE: Mapping[str, str] = {
     "distillation.history.": "the DAS represents the windows with it before the sweep begins, once for all trials; run a sweep for each value, "
@@ -39,6 +40,7 @@ STACKABLE = frozenset(
     {
         "vm.optimizer.table_lr", "vm.optimizer.dense_lr", "vm.optimizer.dense_weight_decay", "distillation.kd.w",
         "distillation.ah.w", "distillation.ah.alpha", "distillation.ah.beta", "distillation.sa.w", "distillation.sa.lr",
+        "distillation.share.table_lr",
     }
 )  # fmt: skip
 """Settings in which trials that learn together may differ. All others are structure: equal within a block."""
@@ -117,6 +119,7 @@ def default_space() -> dict[str, Distribution]:
         "distillation.share.weight": Distribution(low=0.1, high=0.9, when={"distillation.share.mode": "average"}),
         "distillation.share.unseen_below": Distribution(low=1, high=10, integer=True, when={"distillation.share.mode": "unseen"}),
         "distillation.share.optimizer": Distribution(choice=("keep", "reset", "teacher")),
+        "distillation.share.table_lr": Distribution(low=0.001, high=0.1, log=True),
     }
 
 
@@ -214,4 +217,4 @@ class TuneConfig(Model):
 
 
 def _bears(setting: str, arm: Arm) -> bool:
-    return any(bears(arm) for start, bears in BEARS.items() if setting.startswith(start))
+    return next((bears(arm) for start, bears in BEARS.items() if setting.startswith(start)), False)

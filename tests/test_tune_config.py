@@ -104,11 +104,11 @@ def test_with_settings() -> None:
 
 def test_settings_of_shared_rows_are_searched_where_rows_are_shared() -> None:
     """Wrong: a sweep leaves the settings of +share out, or asks arms for them that have none."""
-    space = {"distillation.share.mode": {"choice": ["replace", "average"]}, W: RANGE, "vm.optimizer.table_lr": {"low": 0.1, "high": 0.2}}
+    rate, mode, given = "vm.optimizer.table_lr", "distillation.share.mode", "distillation.share.table_lr"
+    space = {mode: {"choice": ["replace", "average"]}, W: RANGE, rate: {"low": 0.1, "high": 0.2}, given: {"low": 0.01, "high": 0.02}}
     tune = Config.model_validate({"tune": {**GOOD, "arms": ["labels", "ah", "labels+share", "ah+share"], "space": space}}).tune
     assert tune is not None
-    rate, mode = "vm.optimizer.table_lr", "distillation.share.mode"
-    searched = {"labels": {rate}, "ah": {W, rate}, "labels+share": {mode, rate}, "ah+share": {mode, W, rate}}
+    searched = {"labels": {rate}, "ah": {W, rate}, "labels+share": {mode, given}, "ah+share": {mode, W, given}}
     assert {str(arm): set(tune.space_of(arm)) for arm in tune.arms} == searched
 
 
@@ -129,7 +129,7 @@ def test_the_default_space_searches_shared_rows_where_they_are_shared() -> None:
     """Wrong: a sweep over arms with +share leaves their own settings as they stand, or asks for weights where nothing is averaged."""
     tune = Config.model_validate({"tune": {**GOOD, "arms": ["labels", "kd", "kd+share", "ah+share+history"]}}).tune
     assert tune is not None
-    share = {f"distillation.share.{key}" for key in ("mode", "weight", "unseen_below", "optimizer")}
+    share = {f"distillation.share.{key}" for key in ("mode", "weight", "unseen_below", "optimizer", "table_lr")}
     spaces = {str(arm): tune.space_of(arm) for arm in tune.arms}
     assert share & set(spaces["labels"]) == share & set(spaces["kd"]) == set()
     assert share <= set(spaces["kd+share"]) and share <= set(spaces["ah+share+history"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from exfm_ray.arms import Arm
 from exfm_ray.config import Config, StudentConfig, TrainerConfig
 from exfm_ray.das.history import history_store
 from exfm_ray.das.lag import Policy
@@ -35,6 +36,13 @@ class Job:
     def trainer(self) -> TrainerConfig:
         """Settings of this job's training."""
         return self.config.vm if self.students else self.config.fm
+
+    def trainer_of(self, arm: Arm | None) -> TrainerConfig:
+        """The same of one arm (None: the FM): tables that are given rows have a rate of their own."""
+        if arm is None or not arm.shares:
+            return self.trainer
+        optimizer = self.trainer.optimizer.model_copy(update={"table_lr": self.config.distillation.share.table_lr})
+        return self.trainer.model_copy(update={"optimizer": optimizer})
 
     @property
     def labels(self) -> dict[str, str]:

@@ -63,7 +63,7 @@ class Stack(Lane):
         students.set_rates(target, dense_rates(job.trainer))
         students.beta_K[target] = job.config.distillation.ah.beta
         tables.copy(source, target)
-        tables.rate_K[target] = job.trainer.optimizer.table_lr
+        tables.rate_K[target] = job.trainer_of(self.arm).optimizer.table_lr
         if isinstance(self.adapter, StackedModule):
             self.adapter.copy(source, target)
             self.adapter.set_rates(target, {"lr": job.config.distillation.sa.lr})
@@ -89,7 +89,7 @@ def stacked(jobs: Sequence[Job], schema: Schema, teachers: Sequence[int]) -> tup
     if arm.objective is Objective.AH_SA:
         adapters = [Adapter(c.sa, len(tasks), s) for s, c in zip(seeds, configs, strict=True)]
         adapter = StackedModule(adapters, torch.optim.Adam, [{"lr": c.sa.lr} for c in configs])
-    engine = StackedEngine(schema, [job.trainer for job in jobs], students, network, seeds)
+    engine = StackedEngine(schema, [job.trainer_of(arm) for job in jobs], students, network, seeds)
     stack = Stack(student.name, arm, tasks, engine, stacked_weights([job.config for job in jobs]), adapter, jobs=list(jobs))
     columns = [[teacher * len(tasks) + task for task in range(len(tasks))] for teacher in teachers]
     width = (max(teachers) + 1) * len(tasks)

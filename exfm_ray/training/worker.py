@@ -73,7 +73,7 @@ def _lane(
     schema = arm_schema(arm, schema, job.config)
     student = Student(build_network(network, schema, len(tasks), seed), arm.objective if arm else Objective.LABELS, distillation, seed)
     adapter = Replica(Adapter(distillation.sa, len(tasks), seed), distillation.sa.lr, device) if arm and arm.objective is Objective.AH_SA else None
-    return Lane(model, arm, tasks, Engine(schema, job.trainer, student, network, seed, device), Weights.of(distillation), adapter)
+    return Lane(model, arm, tasks, Engine(schema, job.trainer_of(arm), student, network, seed, device), Weights.of(distillation), adapter)
 
 
 @dataclass

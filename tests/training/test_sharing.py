@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import torch
 from local_runs import LocalReport, run_locally, score, train
 from small_runs import WINDOWS, assert_close, figures, flip_labels, metrics, rewrite, small_config
 from workers import Workers
 
-from exfm_ray.config import Config
+from exfm_ray.config import Config, with_settings
 from exfm_ray.data.stream import EventStream, list_values, window_name
 from exfm_ray.errors import UserError
 from exfm_ray.models.stored import load_model
@@ -21,7 +22,7 @@ from exfm_ray.training.checkpoint import START
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import LocalClient
 from exfm_ray.training.sharing import principal_map
-from exfm_ray.training.worker import Worker
+from exfm_ray.training.worker import Worker, build_groups
 
 ARMS = ["labels", "labels+share", "ah_sa+share"]
 # of float32 sums in another order over 40 steps, as in test_jobs
@@ -103,6 +104,26 @@ def test_tables_hold_the_snapshots_rows_when_a_window_is_evaluated(
                     written += len(own)
                 np.testing.assert_array_equal(after, expected, err_msg=key)
     assert written > 1000
+
+
+def moved_by_a_step(config: Config) -> dict[str, float]:
+    """How far a step on the same 32 examples moves the rows of the table `ad`, by arm."""
+    stream = EventStream.open(config.folder / "stream")
+    group = build_groups(Job("vm", config, config.vm.models[:1]), stream.schema, torch.device("cpu"))[0]
+    held = {str(lane.arm): {s.table: s.weight_RW for s in lane.engine.tables.shards()}["ad"] for lane in group.lanes}
+    before = {arm: weight_RW.clone() for arm, weight_RW in held.items()}
+    rows = stream.read(0, stream.window(0).fragments[0])
+    group.learn(rows.filter(pc.equal(rows["domain"], stream.schema.domain_index("feed"))).slice(0, 32))
+    return {arm: float((weight_RW - before[arm]).norm()) for arm, weight_RW in held.items()}
+
+
+def test_given_tables_learn_at_their_own_rate(base: Config, groups: dict[int, Workers]) -> None:
+    """Wrong: rows that the teacher has learnt are trained as hard as fresh ones, which undoes them; or plain arms learn at that rate."""
+    config = with_settings(base, {"vm.optimizer.table_lr": 0.05, "distillation.share.table_lr": 0.0004, "vm.arms": ["labels", "labels+share"]})
+    (moved,) = groups[1].run(moved_by_a_step, config)
+    # the first step of Adagrad moves each row by the rate, whatever its gradient; the two lanes' first gradients are the same
+    assert moved["labels"] > 0.05
+    assert moved["labels+share"] / moved["labels"] == pytest.approx(0.0004 / 0.05, rel=1e-3)
 
 
 def test_two_workers_equal_one(base: Config, groups: dict[int, Workers], tmp_path: Path) -> None:
