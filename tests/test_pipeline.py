@@ -100,6 +100,7 @@ def assert_timeline(config: Config) -> None:
     assert spans["das", 1, "score"]["waited_s"] > 0
 
 
+@pytest.mark.slow
 def test_stores_on_s3_equal_local_ones(cluster: None, base: Config, s3: S3, tmp_path: Path) -> None:
     """Wrong: with stream, snapshots, supervision, rows and histories on S3 a role reads or writes other bytes, or something stays local; or
     stores of one run are taken by another."""

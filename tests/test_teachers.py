@@ -92,6 +92,7 @@ def test_a_student_learns_from_the_teacher_it_names(chain: Config) -> None:
     assert summary["roles"]["das-feed_fm"]["examples"] == 0, "timed only as a service"
 
 
+@pytest.mark.slow
 def test_a_chain_side_by_side_on_ray(cluster: None, chain: Config, tmp_path: Path) -> None:
     """Wrong: side by side, FM, domain FM and vertical model wait for ever, or one learns from what another teacher has written."""
     config = small_config(tmp_path, "ray", **CHAIN)

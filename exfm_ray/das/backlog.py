@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from exfm_ray.data.stream import Fragment, Window
+from exfm_ray.errors import UserError
 from exfm_ray.files import read_json, write_json
 from exfm_ray.remote import Place, StorageError
 
@@ -65,7 +66,7 @@ class Backlog:
         self._path, self._tries = path, tries
         self.open: dict[int, OpenWindow] = {}
         self.waiting: deque[Work] = deque()
-        self.parked: list[Parked] = [Parked(**row) for row in read_json(path)] if path.exists() else []
+        self.parked = _read_parked(path)
 
     def add(self, window: Window, version: int, asked_s: float) -> None:
         """Open a window, or open it anew with another version."""
@@ -132,3 +133,12 @@ class Backlog:
         """What is left of the open windows."""
         left = [fragment for w in self.open.values() for fragment in w.manifest.fragments if fragment.file in w.left]
         return {"windows": len(self.open), "fragments": len(left), "examples": sum(fragment.rows for fragment in left)}
+
+
+def _read_parked(path: Place) -> list[Parked]:
+    if not path.exists():
+        return []
+    try:
+        return [Parked(**row) for row in read_json(path)]
+    except TypeError as error:
+        raise UserError(f"{path}: not a list of parked fragments ({error}); remove it, and what it lists is tried again") from None

@@ -121,7 +121,8 @@ def test_the_manifest_says_what_is_there(trained: Trained) -> None:
 
 def test_the_example_in_the_docs_runs(trained: Trained) -> None:
     """Wrong: the first thing that a user tries fails."""
-    code = (Path(__file__).parents[2] / "docs/serving.md").read_text().partition("```python\n")[2].partition("```")[0]
+    page = (Path(__file__).parents[2] / "docs/serving.md").read_text().partition("## With ONNX Runtime")[2]
+    code = page.partition("```python\n")[2].partition("```")[0]
     assert code.count("runs/demo/serving/feed-ah_sa") == 1
     found: dict[str, Any] = {}
     exec(code.replace("runs/demo/serving/feed-ah_sa", str(trained.served)), found)

@@ -72,7 +72,8 @@ def test_every_arm_learns_in_its_own_way(base: Config) -> None:
 def test_summary_has_the_promised_keys(base: Config) -> None:
     """Wrong: summary.json lacks a figure, counts warm-up windows, or compares with the wrong baseline."""
     summary = read_json(base.folder / "summary.json")
-    assert set(summary) == {"name", "seed", "windows", "figures", "roles", "peak_memory_bytes"}
+    assert set(summary) == {"name", "seed", "windows", "figures", "roles", "peak_memory_bytes", "parked", "stood_in"}
+    assert summary["parked"] == summary["stood_in"] == []
     assert summary["windows"] == [1, 2, 3]
     assert set(summary["roles"]) == {"fm", "das", "vm"}
     assert summary["roles"]["fm"]["examples"] == WINDOWS * 900
