@@ -20,7 +20,7 @@ from orders import make_place, undisturbed, written
 
 from exfm_ray.data.stream import EventStream
 
-KILLS, FILES_BETWEEN, WINDOWS = 55, 20, 13
+KILLS, FILES_BETWEEN, WINDOWS = 55, 12, 33
 WAIT_S = 240
 BUSY = {"RAY_worker_niceness": "0"}
 """On a busy machine Ray's processes do not stand behind all others."""
