@@ -49,7 +49,7 @@ KILLS_A_RUN = 4
 SETTINGS: dict[str, Any] = {
     "data": {"fragment_rows": 1000, "embedded": {"windows": 6, "events_per_window": 4000, "users": 500, "ads": 200, "advertisers": 20}},
     "fm": {"model": {"type": "wukong", "dim": 8, "l": 1, "n_F": 4, "n_L": 4, "k": 4, "fmb_mlp": [16], "mlp": [16]}, "batch_size": 64, "threads": 1},
-    "das": {"threads": 1},
+    "das": {"threads": 1, "keep_snapshots": True},  # one is to be damaged
     "vm": {
         "model": {"type": "mlp", "dim": 8, "mlp": [16]}, "batch_size": 64, "threads": 1,
         "models": [{"name": "feed", "domain": "feed", "task": "click"}, {"name": "stories", "domain": "stories", "task": "conversion"}],
