@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from exfm_ray.das import scoring
+from exfm_ray.das import scoring, versions
 from exfm_ray.das.backlog import Work
 from exfm_ray.das.client import parked_message
 from exfm_ray.das.order import Order
@@ -19,6 +20,7 @@ from exfm_ray.errors import UserError
 
 WAIT_S = 30
 CLIENT = "test"
+Local = Callable[..., Service]
 
 
 class LocalPool:
@@ -49,11 +51,21 @@ class LocalPool:
         return came
 
 
-def local_service(patch: pytest.MonkeyPatch, order: Order, **options: bool) -> Service:
-    """A service whose thread runs in this process, looking often."""
+@contextmanager
+def local_services(patch: pytest.MonkeyPatch) -> Iterator[Local]:
+    """Starts services whose threads run in this process, looking often; they end with the block."""
+    started: list[Service] = []
+    patch.setattr(versions, "APART_S", 0.0)
     patch.setattr(scoring, "LOOK_S", 0.02)
-    patch.setattr(scoring, "Pool", lambda *arguments: LocalPool(order))
-    return Service(order, **options)
+
+    def start(order: Order, **options: bool) -> Service:
+        patch.setattr(scoring, "Pool", lambda *arguments: LocalPool(order))
+        started.append(Service(order, **options))
+        return started[-1]
+
+    yield start
+    for service in started:
+        service.close()
 
 
 def until(holds: Callable[[], Any]) -> Any:

@@ -3,42 +3,30 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from example import SCHEMA, make_rows
-from local_service import finish, local_service, until
+from local_service import Local, finish, local_services, until
 from orders import make_order, make_place, undisturbed, written
 from publish import publish
 
-from exfm_ray.das import versions
 from exfm_ray.das.lacking import parked, stood_in
 from exfm_ray.das.order import Order
-from exfm_ray.das.service import Service
 from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.errors import UserError
 from exfm_ray.files import read_json, write_json
 from exfm_ray.models.stored import MANIFEST
 from exfm_ray.schema import Schema
 
-Local = Callable[..., Service]
-
 
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:
     """Starts services in this process, which end with the test."""
-    started: list[Service] = []
-    monkeypatch.setattr(versions, "APART_S", 0.0)
-
-    def start(order: Order, **options: bool) -> Service:
-        started.append(local_service(monkeypatch, order, **options))
-        return started[-1]
-
-    yield start
-    for service in started:
-        service.close()
+    with local_services(monkeypatch) as start:
+        yield start
 
 
 def windows_of(order: Order) -> list[int]:

@@ -5,30 +5,25 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import ray
 from example import SCHEMA
-from local_service import finish, local_service, until
+from local_service import Local, finish, local_services, until
 from orders import make_order, make_place, scored, undisturbed, written
 from publish import publish
 from ray.exceptions import RayActorError
 from s3_server import S3
 
-from exfm_ray.das import versions
 from exfm_ray.das.client import connect, label
-from exfm_ray.das.order import Order
-from exfm_ray.das.service import Service
 from exfm_ray.das.shards import share
 from exfm_ray.data.stream import EventStream
 from exfm_ray.files import read_json, read_lines
 from exfm_ray.models.stored import copy_model, load_model, load_rows, read_manifest
 from exfm_ray.remote import RemotePath, StorageError
-
-Local = Callable[..., Service]
 
 
 @pytest.fixture
@@ -40,18 +35,10 @@ def place(s3: S3, tmp_path: Path) -> RemotePath:
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Local]:
     """Starts services in this process, which look often."""
-    started: list[Service] = []
-    monkeypatch.setattr(versions, "APART_S", 0.0)
     monkeypatch.setattr("exfm_ray.remote.POLL_S", 0.05)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
-    def start(order: Order, **options: bool) -> Service:
-        started.append(local_service(monkeypatch, order, **options))
-        return started[-1]
-
-    yield start
-    for service in started:
-        service.close()
+    with local_services(monkeypatch) as start:
+        yield start
 
 
 def on_disk(folder: Path, **options: int) -> dict[str, bytes]:
