@@ -75,3 +75,13 @@ def test_an_older_runs_table_file_does_not_get_in(tmp_path: Path) -> None:
     write_tables(tmp_path, 1, {"user@0": torch.full((101, 4), 9.0)})
     loaded, _ = load_model(tmp_path)
     torch.testing.assert_close(loaded.tables.weight, model.tables.weight)
+
+
+def test_a_manifest_of_another_network_is_told(tmp_path: Path) -> None:
+    """Wrong: a setting that is lost from the manifest, so that its default counts, ends in torch's traceback."""
+    store(tmp_path, MODELS[-1], 1)
+    manifest = read_json(tmp_path / MANIFEST)
+    del manifest["network"]["n_L"]
+    write_json(tmp_path / MANIFEST, manifest)
+    with pytest.raises(UserError, match="model.json: describes another network than .*size mismatch"):
+        load_model(tmp_path)

@@ -154,7 +154,11 @@ def checked_manifest(folder: Place) -> StoredModel:
 def load_network(folder: Place, manifest: StoredModel) -> Network:
     """The dense part of a stored model."""
     network = Network(manifest.network, manifest.example, len(manifest.tasks))
-    network.load_state_dict(load_file(fetched(folder / DENSE, manifest.files[DENSE])))
+    try:
+        network.load_state_dict(load_file(fetched(folder / DENSE, manifest.files[DENSE])))
+    except RuntimeError as error:  # names or shapes of other weights
+        told = str(error).splitlines()[1:2] or [str(error)]
+        raise UserError(f"{folder / MANIFEST}: describes another network than {DENSE} holds ({told[0].strip()}); this model is damaged") from None
     return network
 
 
