@@ -4,8 +4,8 @@
    (drawn from a fixed seed, from the start to the length of an undisturbed run) the whole group gets SIGKILL, and the same command is given
    again, until it ends; then metrics.jsonl, summary.json and every exported weight are compared with the undisturbed run's.
 2. Resume: seconds from giving the command again, after a kill, to the first new checkpoint (one every 1,000 examples).
-3. Checkpoint cost: the demo's models in one process, a checkpoint a window: the time for which training stands still, and the processor
-   time that the writing thread takes, both over the time of training.
+3. Checkpoint cost: the demo's models in one process, a checkpoint a window: how much longer training takes than without any (medians over
+   pairs of runs), the time for which it stands still, and the processor time that the writing thread takes beside it.
 4. Malformed inputs: see `benchmarks.faults_fuzz`.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -34,11 +35,13 @@ from benchmarks.common import arguments, bar, report
 from benchmarks.faults_fuzz import fuzz
 from exfm_ray.config import load_config
 from exfm_ray.data.prepare import prepare
+from exfm_ray.data.stream import EventStream
 from exfm_ray.files import read_json, sha256
 from exfm_ray.tracking.recorder import IDENTITY, read_metrics
 from exfm_ray.training.checkpoint import START
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import KeptRows, LocalClient, one_process
+from exfm_ray.training.saving import Saver
 from exfm_ray.training.worker import Worker
 
 SAYS = "Kills a small pipeline 20 times, times checkpoints, feeds malformed files: about 15 minutes on two cores (--quick: 4)."
@@ -141,23 +144,58 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+class NoSaver(Saver):
+    """Saves nothing."""
+
+    def save(self, *_: Any) -> None:
+        pass
+
+
+def trained(job: Job, saver: type[Saver]) -> Worker:
+    """A job that was trained from the start, in this process."""
+    stream = EventStream.open(job.stream_root)
+    if saver is Saver:
+        shutil.rmtree(job.checkpoints.root, ignore_errors=True)
+    worker = Worker(job, None, KeptRows(), torch.device("cpu"))
+    worker.loop.client = LocalClient(worker.loop.reader, job.passes(stream.windows(), START))  # type: ignore[assignment]
+    worker.saver = saver(job.checkpoints, worker.saver.keep)
+    worker.run(stream.windows(), START)
+    return worker
+
+
+def seconds_of(worker: Worker) -> float:
+    """In which it has trained, all windows but the first, beside which no checkpoint is written."""
+    return sum(t.evaluate_s + t.learn_s for t in worker.loop.timings[1:])
+
+
 def checkpoint_cost(folder: Path, quick: bool) -> dict[str, Any]:
-    """The demo's FM and vertical models, each in this process, a checkpoint a window."""
+    """The demo's FM and vertical models, each in this process, a checkpoint a window against none."""
     one_process()
     torch.set_num_threads(1)
-    windows = 3 if quick else 5
+    windows, pairs = (3, 3) if quick else (6, 7)
     overrides = [f"run.dir={folder}", f"data.embedded.windows={windows}", "data.embedded.events_per_window=40000", "vm.arms=[labels]"]
-    settings = load_config(REPOSITORY / "configs" / "demo.yaml", overrides, "cost")
-    stream, found = prepare(settings), {}
+    settings, found = load_config(REPOSITORY / "configs" / "demo.yaml", overrides, "cost"), {}
+    prepare(settings)
     for job in (Job("fm", settings), Job("vm", settings, settings.vm.models)):
-        worker = Worker(job, None, KeptRows(), torch.device("cpu"))
-        worker.loop.client = LocalClient(worker.loop.reader, job.passes(stream.windows(), START))  # type: ignore[assignment]
-        worker.run(stream.windows(), START)
-        training = sum(t.evaluate_s + t.learn_s for t in worker.loop.timings)
+        costs, still, writing = [], [], []
+        for number in range(pairs + 1):  # the first one warms up
+            order = (Saver, NoSaver) if number % 2 else (NoSaver, Saver)
+            by_saver = {saver: trained(job, saver) for saver in order}
+            saved, bare = by_saver[Saver], seconds_of(by_saver[NoSaver])
+            stood, wrote = (seconds / windows * (windows - 1) / bare for seconds in (saved.saver.seconds, saved.saver.writing_s))
+            costs.append(stood + seconds_of(saved) / bare - 1)
+            still.append(stood)
+            writing.append(wrote)
         size = sum(path.stat().st_size for path in job.checkpoints.folder(job.checkpoints.latest()).iterdir())
-        stood, wrote = worker.saver.seconds, worker.saver.writing_s
-        found[job.role] = {"bytes": size, "stands_still": stood / training, "writing": wrote / training, "cost": (stood + wrote) / training}
-        print(f"{job.role}: {size / 1e6:.1f} MB, stands still {stood / training:.2%} of training, writing {wrote / training:.2%}", flush=True)
+        cost, spread = statistics.median(costs[1:]), statistics.stdev(costs[1:]) / pairs**0.5
+        found[job.role] = {
+            "bytes": size, "cost": cost, "standard_error": spread, "stands_still": statistics.median(still[1:]),
+            "writer_processor_time": statistics.median(writing[1:]),
+        }  # fmt: skip
+        print(
+            f"{job.role}: {size / 1e6:.1f} MB a checkpoint; training takes {cost:.1%} longer (standard error {spread:.1%}), of which it stands "
+            f"still for {statistics.median(still[1:]):.2%}; the writing thread's processor time is {statistics.median(writing[1:]):.2%}", flush=True,
+        )  # fmt: skip
     return found
 
 
