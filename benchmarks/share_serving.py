@@ -11,7 +11,6 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -20,11 +19,11 @@ import numpy as np
 import torch
 
 from benchmarks.common import arguments, report
-from benchmarks.serving import CANDIDATES, CONTROL, LABELS, calls, candidates, config, latency, size, supervise, train
+from benchmarks.serving import CANDIDATES, CONTROL, LABELS, calls, candidates, config, latency, size, supervise, train, with_control
 from benchmarks.transfer import pooled
 from exfm_ray.config import Config, with_settings
 from exfm_ray.data.prepare import prepare
-from exfm_ray.data.stream import EventStream, window_name
+from exfm_ray.data.stream import window_name
 from exfm_ray.metrics.gain import ne_gain
 from exfm_ray.models.past import HISTORY
 from exfm_ray.serving.export import export_student
@@ -54,7 +53,8 @@ def costs(quick: bool) -> dict[str, dict[str, Any]]:
         ne = {arm: pooled([row for row in rows if row["arm"] == arm])["ne"] for arm in ARMS}
         (student,) = settings.vm.models
         served = {arm: export_student(settings.folder, student.name, arm) for arm in ARMS}
-        asked = {count: timed(served, stream, count, quick) for count in CANDIDATES}
+        folders = with_control(served, settings.folder)
+        asked = {count: latency(folders, candidates(stream, count), calls(quick)) for count in CANDIDATES}
         return {
             arm: {
                 "ne_gain": ne_gain(ne[arm], ne[LABELS]), "examples_per_s": speed[arm], "speed_over_labels": speed[arm] / speed[LABELS],
@@ -89,12 +89,6 @@ def moved(settings: Config, arm: str, window: int, domain: str) -> dict[str, int
         files = [folder / f"{domain}.safetensors"] if kind == "rows" else [path for path in folder.iterdir() if path.suffix != ".json"]
         told[kind] = sum(path.stat().st_size for path in files) if kinds[kind] else 0
     return told
-
-
-def timed(served: Mapping[str, Path], stream: EventStream, count: int, quick: bool) -> dict[str, Any]:
-    """Latency of every arm, and of labels once more."""
-    inputs = candidates(stream, count)
-    return latency({**served, CONTROL: served[LABELS]}, inputs, calls(quick))
 
 
 def markdown(told: Mapping[str, Mapping[str, Any]]) -> str:
