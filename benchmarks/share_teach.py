@@ -1,8 +1,8 @@
 """What the students of benchmarks/share.py are given: an FM with its supervision and rows, histories, and the controls of both.
 
-    <folder>/<dataset>/                the stream
-    <folder>/<dataset>-<seed>/         the FM's snapshots, supervision and rows
-    <folder>/<dataset>-<seed>-<rows>/  beside it, by `Variant.rows`: rows of a control, or a history
+<folder>/<dataset>/                the stream
+<folder>/<dataset>-<seed>/         the FM's snapshots, supervision and rows
+<folder>/<dataset>-<seed>-<rows>/  beside it, by `Variant.rows`: rows of a control, or a history
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def teach(config: Config, stream_root: Path) -> list[dict[str, Any]]:
     permute_labels(stream, shuffled.folder / "stream", config.seed)
     train_fm(shuffled)
     give(shuffled, shuffled, stream)
-    permute_rows(config, beside(config, "permuted").folder)
+    permute_rows(config, beside(config, "permuted").folder, stream)
     for rows in (*DRIFTS, MIXED):
         for part in ("supervision", "shared"):
             (beside(config, rows).folder / part).symlink_to(config.folder / part)
@@ -129,21 +129,27 @@ def permute_labels(stream: EventStream, folder: Path, seed: int) -> None:
         writer.write_window(number, window.start_ms, window.end_ms, window.duplicates, tables)
 
 
-def permute_rows(config: Config, folder: Path) -> None:
-    """The run's rows with the ids of every table mixed up: the same rows, on each id another's."""
-    store = SharedStore(folder / "shared", config.fm.name)
+def permute_rows(config: Config, folder: Path, stream: EventStream) -> None:
+    """The run's rows with the ids of every table mixed up, the same way in all windows: each has the row of one first seen in the same window."""
+    store, snapshots = SharedStore(folder / "shared", config.fm.name), SnapshotStore.of(config, config.fm.name)
     shutil.copytree(config.folder / "shared", folder / "shared")
     rng = np.random.default_rng(config.seed)
+    other = {name: np.full(rows, -1) for name, rows in stream.schema.tables.items()}
     for window in (window for window in WINDOWS if store.has(window)):
         manifest = store.manifest(window)
-        for domain, part in manifest.domains.items():
-            path = Path(str(store.folder(window) / part.file))
-            tensors = load_file(path)
-            for name in [name for name in tensors if name.startswith("rows/")]:
-                tensors[name] = rng.permutation(tensors[name])
+        tables = snapshots.load(manifest.snapshot, stream.schema.digest)[0].tables.tables()
+        paths = {domain: Path(str(store.folder(window) / part.file)) for domain, part in manifest.domains.items()}
+        given = {domain: load_file(path) for domain, path in paths.items()}
+        for name, known in other.items():
+            ids = np.unique(np.concatenate([np.empty(0, np.int64), *(t[f"ids/{name}"] for t in given.values() if f"ids/{name}" in t)]))
+            new = ids[known[ids] < 0]
+            known[new] = rng.permutation(new)
+            for tensors in (t for t in given.values() if f"ids/{name}" in t):
+                tensors[f"rows/{name}"] = tables[name].numpy()[known[tensors[f"ids/{name}"]]]
+        for domain, path in paths.items():
             with atomic_path(path) as temporary:
-                save_file(tensors, temporary)
-            manifest.domains[domain] = part.model_copy(update={"sha256": sha256(path)})
+                save_file(given[domain], temporary)
+            manifest.domains[domain] = manifest.domains[domain].model_copy(update={"sha256": sha256(path)})
         write_json(store.folder(window) / "manifest.json", manifest.model_dump(mode="json"))
 
 

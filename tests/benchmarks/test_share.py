@@ -16,6 +16,9 @@ from benchmarks.parts import Part, Parts
 from benchmarks.share_runs import GRID, JUDGED, SCORED, Variant, judge, variants
 from exfm_ray.config import with_settings
 from exfm_ray.das.history import history_store
+from exfm_ray.das.lag import Policy
+from exfm_ray.das.shared import SharedStore
+from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.pipeline import prepare_stream
 from exfm_ray.training.job import Job
 
@@ -47,6 +50,30 @@ def test_parts_that_are_kept_are_not_run_again(tmp_path: Path, capsys: pytest.Ca
     assert started == [4]
     assert Parts(tmp_path, 2).kept("parts/4", lambda: 1 / 0) == [4, 8]
     assert "doubles: 1 of 2 parts are there" in capsys.readouterr().out
+
+
+def test_permuted_rows_are_anothers(groups: dict[int, Workers], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: the control keeps most ids' own rows, gives an id now this one's and now that one's, or rows of no snapshot that may be given."""
+    config = small_config(tmp_path, "run", vm={"arms": ["labels", "labels+share"]}, das={"keep_snapshots": True})
+    stream = prepare_stream(config)
+    groups[1].run(train, Job("fm", config), stream.windows(), None)
+    groups[1].run(score, config)
+    monkeypatch.setattr(share_teach, "WINDOWS", range(WINDOWS))
+    share_teach.permute_rows(config, tmp_path / "permuted", stream)
+    own, other = (SharedStore(folder / "shared", config.fm.name) for folder in (config.folder, tmp_path / "permuted"))
+    policy, snapshots = Policy.of(config.das), SnapshotStore.of(config, config.fm.name)
+    anothers: dict[tuple[str, int], int] = {}
+    for window in (window for window in stream.windows() if own.has(window)):
+        tables = snapshots.load(own.manifest(window).snapshot, stream.schema.digest)[0].tables.tables()
+        for domain in own.manifest(window).domains:
+            mixed = other.read(window, domain, stream.schema, policy)
+            for name, rows in own.read(window, domain, stream.schema, policy).items():
+                assert np.array_equal(mixed[name].id_X, rows.id_X)
+                for number, row in zip(mixed[name].id_X, mixed[name].row_XW, strict=True):
+                    (whose,) = np.flatnonzero((tables[name] == row).all(dim=1).numpy())
+                    assert anothers.setdefault((name, int(number)), int(whose)) == whose
+    moved = [number != whose for (_, number), whose in anothers.items()]
+    assert len(moved) > 50 and np.mean(moved) > 0.9
 
 
 def test_mixed_users_have_anothers_past(groups: dict[int, Workers], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
