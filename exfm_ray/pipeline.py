@@ -12,9 +12,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import takewhile
@@ -28,6 +28,7 @@ import yaml
 from exfm_ray.actors import answer, beside_driver
 from exfm_ray.arms import LABELS
 from exfm_ray.config import Config, StudentConfig, dump_config, lineage, stores_lineage
+from exfm_ray.das.client import ParkedError
 from exfm_ray.das.history import check_history
 from exfm_ray.das.lacking import parked, stood_in
 from exfm_ray.das.run import DAS
@@ -183,7 +184,8 @@ class Run:
         self._over = threading.Event()
         self.memory = MemoryMeter()
         self.learnable: dict[str, list[int]] = {}  # by job; fixed for a call of execute, for a followed stream grows meanwhile
-        self._pending: list[Future[None]] = []
+        self._pending: dict[Future[None], Job | DAS] = {}
+        self._parked: list[ParkedError] = []
         self._recorder: Any = None
 
     def reachable(self, job: Job, fm: bool, das: bool) -> list[int]:
@@ -237,16 +239,20 @@ class Run:
         with ray_session(self.config), closing(PipelineRuns(self.config, self.summarise)), ProgressView(self._totals(jobs, scoring)) as view:
             self._recorder = RecorderActor.options(scheduling_strategy=beside_driver()).remote(self.folder / "metrics.jsonl")
             feeds = [start_feed(job, self.learnable[job.name]) for job in jobs]
-            self._pending = [self._start(job, feed) for job, feed in zip(jobs, feeds, strict=True)]
-            self._pending += [self._start_das(own, scoring[own.order.role]) for own in self.dases[1:] if own.order.role in scoring]
+            self._parked = []
+            self._pending = {self._start(job, feed): job for job, feed in zip(jobs, feeds, strict=True)}
+            self._pending |= {self._start_das(own, scoring[own.order.role]): own for own in self.dases[1:] if own.order.role in scoring}
             watch = self._watcher(view)
             try:
                 self._progress()  # where the recorder cannot begin, nothing else is told; all start beside it
                 own = self.dases[0]
-                own.run(scoring.get(own.order.role, []), lambda window, rows: self._scored(own, window, rows, watch), watch)
-                while self._pending:
+                with self._keeping_parked():
+                    own.run(scoring.get(own.order.role, []), lambda window, rows: self._scored(own, window, rows, watch), watch)
+                while not all(self._parked and self._held_up(role) for role in self._pending.values()):
                     watch()
                     time.sleep(POLL_S)
+                if self._parked:
+                    raise self._parked[0]
             except Exception:
                 write_text(failure, traceback.format_exc())  # a killed run leaves none: it is unfinished, not failed
                 raise
@@ -257,6 +263,25 @@ class Run:
                 wait(self._pending, STOP_S)  # the other jobs end by the loss of their feeds, before Ray goes
             view.update(self._progress())
         return True
+
+    @contextmanager
+    def _keeping_parked(self) -> Iterator[None]:
+        """A DAS that ends without some windows ends no other role: what they can do, they do first."""
+        try:
+            yield
+        except ParkedError as error:
+            self._parked.append(error)
+
+    def _held_up(self, role: Job | DAS) -> bool:
+        """Whether a role can go no further once windows are parked: a job that has learnt all windows before its first one without
+        supervision, or a DAS whose teacher such a job may be."""
+        if isinstance(role, DAS):
+            return role.teacher is not None and not role.teacher.run
+        if role.role == "fm" or set(self.config.vm.arms) == {LABELS}:
+            return False
+        windows = self.learnable[role.name]
+        lacking = next(own for own in self.dases if own.store.teacher == role.teacher).missing(windows)
+        return bool(lacking) and role.checkpoints.latest().windows >= windows.index(lacking[0])
 
     def _progress(self) -> dict[str, tuple[int, int]]:
         """Job -> (window it is at, examples done)."""
@@ -364,8 +389,9 @@ class Run:
                 at = ", ".join(f"{job} at window {window}" for job, (window, _) in state.items()) or "none has begun"
                 raise UserError(f"no role has moved for {STALL_S:.0f} s ({at}); are there CPUs or GPUs for all? logs: {self.folder / 'logs'}")
             for job in [job for job in self._pending if job.done()]:
-                self._pending.remove(job)
-                job.result()
+                del self._pending[job]
+                with self._keeping_parked():
+                    job.result()
 
         return watch
 
