@@ -29,6 +29,16 @@ def test_a_new_file_takes_the_old_ones_place(tmp_path: Path) -> None:
     assert (tmp_path / "f").read_text() == "two"
 
 
+def test_two_threads_write_the_same_file(tmp_path: Path) -> None:
+    """Wrong: two that write the same file at once write into one temporary file, or one that a sweep after a kill does not find."""
+    path = tmp_path / "f"
+    with atomic_path(path) as one, atomic_path(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+        assert set(tmp_path.glob(".*.tmp")) == {one, other}
+    assert path.read_text() == "one"
+
+
 def test_missing_and_damaged_json_is_named(tmp_path: Path) -> None:
     """Wrong: a damaged file ends in a traceback that does not say which."""
     with pytest.raises(UserError, match=r"none.json: no such file"):

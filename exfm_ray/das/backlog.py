@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from exfm_ray.files import read_json, write_json
 from exfm_ray.remote import Place, StorageError
 
 RETRY_S = 0.2
-"""Pause before a fragment's second try; it doubles with every further one, up to `RETRY_MOST_S`."""
+"""Pause before the second try of a fragment or of a commit; it doubles with every further one, up to `RETRY_MOST_S`."""
 RETRY_MOST_S = 10.0
 
 
@@ -33,7 +33,8 @@ class Parked:
 
 @dataclass
 class Work:
-    """A fragment to score with a version. `alone`: its actor has died on it, or on one beside it, so it goes to an actor by itself."""
+    """A fragment to score with a version. `alone`: its actor has died on it, or on one beside it, so it goes to an actor by itself.
+    `given_s`: when an actor got it, by the monotonic clock."""
 
     window: int
     fragment: Fragment
@@ -41,11 +42,12 @@ class Work:
     tries: int = 0
     not_before: float = 0.0
     alone: bool = False
+    given_s: float = field(default_factory=time.monotonic)
 
 
 @dataclass
 class OpenWindow:
-    """A window that is being scored. `begun_s`: when its first fragment was given to an actor."""
+    """A window that is being scored. `begun_s`: when its first fragment was given to an actor. `tries`: of its commit, that have failed."""
 
     manifest: Window
     version: int
@@ -53,6 +55,8 @@ class OpenWindow:
     begun_s: float | None = None
     left: set[str] = field(default_factory=set)
     parked: bool = False
+    tries: int = 0
+    not_before: float = 0.0
 
     def __post_init__(self) -> None:
         self.left = {fragment.file for fragment in self.manifest.fragments}
@@ -107,12 +111,26 @@ class Backlog:
             self.open[work.window].parked = True
             self.done(work)
             return
-        work.not_before = time.monotonic() + min(RETRY_S * 2**work.tries, RETRY_MOST_S)
+        work.not_before = time.monotonic() + _pause_s(work.tries)
         self.waiting.appendleft(work)
 
+    def window_failed(self, window: OpenWindow, cause: str, again: Sequence[Fragment] = ()) -> bool:
+        """A window cannot be committed: it is tried again after a pause, these fragments scored before; False when it is parked, after
+        `tries` failures."""
+        index = window.manifest.index
+        window.tries += 1
+        if window.tries >= self._tries:
+            self.park(Parked(index, None, window.version, cause, window.tries, time.time()))
+            return False
+        window.not_before = time.monotonic() + _pause_s(window.tries)
+        window.left |= {fragment.file for fragment in again}
+        self.waiting.extendleft(Work(index, fragment, window.version) for fragment in again)
+        return True
+
     def finished(self) -> list[OpenWindow]:
-        """Windows of which no fragment is left; those with parked ones, too."""
-        return [window for window in self.open.values() if not window.left]
+        """Windows of which no fragment is left and whose time has come; those with parked ones, too."""
+        now = time.monotonic()
+        return [window for window in self.open.values() if not window.left and window.not_before <= now]
 
     def park(self, parked: Parked) -> None:
         """List what has failed for good."""
@@ -133,6 +151,10 @@ class Backlog:
         """What is left of the open windows."""
         left = [fragment for w in self.open.values() for fragment in w.manifest.fragments if fragment.file in w.left]
         return {"windows": len(self.open), "fragments": len(left), "examples": sum(fragment.rows for fragment in left)}
+
+
+def _pause_s(tries: int) -> float:
+    return min(RETRY_S * 2.0**tries, RETRY_MOST_S)
 
 
 def _read_parked(path: Place) -> list[Parked]:

@@ -16,6 +16,8 @@ from exfm_ray.das.scorer import CALLS, VERSIONS, Scored
 SHRINK_S = 20.0
 """An actor is given up when the backlog has been too small for it for so long; to start one takes seconds."""
 START_TRIES = 3
+CALL_S = 3600.0
+"""Longest that an actor may take for a fragment, a snapshot's loading included; then it is killed."""
 
 
 @dataclass
@@ -28,6 +30,12 @@ class Member:
     process: int = 0
     running: dict[Any, Work] = field(default_factory=dict)
     held: list[int] = field(default_factory=list)
+
+    @property
+    def silent_s(self) -> float:
+        """For how long its oldest fragment is in hand."""
+        now = time.monotonic()
+        return now - min((work.given_s for work in self.running.values()), default=now)
 
     @property
     def coming(self) -> set[int]:
@@ -112,8 +120,13 @@ class Pool:
         if not fit:
             return False
         member = min(fit, key=lambda member: len(member.running))
+        work.given_s = time.monotonic()
         member.running[member.actor.score.remote(work.window, work.fragment, work.version)] = work
         return True
+
+    def has(self, window: int) -> bool:
+        """True while an actor has a fragment of a window in hand, be it by a version that is no longer wanted: it may still write."""
+        return any(work.window == window for member in self.members for work in member.running.values())
 
     def wait(self, timeout_s: float) -> list[Any]:
         """References that are ready, after waiting for the first."""
@@ -126,7 +139,7 @@ class Pool:
         return ready
 
     def collect(self, ready: Sequence[Any]) -> list[Came]:
-        """What has come back by these references; an actor that has died is replaced."""
+        """What has come back by these references; an actor that has died, or does not answer, is replaced."""
         running = {ref: member for member in self.members for ref in member.running}
         came: list[Came] = []
         for ref in ready:
@@ -134,6 +147,10 @@ class Pool:
                 self._started(ref)
             elif ref in running and ref in running[ref].running:
                 came += self._returned(running[ref], ref)
+        for member in [member for member in self.members if member.silent_s > CALL_S]:
+            told = f"actor {member.number} (process {member.process}) has not answered for {member.silent_s:.0f} s and was killed"
+            ray.kill(member.actor)
+            came += self._lost(member, TimeoutError(told))
         return came
 
     def _started(self, ref: Any) -> None:
@@ -154,15 +171,19 @@ class Pool:
         except RayError as error:
             if isinstance(error, RayTaskError) or not isinstance(error, RayActorError):  # raised by the call; the actor lives
                 return [Came(member.running.pop(ref), error=error)]
-            lost = list(member.running.values())
-            self._remove(member)
-            self._start()
-            return [Came(work, error=error, died=True, beside=len(lost) - 1) for work in lost]
+            return self._lost(member, error)
         work = member.running.pop(ref)
         if scored.rows:  # otherwise it was on disk, and no snapshot was taken up
             others = [version for version in member.held if version != work.version]
             member.held = [*others[1 - VERSIONS :], work.version]
         return [Came(work, scored)]
+
+    def _lost(self, member: Member, error: BaseException) -> list[Came]:
+        """Replace an actor; what it had in hand."""
+        lost = list(member.running.values())
+        self._remove(member)
+        self._start()
+        return [Came(work, error=error, died=True, beside=len(lost) - 1) for work in lost]
 
     def stop(self) -> None:
         """End all actors."""

@@ -11,7 +11,9 @@ from exfm_ray.das.client import label
 from exfm_ray.das.order import Order
 from exfm_ray.das.scorer import Scorer
 from exfm_ray.data.stream import EventStream
+from exfm_ray.errors import UserError
 from exfm_ray.files import read_lines
+from exfm_ray.places import stores_of
 
 
 @dataclass
@@ -38,8 +40,9 @@ class DAS:
 
     def run_here(self, windows: Sequence[int]) -> int:
         """Score what is missing in this process, without Ray and without waiting for snapshots; the rows."""
-        scorer, rows = Scorer(self.order), 0
-        for window in self.missing(windows):
+        scorer, rows, missing = Scorer(self.order), 0, self.missing(windows)
+        self._check_windows(missing)
+        for window in missing:
             version = self.order.policy.version(window)
             assert version is not None
             manifest = self.stream.window(window)
@@ -52,5 +55,23 @@ class DAS:
     def run(self, windows: Sequence[int], progress: Callable[[int, int], None], watch: Callable[[], None]) -> None:
         """Have what is missing labelled, by the service that is at work on this store or one of our own; see `client.label`."""
         missing = self.missing(windows)
+        self._check_windows(missing)
         if missing:
             label(Order.of(self.config, self.readers, self.teacher), missing, progress, watch)
+
+    def _check_windows(self, windows: Sequence[int]) -> None:
+        """UserError where another run's teacher has learnt windows of other bounds than this stream's: it might know what it is to supervise
+        (rule 2). Nothing is known where that run's stream is gone."""
+        root = stores_of(self.teacher.run) / "stream" if self.teacher and self.teacher.run else None
+        if root is None or not (root / "schema.json").exists():
+            return
+        other = EventStream.open(root)
+        for learnt in sorted({version - 1 for window in windows if (version := self.order.policy.version(window)) is not None}):
+            if other.has(learnt) and self.stream.has(learnt):
+                here, there = (stream.window(learnt) for stream in (self.stream, other))
+                if (here.start_ms, here.end_ms) != (there.start_ms, there.end_ms):
+                    raise UserError(
+                        f"window {learnt} is from {here.start_ms} to {here.end_ms} ms in {self.stream.root}, but from {there.start_ms} to "
+                        f"{there.end_ms} in {root}, whose teacher '{self.order.store.teacher}' is to supervise; prepare both with the same data "
+                        "and data.window"
+                    )

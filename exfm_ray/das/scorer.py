@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,10 +46,14 @@ class Scorer:
         self._order = order
         if order.das.threads:
             torch.set_num_threads(order.das.threads)
-        self._stream = EventStream.open(order.stream_root)
         self._holders = start_holders(order.snapshots, order.das.shards, order.labels) if order.das.shards > 1 else []
         self._held: dict[int, tuple[Any, tuple[str, ...]]] = {}
         self._loading, self._computing = threading.Lock(), threading.Lock()
+
+    @cached_property
+    def _stream(self) -> EventStream:
+        """Opened by the first call: a storage that cannot be used fails that call, not the actor's start."""
+        return EventStream.open(self._order.stream_root)
 
     def ready(self) -> int:
         """The process that holds this actor, once it runs."""

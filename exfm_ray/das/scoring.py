@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ray.exceptions import RayTaskError
 
 from exfm_ray.das.backlog import Backlog, OpenWindow, Parked, Work
+from exfm_ray.das.giving import Giving
 from exfm_ray.das.order import Order
 from exfm_ray.das.pool import Came, Pool
 from exfm_ray.das.scorer import CALLS, ScorerActor
 from exfm_ray.das.snapshots import SnapshotError
+from exfm_ray.das.supervision import NotScoredError
 from exfm_ray.das.versions import Versions
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
@@ -26,14 +27,14 @@ TICK_S = 0.05
 LOOK_S = 0.2
 """How often the stream and the snapshots are looked at for what is new; less often where they are remote."""
 SPEED_S = 30.0
-"""Examples per second are those of so many seconds."""
+"""Examples per second are those of so many seconds, or of fewer since the start."""
 KEPT = 20
 """Faults and windows that `told` tells of."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """A window's supervision: when its last event was, its snapshot published, itself begun and committed; seconds since the epoch."""
+    """A window's supervision: when the window ended, its snapshot was published, itself begun and committed; seconds since the epoch."""
 
     window: int
     snapshot: int
@@ -62,8 +63,8 @@ class Scoring:
         self._faults: deque[tuple[float, str]] = deque(maxlen=KEPT)
         self._written: deque[Written] = deque(maxlen=KEPT)
         self._held_back, self._looked_s, self._free_s = "", 0.0, time.time()
-        self._beside = ThreadPoolExecutor(1, "gifts")  # histories are made in order
-        self._giving: dict[int, Future[None]] = {}
+        self._giving = Giving(order, self._stream)
+        self._started_s = time.monotonic()
 
     def give_out(self) -> None:
         """Open windows and hand their fragments to actors."""
@@ -102,8 +103,9 @@ class Scoring:
     def told(self) -> dict[str, Any]:
         """What `das status` shows of the work."""
         self._forget_old(time.time())
+        seconds = min(SPEED_S, max(time.monotonic() - self._started_s, TICK_S))
         return {
-            "backlog": self._left(), "committed": len(self._committed), "examples_per_s": sum(rows for _, rows in self._recent) / SPEED_S,
+            "backlog": self._left(), "committed": len(self._committed), "examples_per_s": sum(rows for _, rows in self._recent) / seconds,
             "actors": [member.told() for member in self._pool.members], "written": [asdict(written) for written in self._written],
             "held_back": self._held_back, "parked": [asdict(parked) for parked in self._backlog.parked], "faults": list(self._faults),
         }  # fmt: skip
@@ -119,8 +121,8 @@ class Scoring:
         before = self._held_back
         try:
             self._look()
-        except StorageError as error:
-            self._held_back = str(error)
+        except (StorageError, OSError) as error:
+            self._held_back = plain(error)
             if self._held_back != before:
                 self._fault(self._held_back)
         self._looked_s = time.monotonic()
@@ -150,8 +152,11 @@ class Scoring:
                 return False
             self._backlog.add(self._stream.window(window), version, self._asked_s(window))
             self._free_s = time.time()
+        except StorageError:  # looked at again
+            raise
         except (UserError, OSError) as error:
-            self._park(window, 0, str(error))
+            self._fault(f"window {window}: {error}")
+            self._backlog.park(Parked(window, None, 0, str(error), 1, time.time()))
         return True
 
     def _too_far_ahead(self, window: int) -> bool:
@@ -200,29 +205,26 @@ class Scoring:
             self._looked_s = 0.0
 
     def _finish(self, window: OpenWindow) -> None:
-        """All its fragments are scored, or parked."""
+        """All its fragments are scored, or parked. Whatever fails now is a failure of this window, not of the service."""
+        index = window.manifest.index
         if not window.parked:
             try:
-                if not self._gave(window):
+                if self._pool.has(index) or not self._giving.gave(window, self._comes):
                     return
                 self._commit(window)
-            except (UserError, OSError) as error:
-                self._park(window.manifest.index, window.version, plain(error))
-        self._backlog.drop(window.manifest.index)
+            except Exception as error:
+                self._fault(f"window {index}: {plain(error)}")
+                again = error.fragments if isinstance(error, NotScoredError) else ()
+                if self._backlog.window_failed(window, plain(error), again):
+                    return
+        self._backlog.drop(index)
         self._free_s, self._looked_s = time.time(), 0.0
 
-    def _gave(self, window: OpenWindow) -> bool:
-        """True when students have what they are given beside predictions; otherwise it is being made, beside the scoring."""
-        gifts, index = self._order.gifts, window.manifest.index
-        if gifts is None or gifts.has(index):
-            self._giving.pop(index, None)
-            return True
-        if index in self._giving:
-            if self._giving[index].done():
-                self._giving.pop(index).result()
-        elif gifts.ready(index) or index - 1 not in self._backlog.open:
-            self._giving[index] = self._beside.submit(gifts.publish, self._stream, self._order.snapshots, window.manifest, window.version)
-        return False
+    def _comes(self, window: int) -> bool:
+        """Whether a window is still to be scored. UserError where it is parked."""
+        if window not in self._backlog.open and any(p.window == window for p in self._backlog.parked):
+            raise UserError(f"window {window + 1} is given each user's history up to window {window}, which is parked")
+        return window in self._wanted() and window not in self._committed
 
     def _commit(self, window: OpenWindow) -> None:
         order, manifest, version = self._order, window.manifest, window.version
@@ -233,16 +235,19 @@ class Scoring:
         begun_s = window.begun_s or now
         written = Written(manifest.index, version, manifest.rows, manifest.end_ms / 1000, published_s, min(window.asked_s, begun_s), begun_s, now)
         self._written.append(written)
-        span = {"role": order.role, "window": written.window, "phase": "score", "started_s": written.started_s, "ended_s": now}
-        span |= {"waited_s": begun_s - written.started_s, "examples": written.examples, "snapshot": version}
-        append_lines(order.log, [span | {"teacher": order.store.teacher, "label_s": written.label_s, "snapshot_s": published_s}])
-        if order.owns_snapshots:
-            there = self._stream.windows()
-            self._versions.remove_unneeded((w for w in there if not order.has(w)), there[-1] + 1)
+        try:
+            self._log(written)
+            if order.owns_snapshots:
+                there = self._stream.windows()
+                self._versions.remove_unneeded((w for w in there if not order.has(w)), there[-1] + 1)
+        except Exception as error:  # the window is committed all the same
+            self._fault(f"window {manifest.index} is committed, but what follows failed: {plain(error)}")
 
-    def _park(self, window: int, snapshot: int, cause: str) -> None:
-        self._fault(f"window {window}: {cause}")
-        self._backlog.park(Parked(window, None, snapshot, cause, 1, time.time()))
+    def _log(self, written: Written) -> None:
+        span = {"role": self._order.role, "window": written.window, "phase": "score", "started_s": written.started_s, "ended_s": written.ended_s}
+        span |= {"waited_s": written.begun_s - written.started_s, "examples": written.examples, "snapshot": written.snapshot}
+        span |= {"teacher": self._order.store.teacher, "label_s": written.label_s, "snapshot_s": written.snapshot_s}
+        append_lines(self._order.log, [span])
 
     def _fault(self, told: str) -> None:
         self._faults.append((time.time(), told))

@@ -1,7 +1,7 @@
 """The DAS as a service: an actor that labels a stream's windows by one teacher for all who ask, with a pool of scorer actors.
 
-Everything that lasts lies on disk: the supervision, and the list of what is parked. So the service can be killed at any moment;
-whoever asks starts it again, and it scores what is missing.
+Everything that lasts lies on disk: the supervision, the list of what is parked, and that a service which did not follow the stream at its
+start does now. So the service can be killed at any moment; whoever asks starts it again, and it scores what is missing.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ import ray
 from exfm_ray.das.order import Order
 from exfm_ray.das.scoring import Scoring
 from exfm_ray.data.stream import EventStream
+from exfm_ray.files import read_json, write_json
 
 OWN = "own"
 """The client that stands for what a lasting service does by itself."""
+SILENT_S = 600.0
+"""A client asks for its progress ten times a second; one that has not for so long was killed. If it was only stopped, it asks anew."""
 
 
 class Service:
@@ -27,10 +30,13 @@ class Service:
     those that appear later, too."""
 
     def __init__(self, order: Order, lasting: bool = False, follow: bool = False) -> None:
-        self._order, self._lasting, self._follow = order, lasting, follow
+        self._order, self._lasting = order, lasting
+        self._told = order.parked_list.with_name("follows.json")
+        self._follow = follow or self._was_told()
         self._stream = EventStream.open(order.stream_root)
         self._scoring = Scoring(order, self._wanted)
         self._asked: dict[str, dict[int, float]] = {}
+        self._heard: dict[str, float] = {}
         self._error = ""
         self._lock, self._over = threading.Lock(), threading.Event()
         if lasting:
@@ -44,29 +50,34 @@ class Service:
     def ask(self, client: str, windows: Iterable[int]) -> None:
         """Score these windows; what of them is parked is tried again."""
         with self._lock:
-            now = time.time()
+            self._check()
+            now, self._heard[client] = time.time(), time.monotonic()
             self._asked.setdefault(client, {}).update(dict.fromkeys(windows, now))
             self._scoring.try_again(windows)
 
     def follow(self, follow: bool) -> None:
-        """Score all windows that are there; what is parked is tried again. With `follow` later ones, too."""
-        self._follow = follow or self._follow
+        """Score all windows that are there; what is parked is tried again. With `follow` later ones, too, also when Ray has started this
+        actor again, which it does with the arguments of its first start."""
+        if follow and not self._follow:
+            write_json(self._told, {"actor": _me()})
+            self._follow = True
         self.ask(OWN, self._stream.windows())
 
     def leave(self, client: str) -> bool:
         """A client wants nothing more; True when the service is needed no longer."""
         with self._lock:
-            self._asked.pop(client, None)
-            self._scoring.drop_unwanted()
+            self._forget(client)
             return not self._asked
 
     def progress(self, client: str) -> dict[str, Any] | None:
         """See `Scoring.progress`; rows are those of this process. None for a client that has not asked: this process may have been
         started after another one was killed."""
         with self._lock:
-            if self._error:
-                raise RuntimeError(f"the DAS has failed:\n{self._error}")
-            return self._scoring.progress() if client in self._asked else None
+            self._check()
+            if client not in self._asked:
+                return None
+            self._heard[client] = time.monotonic()
+            return self._scoring.progress()
 
     def state(self) -> dict[str, Any]:
         """All that `das status` shows."""
@@ -81,6 +92,24 @@ class Service:
         """Do nothing more."""
         self._over.set()
 
+    def _check(self) -> None:
+        """The error that has ended the work, for all who ask for more."""
+        if self._error:
+            way_out = "; end it with `run.py das stop` and start it again" if self._lasting else ""
+            raise RuntimeError(f"the DAS has failed{way_out}:\n{self._error}")
+
+    def _was_told(self) -> bool:
+        """True when `follow` was called before this actor was started again."""
+        me = _me()
+        return me is not None and self._told.exists() and read_json(self._told) == {"actor": me}
+
+    def _forget(self, client: str) -> None:
+        """Score no more for a client."""
+        self._asked.pop(client, None)
+        self._heard.pop(client, None)
+        if not self._follow:  # which wants all that is there
+            self._scoring.drop_unwanted()
+
     def _wanted(self) -> dict[int, float]:
         """Window -> since when it is asked for; 0 for those that a service that follows scores of itself."""
         wanted = dict.fromkeys(self._stream.windows(), 0.0) if self._follow else {}
@@ -94,12 +123,19 @@ class Service:
         try:
             while not self._over.is_set():
                 with self._lock:
+                    for client in [c for c, heard_s in self._heard.items() if c != OWN and heard_s < time.monotonic() - SILENT_S]:
+                        self._forget(client)
                     self._scoring.give_out()
                 refs = self._scoring.wait()
                 with self._lock:
                     self._scoring.take_in(refs)
         except BaseException:  # a thread's error must reach the clients, whatever it is
             self._error = traceback.format_exc()
+
+
+def _me() -> str | None:
+    """The number of this actor, which it keeps when it is started again; None outside of one."""
+    return ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None
 
 
 ServiceActor = ray.remote(num_cpus=0, max_concurrency=16, max_restarts=-1)(Service)

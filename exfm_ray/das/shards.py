@@ -13,15 +13,20 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray.exceptions import GetTimeoutError
 from torch import Tensor
 
-from exfm_ray.das.snapshots import SnapshotStore
+from exfm_ray.das.snapshots import SnapshotError, SnapshotStore
 from exfm_ray.data.batch import Batch
+from exfm_ray.errors import UserError
 from exfm_ray.models.embeddings import PlainTables
 from exfm_ray.models.network import Network
-from exfm_ray.models.stored import PlainModel, StoredModel, load_rows, read_manifest
+from exfm_ray.models.stored import PlainModel, StoredModel, checked_manifest, load_rows, read_manifest
+from exfm_ray.remote import Place, StorageError
 
 HELD = 2
+ANSWER_S = 1800.0
+"""Longest that a holder may take for the rows of a fragment, a snapshot's loading included; then it is started again."""
 Array = np.ndarray[Any, Any]
 
 
@@ -38,6 +43,8 @@ class Holder:
         self._snapshots, self._shard, self._shards = snapshots, shard, shards
         self._weights: dict[int, Array] = {}
         self._loading = threading.Lock()
+        here = ray.get_runtime_context() if ray.is_initialized() else None
+        self._restarted = bool(here and here.get_actor_id() and here.was_current_actor_reconstructed)
 
     def rows(self, version: int, row_X: Array) -> Array:
         """Rows (X, E) by their numbers among the rows held here, tables one after the other. Loads the version where it is new."""
@@ -52,11 +59,21 @@ class Holder:
 
     def _load(self, version: int) -> Array:
         folder = self._snapshots.folder(version)
-        manifest = read_manifest(folder)  # whoever asks has checked the hashes
+        manifest = self._checked(folder) if self._restarted else read_manifest(folder)  # whoever asks has just checked the hashes
         tables = manifest.example.tables
         parts = load_rows(folder, manifest, {name: share(rows, self._shard, self._shards) for name, rows in tables.items()})
         weight: Array = torch.cat([parts[name].reshape(-1, manifest.network.dim) for name in tables]).numpy()
         return weight
+
+    @staticmethod
+    def _checked(folder: Place) -> StoredModel:
+        """For one that was started again: whoever asks may have checked the hashes long ago."""
+        try:
+            return checked_manifest(folder)
+        except StorageError:
+            raise
+        except UserError as error:
+            raise SnapshotError(str(error)) from None
 
 
 HolderActor = ray.remote(Holder)
@@ -97,11 +114,23 @@ class ShardedModel:
         piece_U = torch.bucketize(row_U, self._start_P, right=True) - 1
         local_U, holder_U = row_U - self._start_P[piece_U] + self._held_P[piece_U], self._holder_P[piece_U]
         mine = [holder_U == shard for shard in range(len(self._holders))]
-        answers = ray.get([h.rows.remote(self._version, local_U[m].numpy()) for h, m in zip(self._holders, mine, strict=True)])
+        answers = self._answers([h.rows.remote(self._version, local_U[m].numpy()) for h, m in zip(self._holders, mine, strict=True)])
         weight_UE = torch.empty(len(row_U), answers[0].shape[1])
         for chosen, rows in zip(mine, answers, strict=True):
             weight_UE[chosen] = torch.from_numpy(rows.copy())  # Ray's arrays are read-only
         return weight_UE
+
+    def _answers(self, refs: Sequence[Any]) -> list[Array]:
+        """What the holders say; those that do not answer are started again."""
+        try:
+            answers: list[Array] = ray.get(list(refs), timeout=ANSWER_S)
+            return answers
+        except GetTimeoutError:
+            late = set(ray.wait(list(refs), num_returns=len(refs), timeout=0)[1])
+            for shard in (shard for shard, ref in enumerate(refs) if ref in late):
+                ray.kill(self._holders[shard], no_restart=False)
+            told = f"{len(late)} of {len(refs)} holders of tables have not answered for {ANSWER_S:.0f} s and were started again"
+            raise TimeoutError(told) from None
 
 
 class SomeRows(PlainTables):

@@ -22,8 +22,8 @@ def status_tables(state: State) -> Iterator[Table]:
         held = ", ".join([*map(str, actor["snapshots"]), *coming])
         actors.add_row(str(actor["number"]), str(actor["process"] or ""), doing, held, str(actor["fragments"]))
     yield actors
-    written = Table("window", "snapshot", "lag, windows", "examples", "snapshot's age", "last event's age")
-    written.title = "supervision written, and how old its snapshot and its last event were"
+    written = Table("window", "snapshot", "lag, windows", "examples", "snapshot's age", "age of its end")
+    written.title = "supervision written, and how long before that its snapshot was published and the window had ended"
     for row in state["written"]:
         lag, ages = row["window"] - row["snapshot"] + 1, (row["ended_s"] - row["snapshot_s"], row["ended_s"] - row["label_s"])
         written.add_row(str(row["window"]), str(row["snapshot"]), str(lag), f"{row['examples']:,}", *map(seconds, ages))

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
@@ -34,6 +35,16 @@ if TYPE_CHECKING:  # they import torch, seconds that no process that only reads 
     from exfm_ray.das.shared import SharedStore
 
 TEACHER_COLUMN = "teacher_predictions"  # float32[tasks of the job], added to a fragment's packed columns
+LOOKS = 8
+"""Fragments that are looked at side by side before a window is committed: of a remote store each is a request."""
+
+
+class NotScoredError(UserError):
+    """A window that cannot be committed: its snapshot has not scored these fragments."""
+
+    def __init__(self, told: str, fragments: Sequence[Fragment]) -> None:
+        super().__init__(told)
+        self.fragments = tuple(fragments)
 
 
 def prediction_column(task: str) -> str:
@@ -124,16 +135,22 @@ class SupervisionStore:
         return table.num_rows == fragment.rows and pc.all(pc.equal(table["snapshot"], snapshot)).as_py() is not False
 
     def commit(self, window: Window, snapshot: int, tasks: Sequence[str], policy: Policy) -> None:
-        """Make a window's supervision visible. Refuses a snapshot that may have learned from the window (rule 2)."""
+        """Make a window's supervision visible. Refuses a snapshot that may have learned from the window (rule 2).
+
+        NotScoredError where this snapshot has not scored all fragments: one is missing, or an actor that was thought lost has come late
+        and written over it with another snapshot.
+        """
         if not policy.may_supervise(snapshot, window.index):
             raise UserError(
                 f"window {window.index} must not be supervised by snapshot {snapshot} of teacher '{self.teacher}', which has learned "
                 f"windows up to {snapshot - 1}: with das.fm_lag = {policy.fm_lag} it takes one that has learned none after "
                 f"{window.index - policy.fm_lag}"
             )
-        for fragment in window.fragments:
-            if not self.path(window.index, fragment).exists():
-                raise UserError(f"{self.path(window.index, fragment)}: not scored; the window cannot be committed")
+        with ThreadPoolExecutor(LOOKS) as threads:
+            whole = list(threads.map(lambda fragment: self.scored(window.index, fragment, snapshot), window.fragments))
+        if lacking := [fragment for fragment, there in zip(window.fragments, whole, strict=True) if not there]:
+            path = self.path(window.index, lacking[0])
+            raise NotScoredError(f"{path}: not scored by snapshot {snapshot}; the window cannot be committed", lacking)
         for torn in self._manifest(window.index).parent.glob(".*.tmp"):  # of actors that were killed
             torn.unlink(missing_ok=True)
         manifest = Supervised(

@@ -40,6 +40,10 @@ class LocalPool:
             self._came.append(Came(work, error=error))
         return True
 
+    def has(self, window: int) -> bool:
+        """Nothing is in hand."""
+        return False
+
     def wait(self, timeout_s: float) -> list[Any]:
         """Nothing takes long."""
         time.sleep(0.0 if self._came else 0.01)

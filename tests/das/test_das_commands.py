@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import yaml
+from ray.exceptions import RayActorError
 from rich.console import Console
 from small_runs import SETTINGS, merged
 
 from exfm_ray.commands import main
+from exfm_ray.das.client import services
 from exfm_ray.das.status import seconds, status_tables
 
 
@@ -32,22 +35,39 @@ def told(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
     return code, " ".join((out + errors).split())
 
 
+def waiting(capsys: pytest.CaptureFixture[str], *named: object) -> str:
+    """What the status shows when the service has looked at its stream."""
+    deadline, shown = time.monotonic() + 60, ""
+    while "window 1 waits for snapshot 1" not in shown:
+        assert time.monotonic() < deadline, shown
+        with suppress(RayActorError):  # it is being started again
+            shown = told(capsys, "das", "status", *named)[1]
+        time.sleep(0.1)
+    return shown
+
+
+def restarted(capsys: pytest.CaptureFixture[str], *named: object) -> str:
+    """The same after the service's process was killed."""
+    (service,) = (service for name, service in services().items() if "served" in name)
+    ray.kill(service, no_restart=False)
+    return waiting(capsys, *named)
+
+
 def test_start_status_stop(cluster: None, capsys: pytest.CaptureFixture[str], file: Path) -> None:
-    """Wrong: a service starts without a stream or does not start, its state cannot be seen, or it cannot be ended."""
+    """Wrong: a service starts without a stream or does not start, forgets that it was told to follow when Ray starts it again, its state
+    cannot be seen, or it cannot be ended."""
     named = ("--config", file)
     code, out = told(capsys, "das", "status", *named)
     assert code == 2 and "no DAS of run 'served' runs in this Ray" in out
     code, out = told(capsys, "das", "start", *named)
     assert code == 2 and "no prepared stream here" in out
     assert main(["prepare", "--config", str(file)]) == 0
+    code, out = told(capsys, "das", "start", *named)
+    assert code == 0 and "labels the 4 windows" in out and "and those that appear later" not in out
     code, out = told(capsys, "das", "start", "--follow", *named)
-    assert code == 0 and "labels the 4 windows" in out and "and those that appear later" in out
-    assert told(capsys, "das", "start", *named)[0] == 0, "given again"
-    deadline = time.monotonic() + 60
-    while "window 1 waits for snapshot 1" not in (shown := told(capsys, "das", "status", *named)[1]):
-        assert time.monotonic() < deadline, shown
-        time.sleep(0.1)
-    assert "follows the stream" in shown and "3 windows, 12 fragments, 2,700 examples" in shown
+    assert code == 0 and "and those that appear later" in out, "given again"
+    for shown in (waiting(capsys, *named), restarted(capsys, *named)):
+        assert "follows the stream" in shown and "3 windows, 12 fragments, 2,700 examples" in shown
     code, out = told(capsys, "das", "stop", *named)
     assert code == 0 and out.endswith("ended")
     assert told(capsys, "das", "stop", *named)[0] == 2

@@ -108,6 +108,32 @@ def test_grows_and_shrinks_within_its_bounds(monkeypatch: pytest.MonkeyPatch) ->
     assert len(pool.members) == 3 and pool.members[0] is busy
 
 
+def test_a_window_that_actors_have_in_hand() -> None:
+    """Wrong: a window is taken for free of writers while an actor has a fragment of it."""
+    pool = make_pool(1)
+    assert not pool.has(1)
+    pool.give(work(1))
+    assert pool.has(1) and not pool.has(2)
+
+
+def test_an_actor_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: an actor that hangs holds its fragments, and so the service, for ever; or others lose theirs with it; or nobody says who it was."""
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    pool = make_pool(2)
+    hung, well = pool.members
+    hung.process = 77
+    late, beside, other = (work(1, number=number) for number in range(3))
+    for member, one in ((hung, late), (hung, beside), (well, other)):
+        member.running[object()] = one
+    assert pool.collect([]) == []
+    late.given_s -= pool_module.CALL_S + 1
+    came = pool.collect([])
+    assert [(one.work, one.died, one.beside) for one in came] == [(late, True, 1), (beside, True, 1)]
+    assert str(came[0].error) == "actor 1 (process 77) has not answered for 3601 s and was killed"
+    assert killed == [hung.actor] and well in pool.members and hung not in pool.members and len(pool.members) == 2
+
+
 def test_what_an_actor_holds_and_takes_up() -> None:
     """Wrong: an actor that scores with one snapshot while it loads the next counts as idle, or as one that holds both."""
     member = Member(start(), 1, held=[1])

@@ -117,6 +117,13 @@ def test_old_snapshots_are_removed(snapshots: SnapshotStore) -> None:
     assert snapshots.versions() == [3]
 
 
+def test_a_storage_out_of_use_does_not_keep_an_actor_from_starting(tmp_path: Path, stream: EventStream) -> None:
+    """Wrong: three actors that start while the stream cannot be opened end the whole service."""
+    scorer = Scorer(make_order(tmp_path / "away"))
+    with pytest.raises(UserError, match="no prepared stream here"):
+        scorer.score(1, stream.window(1).fragments[0], 1)
+
+
 def test_no_rows(stream: EventStream, snapshots: SnapshotStore) -> None:
     """Wrong: a fragment without rows stops the scorer."""
     model, _ = load_model(snapshots.folder(1))

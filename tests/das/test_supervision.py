@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exfm_ray.das.lag import Policy, version_for
-from exfm_ray.das.supervision import AugmentedReader, SupervisionStore, teacher_values
+from exfm_ray.das.supervision import AugmentedReader, NotScoredError, SupervisionStore, teacher_values
 from exfm_ray.data.feed import Pass
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
@@ -155,6 +155,16 @@ def test_commit_refuses_a_window_with_a_fragment_missing(stream: EventStream, st
     with pytest.raises(UserError, match="fragment=0001.parquet: not scored"):
         store.commit(stream.window(2), 2, ("click",), Policy(1))
     assert not store.has(2)
+
+
+def test_commit_refuses_what_another_snapshot_has_written(stream: EventStream, store: SupervisionStore) -> None:
+    """Wrong: a fragment that a late actor has written over is committed, and no reader takes the window, nor the DAS scores it again."""
+    manifest = stream.window(2)
+    for fragment, version in zip(manifest.fragments, (2, 1, 2), strict=True):
+        store.write(2, fragment, stream.read(2, fragment)["example_id"], version, {"click": np.zeros(fragment.rows, np.float32)})
+    with pytest.raises(NotScoredError, match="fragment=0001.parquet: not scored by snapshot 2") as caught:
+        store.commit(manifest, 2, ("click",), Policy(1))
+    assert caught.value.fragments == (manifest.fragments[1],) and not store.has(2)
 
 
 def test_writes_no_nan(stream: EventStream, store: SupervisionStore) -> None:
