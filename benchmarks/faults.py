@@ -147,6 +147,9 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
 class NoSaver(Saver):
     """Saves nothing."""
 
+    def take(self, *_: Any) -> None:
+        pass
+
     def save(self, *_: Any) -> None:
         pass
 

@@ -14,7 +14,7 @@ from exfm_ray.files import read_json, write_json
 from exfm_ray.model_config import DCNv2Config, DLRMConfig, MLPConfig, ModelConfig, WukongConfig
 from exfm_ray.models.embeddings import PlainTables
 from exfm_ray.models.network import build_network
-from exfm_ray.models.stored import MANIFEST, PlainModel, commit_model, load_model, write_tables
+from exfm_ray.models.stored import MANIFEST, PlainModel, commit_model, load_model, remove_model, write_tables
 
 MODELS: list[ModelConfig] = [
     MLPConfig(dim=4, mlp=(8,)), DLRMConfig(dim=4, bottom_mlp=(4,), top_mlp=(8,)), DCNv2Config(dim=4, mlp=(8,)),
@@ -75,6 +75,18 @@ def test_an_older_runs_table_file_does_not_get_in(tmp_path: Path) -> None:
     write_tables(tmp_path, 1, {"user@0": torch.full((101, 4), 9.0)})
     loaded, _ = load_model(tmp_path)
     torch.testing.assert_close(loaded.tables.weight, model.tables.weight)
+
+
+def test_a_model_that_was_begun_leaves_nothing_in_the_next_one(tmp_path: Path) -> None:
+    """Wrong: the table files of a writer with more workers, which was killed before its manifest or after it, are named by the next model's."""
+    remove_model(tmp_path / "none")
+    for begun in (lambda: store(tmp_path / "model", MODELS[1], 3), lambda: write_tables(tmp_path / "model", 1, {"user@0": torch.ones(101, 4)})):
+        begun()
+        remove_model(tmp_path / "model")
+        assert not (tmp_path / "model" / MANIFEST).exists()
+        model = store(tmp_path / "model", MODELS[0], 1)
+        loaded, manifest = load_model(tmp_path / "model")
+        assert torch.equal(loaded.tables.weight, model.tables.weight) and sorted(manifest.files) == ["dense.safetensors", "tables.0000.safetensors"]
 
 
 def test_a_manifest_of_another_network_is_told(tmp_path: Path) -> None:

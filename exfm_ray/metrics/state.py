@@ -50,11 +50,11 @@ class MetricState:
     def of(cls, logits_N: NDArray[Any], labels_N: NDArray[Any], groups_N: NDArray[Any] | None = None) -> Self:
         """State of examples given their logits, their labels (0 or 1) and, for grouped AUC, the ids of their groups.
 
-        AUC within a group compares only examples of one call: give the whole window at once. ValueError for a NaN logit.
+        AUC within a group compares only examples of one call: give the whole window at once. ValueError for a logit that is not finite.
         """
         z_N, y_N = np.asarray(logits_N, np.float64), np.asarray(labels_N, np.float64)
-        if np.isnan(z_N).any():
-            raise ValueError(f"{np.isnan(z_N).sum()} of {len(z_N)} logits are NaN: the model has diverged; lower its learning rates")
+        if not np.isfinite(z_N).all():
+            raise ValueError(f"{(~np.isfinite(z_N)).sum()} of {len(z_N)} logits are not finite: the model has diverged; lower its learning rates")
         positive_N = y_N > 0.5
         bins_N = _bins(z_N)
         weight, auc = (0.0, 0.0) if groups_N is None else _grouped_auc(z_N, positive_N, np.asarray(groups_N))

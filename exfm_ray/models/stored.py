@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from exfm_ray.copies import fetched, intact
 from exfm_ray.data.batch import Batch
 from exfm_ray.errors import UserError
-from exfm_ray.files import atomic_path, read_json, sha256, write_json, write_text
+from exfm_ray.files import atomic_path, read_json, remove_tree, sha256, write_json, write_text
 from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.embeddings import PlainTables
 from exfm_ray.models.network import Network
@@ -78,6 +78,13 @@ class PlainModel(nn.Module):
         return torch.sigmoid(self(batch.sparse_BS, batch.bag_values_V, batch.bag_lengths_MB, batch.dense_BD))
 
 
+def remove_model(folder: Place) -> None:
+    """Remove what is stored in a folder, its manifest first, before anything is written there anew: a file of a writer that was killed, or
+    had more workers, would get into the new model."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    remove_tree(folder)
+
+
 def write_tables(folder: Place, rank: int, shards: Mapping[str, Tensor], kind: str = TABLES) -> None:
     """Write one worker's rows of the tables, or another `kind` of numbers about its rows."""
     _write(folder / f"{kind}.{rank:04d}.safetensors", shards)
@@ -103,7 +110,7 @@ def whole_tables(folder: Place, kind: str = TABLES) -> dict[str, Tensor]:
 def commit_model(
     folder: Place, network: ModelConfig, schema: Schema, tasks: tuple[str, ...], dense: Mapping[str, Tensor], facts: dict[str, Any]
 ) -> None:
-    """Write the network, hash all files, write the manifest: from now on the model is there.
+    """Write the network, hash all files of the folder, write the manifest: from now on the model is there.
 
     Args:
         dense: the serving network's state dict.

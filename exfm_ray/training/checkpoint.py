@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 
 from exfm_ray.engine.parts import Parts, kept
@@ -120,11 +122,14 @@ class Checkpoints:
         return _manifest(found[-1]).mark if found else START
 
     def set_aside_damaged(self) -> Iterator[str]:
-        """Rename the newest checkpoints as long as they are damaged, so that the one before is gone on from; says which and why."""
+        """Rename the newest checkpoints as long as they are damaged, so that the one before is gone on from; says which and why.
+
+        Says too which newer folders are no checkpoint for lack of a manifest.
+        """
         for folder in reversed(self.committed()):
             damage = _damage(folder)
             if damage is None:
-                return
+                break
             aside = folder.with_name(f"damaged.{folder.name}")
             for number in range(1, 1000):
                 if not aside.exists():
@@ -134,6 +139,33 @@ class Checkpoints:
             before = self.committed()
             goes_on = f"the one before, {before[-1].name}, is gone on from" if before else "there is none before, so this job begins anew"
             yield f"checkpoint {folder} is damaged ({damage}); {goes_on}. It was renamed to {aside.name}"
+        yield from self._without_manifest()
+
+    def _without_manifest(self) -> Iterator[str]:
+        committed = self.committed()
+        newest = _order(committed[-1]) if committed else (-1, -1)
+        goes_on = f"{committed[-1].name} is gone on from" if committed else "this job begins anew"
+        for folder in sorted(path for path in self.root.glob("windows=*") if NAME.fullmatch(path.name) and path not in committed):
+            if _order(folder) > newest:
+                yield (
+                    f"checkpoint {folder} has no {MANIFEST} and is not used: it was not written to its end, as when a run is killed, or that file "
+                    f"was lost; {goes_on}, and the folder is deleted when the next checkpoint is whole"
+                )
+
+    def last_good(self) -> str:
+        """For an error's message."""
+        committed = self.committed()
+        return f"the last good checkpoint is {committed[-1]}" if committed else "there is no checkpoint before"
+
+    @contextmanager
+    def writing(self, what: object) -> Iterator[None]:
+        """Inside, `what` is written: a full disk is a UserError that names it, the last good checkpoint and the way out."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            cause = str(error).strip().splitlines()[-1:]  # of an actor's error all before is its traceback
+            told = f"{what} could not be written ({cause[0] if cause else type(error).__name__}); {self.last_good()}"
+            raise UserError(f"{told}. Make room, or mend what is named, and give the command again") from error
 
     def load(self, mark: Mark, loop: Loop) -> None:
         """Restore the state of a checkpoint of any number of workers; every worker calls it."""
@@ -210,9 +242,14 @@ def _manifest(folder: Path) -> Manifest:
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None where it is whole."""
     try:
-        manifest = _manifest(folder)
+        return _difference(folder, _manifest(folder))
     except UserError as error:
         return str(error)
+    except OSError as error:  # the disk fails, or the file may not be read
+        return f"it cannot be read: {error}"
+
+
+def _difference(folder: Path, manifest: Manifest) -> str | None:
     if manifest != manifest.sealed():
         return f"{MANIFEST} was changed after it was written"
     if _order(folder) != manifest.mark[:2]:

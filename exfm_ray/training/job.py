@@ -10,6 +10,7 @@ from exfm_ray.config import Config, StudentConfig, TrainerConfig
 from exfm_ray.das.history import history_store
 from exfm_ray.das.lag import Policy
 from exfm_ray.das.shared import shared_store
+from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.das.supervision import AugmentedReader, SupervisionStore
 from exfm_ray.data.feed import FragmentReader, Pass, StreamReader
 from exfm_ray.data.shuffle import ShuffledReader
@@ -93,11 +94,16 @@ class Job:
             works = [work for window in windows[done.windows :] for work in (Pass(window, "evaluate"), Pass(window, "learn"))]
         return works[done.work :]
 
+    def beaten(self, best: int) -> list[int]:
+        """Published passes over a static set that are not the best one: a kill may leave one behind."""
+        return [version for version in SnapshotStore.of(self.config).versions() if version != best]
+
     def finished(self, windows: Sequence[int]) -> bool:
         """True when nothing is left to do."""
         if self.config.fm.static:
-            stopping = self.checkpoints.stopping()
-            return stopping is not None and EarlyStopping.restore(self.config.fm.static, stopping).over
+            before = self.checkpoints.stopping()
+            stopping = EarlyStopping.restore(self.config.fm.static, before) if before else None
+            return stopping is not None and stopping.over and not self.beaten(stopping.best)
         return self.checkpoints.latest().windows >= len(windows)
 
 

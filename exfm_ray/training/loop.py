@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, product
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -94,6 +94,7 @@ class Loop:
 
     Attributes:
         between: called after each batch is learnt, with the number of its group.
+        telling: entered while figures are reported.
         underway: passes that are not finished.
     """
 
@@ -108,6 +109,7 @@ class Loop:
     states: dict[Key, MetricState] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
     between: Callable[[Pass, Underway, int], None] | None = None
+    telling: Callable[[], AbstractContextManager[None]] = nullcontext
     underway: Underway | None = None
     _clock: tuple[float, float] = (0.0, 0.0)
 
@@ -133,8 +135,9 @@ class Loop:
         self.timings.append(timing)
         rows = [row | {"examples_per_s": self._speed(under, group, lane)} for group, lane, row in under.rows]
         if self.report:
-            self.report.metrics(rows)
-            self.report.timeline(under.spans)
+            with self.telling():
+                self.report.metrics(rows)
+                self.report.timeline(under.spans)
         return rows
 
     def _pass(self, work: Pass, under: Underway) -> None:

@@ -14,9 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,6 +22,7 @@ from exfm_ray.errors import UserError
 from exfm_ray.files import atomic_path, read_json, sha256, write_json
 from exfm_ray.training.checkpoint import MANIFEST, Checkpoints, Manifest, Mark, rank_file, state_of, timings_as_json
 from exfm_ray.training.loop import Loop
+from exfm_ray.training.watch import not_finite
 
 PATIENCE_S = 1800.0
 """Longest that worker 0 waits for the other workers' files of a checkpoint."""
@@ -44,26 +43,37 @@ class Saver:
     keep: int
     seconds: float = 0.0
     writing_s: float = 0.0
+    _taken: dict[str, Tensor] | None = field(default=None, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
     _error: BaseException | None = field(default=None, init=False)
 
-    def save(self, mark: Mark, loop: Loop, teacher: int | None = None, stopping: dict[str, Any] | None = None) -> None:
-        """Copy the state at `mark` and begin to write it, once the checkpoint before is written.
+    def take(self, loop: Loop) -> None:
+        """Copy the state, once the checkpoint before is written: what the next `save` writes, whatever happens to the model until then.
 
-        UserError where that one could not be: the disk is full, or the model's weights are no longer numbers.
+        UserError where the one before could not be written: the disk is full, or the model's weights are no longer numbers.
         """
         begun = time.perf_counter()
         self.finish()
-        folder = self.checkpoints.folder(mark)
+        self._taken = state_of(loop)
+        self.seconds += time.perf_counter() - begun
+
+    def save(self, mark: Mark, loop: Loop, teacher: int | None = None, stopping: dict[str, Any] | None = None) -> None:
+        """Begin to write the state at `mark`: the one taken, or else as it is now. UserError as `take`."""
+        if self._taken is None:
+            self.take(loop)
+        assert self._taken is not None
+        begun, folder = time.perf_counter(), self.checkpoints.folder(mark)
+        state, self._taken = self._taken, None
         if dist.get_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed run had begun
-            folder.mkdir(parents=True)
+            with self.checkpoints.writing(f"{folder}: the checkpoint"):
+                shutil.rmtree(folder, ignore_errors=True)  # what a killed run had begun
+                folder.mkdir(parents=True)
         dist.barrier()
         facts = {
             "windows": mark.windows, "examples": mark.examples, "workers": dist.get_world_size(), "teacher": teacher,
             "timings": timings_as_json(loop.timings), "underway": asdict(loop.underway) if loop.underway else None, "stopping": stopping,
         }  # fmt: skip
-        arguments = (folder, dist.get_rank(), state_of(loop), facts)
+        arguments = (folder, dist.get_rank(), state, facts)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True, name=f"checkpoint {folder.name}")
         self._thread.start()
         self.seconds += time.perf_counter() - begun
@@ -79,30 +89,24 @@ class Saver:
     def _write(self, folder: Path, rank: int, state: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
         try:
             self._check(folder, state)
-            write_part(folder, rank, state)
-            if rank == 0:
-                files = self._await_parts(folder, facts["workers"])
-                write_json(folder / MANIFEST, Manifest(files=files, **facts).sealed().model_dump(mode="json"))
-                remove_old(self.checkpoints, self.keep)
-        except (OSError, SafetensorError) as error:
-            told = f"{folder}: the checkpoint could not be written ({error}); {self._last_good()} Make room and give the command again"
-            self._error = UserError(told)
+            with self.checkpoints.writing(f"{folder}: the checkpoint"):
+                write_part(folder, rank, state)
+                if rank == 0:
+                    files = self._await_parts(folder, facts["workers"])
+                    write_json(folder / MANIFEST, Manifest(files=files, **facts).sealed().model_dump(mode="json"))
+                    remove_old(self.checkpoints, self.keep)
         except BaseException as error:  # a thread's error must reach the worker, whatever it is
             self._error = error
         self.writing_s += time.thread_time()
 
     def _check(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """UserError where a weight is not a number: such a state must not push out a good one."""
-        for name, tensor in state.items():
-            if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
-                raise UserError(
-                    f"{folder.name}: '{name}' is not finite, the model has diverged, so this checkpoint is not written; {self._last_good()} "
-                    "Lower the learning rates under another --name"
-                )
-
-    def _last_good(self) -> str:
-        committed = self.checkpoints.committed()
-        return f"the last good one is {committed[-1]}." if committed else "there is none before it."
+        bad = not_finite(state)
+        if bad:
+            raise UserError(
+                f"{folder.name}: '{bad}' is not finite, the model has diverged, so this checkpoint is not written; {self.checkpoints.last_good()}. "
+                "Lower the learning rates under another --name"
+            )
 
     def _await_parts(self, folder: Path, workers: int) -> dict[str, str]:
         """Hashes of all workers' files."""

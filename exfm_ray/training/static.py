@@ -48,13 +48,13 @@ class EarlyStopping:
 
     Attributes:
         best: number of the best pass; 0 before the first.
-        value: its figure on the validation window, the mean over the tasks.
+        value: its figure on the validation window, the mean over the tasks; None where it is undefined, as with labels of one class.
         last: number of the last pass.
     """
 
     config: StaticConfig
     best: int = 0
-    value: float = float("nan")
+    value: float | None = None
     last: int = 0
 
     @classmethod
@@ -75,9 +75,14 @@ class EarlyStopping:
         """Take in the metric rows of a pass; True where it is the best so far."""
         self.last += 1
         values = [r[self.config.monitor] for r in rows if r["window"] == self.config.validation_window and r["domain"] == ALL_DOMAINS]
-        value = float(np.mean(values)) if values and None not in values else float("nan")
-        better = value > self.value if self.config.monitor == "auc" else value < self.value
-        if not self.best or better:
+        value = float(np.mean(values)) if values and None not in values else None
+        if not self.best or self._better(value):
             self.best, self.value = self.last, value
             return True
         return False
+
+    def _better(self, value: float | None) -> bool:
+        """Any figure is better than none."""
+        if value is None or self.value is None:
+            return value is not None
+        return value > self.value if self.config.monitor == "auc" else value < self.value

@@ -1,9 +1,12 @@
-"""Looks for losses that are not numbers, without waiting for the device at every step."""
+"""Looks for losses and weights that are not numbers; for losses without waiting for the device at every step."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from exfm_ray.errors import UserError
 from exfm_ray.training.checkpoint import Checkpoints
@@ -47,9 +50,26 @@ class LossWatch:
         self._learnt = []
 
     def _stop(self, window: int, batch: int, lane: str) -> None:
-        committed = self._checkpoints.committed()
-        good = f"the last good state is {committed[-1]}" if committed else "there is no checkpoint before it"
         raise UserError(
-            f"window {window}, batch {batch}: the loss of '{lane}' is not a number, training stops; {good}. "
+            f"window {window}, batch {batch}: the loss of '{lane}' is not a number, training stops; {self._checkpoints.last_good()}. "
             f"Lower {self._section}.optimizer's learning rates under another --name"
         )
+
+    def check_weights(self, when: str, lane: str, weights: Mapping[str, Tensor]) -> None:
+        """UserError, on all workers, where one of a lane's weights that are about to be stored is not finite on any of them."""
+        found: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, not_finite(weights))
+        bad = next((name for name in found if name), None)
+        if bad:
+            raise UserError(
+                f"{when}: '{bad}' of '{lane}' is not finite, the model has diverged, so it is not stored; {self._checkpoints.last_good()}. "
+                f"Lower {self._section}.optimizer's learning rates under another --name"
+            )
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinity; None without any."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
+            return name
+    return None

@@ -26,7 +26,8 @@ from exfm_ray.engine.replica import Replica
 from exfm_ray.errors import UserError
 from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.network import build_network
-from exfm_ray.models.stored import MOMENTUM, commit_model, write_tables
+from exfm_ray.models.past import Past
+from exfm_ray.models.stored import MOMENTUM, commit_model, remove_model, write_tables
 from exfm_ray.remote import Place, pause_s
 from exfm_ray.schema import Schema
 from exfm_ray.training.checkpoint import START, Mark
@@ -108,6 +109,7 @@ class Worker:
             self.job.checkpoints.load(done, self.loop)
         self._windows, self._saved = done.windows, done.examples
         self.loop.between = self._between
+        self.loop.telling = lambda: self.job.checkpoints.writing(f"{self.job.config.folder / 'metrics.jsonl'}, or timeline.jsonl beside it,")
         self._watch = LossWatch(self.loop, self.job.checkpoints, self.job.role)
         static = self.job.static(windows)
         if static:
@@ -117,10 +119,15 @@ class Worker:
         self.saver.finish()
 
     def run_stream(self, windows: Sequence[int], done: int) -> None:
-        """One window after the other. What a window leaves behind is there before its checkpoint says that it is done."""
+        """One window after the other. What a window leaves behind is there before its checkpoint says that it is done.
+
+        The checkpoint's state is that before the export, which gives arms with +share rows to be served with: a job that goes on when
+        more windows are there must not find them.
+        """
         for position, window in list(enumerate(windows))[done:]:
             self.loop.run(window)
             self._watch.check()
+            self.saver.take(self.loop)
             self.publish(window + 1)
             if self.job.role == "vm" and position + 1 == len(windows):
                 self.export(len(windows))
@@ -130,6 +137,7 @@ class Worker:
         """Passes over a static set until early stopping; the best one's state is published, and only that."""
         before = self.job.checkpoints.stopping()
         self._stopping = EarlyStopping.restore(static.config, before) if before else EarlyStopping(static.config)
+        self._remove_beaten()
         while not self._stopping.over:
             number, worse = self._stopping.last + 1, self._stopping.best
             rows = self.loop.run_passes(static.works(number), number)
@@ -140,9 +148,15 @@ class Worker:
             if better:
                 self.publish(number)
             self._save_window(number)
-            if better and worse and dist.get_rank() == 0:
+            if better and worse:
                 self.saver.finish()
-                self._snapshots(self.job.config.fm.name).remove(worse)
+                self._remove_beaten()
+
+    def _remove_beaten(self) -> None:
+        assert self._stopping
+        if dist.get_rank() == 0:
+            for version in self.job.beaten(self._stopping.best):
+                self._snapshots(self.job.config.fm.name).remove(version)
 
     def _between(self, work: Pass, under: Underway, group: int) -> None:
         """After a batch: a checkpoint, where it is time for one."""
@@ -178,9 +192,8 @@ class Worker:
             network = config.fm.model if self.job.role == "fm" else teachers.get((lane.model, lane.arm))
             if network:
                 facts, folder = {"teacher": lane.model, "version": version, "seed": config.seed}, self._snapshots(lane.model).folder(version)
-                if any(arm.shares for arm in config.arms):
-                    write_tables(folder, dist.get_rank(), lane.engine.momentum_shards(), MOMENTUM)
-                self._store(folder, lane, network, facts)
+                when = f"pass {version}" if self._stopping else f"window {version - 1}"
+                self._store(folder, lane, network, facts, when, momentum=any(arm.shares for arm in config.arms))
 
     def export(self, windows: int) -> None:
         """Export each VM as it is served: tables, network and serving head; no auxiliary head, no adapter.
@@ -198,30 +211,44 @@ class Worker:
         networks = {student.name: student.model or config.vm.model for student in self.job.students}
         for lane in self.loop.lanes:
             folder, facts = config.folder / "exported" / lane.name, {"vm": lane.model, "arm": str(lane.arm), "windows": windows, "seed": config.seed}
+            past = None
             if lane.remembers:
-                facts["history"] = self._store_past(folder, windows)
-            self._store(folder, lane, networks[lane.model], facts)
+                past, facts["history"] = self._past(windows)
+            self._store(folder, lane, networks[lane.model], facts, f"window {windows - 1}", past=past)
 
-    def _store_past(self, folder: Path, windows: int) -> dict[str, Any]:
-        """Write what an arm with +history reads of each user after so many windows; what is to be said of it."""
+    def _past(self, windows: int) -> tuple[Past, dict[str, Any]]:
+        """What an arm with +history reads of each user after so many windows; what is to be said of it."""
         history, schema = history_store(self.job.config), self.stream.schema
         assert history
         _await(lambda: history.ready(windows), history.root, f"{history.folder(windows - 1)}: not represented", "run the DAS")
         past = history.before(windows).past()
-        if dist.get_rank() == 0:
-            past.write(folder)
-        return {"key": schema.single[user_column(schema, history.settings)].name, "inputs": past.inputs_UF.shape[1]}
+        return past, {"key": schema.single[user_column(schema, history.settings)].name, "inputs": past.inputs_UF.shape[1]}
 
-    def _store(self, folder: Place, lane: Lane, network: ModelConfig, facts: dict[str, Any]) -> None:
-        with lane.engine.evaluated():
-            write_tables(folder, dist.get_rank(), lane.engine.table_shards())
-            dense = lane.engine.dense_state()
-        dist.barrier()
-        if dist.get_rank() == 0:
-            serving = {name.removeprefix("network."): tensor for name, tensor in dense.items() if name.startswith("network.")}
-            tasks = tuple(self.stream.schema.tasks[task] for task in lane.tasks)
-            commit_model(folder, network, arm_schema(lane.arm, self.stream.schema, self.job.config), tasks, serving, facts)
-        dist.barrier()
+    def _store(
+        self, folder: Place, lane: Lane, network: ModelConfig, facts: dict[str, Any], when: str, momentum: bool = False,
+        past: Past | None = None,
+    ) -> None:  # fmt: skip
+        """Store a lane's model in the place of what the folder holds. UserError where a weight is not finite: then that stays."""
+        rank, written = dist.get_rank(), self.job.checkpoints.writing(f"{folder}: the model after {when}")
+        with lane.engine.evaluated(), written:
+            tables, dense = lane.engine.table_shards(), lane.engine.dense_state()
+            moments = lane.engine.momentum_shards() if momentum else {}
+            self._watch.check_weights(when, lane.name, {**tables, **dense, **{f"momentum of {name}": tensor for name, tensor in moments.items()}})
+            if rank == 0:
+                remove_model(folder)
+            dist.barrier()
+            write_tables(folder, rank, tables)
+            if momentum:
+                write_tables(folder, rank, moments, MOMENTUM)
+            dist.barrier()
+            if rank == 0:
+                if past:
+                    assert isinstance(folder, Path)
+                    past.write(folder)
+                serving = {name.removeprefix("network."): tensor for name, tensor in dense.items() if name.startswith("network.")}
+                tasks = tuple(self.stream.schema.tasks[task] for task in lane.tasks)
+                commit_model(folder, network, arm_schema(lane.arm, self.stream.schema, self.job.config), tasks, serving, facts)
+            dist.barrier()
 
 
 def _await(done: Callable[[], bool], root: Place, lacking: str, remedy: str) -> None:

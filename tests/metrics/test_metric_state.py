@@ -136,6 +136,7 @@ def test_extreme_logits() -> None:
 
 
 def test_a_diverged_model_is_named() -> None:
-    """Wrong: NaN logits are ranked as if they were numbers."""
-    with pytest.raises(ValueError, match="1 of 2 logits are NaN: the model has diverged"):
-        MetricState.of(np.array([np.nan, 0.0]), np.array([1, 0]))
+    """Wrong: NaN logits are ranked as if they were numbers, or an infinite one gives figures that JSON has no words for."""
+    for logit in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match="1 of 2 logits are not finite: the model has diverged"):
+            MetricState.of(np.array([logit, 0.0]), np.array([1, 0]))

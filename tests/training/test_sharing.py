@@ -168,6 +168,25 @@ def test_goes_on_after_a_kill(groups: dict[int, Workers], tmp_path: Path, share:
         assert (killed.folder / file.relative_to(whole.folder)).read_bytes() == file.read_bytes(), file
 
 
+@pytest.mark.parametrize("share", [{"mode": "average"}, {}], ids=["average", "replace"])
+def test_a_followed_run_equals_a_whole_one(groups: dict[int, Workers], tmp_path: Path, share: dict[str, Any]) -> None:
+    """Wrong: rows that are given for an export stay in the model that learns on when the stream has more windows. Late labels, so that
+    rows are learnt which the next window's evaluation does not give anew."""
+    late = {"attribution_s": {"click": 60, "conversion": 7200}, "late_labels": "correct"}
+    whole, followed = (config_of(tmp_path, name, share, data=late, vm={"arms": ["kd+share"]}) for name in ("whole", "followed"))
+    run_locally(groups, whole)
+    prepare_stream(followed)
+    windows = list(range(WINDOWS))
+    groups[1].run(train, Job("fm", followed), windows, None)
+    groups[1].run(score, followed)
+    (job,) = vm_jobs(followed)
+    for there in (1, 2, WINDOWS):
+        groups[1].run(train, job, windows[:there], None)
+    assert metrics(followed) == metrics(whole)
+    for file in sorted((whole.folder / "exported").rglob("*.safetensors")):
+        assert (followed.folder / file.relative_to(whole.folder)).read_bytes() == file.read_bytes(), file
+
+
 @pytest.mark.parametrize("lag", [1, 2])
 def test_later_labels_change_nothing_that_is_given(groups: dict[int, Workers], tmp_path: Path, lag: int) -> None:
     """Wrong: rows that a vertical model is given for a window depend on labels of that window or later ones (rule 2)."""

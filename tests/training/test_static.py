@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from local_runs import LocalReport
+from local_runs import DiedError, LocalReport
 from small_runs import assert_close, flip_labels, rewrite, small_config
 from workers import Workers
 
-from exfm_ray.config import Config, StaticConfig
+from exfm_ray.config import Config, StaticConfig, with_settings
 from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.feed import Pass
@@ -168,6 +169,56 @@ def test_early_stopping(monitor: Any) -> None:
     assert improved == [True, True, False, True, False, False]
     assert (stopping.best, stopping.last, stopping.over) == (4, 6, True)
     assert EarlyStopping.restore(stopping.config, stopping.state()) == stopping
+
+
+def test_an_undefined_figure_is_worse_than_any(groups: dict[int, Workers], tmp_path: Path) -> None:
+    """Wrong: a first pass without a figure, as of labels of one class, is the best for ever; or its state does not survive a checkpoint."""
+    stopping = EarlyStopping(StaticConfig(passes=9, patience=3, monitor="auc", validation_window=1))
+    improved = []
+    for value in (None, None, 0.6, None, 0.5, 0.7):
+        stopping = EarlyStopping.restore(stopping.config, json.loads(json.dumps(stopping.state(), allow_nan=False)))
+        improved.append(stopping.take([{"window": 1, "domain": "all", "auc": value}]))
+    assert improved == [True, False, True, False, False, True] and (stopping.best, stopping.value) == (6, 0.7)
+
+
+def test_a_run_killed_in_its_first_pass_goes_on(groups: dict[int, Workers], base: Config, tmp_path: Path) -> None:
+    """Wrong: the state of early stopping before any pass, in a checkpoint between two batches, is none that can be compared."""
+    config = with_settings(static_config(tmp_path, "killed"), {"checkpoint.every_examples": 500})
+    with pytest.raises(AssertionError, match="killed"):
+        run(groups, config, dies_at=1)
+    mark = Job("fm", config).checkpoints.latest()
+    assert mark.windows == 0 and mark.examples
+    rows = run(groups, config)
+    assert_close(rows, [{k: v for k, v in r.items() if k != "examples_per_s"} for r in read_metrics(base.folder / "metrics.jsonl")], 0)
+
+
+def train_and_leave(job: Job, windows: list[int], passes: int) -> None:
+    """Learn until a worse snapshot than that of pass `passes` is to be removed, and end before that."""
+    remove = Worker._remove_beaten
+
+    def die(worker: Worker) -> None:
+        if worker._stopping and worker._stopping.best == passes:
+            raise DiedError
+        remove(worker)
+
+    Worker._remove_beaten = die  # type: ignore[method-assign]
+    try:
+        train(job, windows, 0)
+    except DiedError:
+        pass
+    finally:
+        Worker._remove_beaten = remove  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("passes", [2, 3])
+def test_a_kill_leaves_no_worse_snapshot(groups: dict[int, Workers], base: Config, tmp_path: Path, passes: int) -> None:
+    """Wrong: a run killed between a pass's checkpoint and the removal of the snapshot that it beats keeps both, and readers take the worse."""
+    config = static_config(tmp_path, "killed")
+    windows = prepare_stream(config).windows()
+    groups[1].run(train_and_leave, Job("fm", config), windows, passes)
+    assert published(config).versions() == [passes - 1, passes] and not Job("fm", config).finished(windows)
+    run(groups, config)
+    assert published(config).versions() == published(base).versions() and Job("fm", config).finished(windows)
 
 
 def test_a_pass_learns_before_it_evaluates() -> None:
