@@ -174,3 +174,5 @@ def mix_users(remembered: Config, mixed: Config) -> None:
         by_user = np.argsort(renamed)
         with atomic_path(path) as temporary:
             save_file({"users": renamed[by_user], **{name: array[by_user] for name, array in arrays.items() if name != "users"}}, temporary)
+            hashed = sha256(temporary)
+        write_json(own.folder(window) / "manifest.json", own.manifest(window).model_copy(update={"sha256": hashed}).model_dump(mode="json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -45,6 +46,17 @@ class Gifts:
     def ready(self, window: int) -> bool:
         """True when a window's gifts can be made: histories are made in order."""
         return self.history is None or self.history.ready(window)
+
+    def also_needed(self, windows: Sequence[int], learnt: int) -> list[int]:
+        """Versions that must stay beside those that supervise these windows, while the teacher has learnt so many.
+
+        An aligned history is mapped out of the space of an earlier one. A model with shared rows is stored with those of the snapshot for
+        the next window; students learn as many windows as their teacher at least, but of a followed stream the DAS goes further: it
+        scores windows whose labels are still to come.
+        """
+        spaces = [self.history.space_before(window) for window in windows] if self.history else []
+        served = [self.policy.version(learnt)] if self.shared else []
+        return [version for version in (*spaces, *served) if version is not None]
 
     def publish(self, stream: EventStream, snapshots: SnapshotStore, window: Window, version: int) -> None:
         """Make what is not there yet."""

@@ -22,30 +22,38 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors.numpy import load, load_file, save_file
+from pydantic import ValidationError
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from exfm_ray.config import Config, HistoryConfig
+from exfm_ray.copies import fetched, intact
+from exfm_ray.das.again import made_again
+from exfm_ray.das.feature_store import Array, FeatureStore, space_map
 from exfm_ray.das.lag import Policy
 from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream, Fragment, Window, list_values, window_name
 from exfm_ray.errors import UserError, nearest
-from exfm_ray.files import atomic_path, read_json, write_json
+from exfm_ray.files import atomic_path, read_json, sha256, write_json
 from exfm_ray.models.layout import Layout
 from exfm_ray.models.network import Network
-from exfm_ray.models.past import Past
 from exfm_ray.models.stored import MANIFEST, PlainModel, copy_model, load_model
 from exfm_ray.remote import Place
 from exfm_ray.schema import Model, Schema
 
 HISTORY_COLUMN = "history"  # float32[F], added to a fragment's packed columns
 LEVELS = 127
-Array = np.ndarray[Any, Any]
 
 
 class Remembered(Model):
-    """The manifest of a window's representations. `space`: version of the snapshot in whose space the store after it is."""
+    """The manifest of a window's representations.
+
+    Attributes:
+        snapshot: which was to represent the window; of a pinned history the first one does.
+        space: version of the snapshot in whose space the store after it is.
+        sha256, bytes: of the store after it.
+    """
 
     window: int
     teacher: str
@@ -54,73 +62,8 @@ class Remembered(Model):
     schema_digest: str
     settings: HistoryConfig
     users: int
+    sha256: str
     bytes: int
-
-
-@dataclass(frozen=True)
-class FeatureStore:
-    """What is kept of every user: `users_U` ascending, number of examples, sum of their values, the last ones (newest first, absent ones 0)."""
-
-    users_U: Array
-    count_U: Array
-    total_UD: Array
-    last_ULD: Array
-
-    @classmethod
-    def empty(cls, settings: HistoryConfig) -> FeatureStore:
-        """Of nobody."""
-        none, width = np.empty(0, np.int64), settings.dim
-        return cls(none, none, np.empty((0, width), np.float32), np.empty((0, settings.last, width), np.float32))
-
-    def mapped(self, map_DD: Array) -> FeatureStore:
-        """In another space."""
-        return FeatureStore(self.users_U, self.count_U, (self.total_UD @ map_DD).astype(np.float32), (self.last_ULD @ map_DD).astype(np.float32))
-
-    def after(self, user_N: Array, value_ND: Array) -> FeatureStore:
-        """With a window's examples, in order. Id 0, the missing value, is nobody and is not kept."""
-        user_N, value_ND = user_N[user_N > 0], value_ND[user_N > 0]
-        order_N = np.argsort(user_N, kind="stable")
-        new_V, first_V, count_V = np.unique(user_N[order_N], return_index=True, return_counts=True)
-        sorted_ND = value_ND[order_N]
-        users_U = np.union1d(self.users_U, new_V)
-        old_O, new_at_V = np.searchsorted(users_U, self.users_U), np.searchsorted(users_U, new_V)
-        count_U, total_UD = np.zeros(len(users_U), np.int64), np.zeros((len(users_U), value_ND.shape[1]), np.float32)
-        count_U[old_O], total_UD[old_O] = self.count_U, self.total_UD
-        count_U[new_at_V] += count_V
-        if len(new_V):
-            total_UD[new_at_V] += np.add.reduceat(sorted_ND, first_V, axis=0)
-        kept = self.last_ULD.shape[1]
-        last_ULD = np.zeros((len(users_U), kept, value_ND.shape[1]), np.float32)
-        last_ULD[old_O] = self.last_ULD
-        for place in range(kept if len(new_V) else 0):  # positions, oldest first: each window's examples push the older ones back
-            has_V = count_V > place
-            end_V = first_V + count_V - 1
-            last_ULD[new_at_V[has_V], place] = sorted_ND[end_V[has_V] - place]
-            back_V = np.maximum(place - count_V, 0)
-            older_V = ~has_V
-            before = np.zeros((len(new_V), value_ND.shape[1]), np.float32)
-            known_V = np.isin(new_V, self.users_U)
-            at_V = np.searchsorted(self.users_U, new_V[known_V])
-            before[known_V] = self.last_ULD[at_V, back_V[known_V]]
-            last_ULD[new_at_V[older_V], place] = before[older_V]
-        return FeatureStore(users_U, count_U, total_UD, last_ULD)
-
-    def summary(self, user_N: Array) -> Array:
-        """float32 (N, F) for examples of these users: log(1 + examples), then the mean, or the last ones; zeros for unknown users."""
-        kept, width = self.last_ULD.shape[1:]
-        summary_NF = np.zeros((len(user_N), 1 + max(kept, 1) * width), np.float32)
-        if not len(self.users_U):
-            return summary_NF
-        at_N = np.minimum(np.searchsorted(self.users_U, user_N), len(self.users_U) - 1)
-        known_N = self.users_U[at_N] == user_N
-        at_K = at_N[known_N]
-        values_KX = self.last_ULD[at_K].reshape(len(at_K), -1) if kept else self.total_UD[at_K] / self.count_U[at_K, None]
-        summary_NF[known_N] = np.concatenate([np.log1p(self.count_U[at_K, None]), values_KX], axis=1)
-        return summary_NF
-
-    def past(self) -> Past:
-        """What examples of each user are given, in the order of the users."""
-        return Past(torch.from_numpy(self.users_U), torch.from_numpy(self.summary(self.users_U)))
 
 
 @dataclass(frozen=True)
@@ -145,24 +88,52 @@ class HistoryStore:
         return window <= self.policy.first or self.has(window - 1)
 
     def manifest(self, window: int) -> Remembered:
-        """Of a committed window."""
-        return Remembered.model_validate(read_json(self.folder(window) / "manifest.json"))
+        """Of a committed window; UserError where it is missing or damaged."""
+        folder = self.folder(window)
+        path = folder / "manifest.json"
+        if not path.exists():
+            raise UserError(f"{folder}: window {window} is not represented by teacher '{self.teacher}'; run the DAS on it")
+        try:
+            return Remembered.model_validate(read_json(path))
+        except ValidationError as error:
+            raise UserError(f"{path}: not a manifest of representations ({error.errors()[0]['msg']}); {made_again(folder)}") from None
 
-    def before(self, window: int) -> FeatureStore:
-        """What was known before a window; UserError where it is not there, or is of other settings."""
+    def before(self, window: int, schema: Schema) -> FeatureStore:
+        """What was known before a window; UserError where it is not there, damaged, or not what it says: see `_checked`."""
         if window <= self.policy.first:
-            return FeatureStore.empty(self.settings)
-        folder = self.folder(window - 1)
-        if not self.has(window - 1):
-            raise UserError(f"{folder}: window {window - 1} is not represented by teacher '{self.teacher}'; run the DAS on it")
-        if self.manifest(window - 1).settings != self.settings:
-            raise UserError(f"{folder}: made with other settings of distillation.history; remove {self.root} and run the DAS again")
-        path = folder / "after.safetensors"
-        return _read_store(path, path.stat().st_mtime_ns, self.settings.dim, self.settings.last)
+            return FeatureStore.empty(self.settings.dim, self.settings.last)
+        manifest, path = self._checked(window - 1, schema), self.folder(window - 1) / "after.safetensors"
+        try:
+            return _read_store(path, path.stat().st_mtime_ns, manifest.sha256, self.settings.dim, self.settings.last)
+        except FileNotFoundError:
+            raise _damaged(path) from None
 
-    def join(self, window: int, events: pa.Table, column: int, width: int) -> pa.Table:
-        """Add `HISTORY_COLUMN` to a window's rows; `column` of the `width` single-valued features holds the user."""
-        summary_NF = self.before(window).summary(list_values(events["sparse"], width)[:, column].astype(np.int64))
+    def _checked(self, window: int, schema: Schema) -> Remembered:
+        """The manifest of a window: of this teacher and schema, these settings, and of snapshots that have not learned the window (rule 2)."""
+        manifest, folder, policy = self.manifest(window), self.folder(window), self.policy
+        if (manifest.window, manifest.teacher) != (window, self.teacher):
+            raise UserError(f"{folder}: of window {manifest.window} and teacher '{manifest.teacher}'; {made_again(folder)}")
+        if manifest.settings != self.settings:
+            raise UserError(f"{folder}: made with other settings of distillation.history; start a run under another --name")
+        if manifest.schema_digest != schema.digest:
+            raise UserError(f"{folder}: of a stream with another schema (other features, rows or encodings); start a run under another --name")
+        if not policy.may_supervise(max(manifest.snapshot, manifest.space), window):
+            raise UserError(
+                f"{folder}: represented by snapshot {manifest.snapshot} in the space of {manifest.space}, but with das.fm_lag = {policy.fm_lag} it "
+                f"takes one that has learned no window after {window - policy.fm_lag}; {made_again(folder)}"
+            )
+        return manifest
+
+    def space_before(self, window: int) -> int | None:
+        """Of an aligned history the version out of whose space a window's snapshot maps the store; None where there is nothing to map."""
+        if self.settings.drift != "aligned" or window <= self.policy.first:
+            return None
+        return self.manifest(window - 1).space if self.has(window - 1) else self.policy.version(window - 1)
+
+    def join(self, window: int, events: pa.Table, schema: Schema) -> pa.Table:
+        """Add `HISTORY_COLUMN` to a window's rows."""
+        column, width = user_column(schema, self.settings), len(schema.single)
+        summary_NF = self.before(window, schema).summary(list_values(events["sparse"], width)[:, column].astype(np.int64))
         return events.append_column(HISTORY_COLUMN, pa.FixedSizeListArray.from_arrays(summary_NF.ravel(), summary_NF.shape[1]))
 
     def publish(self, stream: EventStream, window: Window, snapshots: SnapshotStore, version: int, seed: int) -> None:
@@ -174,9 +145,9 @@ class HistoryStore:
             )
         settings, schema, folder = self.settings, stream.schema, self.folder(window.index)
         model, space = self._model(snapshots, version, schema)
-        store = self.before(window.index)
-        known = window.index > self.policy.first and settings.drift == "aligned"
-        earlier = snapshots.load(self.manifest(window.index - 1).space, schema.digest)[0] if known else None
+        store = self.before(window.index, schema)
+        held = self.space_before(window.index)
+        earlier = None if held is None else snapshots.load(held, schema.digest)[0]
         column = user_column(schema, settings)
         users, values, old = [], [], []
         for fragment in window.fragments:
@@ -189,16 +160,17 @@ class HistoryStore:
             if earlier:
                 old.append(self._represent(earlier, table, schema, seed))
         if old:
-            store = store.mapped(np.linalg.lstsq(np.concatenate(old), np.concatenate(values), rcond=None)[0])
+            store = store.mapped(space_map(np.concatenate(old), np.concatenate(values)))
+        elif held is not None:  # a window without examples: the store stays where it is
+            space = held
         if users:
             store = store.after(np.concatenate(users), np.concatenate(values))
-        path = folder / "after.safetensors"
-        arrays = {"users": store.users_U, "count": store.count_U, "total": store.total_UD, "last": store.last_ULD}
-        with atomic_path(path) as temporary:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items() if array.size}, temporary)
+        with atomic_path(folder / "after.safetensors") as temporary:
+            save_file({name: np.ascontiguousarray(array) for name, array in store.arrays().items() if array.size}, temporary)
+            size, hashed = temporary.stat().st_size, sha256(temporary)
         facts = Remembered(
             window=window.index, teacher=self.teacher, snapshot=version, space=space, schema_digest=schema.digest, settings=settings,
-            users=len(store.users_U), bytes=path.stat().st_size,
+            users=len(store.users_U), sha256=hashed, bytes=size,
         )  # fmt: skip
         write_json(folder / "manifest.json", facts.model_dump(mode="json"))
 
@@ -212,7 +184,7 @@ class HistoryStore:
             copy_model(snapshots.folder(first), kept)
         model, stored = load_model(kept)
         if stored.example.digest != schema.digest:
-            raise UserError(f"{kept}: this snapshot was trained on another schema than the stream's; remove {self.root}")
+            raise UserError(f"{kept}: this snapshot was trained on another schema than the stream's; start a run under another --name")
         return model, first
 
     def _represent(self, model: PlainModel, table: pa.Table, schema: Schema, seed: int) -> Array:
@@ -227,12 +199,15 @@ class HistoryStore:
 
 
 @lru_cache(maxsize=2)
-def _read_store(path: Place, written_ns: int, dim: int, last: int) -> FeatureStore:
-    """Read once per process: all fragments of a window look into the same one."""
-    arrays = load_file(path) if isinstance(path, Path) else load(path.read_bytes())
-    if not arrays:
-        return FeatureStore.empty(HistoryConfig(dim=dim, last=last))
-    return FeatureStore(arrays["users"], arrays["count"], arrays["total"], arrays.get("last", np.zeros((len(arrays["users"]), 0, dim), np.float32)))
+def _read_store(path: Place, written_ns: int, expected: str, dim: int, last: int) -> FeatureStore:
+    """Read, and its hash checked, once per process: all fragments of a window look into the same one."""
+    if not intact(path, expected):
+        raise _damaged(path)
+    return FeatureStore.of(load_file(fetched(path, expected)), dim, last)
+
+
+def _damaged(path: Place) -> UserError:
+    return UserError(f"{path}: missing or not the file that its manifest describes; {made_again(path.parent)}")
 
 
 def quantised(value_ND: Array) -> tuple[Array, Array]:

@@ -239,7 +239,7 @@ class Scoring:
             self._log(written)
             if order.owns_snapshots:
                 there = self._stream.windows()
-                self._versions.remove_unneeded((w for w in there if not order.has(w)), there[-1] + 1)
+                self._versions.remove_unneeded((w for w in there if not order.has(w)), there[-1] + 1, order.gifts)
         except Exception as error:  # the window is committed all the same
             self._fault(f"window {manifest.index} is committed, but what follows failed: {plain(error)}")
 

@@ -9,7 +9,7 @@ does not need; so each one is a change to what was given before, and small besid
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -24,11 +24,13 @@ from torch import Tensor
 
 from exfm_ray.config import Config
 from exfm_ray.copies import fetched, intact
+from exfm_ray.das.again import made_again
 from exfm_ray.das.lag import Policy
 from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.data.stream import EventStream, Window, list_values, window_name
 from exfm_ray.errors import UserError
 from exfm_ray.files import atomic_path, read_json, sha256, write_json
+from exfm_ray.models.stored import MOMENTUM, table_parts
 from exfm_ray.remote import Place
 from exfm_ray.schema import Model, Schema
 
@@ -98,41 +100,42 @@ class SharedStore:
                 f"learned no window after {window.index - policy.fm_lag}"
             )
         folder, schema = self.folder(window.index), stream.schema
-        model, _ = snapshots.load(version, schema.digest)
-        own = {name: table for name, table in model.tables.tables().items() if name in tables or not tables}
-        state = snapshots.momentum(version)
+        own = [name for name in schema.tables if name in tables or not tables]
+        # mapped into memory, file by file: of a teacher larger than this process only the rows that are given come into it
+        held, state = list(snapshots.tables(version, schema)), list(table_parts(snapshots.folder(version), MOMENTUM))
         parts = {}
         for domain in domains:
-            ids = ids_of(stream, window, domain, tuple(own))
+            ids = ids_of(stream, window, domain, own)
             path = folder / f"{domain}.safetensors"
             tensors = {f"ids/{name}": torch.from_numpy(id_X) for name, id_X in ids.items()}
-            tensors |= {f"rows/{name}": own[name][torch.from_numpy(id_X)] for name, id_X in ids.items()}
-            tensors |= {f"momentum/{name}": state[name][torch.from_numpy(id_X)] for name, id_X in ids.items() if state}
+            tensors |= {f"rows/{name}": rows for name, rows in rows_of(held, ids).items()}
+            tensors |= {f"momentum/{name}": rows for name, rows in rows_of(state, ids).items()}
             with atomic_path(path) as temporary:
                 save_file(tensors, temporary)
                 size, hashed = temporary.stat().st_size, sha256(temporary)
             parts[domain] = Part(file=path.name, sha256=hashed, rows=sum(len(id_X) for id_X in ids.values()), bytes=size)
         manifest = Shared(
             window=window.index, teacher=self.teacher, snapshot=version, schema_digest=schema.digest, momentum=bool(state), domains=parts,
-            widths={name: table.shape[1] for name, table in own.items()},
+            widths={name: next(rows.shape[1] for table, _, rows in held if table == name) for name in own},
             asked=None if version == policy.version(window.index) else policy.version(window.index),
         )  # fmt: skip
         write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
 
     def manifest(self, window: int) -> Shared:
         """The manifest of a committed window; UserError where it is missing or damaged."""
-        path = self.folder(window) / "manifest.json"
+        folder = self.folder(window)
+        path = folder / "manifest.json"
         if not path.exists():
             raise UserError(f"{path}: window {window} has no rows of teacher '{self.teacher}'; run the DAS on it")
         try:
             return Shared.model_validate(read_json(path))
         except ValidationError as error:
-            raise UserError(f"{path}: not a manifest of shared rows ({error.errors()[0]['msg']}); remove the window's folder") from None
+            raise UserError(f"{path}: not a manifest of shared rows ({error.errors()[0]['msg']}); {made_again(folder)}") from None
 
     def read(self, window: int, domain: str, schema: Schema, policy: Policy) -> dict[str, TableRows]:
         """A domain's rows by table, checked: window, teacher, snapshot, schema and the file's hash."""
         manifest, folder = self.manifest(window), self.folder(window)
-        again = f"; remove {folder} and run the DAS again"
+        again = f"; {made_again(folder)}"
         if (manifest.window, manifest.teacher) != (window, self.teacher):
             raise UserError(f"{folder}: holds rows of window {manifest.window} and teacher '{manifest.teacher}'{again}")
         asked, wanted = manifest.snapshot if manifest.asked is None else manifest.asked, policy.version(window)
@@ -157,6 +160,16 @@ def shared_store(config: Config, teacher: str | None = None) -> SharedStore | No
     """Where the rows of a run's FM, or of another of its teachers, lie; None where no arm takes them."""
     shares = any(arm.shares for arm in config.arms)
     return SharedStore(config.stores / "shared", teacher or config.fm.name) if shares else None
+
+
+def rows_of(parts: Sequence[tuple[str, int, Tensor]], ids: Mapping[str, Ids]) -> dict[str, Tensor]:
+    """Rows (X, ...) of tables that lie in parts (table, first row, rows), by their numbers, ascending (X)."""
+    found: dict[str, list[Tensor]] = {}
+    for name, first, rows in sorted(parts, key=lambda part: part[1]):
+        if name in ids:
+            low, high = np.searchsorted(ids[name], (first, first + len(rows)))
+            found.setdefault(name, []).append(rows[torch.from_numpy(ids[name][low:high] - first)])
+    return {name: torch.cat(chosen) for name, chosen in found.items()}
 
 
 def ids_of(stream: EventStream, window: Window, domain: str, tables: Sequence[str]) -> dict[str, Ids]:

@@ -284,12 +284,7 @@ class AugmentedReader:
             assert self.store is not None
             self._check_teacher(work.window)
             events = self.store.join(work.window, fragment, events, self.tasks)
-        if self.history:
-            from exfm_ray.das.history import user_column
-
-            schema = self._stream.schema
-            events = self.history.join(work.window, events, user_column(schema, self.history.settings), len(schema.single))
-        return events
+        return self.history.join(work.window, events, self._stream.schema) if self.history else events
 
     def _check_teacher(self, window: int) -> None:
         """Rule 2 once more, where it counts: at the reader."""

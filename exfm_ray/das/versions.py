@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+from exfm_ray.das.gifts import Gifts
 from exfm_ray.das.lag import Policy
 from exfm_ray.das.snapshots import SnapshotError, SnapshotStore
 
@@ -52,11 +53,12 @@ class Versions:
         self._failures.clear()
         self._causes.clear()
 
-    def remove_unneeded(self, unfinished: Iterable[int], to_come: int) -> None:
-        """Delete the versions that neither these windows need nor any from `to_come` on; the one before those stays, lest one of them be
-        damaged."""
+    def remove_unneeded(self, unfinished: Iterable[int], to_come: int, gifts: Gifts | None = None) -> None:
+        """Delete the versions that neither these windows nor their gifts need, nor any from `to_come` on; the one before those stays, lest
+        one of them be damaged."""
         published = self._snapshots.versions()
-        needed = [version for window in unfinished if (version := self._policy.version(window)) is not None]
-        oldest = min([*needed, self._policy.version(to_come) or 1])
+        windows = [*unfinished, to_come]
+        needed = gifts.also_needed(windows, published[-1]) if gifts and published else []
+        oldest = min([*needed, *(version for window in windows if (version := self._policy.version(window)) is not None)], default=1)
         kept = max((version for version in published if version < oldest and version not in self._causes), default=oldest)
         self._snapshots.remove_before(kept)

@@ -75,6 +75,8 @@ def _told(run: RunFiles) -> str:
         "supervision": f"by the snapshot that has learnt up to {run.setting('das.fm_lag', 1)} window(s) before" if vm.get("models") else "",
         "vertical models": f"{_students(vm)}; {_training(vm)}" if vm.get("models") else "",
         "arms": ", ".join(vm.get("arms", ())) if vm.get("models") else "",
+        "shared rows": _shared(run) if any("share" in arm.split("+") for arm in vm.get("arms", ())) else "",
+        "histories": _remembered(run) if any("history" in arm.split("+") for arm in vm.get("arms", ())) else "",
         "further cost at serving": _serving(vm.get("arms", ())) if vm.get("models") else "",
         "weights": _weights(run) if vm.get("models") else "",
         "peak memory": f"{run.summary['peak_memory_bytes'] / 2**30:.1f} GiB" if run.summary else "",
@@ -127,6 +129,22 @@ def _serving(arms: Sequence[str]) -> str:
 def _weights(run: RunFiles) -> str:
     kd, ah, sa = (run.setting(f"distillation.{part}", {}) for part in ("kd", "ah", "sa"))
     return f"kd: w {kd.get('w')}; ah: w {ah.get('w')}, alpha {ah.get('alpha')}, beta {ah.get('beta')}; sa: w {sa.get('w')}"
+
+
+def _shared(run: RunFiles) -> str:
+    """How arms with +share take the teacher's rows; settings that do not matter are left out."""
+    share = run.setting("distillation.share", {})
+    matter = ("mode", *{"average": ("weight",), "unseen": ("unseen_below",)}.get(share.get("mode"), ()), "optimizer", "projection")
+    told = ", ".join(f"{name} {share.get(name)}" for name in matter)
+    return f"rate {share.get('table_lr')} (tables), of tables {', '.join(share.get('tables', ())) or 'all'}, {told}"
+
+
+def _remembered(run: RunFiles) -> str:
+    """What arms with +history are given."""
+    history = run.setting("distillation.history", {})
+    kept = f"the last {history.get('last')} in order" if history.get("last") else "the mean"
+    key = history.get("key") or "the schema's group_by"
+    return f"layer {history.get('layer')}, by {key}, {history.get('dim')} numbers an example, {kept}, drift {history.get('drift')}"
 
 
 def _figures(run: RunFiles) -> str:

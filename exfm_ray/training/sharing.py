@@ -54,14 +54,19 @@ def check_sharing(config: Config, schema: Schema) -> None:
                 told = nearest(str(name), schema.tables) or f" There are {', '.join(schema.tables)}."
                 raise UserError(f"setting '{setting}': no table is named '{name}'.{told}")
     for student in config.vm.models:
-        theirs, teacher = teachers_widths(config, student.teacher, schema), f"teacher '{student.teacher}'" if student.teacher else "the FM"
+        theirs = teachers_widths(config, student.teacher, schema)
         for name, width in widths(config, student, schema).items() if theirs else ():
             if (name in share.tables or not share.tables) and theirs and width != theirs[name] and share.projection == "none":
-                raise UserError(
-                    f"setting 'vm.arms': '{student.name}' shares table '{name}', whose rows have {theirs[name]} numbers in {teacher} and {width} in "
-                    "the student; set distillation.share.projection=principal, give both the same dim and embeddings, or leave the table out of "
-                    "distillation.share.tables"
-                )
+                raise misfit(student, name, theirs[name], width)
+
+
+def misfit(student: StudentConfig, table: str, given: int, width: int) -> UserError:
+    """That rows of `given` numbers cannot be written into a table of `width`."""
+    teacher = f"teacher '{student.teacher}'" if student.teacher else "the FM"
+    return UserError(
+        f"setting 'vm.arms': '{student.name}' shares table '{table}', whose rows have {given} numbers in {teacher} and {width} in the student; set "
+        "distillation.share.projection=principal, give both the same dim and embeddings, or leave the table out of distillation.share.tables"
+    )
 
 
 @dataclass
@@ -76,7 +81,7 @@ class Sharing:
     config: Config
     store: SharedStore
     schema: Schema
-    domain: str
+    student: StudentConfig
     widths: Mapping[str, int]
     uses: Uses | None = field(init=False)
 
@@ -88,7 +93,7 @@ class Sharing:
     def of(cls, config: Config, student: StudentConfig, schema: Schema) -> Sharing | None:
         """None where no arm takes rows."""
         store = shared_store(config, student.teacher)
-        return cls(config, store, schema, student.domain, widths(config, student, schema)) if store else None
+        return cls(config, store, schema, student, widths(config, student, schema)) if store else None
 
     @property
     def weight(self) -> float:
@@ -100,7 +105,7 @@ class Sharing:
         policy = Policy.of(self.config.das)
         if policy.version(window) is None:
             return {}
-        given = self.store.read(window, self.domain, self.schema, policy)
+        given = self.store.read(window, self.student.domain, self.schema, policy)
         return {name: self._fit(name, rows) for name, rows in given.items() if self._takes(name)}
 
     def after(self, windows: int) -> Iterator[dict[str, GivenRows]]:
@@ -135,7 +140,10 @@ class Sharing:
             few_X = self.uses.of(name)[id_X] < self._share.unseen_below
             chosen = torch.from_numpy(few_X)
             id_X, row_XW, momentum_X = id_X[few_X], row_XW[chosen], None if momentum_X is None else momentum_X[chosen]
-        if row_XW.shape[1] != self.widths[name]:
+        given, width = row_XW.shape[1], self.widths[name]
+        if given != width:
+            if self._share.projection == "none":  # another run's teacher, whose snapshots came after `check_sharing`
+                raise misfit(self.student, name, given, width)
             row_XW = row_XW @ self._maps[name]
         if self._share.optimizer == "keep":
             return GivenRows(id_X, row_XW, None)
@@ -153,9 +161,10 @@ class Sharing:
         """(W of the teacher, W of the student) for each table of another width, from the first rows that were given."""
         policy = Policy.of(self.config.das)
         window = policy.first
-        while self.store.has(window) and not self.store.manifest(window).domains[self.domain].rows:
+        domain = self.student.domain
+        while self.store.has(window) and not self.store.manifest(window).domains[domain].rows:
             window += 1
-        first = self.store.read(window, self.domain, self.schema, policy)
+        first = self.store.read(window, domain, self.schema, policy)
         theirs = self.store.manifest(window).widths
         none = torch.empty(0)
         return {

@@ -221,7 +221,7 @@ class Worker:
         history, schema = history_store(self.job.config), self.stream.schema
         assert history
         _await(lambda: history.ready(windows), history.root, f"{history.folder(windows - 1)}: not represented", "run the DAS")
-        past = history.before(windows).past()
+        past = history.before(windows, schema).past()
         return past, {"key": schema.single[user_column(schema, history.settings)].name, "inputs": past.inputs_UF.shape[1]}
 
     def _store(

@@ -89,7 +89,7 @@ def test_mixed_users_have_anothers_past(groups: dict[int, Workers], tmp_path: Pa
     assert own and other
     whose: dict[int, int] = {}
     for window in range(2, WINDOWS + 1):
-        store, renamed = own.before(window), other.before(window)
+        store, renamed = own.before(window, stream.schema), other.before(window, stream.schema)
         np.testing.assert_array_equal(store.users_U, renamed.users_U)
         past = {tuple(row): user for user, row in zip(store.users_U.tolist(), store.total_UD.tolist(), strict=True)}
         found = {user: past[tuple(row)] for user, row in zip(renamed.users_U.tolist(), renamed.total_UD.tolist(), strict=True)}

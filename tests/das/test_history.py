@@ -9,18 +9,32 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from example import SCHEMA, make_stream
+from example import SCHEMA, make_rows
 from publish import publish
+from test_feature_store import aligned_slowly
 
 from exfm_ray.config import HistoryConfig
 from exfm_ray.das.history import HistoryStore, projection, quantised
 from exfm_ray.das.lag import Policy
 from exfm_ray.data.batch import to_batch
-from exfm_ray.data.stream import EventStream, list_values
+from exfm_ray.data.stream import EventStream, StreamWriter, list_values
 from exfm_ray.errors import UserError
+from exfm_ray.files import read_json, write_json
 from exfm_ray.models.stored import load_model
+from exfm_ray.schema import Schema
 
-WINDOWS, DIM, SEED = 4, 3, 7
+WINDOWS, DIM, SEED = 5, 3, 7
+STREAMS = {"even": (300,) * WINDOWS, "empty window": (300, 300, 0, 300, 300), "two examples": (300, 300, 2, 300, 300)}
+
+
+def uneven_stream(folder: Path, rows: tuple[int, ...]) -> EventStream:
+    """So many rows in each window."""
+    writer = StreamWriter(folder, SCHEMA, {"made": "by the tests"}, 120)
+    for window, count in enumerate(rows):
+        first = sum(rows[:window])
+        writer.write_window(window, first, first + count, 0, [make_rows(count, seed=window, first_id=first)] if count else [])
+    writer.finish({})
+    return EventStream.open(folder)
 
 
 def store_of(folder: Path, stream: EventStream, windows: int = WINDOWS, **settings: Any) -> HistoryStore:
@@ -38,6 +52,7 @@ def slowly(folder: Path, stream: EventStream, drift: str, last: int) -> dict[int
     matrix = projection(8, DIM, SEED).double().numpy()
     seen: dict[int, list[np.ndarray]] = {}
     given: dict[int, list[list[float]]] = {}
+    space = 0
     for window in range(WINDOWS):
         examples = [stream.read(window, f) for f in stream.window(window).fragments]
         users = [int(u) for t in examples for u in list_values(t["sparse"], len(SCHEMA.single))[:, 0]]
@@ -48,7 +63,7 @@ def slowly(folder: Path, stream: EventStream, drift: str, last: int) -> dict[int
             mean = [np.mean(past, axis=0).tolist() if past else [0.0] * DIM]
             rows.append([np.log(1 + len(past)), *(x for part in (newest if last else mean) for x in part)])
         given[window] = rows
-        if window:
+        if window and users:
             def values(version: int, tables: Any = tuple(examples)) -> np.ndarray:
                 model, _ = load_model(folder / "snapshots" / "fm" / f"version={version:03d}")
                 batches = [to_batch(table, SCHEMA) for table in tables]
@@ -58,26 +73,28 @@ def slowly(folder: Path, stream: EventStream, drift: str, last: int) -> dict[int
             new = values(1 if drift == "pinned" else window)
             scale = np.maximum(np.abs(new).max(axis=1, keepdims=True) / 127, 1e-12)
             new = np.rint(new / scale) * scale
-            if drift == "aligned" and window > 1:
-                old = values(window - 1)
-                turn = np.linalg.solve(old.T @ old, old.T @ new)
+            if drift == "aligned" and space:
+                turn = aligned_slowly(values(space), new)
                 seen = {user: [v @ turn for v in past] for user, past in seen.items()}
+            space = window
             for user, value in zip(users, new, strict=True):
                 seen.setdefault(user, []).append(value)
     return given
 
 
-@pytest.mark.parametrize("drift", ["pinned", "refreshed", "aligned"])
+@pytest.mark.parametrize(("drift", "rows"), [("pinned", "even"), ("refreshed", "even"), *(("aligned", rows) for rows in STREAMS)])
 @pytest.mark.parametrize("last", [0, 4])
-def test_what_examples_are_given(tmp_path: Path, drift: str, last: int) -> None:
+def test_what_examples_are_given(tmp_path: Path, drift: str, rows: str, last: int) -> None:
     """Wrong: an example is given something of its own or a later window, of another user, in another order, of another snapshot, or in
-    a space that the store has left."""
-    stream = make_stream(tmp_path / "stream", windows=WINDOWS, rows=300, fragment_rows=120)
+    a space that the store has left: with few examples or none there is little to map it by."""
+    stream = uneven_stream(tmp_path / "stream", STREAMS[rows])
     store = store_of(tmp_path, stream, drift=drift, last=last)
     expected = slowly(tmp_path, stream, drift, last)
     for window in range(WINDOWS):
         tables = [stream.read(window, f) for f in stream.window(window).fragments]
-        found = np.concatenate([list_values(store.join(window, t, 0, len(SCHEMA.single))["history"], 1 + max(last, 1) * DIM) for t in tables])
+        if not tables:
+            continue
+        found = np.concatenate([list_values(store.join(window, t, SCHEMA)["history"], 1 + max(last, 1) * DIM) for t in tables])
         # float32 sums; a value on the edge between two levels of int8 may fall to the other one: one level of a few hundred values
         off = np.abs(found - np.array(expected[window])) > 1e-4 + 1e-3 * np.abs(found)
         assert off.mean() < 0.02, (window, off.mean())
@@ -87,7 +104,7 @@ def test_what_examples_are_given(tmp_path: Path, drift: str, last: int) -> None:
 
 def test_written_codes_are_the_representations(tmp_path: Path) -> None:
     """Wrong: codes of other rows, or further from the values than half a level."""
-    stream = make_stream(tmp_path / "stream", windows=WINDOWS, rows=300, fragment_rows=120)
+    stream = uneven_stream(tmp_path / "stream", STREAMS["even"])
     store = store_of(tmp_path, stream, windows=3, drift="refreshed")
     model, _ = load_model(tmp_path / "snapshots" / "fm" / "version=002")
     for fragment in stream.window(2).fragments:
@@ -103,7 +120,7 @@ def test_written_codes_are_the_representations(tmp_path: Path) -> None:
 
 def test_again_the_bytes_are_the_same(tmp_path: Path) -> None:
     """Wrong: a window that is represented again after a kill differs (rule 5)."""
-    stream = make_stream(tmp_path / "stream", windows=WINDOWS, rows=300, fragment_rows=120)
+    stream = uneven_stream(tmp_path / "stream", STREAMS["even"])
     store = store_of(tmp_path, stream, last=2)
     before = {path: path.read_bytes() for path in sorted(store.folder(2).iterdir())}
     (store.folder(2) / "manifest.json").unlink()
@@ -114,14 +131,45 @@ def test_again_the_bytes_are_the_same(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     """Wrong: a snapshot that may know the window represents it; a store that is not there, or of other settings, is read as one of nobody."""
-    stream = make_stream(tmp_path / "stream", windows=WINDOWS, rows=300, fragment_rows=120)
+    stream = uneven_stream(tmp_path / "stream", STREAMS["even"])
     store = store_of(tmp_path, stream, windows=2)
     with pytest.raises(UserError, match="window 1 must not be represented by snapshot 2: with das.fm_lag = 1 it takes one"):
         store.publish(stream, stream.window(1), publish(tmp_path / "snapshots", 2), 2, SEED)
     with pytest.raises(UserError, match="window 2 is not represented by teacher 'fm'; run the DAS"):
-        store.before(3)
+        store.before(3, SCHEMA)
     with pytest.raises(UserError, match="other settings of distillation.history"):
-        HistoryStore(store.root, "fm", HistoryConfig(dim=DIM, last=1), Policy(1)).before(2)
+        HistoryStore(store.root, "fm", HistoryConfig(dim=DIM, last=1), Policy(1)).before(2, SCHEMA)
+
+
+def test_a_store_that_is_not_what_it_says_is_refused(tmp_path: Path) -> None:
+    """Wrong: a damaged store, or one of another teacher, window, schema or of a snapshot that knows the window, is read as what is known."""
+    stream = uneven_stream(tmp_path / "stream", STREAMS["even"])
+    store = store_of(tmp_path, stream, windows=3)
+    assert store.before(2, SCHEMA) is store.before(2, SCHEMA), "read once, not for each fragment"
+    other = Schema.model_validate(SCHEMA.model_dump() | {"tasks": ("click", "like")})
+    with pytest.raises(UserError, match="another schema .*another --name"):
+        store.before(2, other)
+    path = store.folder(1) / "manifest.json"
+    manifest = read_json(path)
+    for change, told in (
+        ({"teacher": "other"}, "of window 1 and teacher 'other'; with das.keep_snapshots=true from the start: remove .*window=001 and run the DAS"),
+        ({"window": 2}, "of window 2 and teacher 'fm'"),
+        ({"snapshot": 2}, "by snapshot 2 in the space of 1, but with das.fm_lag = 1 it takes one that has learned no window after 0"),
+        ({"space": 3}, "by snapshot 1 in the space of 3, but"),
+        ({"users": "many"}, "manifest.json: not a manifest of representations"),
+    ):
+        write_json(path, manifest | change)
+        with pytest.raises(UserError, match=told):
+            store.before(2, SCHEMA)
+    write_json(path, manifest)
+    file = store.folder(1) / "after.safetensors"
+    whole = file.read_bytes()
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-1], None):
+        file.write_bytes(damaged) if damaged else file.unlink()
+        with pytest.raises(UserError, match="after.safetensors: missing or not the file that its manifest describes; with das.keep_snapshots=true"):
+            store.before(2, SCHEMA)
+    file.write_bytes(whole)
+    assert len(store.before(2, SCHEMA).users_U)
 
 
 def test_values_of_nothing_stay_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import torch
 from local_runs import run_locally, score, train
 from safetensors.numpy import load_file
 from small_runs import WINDOWS, assert_close, figures, flip_labels, metrics, rewrite, small_config
-from test_sharing import WORKERS_TOLERANCE
+from test_sharing import WORKERS_TOLERANCE, Whole
 from workers import Workers
 
 from exfm_ray.config import Config, with_settings
-from exfm_ray.das.history import history_store, user_column
+from exfm_ray.das.history import history_store
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream, window_name
 from exfm_ray.errors import UserError
@@ -34,6 +35,7 @@ from exfm_ray.training.job import Job
 from exfm_ray.training.worker import Worker
 
 ARMS = ["labels", "labels+history", "kd+share+history"]
+VARIANTS: dict[str, dict[str, Any]] = {"pinned": {}, "aligned": {"drift": "aligned", "last": 3}}
 
 
 def config_of(folder: Path, name: str, history: dict[str, Any] | None = None, **changes: Any) -> Config:
@@ -42,10 +44,22 @@ def config_of(folder: Path, name: str, history: dict[str, Any] | None = None, **
 
 
 @pytest.fixture(scope="module")
-def base(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Config:
-    config = config_of(tmp_path_factory.mktemp("remembering"), "base")
-    run_locally(groups, config)
-    return config
+def whole(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Undisturbed runs on one worker, each done once."""
+    folder = tmp_path_factory.mktemp("remembering")
+
+    @cache
+    def run(variant: str) -> Config:
+        config = config_of(folder, variant, VARIANTS[variant])
+        run_locally(groups, config)
+        return config
+
+    return run
+
+
+@pytest.fixture
+def base(whole: Whole) -> Config:
+    return whole("pinned")
 
 
 def test_history_reaches_its_arms_only(base: Config, groups: dict[int, Workers], tmp_path: Path) -> None:
@@ -61,25 +75,30 @@ def test_history_reaches_its_arms_only(base: Config, groups: dict[int, Workers],
     assert dense["labels+history"] == dense["kd+share+history"] == dense["labels"] + 5
 
 
-def test_two_workers_equal_one(base: Config, groups: dict[int, Workers], tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_workers_equal_one(whole: Whole, groups: dict[int, Workers], tmp_path: Path, variant: str) -> None:
     """Wrong: a worker reads other rows' history."""
-    config = config_of(tmp_path, "two", vm={"workers": 2}, fm={"workers": 2})
+    one = whole(variant)
+    config = with_settings(one, {"run.dir": str(tmp_path), "vm.workers": 2, "fm.workers": 2})
     run_locally(groups, config)
-    assert_close(list(metrics(config).values()), [metrics(base)[key] for key in metrics(config)], WORKERS_TOLERANCE)
+    assert_close(list(metrics(config).values()), [metrics(one)[key] for key in metrics(config)], WORKERS_TOLERANCE)
 
 
-@pytest.mark.parametrize("drift", ["pinned", "aligned"])
-def test_goes_on_after_a_kill(groups: dict[int, Workers], tmp_path: Path, drift: str) -> None:
-    """Wrong: a run killed between a window's figures and its checkpoint ends otherwise than an undisturbed one."""
-    whole, killed = (config_of(tmp_path, name, {"drift": drift, "last": 2}) for name in ("whole", "killed"))
-    run_locally(groups, whole)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_goes_on_after_a_kill(whole: Whole, groups: dict[int, Workers], tmp_path: Path, variant: str) -> None:
+    """Wrong: a run killed between a window's figures and its checkpoint, or between two batches, ends otherwise than an undisturbed one."""
+    undisturbed, windows = whole(variant), list(range(WINDOWS))
+    killed = with_settings(undisturbed, {"run.dir": str(tmp_path), "checkpoint.every_examples": 150})
     prepare_stream(killed)
-    groups[1].run(train, Job("fm", killed), list(range(WINDOWS)), None)
+    groups[1].run(train, Job("fm", killed), windows, None)
     groups[1].run(score, killed)
-    groups[1].run(train, vm_jobs(killed)[0], list(range(WINDOWS)), 2)
+    (job,) = vm_jobs(killed)
+    for dies_at, batches in ((2, 5), (2, None)):
+        groups[1].run(train, job, windows, dies_at, batches)
+    assert job.checkpoints.latest().windows == 2 and job.checkpoints.latest().examples >= 150, "inside the window"
     run_locally(groups, killed)
-    assert metrics(killed) == metrics(whole)
-    assert figures(killed) == figures(whole)
+    assert metrics(killed) == metrics(undisturbed)
+    assert figures(killed) == figures(undisturbed)
 
 
 @pytest.mark.parametrize(("drift", "lag"), [("pinned", 1), ("aligned", 1), ("refreshed", 2)])
@@ -130,9 +149,8 @@ def evaluated(config: Config, folder: Path) -> dict[str, Any]:
     job.checkpoints.load(job.checkpoints.latest(), worker.loop)
     history, group, stream = history_store(config), worker.loop.groups[0], EventStream.open(config.folder / "stream")
     assert history
-    schema = stream.schema
     events = stream.read(WINDOWS - 1, stream.window(WINDOWS - 1).fragments[0])
-    rows = group.select(history.join(WINDOWS, events, user_column(schema, history.settings), len(schema.single)))
+    rows = group.select(history.join(WINDOWS, events, stream.schema))
     pq.write_table(rows, folder / "rows.parquet")
     return {name: 1 / (1 + np.exp(-logits.astype(np.float64))) for name, logits in group.evaluate(rows).logits.items()}
 

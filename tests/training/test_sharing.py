@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,20 @@ from exfm_ray.pipeline import check_models, prepare_stream, vm_jobs
 from exfm_ray.training.checkpoint import START
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import LocalClient
-from exfm_ray.training.sharing import principal_map
+from exfm_ray.training.sharing import Sharing, principal_map
 from exfm_ray.training.worker import Worker, build_groups
 
 ARMS = ["labels", "labels+share", "ah_sa+share"]
 # of float32 sums in another order over 40 steps, as in test_jobs
 WORKERS_TOLERANCE = 1e-3
+WIDE = {"model": {"type": "wukong", "dim": 8, "l": 1, "n_F": 2, "n_L": 2, "k": 2, "fmb_mlp": [8], "mlp": [8]}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "replace": {},
+    "unseen": {"share": {"mode": "unseen", "unseen_below": 5, "optimizer": "teacher"}},
+    "average": {"share": {"mode": "average", "weight": 0.25}, "vm": {"arms": ["labels+share"]}},
+    "wide": {"share": {"projection": "principal", "optimizer": "teacher"}, "fm": WIDE, "vm": {"arms": ["labels+share"]}},
+}
+Whole = Callable[[str], Config]
 
 
 def config_of(folder: Path, name: str, share: dict[str, Any] | None = None, **changes: Any) -> Config:
@@ -35,11 +45,23 @@ def config_of(folder: Path, name: str, share: dict[str, Any] | None = None, **ch
 
 
 @pytest.fixture(scope="module")
-def base(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """An undisturbed run on one worker."""
-    config = config_of(tmp_path_factory.mktemp("sharing"), "base")
-    run_locally(groups, config)
-    return config
+def whole(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Undisturbed runs on one worker, each done once."""
+    folder = tmp_path_factory.mktemp("sharing")
+
+    @cache
+    def run(variant: str) -> Config:
+        config = config_of(folder, variant, **VARIANTS[variant])
+        run_locally(groups, config)
+        return config
+
+    return run
+
+
+@pytest.fixture
+def base(whole: Whole) -> Config:
+    """All settings at rest."""
+    return whole("replace")
 
 
 def tables_at(job: Job, windows: list[int]) -> list[dict[str, Any]]:
@@ -85,7 +107,7 @@ def test_tables_hold_the_snapshots_rows_when_a_window_is_evaluated(
 ) -> None:
     """Wrong: a window is evaluated without the rows of the snapshot that supervises it; rows of other ids or of arms that share nothing
     change; a worker takes another one's rows."""
-    config = config_of(base.run.dir, "base", vm={"workers": workers, "sharding": sharding})
+    config = config_of(base.run.dir, base.name, vm={"workers": workers, "sharding": sharding})
     (job,) = vm_jobs(config)
     domains = [student.domain for student in config.vm.models]
     written = 0
@@ -126,12 +148,15 @@ def test_given_tables_learn_at_their_own_rate(base: Config, groups: dict[int, Wo
     assert moved["labels+share"] / moved["labels"] == pytest.approx(0.0004 / 0.05, rel=1e-3)
 
 
-def test_two_workers_equal_one(base: Config, groups: dict[int, Workers], tmp_path: Path) -> None:
-    """Wrong: the number of workers changes what is given."""
-    config = config_of(tmp_path, "two", vm={"workers": 2}, fm={"workers": 2})
+@pytest.mark.parametrize("variant", ["replace", "unseen", "wide"])
+def test_two_workers_equal_one(whole: Whole, groups: dict[int, Workers], tmp_path: Path, variant: str) -> None:
+    """Wrong: the number of workers changes what is given, with which optimizer state, how it is projected or what counts as unseen."""
+    one = whole(variant)
+    # of few rows some principal directions are anybody's, and the last bits of an FM on two workers decide which are taken
+    config = with_settings(one, {"run.dir": str(tmp_path), "vm.workers": 2, "fm.workers": 1 if variant == "wide" else 2})
     run_locally(groups, config)
-    assert metrics(config).keys() == metrics(base).keys()
-    assert_close(list(metrics(config).values()), [metrics(base)[key] for key in metrics(config)], WORKERS_TOLERANCE)
+    assert metrics(config).keys() == metrics(one).keys()
+    assert_close(list(metrics(config).values()), [metrics(one)[key] for key in metrics(config)], WORKERS_TOLERANCE)
 
 
 def test_sharing_reaches_its_arms_only(base: Config, groups: dict[int, Workers], tmp_path: Path) -> None:
@@ -149,23 +174,24 @@ def test_sharing_reaches_its_arms_only(base: Config, groups: dict[int, Workers],
             assert (row["log_loss"] == same["log_loss"]) == (row["arm"] == "labels" or row["window"] == 0)
 
 
-@pytest.mark.parametrize("share", [{}, {"mode": "unseen", "unseen_below": 5, "optimizer": "teacher"}], ids=["replace", "unseen"])
-def test_goes_on_after_a_kill(groups: dict[int, Workers], tmp_path: Path, share: dict[str, Any]) -> None:
-    """Wrong: a run killed between a window's figures and its checkpoint ends otherwise than an undisturbed one."""
-    whole, killed = (config_of(tmp_path, name, share) for name in ("whole", "killed"))
-    run_locally(groups, whole)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_goes_on_after_a_kill(whole: Whole, groups: dict[int, Workers], tmp_path: Path, variant: str) -> None:
+    """Wrong: a run killed between a window's figures and its checkpoint, or between two batches, ends otherwise than an undisturbed one."""
+    undisturbed = whole(variant)
+    killed = with_settings(undisturbed, {"run.dir": str(tmp_path), "checkpoint.every_examples": 150})
     prepare_stream(killed)
     windows = list(range(WINDOWS))
     groups[1].run(train, Job("fm", killed), windows, None)
     groups[1].run(score, killed)
     (job,) = vm_jobs(killed)
-    for dies_at in (1, 2):
-        groups[1].run(train, job, windows, dies_at)
+    for dies_at, batches in ((1, None), (2, 5)):
+        groups[1].run(train, job, windows, dies_at, batches)
+    assert job.checkpoints.latest().windows == 2 and job.checkpoints.latest().examples >= 150, "inside the window"
     run_locally(groups, killed)
-    assert metrics(killed) == metrics(whole)
-    assert figures(killed) == figures(whole)
-    for file in sorted((whole.folder / "exported").rglob("*.safetensors")):
-        assert (killed.folder / file.relative_to(whole.folder)).read_bytes() == file.read_bytes(), file
+    assert metrics(killed) == metrics(undisturbed)
+    assert figures(killed) == figures(undisturbed)
+    for file in sorted((undisturbed.folder / "exported").rglob("*.safetensors")):
+        assert (killed.folder / file.relative_to(undisturbed.folder)).read_bytes() == file.read_bytes(), file
 
 
 @pytest.mark.parametrize("share", [{"mode": "average"}, {}], ids=["average", "replace"])
@@ -242,11 +268,9 @@ def test_modes_differ(base: Config, groups: dict[int, Workers], tmp_path: Path) 
     assert len(set(different)) == len(different), ne
 
 
-def test_rows_of_another_width_are_projected(groups: dict[int, Workers], tmp_path: Path) -> None:
+def test_rows_of_another_width_are_projected(whole: Whole) -> None:
     """Wrong: rows of 8 numbers are cut or misplaced in tables of 4; each map is not the FM's own principal directions."""
-    wide = {"model": {"type": "wukong", "dim": 8, "l": 1, "n_F": 2, "n_L": 2, "k": 2, "fmb_mlp": [8], "mlp": [8]}}
-    config = config_of(tmp_path, "wide", {"projection": "principal"}, fm=wide, vm={"arms": ["labels+share"]})
-    run_locally(groups, config)
+    config = whole("wide")
     teacher = load_model(config.folder / "snapshots" / "fm" / f"version={WINDOWS:03d}")[0].tables.tables()
     first = load_model(config.folder / "snapshots" / "fm" / "version=001")[0].tables.tables()
     served = load_model(config.folder / "exported" / "feed-labels+share")[0].tables.tables()
@@ -257,6 +281,16 @@ def test_rows_of_another_width_are_projected(groups: dict[int, Workers], tmp_pat
         low = vt[:4].T * np.sign(vt[:4].T[np.abs(vt[:4]).argmax(1), range(4)])
         # float32 rows; where two singular values are near each other the eigenvectors are less certain
         np.testing.assert_allclose(served[name].numpy(), teacher[name].numpy() @ low, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_rows_are_not_projected_unasked(whole: Whole) -> None:
+    """Wrong: rows of a teacher whose snapshots came after the config was checked are mixed though projection is none."""
+    config = with_settings(whole("wide"), {"distillation.share.projection": "none"})
+    sharing = Sharing.of(config, config.vm.models[0], EventStream.open(config.folder / "stream").schema)
+    assert sharing
+    for rows in (lambda: sharing.rows(1), lambda: list(sharing.after(1))):
+        with pytest.raises(UserError, match="'feed' shares table '.*', whose rows have 8 numbers in the FM and 4 in the student; set .*=principal"):
+            rows()
 
 
 def test_principal_map_to_greater_width_fills_up() -> None:
