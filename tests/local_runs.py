@@ -6,6 +6,7 @@ Ray takes 40; one test holds the two equal.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from small_runs import small_config
 from workers import Workers
 
 from exfm_ray.config import Config
@@ -102,3 +104,17 @@ def run_locally(groups: dict[int, Workers], config: Config) -> dict[str, Any]:
     for job in vm_jobs(config):
         groups[config.vm.workers].run(train, job, stream.windows(), None)
     return Run(config, stream).summarise()
+
+
+def with_inputs(base: Config, folder: Path, name: str, *parts: str, **changes: Any) -> Config:
+    """A run that finds stream, and what else is named, of the undisturbed one."""
+    config = small_config(folder, name, **changes)
+    for part in ("stream", *parts):
+        shutil.copytree(base.folder / part, config.folder / part)
+    return config
+
+
+def files(config: Config, *folders: str) -> dict[str, bytes]:
+    """All weights that a run has published or exported."""
+    found = [path for folder in folders for path in (config.folder / folder).rglob("*.safetensors")]
+    return {str(path.relative_to(config.folder)): path.read_bytes() for path in found}

@@ -49,7 +49,7 @@ class Stack(Lane):
 
     def predict(self, batch: Batch) -> Mapping[str, Tensor]:
         logits_KBT = self.engine.predict(batch)
-        self.failed.update(torch.nonzero(~logits_KBT.isfinite().all(dim=2).all(dim=1))[:, 0].tolist())
+        self.failed.update(torch.nonzero((~logits_KBT.isfinite()).any(dim=(1, 2)))[:, 0].tolist())
         return {learner.name: logits_BT for learner, logits_BT in zip(self.everyone, logits_KBT, strict=True)}
 
     def move(self, source: int, target: int, job: Job) -> None:

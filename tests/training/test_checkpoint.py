@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayTaskError
 
+from exfm_ray.errors import UserError
 from exfm_ray.files import write_json
 from exfm_ray.training.checkpoint import Checkpoints, Manifest, Mark
 
@@ -66,3 +68,15 @@ def test_without_any_manifest_the_job_begins_anew(tmp_path: Path) -> None:
     (told,) = Checkpoints(tmp_path).set_aside_damaged()
     assert "this job begins anew" in told and Checkpoints(tmp_path).latest() == Mark(0)
     assert not list(Checkpoints(tmp_path / "none").set_aside_damaged())
+
+
+def test_what_an_actor_could_not_write_is_told_in_a_line(tmp_path: Path) -> None:
+    """Wrong: the error of the actor that writes the figures is told with its traceback, or without the file and the way out."""
+    full = RayTaskError("metrics", "Traceback:\n  File x\nOSError: [Errno 28] No space left", OSError(28, "No space left")).as_instanceof_cause()
+    folder = write(tmp_path, 7)
+    with pytest.raises(UserError) as told, Checkpoints(tmp_path).writing("metrics.jsonl"):
+        raise full
+    assert str(told.value) == (
+        f"metrics.jsonl could not be written (OSError: [Errno 28] No space left); the last good checkpoint is {folder}. Make room, or mend what is "
+        "named, and give the command again"
+    )

@@ -34,14 +34,6 @@ VM_SUMMARY_KEYS = SUMMARY_KEYS | {"ne_gain", "fm_ne_gain", "transfer_ratio"}
 WORKERS_TOLERANCE = 1e-3
 
 
-@pytest.fixture(scope="module")
-def base(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """An undisturbed run on one worker."""
-    config = small_config(tmp_path_factory.mktemp("jobs"), "base")
-    run_locally(groups, config)
-    return config
-
-
 def test_metrics_have_the_promised_rows(base: Config) -> None:
     """Wrong: metrics.jsonl lacks a row or a key, or has one that nothing documents."""
     from exfm_ray.tracking.recorder import read_metrics

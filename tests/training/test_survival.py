@@ -1,55 +1,27 @@
-"""Training that is ended anywhere and goes on: to the bit, with other numbers of workers, past damaged checkpoints and full disks."""
+"""Training that is ended anywhere and goes on: to the bit, with other numbers of workers, past damaged checkpoints."""
 
 from __future__ import annotations
 
 import os
-import resource
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from local_runs import DiedError, LocalReport, run_locally, train
+from local_runs import DiedError, files, train, with_inputs
 from small_runs import WINDOWS, assert_close, metrics, small_config
 from workers import Workers
 
 import exfm_ray.training.worker as worker_module
 from exfm_ray.config import Config
 from exfm_ray.das.snapshots import SnapshotStore
-from exfm_ray.errors import UserError
 from exfm_ray.models.stored import load_model
 from exfm_ray.pipeline import vm_jobs
 from exfm_ray.training.checkpoint import Mark
 from exfm_ray.training.job import Job
-from exfm_ray.training.local import KeptRows, LocalClient
-from exfm_ray.training.worker import Worker
 
 EVERY = {"checkpoint": {"every_examples": 150}}  # batches are of 64, so every third one
 WORKERS_TOLERANCE = 1e-3
 """That of test_jobs.py: sums over two workers are rounded otherwise, and the optimizers carry it on."""
-
-
-@pytest.fixture(scope="module")
-def base(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """An undisturbed run on one worker."""
-    config = small_config(tmp_path_factory.mktemp("survival"), "base")
-    run_locally(groups, config)
-    return config
-
-
-def with_inputs(base: Config, folder: Path, name: str, *parts: str, **changes: Any) -> Config:
-    """A run that finds stream, and what else is named, of the undisturbed one."""
-    config = small_config(folder, name, **changes)
-    for part in ("stream", *parts):
-        shutil.copytree(base.folder / part, config.folder / part)
-    return config
-
-
-def files(config: Config, *folders: str) -> dict[str, bytes]:
-    """All weights that a run has published or exported."""
-    found = [path for folder in folders for path in (config.folder / folder).rglob("*.safetensors")]
-    return {str(path.relative_to(config.folder)): path.read_bytes() for path in found}
 
 
 def kill_and_go_on(groups: dict[int, Workers], config: Config, job: Job) -> list[Mark]:
@@ -133,134 +105,6 @@ def flip(path: Path) -> None:
 def cut(path: Path) -> None:
     """Keep the first half."""
     os.truncate(path, path.stat().st_size // 2)
-
-
-def train_on_a_full_disk(job: Job, windows: list[int], whole: int, full: str) -> str:
-    """Learn `whole` windows, then let no file grow beyond 4 KB, or the next checkpoint's folder not be made: the error."""
-    worker = local_worker(job, windows)
-    save, report = worker._save, worker.loop.report
-    assert report
-
-    def save_then_fill(mark: Mark, window: int | None) -> None:
-        save(mark, window)
-        if mark.windows == whole:
-            worker.saver.finish()
-            if full == "folder":
-                job.checkpoints.folder(Mark(whole + 1)).touch()
-            else:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-
-    worker._save = save_then_fill  # type: ignore[method-assign]
-    if full != "metrics":
-        report.metrics = report.timeline = lambda rows: None  # type: ignore[method-assign]
-    if full == "checkpoint":
-        worker.publish = lambda version: None  # type: ignore[method-assign]
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        worker.run(windows, job.checkpoints.latest())
-    except UserError as error:
-        return str(error)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    return "no error"
-
-
-def local_worker(job: Job, windows: list[int]) -> Worker:
-    worker = Worker(job, None, LocalReport(job.config.folder / "logs" / "metrics.jsonl", job.name), torch.device("cpu"))
-    worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, job.checkpoints.latest()))  # type: ignore[assignment]
-    return worker
-
-
-@pytest.mark.parametrize(("full", "named"), [
-    ("checkpoint", "windows=003: the checkpoint"), ("folder", "windows=003: the checkpoint"), ("snapshot", "version=003: the model after window 2"),
-    ("metrics", "metrics.jsonl, or timeline.jsonl beside it,"),
-])  # fmt: skip
-def test_a_full_disk_keeps_the_last_good_checkpoint(
-    groups: dict[int, Workers], base: Config, tmp_path: Path, full: str, named: str
-) -> None:
-    """Wrong: a checkpoint that could not be written whole counts, pushes out the one before; or a full disk ends in a traceback only."""
-    config = with_inputs(base, tmp_path, "run", vm={"models": []})
-    job, windows = Job("fm", config), list(range(WINDOWS))
-    (told,) = groups[1].run(train_on_a_full_disk, job, windows, 2, full)
-    assert f"{named} could not be written ([Errno " in told or (f"{named} could not be written (" in told and "os error" in told), told
-    assert "; the last good checkpoint is" in told and "windows=002. Make room" in told
-    assert job.checkpoints.latest() == Mark(2)
-    if full == "folder":
-        job.checkpoints.folder(Mark(3)).unlink()
-    if full in ("snapshot", "checkpoint"):
-        groups[1].run(train, job, windows, None)
-        published = files(config, "snapshots")
-        assert len(published) == 2 * (2 if full == "checkpoint" else WINDOWS) and published.items() <= files(base, "snapshots").items()
-        assert job.checkpoints.latest() == Mark(WINDOWS)
-    assert not list(config.folder.rglob(".*.tmp")), "a temporary file was left"
-
-
-def train_to_nan(job: Job, windows: list[int], window: int, rank: int, what: str) -> str:
-    """Spoil one worker's loss in batch 5 of a window, its logits, or at the window's end a weight or its momentum; the error."""
-    worker = Worker(job, None, None, torch.device("cpu"))
-    worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, job.checkpoints.latest()))  # type: ignore[assignment]
-    between, run, (lane,) = worker._between, worker.loop.run, worker.loop.lanes
-    predict, mine = lane.engine.predict, torch.distributed.get_rank() == rank
-    worker.loop.report = KeptRows()
-
-    def spoil(work: Any, under: Any, group: int) -> None:
-        if (work.window, under.batches - 1) == (window, 5) and mine and what == "loss":
-            lane.losses[-1].fill_(float("nan"))
-        between(work, under, group)
-
-    def spoil_window(number: int) -> None:
-        if number == window and what == "logits":
-            lane.engine.predict = lambda batch: torch.full_like(predict(batch), float("inf"))  # type: ignore[method-assign]
-        run(number)
-        if number == window and mine and what in ("weight", "momentum"):
-            shard = next(lane.engine.tables.shards())
-            (shard.weight_RW if what == "weight" else shard.momentum_R).view(-1)[0] = float("inf")
-
-    worker._between, worker.loop.run = spoil, spoil_window  # type: ignore[method-assign]
-    try:
-        worker.run(windows, job.checkpoints.latest())
-    except UserError as error:
-        return str(error)
-    return "no error"
-
-
-@pytest.mark.parametrize(("workers", "what", "named"), [
-    (1, "loss", "window 2, batch 5: the loss of 'fm' is not a number, training stops; the last good checkpoint is"),
-    (2, "loss", "window 2, batch 5: the loss of 'fm' is not a number, training stops; the last good checkpoint is"),
-    (1, "weight", "window 2: 'user@0' of 'fm' is not finite, the model has diverged, so it is not stored; the last good checkpoint is"),
-    (2, "weight", "of 'fm' is not finite, the model has diverged, so it is not stored; the last good checkpoint is"),
-    (1, "momentum", "windows=003: 'lanes/fm/tables/user/momentum@0' is not finite, the model has diverged, so this checkpoint is not written"),
-])  # fmt: skip
-def test_nan_stops_and_keeps_the_last_good_state(
-    groups: dict[int, Workers], base: Config, tmp_path: Path, workers: int, what: str, named: str
-) -> None:
-    """Wrong: training goes on with NaN, does not say where it began, or a state with NaN is published or becomes the newest checkpoint."""
-    config = with_inputs(base, tmp_path, "run", fm={"workers": workers}, vm={"models": []})
-    job = Job("fm", config)
-    for told in groups[workers].run(train_to_nan, job, list(range(WINDOWS)), 2, workers - 1, what):
-        assert named in told, told
-        assert "windows=002. Lower " in told and told.endswith("learning rates under another --name")
-    assert job.checkpoints.latest() == Mark(2)
-    assert SnapshotStore.of(config).versions() == ([1, 2, 3] if what == "momentum" else [1, 2])
-
-
-def test_infinite_logits_are_told(groups: dict[int, Workers], base: Config, tmp_path: Path) -> None:
-    """Wrong: a model that says infinity ends in a traceback, because its figures are no JSON."""
-    config = with_inputs(base, tmp_path, "run", vm={"models": []})
-    (told,) = groups[1].run(train_to_nan, Job("fm", config), list(range(WINDOWS)), 1, 0, "logits")
-    assert told.startswith("window 1, evaluation of 'fm' on all, ") and "900 of 900 logits are not finite: the model has diverged" in told
-
-
-def test_nan_does_not_overwrite_an_export(groups: dict[int, Workers], base: Config, tmp_path: Path) -> None:
-    """Wrong: a followed stream's export gives way to one that no request can be scored with."""
-    vm = {"arms": ["labels"], "models": [base.vm.models[0].model_dump(mode="json")]}
-    config = with_inputs(base, tmp_path, "run", vm=vm)
-    (job,) = vm_jobs(config)
-    groups[1].run(train, job, [0, 1], None)
-    before = files(config, "exported")
-    (told,) = groups[1].run(train_to_nan, job, [0, 1, 2], 2, 0, "weight")
-    assert told.startswith("window 2: 'user@0' of 'feed-labels' is not finite") and "windows=002. Lower vm.optimizer's" in told
-    assert files(config, "exported") == before and load_model(config.folder / "exported" / "feed-labels")[1].facts["windows"] == 2
 
 
 def die_in_commit(job: Job, windows: list[int]) -> None:
