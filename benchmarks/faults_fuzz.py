@@ -19,13 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from exfm_ray.commands import main as command
+from exfm_ray.config import Config
 from exfm_ray.das.lag import Policy
 from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.das.supervision import AugmentedReader, SupervisionStore
 from exfm_ray.data.feed import Pass
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
+from exfm_ray.pipeline import Run
 from exfm_ray.training.checkpoint import Checkpoints
 
 SEED = 11
@@ -49,7 +53,7 @@ def fuzz(run: Path, scratch: Path, inputs: int) -> dict[str, Any]:
         inputs, told, harmless, and `wrong`: what was neither, each with its file and mutation.
     """
     draw, counts, wrong = random.Random(SEED), Counter[str](), list[str]()
-    kept = {target.pattern: _read(target, run) for target in TARGETS}
+    kept = {(target.pattern, target.read): _read(target, run) for target in TARGETS}
     for number in range(inputs):
         target = TARGETS[number % len(TARGETS)]
         files = sorted(run.glob(target.pattern))
@@ -58,11 +62,11 @@ def fuzz(run: Path, scratch: Path, inputs: int) -> dict[str, Any]:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.copytree(run, scratch / run.name, ignore=shutil.ignore_patterns("wandb", "ray_train"))
         copy = scratch / run.name / file.relative_to(run)
-        names = JSON_MUTATIONS if file.suffix == ".json" and draw.random() < 0.6 else MUTATIONS
+        names = OF_KIND[file.suffix] if file.suffix in OF_KIND and draw.random() < 0.6 else MUTATIONS
         name = draw.choice([name for name in names if name != target.never])
-        (JSON_MUTATIONS if name in JSON_MUTATIONS else MUTATIONS)[name](copy, draw)
+        names[name](copy, draw)
         outcome = _read(target, scratch / run.name)
-        kind = "harmless" if outcome == kept[target.pattern] else "told" if outcome[0] == "told" else "wrong"
+        kind = "harmless" if outcome == kept[target.pattern, target.read] else "told" if outcome[0] == "told" else "wrong"
         counts[kind] += 1
         if kind == "wrong":
             wrong.append(f"{file.relative_to(run)}, {name}: {outcome}"[:400])
@@ -134,6 +138,14 @@ def _report(run: Path) -> object:
     return "a report"
 
 
+def _summarise(run: Path) -> object:
+    """What a command that finds all done writes anew, but for the peak memory, which it takes from the last summary."""
+    config = Config.model_validate(next(iter(yaml.safe_load_all((run / "config.yaml").read_text()))))
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run.parent})})
+    summary = Run(config, EventStream.open(run / "stream")).summarise()
+    return summary["windows"], summary["figures"]
+
+
 def _export(run: Path) -> object:
     shutil.rmtree(run.parent / "exported", ignore_errors=True)
     _command("export", str(run), "--vm", "feed", "--arm", "labels", "--to", str(run.parent / "exported"))
@@ -160,6 +172,8 @@ TARGETS = [
     Target("metrics.jsonl", _report),
     Target("timeline.jsonl", _report),
     Target("summary.json", _report),
+    Target("summary.json", _summarise),
+    Target("timeline.jsonl", _summarise),
     Target("config.yaml", _report),
 ]
 
@@ -215,6 +229,13 @@ def _escape(path: Path, draw: random.Random) -> None:
     path.write_text(text)
 
 
+def _empty_row(path: Path, draw: random.Random) -> None:
+    """A line that is JSON and no row."""
+    lines = path.read_text().splitlines(keepends=True)
+    lines.insert(draw.randrange(len(lines) + 1), draw.choice(["{}\n", "[]\n", "null\n", '{"role": 3}\n']))
+    path.write_text("".join(lines))
+
+
 def _change(path: Path, draw: random.Random, change: Callable[[Any, Any], object]) -> None:
     tree = json.loads(path.read_text())
     places: list[tuple[Any, Any]] = []
@@ -237,4 +258,5 @@ JSON_MUTATIONS: dict[str, Callable[[Path, random.Random], object]] = {
     "a value replaced": _value, "a value removed": _remove, "names lead elsewhere": _escape,
     "a list": lambda path, _: path.write_text("[1, 2]"), "deep": lambda path, _: path.write_text("[" * 50_000),
 }  # fmt: skip
-
+OF_KIND = {".json": JSON_MUTATIONS, ".jsonl": {"a row that is none": _empty_row}}
+"""Mutations that leave a file what its suffix says."""

@@ -11,14 +11,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from fcntl import LOCK_EX, flock
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
+from typing import IO
 
 from exfm_ray.errors import UserError
 from exfm_ray.files import digest, sha256
 from exfm_ray.remote import Place, RemotePath
 
 KEPT_S = 3600.0
+FETCH_S, LOOK_S = 3600.0, 0.1
+"""Longest wait for another process of this node that fetches the same file, and the pause between two looks."""
 
 
 def intact(path: Place, expected: str) -> bool:
@@ -74,8 +77,20 @@ def _folder() -> Path:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     with path.open("w") as lock:
-        flock(lock, LOCK_EX)
+        deadline = time.monotonic() + FETCH_S
+        while not _locked(lock):
+            if time.monotonic() > deadline:
+                raise UserError(f"{path}: waited {FETCH_S:.0f} s for another process of this node that fetches the same file, and gave up")
+            time.sleep(LOOK_S)
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        flock(file, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _forget_old() -> None:

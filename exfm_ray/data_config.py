@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from exfm_ray.errors import UserError
 from exfm_ray.places import lasting
-from exfm_ray.schema import Model, Name
+from exfm_ray.schema import Below, Model, Name
 
 SECRET = re.compile("password|secret|token|key.pem|ssl.key$")
 """Options of librdkafka whose values are for nobody's eyes."""
@@ -79,7 +79,7 @@ class KafkaConfig(Model):
 class FollowConfig(Model):
     """A stream without an end: `run.py prepare` takes new events and labels as they come, until the file `_END` lies in data.root."""
 
-    labels: str | None = Field(None, description="label files below data.root, a name pattern, csv or parquet by their suffix; a topic of kafka")
+    labels: Below | None = Field(None, description="label files below data.root, a name pattern, csv or parquet by their suffix; a topic of kafka")
     kafka: KafkaConfig | None = Field(None, description="of the source `kafka`")
     lateness_s: int = Field(0, ge=0, description="an event may come this much after a younger one; its window is cut when that time is over")
     poll_s: float = Field(5.0, gt=0, description="seconds between two looks at what has come")

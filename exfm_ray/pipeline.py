@@ -7,6 +7,7 @@ together or one after the other, killed and started again, with the same result.
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 import threading
@@ -43,10 +44,11 @@ from exfm_ray.models.network import Network
 from exfm_ray.remote import Place
 from exfm_ray.runtime import MemoryMeter, ray_session
 from exfm_ray.schema import Schema
+from exfm_ray.sole import hold
 from exfm_ray.summary import summary_rows
 from exfm_ray.tracking.pipeline_runs import PipelineRuns
 from exfm_ray.tracking.progress import ProgressView
-from exfm_ray.tracking.recorder import RecorderActor, read_metrics
+from exfm_ray.tracking.recorder import TIMELINE, RecorderActor, read_metrics, read_timeline
 from exfm_ray.training.checkpoint import START, JobResult
 from exfm_ray.training.job import Job, fm_tasks
 from exfm_ray.training.launch import run_job, start_feed
@@ -218,9 +220,13 @@ class Run:
 
     def execute(self, fm: bool = True, das: bool = True, vm: bool = True) -> bool:
         """Run the roles asked for, side by side, to the end of the stream, or of what is there by now of one that is followed; False when
-        there was nothing to do. Rule 5: only what is missing is done."""
+        there was nothing to do. Rule 5: only what is missing is done.
+
+        UserError where another process is at work on one of them; in a cluster, whose drivers share a DAS, not for the DAS.
+        """
         self._check_static(das)
         self._claim()
+        hold(self.folder, [role for role, asked in (("fm", fm), ("das", das and not os.environ.get("RAY_ADDRESS")), ("vm", vm)) if asked])
         jobs = ([Job("fm", self.config)] if fm else []) + (vm_jobs(self.config) if vm else [])
         for told in [told for job in jobs for told in job.checkpoints.set_aside_damaged()]:
             print(f"warning: {told}", file=sys.stderr)
@@ -399,9 +405,9 @@ class Run:
         """Write summary.json from the jobs' checkpoints; returns it."""
         results = {job.name: self._result(job) for job in [Job("fm", self.config), *vm_jobs(self.config)]}
         found = {name: result for name, result in results.items() if result}
-        scored = {own.order.role: own.done() for own in self.dases}
+        spans = read_timeline(self.folder / TIMELINE)
+        scored = {own.order.role: own.done(spans) for own in self.dases}
         path = self.folder / "summary.json"
-        before = read_json(path)["peak_memory_bytes"] if path.exists() else 0
         roles = {name: {"seconds": r.seconds, "examples": r.examples} for name, r in found.items()}
         static = Job("fm", self.config).static(self.windows)
         summary = {
@@ -412,7 +418,7 @@ class Run:
             "roles": roles | {role: {"seconds": seconds, "examples": examples} for role, (seconds, examples) in scored.items()},
             "parked": [row for own in self.dases for row in parked(own.order)],
             "stood_in": [row for own in self.dases for row in stood_in(own.order)],
-            "peak_memory_bytes": max(self.memory.peak, before),
+            "peak_memory_bytes": max(self.memory.peak, _peak(path)),
         }
         write_json(path, summary)
         return summary
@@ -425,3 +431,12 @@ class Run:
     def _result(self, job: Job) -> JobResult | None:
         done = job.checkpoints.latest()
         return job.checkpoints.result(done) if done != START else None
+
+
+def _peak(path: Path) -> int:
+    """The peak memory of the run's commands before this one, of its summary."""
+    found = read_json(path) if path.exists() else {"peak_memory_bytes": 0}
+    peak = found.get("peak_memory_bytes") if isinstance(found, dict) else None
+    if not isinstance(peak, int):
+        raise UserError(f"{path}: holds no peak_memory_bytes; it is damaged: remove it, and give the command again, which writes it anew")
+    return peak

@@ -7,8 +7,11 @@ import os
 from pathlib import Path
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from exfm_ray.remote import Place, RemotePath
+from exfm_ray.errors import UserError
+from exfm_ray.remote import Place, RemotePath, check_url
+from exfm_ray.schema import Name
 
 UPLOADS = "working_dir_files"
 """The folder of a Ray node in which uploaded code lies, one folder for each upload. Ray removes them when jobs or its session end."""
@@ -38,9 +41,18 @@ def stores(folder: Path, name: str, storage: str | None) -> Place:
 
 
 def stores_of(run: Path) -> Place:
-    """The same of a run that is there, as the config in its folder says."""
+    """The same of a run that is there, as the config in its folder says. UserError where that says what no config of ours could."""
     try:
         settings = next(iter(yaml.safe_load_all((run / "config.yaml").read_text())))
-        return stores(run, str(settings["name"]), settings["run"].get("storage"))
+        name, storage = settings["name"], settings["run"].get("storage")
     except (OSError, ValueError, yaml.YAMLError, StopIteration, TypeError, KeyError, AttributeError):  # whoever reads the settings says so
         return run
+    if storage is None:
+        return run
+    try:
+        return stores(run, TypeAdapter(Name).validate_python(name), check_url(TypeAdapter(str).validate_python(storage)))
+    except ValidationError as error:
+        told = error.errors()[0]["msg"]
+    except ValueError as error:
+        told = str(error)
+    raise UserError(f"{run / 'config.yaml'}: settings 'name' and 'run.storage' lead to no store ({told}); give the run's command again")

@@ -146,7 +146,10 @@ class RemotePath:
         return "/".join([without_credentials(self.root).rstrip("/"), *self.parts])
 
     def __truediv__(self, below: str) -> RemotePath:
-        return RemotePath(self.root, (*self.parts, *below.split("/")))
+        parts = below.split("/")
+        if ".." in parts:
+            raise UserError(f"{self}: '{below}' does not lie below it")
+        return RemotePath(self.root, (*self.parts, *parts))
 
     @property
     def name(self) -> str:

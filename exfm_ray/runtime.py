@@ -47,8 +47,19 @@ def ray_session(config: Config) -> Iterator[None]:
         options = {"address": "local", "num_cpus": max(logical_cpus(config), os.cpu_count() or 1), "include_dashboard": False}
         # Workers inherit the environment; a runtime_env would make Ray throw away the workers that it starts ahead.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    with _stderr_to(logs / "driver.log"):  # Ray's C++ core does not log, it prints
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+    try:
+        if not options:
+            _knock()
+        with _stderr_to(logs / "driver.log"):  # Ray's C++ core does not log, it prints
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        if options:
+            raise
+        told = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}, and no Ray could be joined there ({told}); correct it, start that cluster, or unset it: "
+            "the run then starts Ray on this machine"
+        ) from None
     tighten_token()
     try:
         if not options:
@@ -75,9 +86,7 @@ def running_ray() -> Iterator[None]:
         yield
         return
     try:
-        host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
-        if host and port.isdigit() and "/" not in host:  # Ray itself would try for minutes
-            socket.create_connection((host, int(port)), CONNECT_S).close()
+        _knock()
         with _stderr_to(Path(os.devnull)):
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
     except (OSError, RuntimeError, ValueError) as error:
@@ -88,6 +97,13 @@ def running_ray() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock() -> None:
+    """OSError where nobody listens at RAY_ADDRESS; Ray itself would try for minutes."""
+    host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
 
 
 def _check_cluster(config: Config) -> None:

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Annotated, Self
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from exfm_ray.errors import nearest
 from exfm_ray.files import digest
@@ -33,6 +34,17 @@ ALL_DOMAINS = "all"
 PACKED_COLUMNS = ("example_id", "event_time", "domain", "labels", "sparse", "dense")
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
+
+
+def _below(pattern: str) -> str:
+    path = PurePosixPath(pattern)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"'{pattern}' does not lie below data.root; set data.root to a folder that holds it, and name it from there")
+    return pattern
+
+
+Below = Annotated[str, AfterValidator(_below)]
+"""A file's name, or a pattern, below a folder that someone else names: it cannot lead out of it."""
 
 
 class Kind(StrEnum):

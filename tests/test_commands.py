@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import yaml
 from small_runs import SETTINGS, merged
+from test_sole import held
 
 from exfm_ray.commands import COMMANDS, export, main
+from exfm_ray.config import load_config
 from exfm_ray.files import write_json
+from exfm_ray.sole import hold
 
 
 @pytest.fixture
@@ -101,14 +104,26 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_run_folder_that_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path, file: Path, name: str) -> None:
     """Wrong: a run is mixed with another one's, or a role waits for ever for what nobody makes."""
-    from exfm_ray.config import load_config
     from exfm_ray.pipeline import Run, prepare_stream
 
     config = load_config(file)
     Run(config, prepare_stream(config))._claim()
+    hold(config.folder, ["fm", "das", "vm"])
     spoil, arguments, told = BROKEN[name]
     spoil(config.folder)
     assert told in refused(capsys, tmp_path, *arguments, "--config", file)
+
+
+def test_a_run_that_another_process_drives(capsys: pytest.CaptureFixture[str], tmp_path: Path, file: Path) -> None:
+    """Wrong: a command that is given twice writes every row and checkpoint twice."""
+    assert main(["prepare", "--config", str(file)]) == 0
+    folder = load_config(file).folder
+    with held(folder, "vm") as other:
+        for command in ("pipeline", "train-vm"):
+            assert main([command, "--config", str(file)]) == 2
+            assert f"error: {folder}: process {other.pid} on" in capsys.readouterr().err
+        assert main(["das", "--config", str(file)]) == 2
+        assert "run train-fm first" in capsys.readouterr().err
 
 
 def test_prepare_tells_what_it_made(capsys: pytest.CaptureFixture[str], tmp_path: Path, file: Path) -> None:

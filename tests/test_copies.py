@@ -80,6 +80,19 @@ def test_an_outage_is_no_damage(s3: S3, tmp_path: Path, fetches: list[str]) -> N
         intact(path, HASH)
 
 
+def test_a_fetch_that_hangs_elsewhere_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: processes wait for ever for one that hangs while it fetches, or do not wait for it at all."""
+    monkeypatch.setattr(copies, "FETCH_S", 0.3)
+    path = tmp_path / "a.lock"
+    with copies._alone(path):
+        started = time.monotonic()
+        with pytest.raises(UserError, match=r"a.lock: waited 0 s for another process of this node"), copies._alone(path):
+            pass
+        assert time.monotonic() - started > 0.3
+    with copies._alone(path):
+        pass
+
+
 def test_what_is_out_of_use_goes(s3: S3, tmp_path: Path, fetches: list[str]) -> None:
     """Wrong: the copies of all snapshots of a long run fill the disk, or one that is in use goes."""
     folder = RemotePath(s3.url(tmp_path.name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from exfm_ray.data_config import KafkaConfig
+from exfm_ray.data_config import FollowConfig, KafkaConfig
 from exfm_ray.errors import UserError
 
 
@@ -26,3 +26,11 @@ def test_secrets_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("EXFM_TEST_PASSWORD", "hunter2")
     assert config.resolved() == {"sasl.password": "hunter2", "security.protocol": "SSL"}
     assert "hunter2" not in config.model_dump_json()
+
+
+@pytest.mark.parametrize("pattern", ["/etc/*.csv", "../labels/*.csv", "a/../../b.csv", ""])
+def test_label_files_lie_below_the_root(pattern: str) -> None:
+    """Wrong: files elsewhere on the disk are read as labels, or the pattern ends in pathlib's traceback."""
+    with pytest.raises(ValidationError, match=r"does not lie below data.root; set data.root"):
+        FollowConfig(labels=pattern)
+    assert FollowConfig(labels="labels/..part-*.csv").labels == "labels/..part-*.csv"

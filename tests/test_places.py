@@ -8,7 +8,9 @@ import pytest
 from small_runs import SETTINGS
 
 from exfm_ray.config import Config
-from exfm_ray.places import base, lasting, placed
+from exfm_ray.errors import UserError
+from exfm_ray.places import base, lasting, placed, stores_of
+from exfm_ray.remote import RemotePath
 
 
 @pytest.fixture
@@ -46,3 +48,18 @@ def test_a_home_that_is_set_counts_everywhere(tmp_path: Path, monkeypatch: pytes
     """Wrong: a command in an image, whose working folder is lost with the container, writes its run there."""
     monkeypatch.setenv("EXFM_HOME", str(tmp_path))
     assert placed() and lasting("runs") == tmp_path / "runs"
+
+
+def test_stores_of_a_run_that_is_there(tmp_path: Path) -> None:
+    """Wrong: the stores of another run are looked for elsewhere, or a config.yaml that no command of ours wrote leads to any place it likes."""
+    assert stores_of(tmp_path) == tmp_path
+    file = tmp_path / "config.yaml"
+    file.write_text("name: a\nrun: {storage: null}\n")
+    assert stores_of(tmp_path) == tmp_path
+    file.write_text("name: a\nrun: {storage: 's3://bucket/runs'}\n---\n# python\n")
+    assert stores_of(tmp_path) == RemotePath("s3://bucket/runs") / "a"
+    for text in ("name: ../b\nrun: {storage: 's3://bucket/runs'}", "name: a\nrun: {storage: 's3://me:secret@bucket'}", "name: 3\nrun: {storage: []}"):
+        file.write_text(text)
+        with pytest.raises(UserError, match="config.yaml: settings 'name' and 'run.storage' lead to no store") as caught:
+            stores_of(tmp_path)
+        assert "secret" not in str(caught.value)

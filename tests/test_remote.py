@@ -52,6 +52,15 @@ def told(place: Place) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def test_a_path_stays_below_its_root() -> None:
+    """Wrong: a name in a file that came from elsewhere leads to another run's objects."""
+    place = RemotePath("s3://bucket/runs") / "a"
+    assert str(place / "b/c..d") == "s3://bucket/runs/a/b/c..d"
+    for name in ("..", "../b", "b/../../c"):
+        with pytest.raises(UserError, match=r"s3://bucket/runs/a: '.*' does not lie below it"):
+            place / name
+
+
 def lay_out(place: Place) -> None:
     write_json(place / "window=000" / "a.json", {"a": "ä"})
     write_text(place / "window=000" / "deep" / "c.txt", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,19 @@ def test_asks_for_cpus_for_every_role_and_for_the_data(tmp_path: Path) -> None:
     assert logical_cpus(config) == 3 + 2 * 2 + 4 + DATA_CPUS
     shared = config.model_copy(update={"vm": config.vm.model_copy(update={"share_pass": True})})
     assert logical_cpus(shared) == 3 + 2 + 4 + DATA_CPUS
+
+
+def test_an_address_at_which_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: a wrong RAY_ADDRESS ends in Ray's traceback, after minutes."""
+    monkeypatch.setattr("exfm_ray.runtime.ray.is_initialized", lambda: False)
+    monkeypatch.setattr(runtime, "_log_to", lambda path: None)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        told = f"RAY_ADDRESS is {address}, and no Ray could be joined there .*; correct it, .* or unset it"
+        with pytest.raises(UserError, match=told), runtime.ray_session(small_config(tmp_path, "x")):
+            pass
 
 
 def test_the_token_is_for_its_owner_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from exfm_ray.files import read_json, write_json
 from exfm_ray.model_config import DCNv2Config, DLRMConfig, MLPConfig, ModelConfig, WukongConfig
 from exfm_ray.models.embeddings import PlainTables
 from exfm_ray.models.network import build_network
-from exfm_ray.models.stored import MANIFEST, PlainModel, commit_model, load_model, remove_model, write_tables
+from exfm_ray.models.stored import MANIFEST, PlainModel, commit_model, load_model, load_rows, read_manifest, remove_model, write_tables
 
 MODELS: list[ModelConfig] = [
     MLPConfig(dim=4, mlp=(8,)), DLRMConfig(dim=4, bottom_mlp=(4,), top_mlp=(8,)), DCNv2Config(dim=4, mlp=(8,)),
@@ -67,6 +67,24 @@ def test_refuses_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).unlink()
     with pytest.raises(UserError, match=r"model.json: no such file"):
         load_model(tmp_path)
+
+
+def test_a_manifest_that_lacks_a_file_is_told(tmp_path: Path) -> None:
+    """Wrong: a file that is lost from the manifest ends in a traceback, or a holder of a part of the tables gets too few rows."""
+    store(tmp_path, MODELS[0], 2)
+    manifest = read_json(tmp_path / MANIFEST)
+    for file, told in (
+        ("dense.safetensors", "model.json: names no dense.safetensors; this model is damaged"),
+        ("tables.0001.safetensors", "model.json: its files of tables are not all there is .table 'user' has shape"),
+    ):
+        write_json(tmp_path / MANIFEST, manifest | {"files": {name: hashed for name, hashed in manifest["files"].items() if name != file}})
+        with pytest.raises(UserError, match=told):
+            load_model(tmp_path)
+    rows = {name: range(1, count) for name, count in SCHEMA.tables.items()}
+    with pytest.raises(UserError, match="model.json: its files of tables lack rows of 'user'; this model is damaged"):
+        load_rows(tmp_path, read_manifest(tmp_path), rows)
+    write_json(tmp_path / MANIFEST, manifest)
+    assert {name: len(table) for name, table in load_rows(tmp_path, read_manifest(tmp_path), rows).items()} == {n: len(r) for n, r in rows.items()}
 
 
 def test_an_older_runs_table_file_does_not_get_in(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import ray
 from ray import tune as ray_tune
 
+from exfm_ray.actors import answer
 from exfm_ray.config import Config, StudentConfig
 from exfm_ray.data.feed import FragmentReader
 from exfm_ray.files import digest
@@ -26,7 +26,9 @@ Entry = dict[str, Any]
 def run_block(asked: dict[str, Any], config: Config, students: Mapping[str, StudentConfig], rows: Mapping[str, Any]) -> None:
     """Reports after each score window an entry for each member, in order, and ends when all have failed."""
     try:
-        for entries in learnt(asked, config, students[asked["student"]], ray.get(rows[asked["student"]])):
+        student = students[asked["student"]]
+        reader = answer(rows[student.name], f"a trial of {student.name}", "its rows")
+        for entries in learnt(asked, config, student, reader):
             ray_tune.report({MEMBERS: entries, SCORE: min(entry.get(SCORE, math.inf) for entry in entries)})
     except Exception as error:
         failed = [{FAILED: f"{type(error).__name__}: {error}"} for _ in asked["members"]]

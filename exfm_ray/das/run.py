@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from exfm_ray.config import Config, TeacherConfig
 from exfm_ray.das.client import label
@@ -12,7 +13,6 @@ from exfm_ray.das.order import Order
 from exfm_ray.das.scorer import Scorer
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
-from exfm_ray.files import read_lines
 from exfm_ray.places import stores_of
 
 
@@ -33,9 +33,9 @@ class DAS:
         """Windows that have a teacher but lack committed supervision, or what their students are given beside it."""
         return [w for w in windows if self.order.policy.version(w) is not None and not self.order.has(w)]
 
-    def done(self) -> tuple[float, int]:
-        """Seconds, without waiting, and examples of the windows scored so far."""
-        lines = [line for line in read_lines(self.order.log) if line["role"] == self.order.role]
+    def done(self, spans: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
+        """Seconds, without waiting, and examples of the windows scored so far, by the run's timeline."""
+        lines = [line for line in spans if line["role"] == self.order.role]
         return sum(line["ended_s"] - line["started_s"] - line["waited_s"] for line in lines), sum(line["examples"] for line in lines)
 
     def run_here(self, windows: Sequence[int]) -> int:

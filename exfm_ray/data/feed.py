@@ -230,8 +230,12 @@ class Feed:
             self._reading = _Reading(self._reader, passes, workers, self._wait_s, self._labels, self._look_s, again=True)
 
     def fail(self, told: str) -> None:
-        """A worker has met an error that no restart mends."""
-        self._failed = told
+        """A worker has met an error that no restart mends; the first one stands, for others may follow from it."""
+        self._failed = self._failed or told
+
+    def failed(self) -> str | None:
+        """The error that no restart mends, if a worker has met one."""
+        return self._failed
 
     def block(self, worker: int, index: int) -> list[Any]:
         """The reference of block `index`, in a list; blocks until it is read. Frees blocks that all workers have passed."""

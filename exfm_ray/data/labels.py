@@ -53,9 +53,18 @@ class Released(Model):
 
 
 def attribution(root: Place) -> dict[str, int]:
-    """Seconds of attribution of each task whose labels come after the events; empty where all labels stand with the events."""
+    """Seconds of attribution of each task whose labels come after the events; empty where all labels stand with the events.
+
+    UserError for a damaged file.
+    """
     path = root / ATTRIBUTION
-    return {str(task): int(s) for task, s in read_json(path)["attribution_s"].items()} if path.exists() else {}
+    if not path.exists():
+        return {}
+    found = read_json(path)
+    seconds = found.get("attribution_s") if isinstance(found, dict) else None
+    if not isinstance(seconds, dict) or not all(isinstance(s, int) and s >= 0 for s in seconds.values()):
+        raise UserError(f"{path}: holds no `attribution_s` of tasks and seconds; it is damaged: prepare the stream again")
+    return seconds
 
 
 def release_folder(root: Place, window: int, task: str) -> Place:

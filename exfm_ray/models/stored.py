@@ -152,6 +152,8 @@ def read_manifest(folder: Place) -> StoredModel:
 def checked_manifest(folder: Place) -> StoredModel:
     """The manifest of a stored model whose files have the hashes that it names; UserError for a damaged one."""
     manifest = read_manifest(folder)
+    if DENSE not in manifest.files:
+        raise UserError(f"{folder / MANIFEST}: names no {DENSE}; this model is damaged")
     for name, expected in manifest.files.items():
         if PurePath(name).name != name or not intact(folder / name, expected):
             raise UserError(f"{folder / name}: missing or not the file that {MANIFEST} describes; this model is damaged")
@@ -173,7 +175,10 @@ def load_model(folder: Place) -> tuple[PlainModel, StoredModel]:
     """Load a stored model onto the CPU, its files checked against their hashes."""
     manifest = checked_manifest(folder)
     tables = PlainTables(manifest.example, manifest.network, seed=None)
-    tables.load_tables(whole_tables(folder))
+    try:
+        tables.load_tables(whole_tables(folder))
+    except ValueError as error:
+        raise UserError(f"{folder / MANIFEST}: its files of tables are not all there is ({error}); this model is damaged") from None
     return PlainModel(tables, load_network(folder, manifest)).eval(), manifest
 
 
@@ -187,4 +192,7 @@ def load_rows(folder: Place, manifest: StoredModel, rows: Mapping[str, range]) -
                 held = handle.get_slice(key)
                 start, stop = (min(max(row - int(first), 0), held.get_shape()[0]) for row in (rows[name].start, rows[name].stop))
                 parts[name].append((int(first), held[start:stop]))
+    for name, wanted in rows.items():
+        if sum(len(part) for _, part in parts[name]) != len(wanted):
+            raise UserError(f"{folder / MANIFEST}: its files of tables lack rows of '{name}'; this model is damaged")
     return {name: torch.cat([part for _, part in sorted(p, key=lambda item: item[0])]) for name, p in parts.items()}

@@ -84,6 +84,9 @@ def apply(tables: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> dict[str
 
 def check_same_student(base: Path, old: Served, new: Served) -> None:
     """UserError where two served folders are not of one student over one schema."""
+    for key in ("vm", "arm"):
+        if not {key} <= old.student.keys() & new.student.keys():
+            raise UserError(f"{base / MANIFEST}, or the manifest to go with it: its `student` has no '{key}'; export the student whole")
     for said, before, now in (
         ("vertical model", old.student["vm"], new.student["vm"]),
         ("arm", old.student["arm"], new.student["arm"]),
@@ -151,7 +154,7 @@ def apply_folder(base: Path, delta: Path, folder: Path) -> None:
         for name in (ONNX, SCHEMA):
             shutil.copyfile(delta / name, new / name)
         for name in (TABLES, *([HISTORY] if past else [])):
-            if sha256(new / name) != manifest.target.files[name]:
+            if sha256(new / name) != manifest.target.files.get(name):
                 raise UserError(f"{delta}: the rows put into {base} do not give the {name} that its manifest promises; take a full export")
         write_manifest(new, manifest.target)
 

@@ -13,16 +13,18 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from exfm_ray.config import Config
-from exfm_ray.files import digest, read_json, read_lines, write_json
+from exfm_ray.files import digest, read_json, write_json
 from exfm_ray.remote import Place, RemotePath
 from exfm_ray.schema import ALL_DOMAINS
-from exfm_ray.tracking.recorder import TIMELINE, read_metrics
+from exfm_ray.tracking.recorder import TIMELINE, read_metrics, read_timeline
 from exfm_ray.tracking.wandb_runs import close_wandb, open_run
 
 if TYPE_CHECKING:
     import wandb
 
 POLL_S = 2.0
+CLOSE_S = 600.0
+"""Longest wait at the end for what is left to be written."""
 FIGURES = ("ne", "auc", "gauc", "calibration", "label_rate")
 OVERALL = ("ne", "auc", "calibration", "ne_gain", "transfer_ratio")
 MODEL = "model.json"
@@ -68,10 +70,13 @@ class PipelineRuns:
             self._thread.start()
 
     def close(self) -> None:
-        """Write what is left, the run's summary and references to its snapshots and exports; wait until all is written."""
+        """Write what is left, the run's summary and references to its snapshots and exports; wait until all is written, `CLOSE_S` at most."""
         self._over.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            told = f"wandb: the run waited {CLOSE_S:.0f} s for its last figures to be written and gave up"
+            print(f"{told}. The same command, given again after more windows, writes it anew", file=sys.stderr)
 
     def _follow(self) -> None:
         try:
@@ -91,7 +96,7 @@ class PipelineRuns:
 
     def _log_new(self, before: Mapping[str, int]) -> None:
         rows = read_metrics(self._config.folder / "metrics.jsonl")
-        scored = [span for span in read_lines(self._config.folder / TIMELINE) if span["role"] == "das"]
+        scored = [span for span in read_timeline(self._config.folder / TIMELINE) if span["role"] == "das"]
         if not self._runs and (len(rows), len(scored)) <= (before["metrics"], before["das"]):
             return
         new, self._read["metrics"] = rows[self._read["metrics"] :], len(rows)

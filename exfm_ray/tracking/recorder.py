@@ -18,6 +18,7 @@ from exfm_ray.files import append_lines, cut_torn_line, read_lines
 
 IDENTITY = ("window", "role", "model", "arm", "domain", "task", "seed")
 FIELDS = {*IDENTITY, "ne", "auc", "gauc", "log_loss", "calibration", "label_rate", "examples"}
+SPAN = {"role", "window", "phase", "started_s", "ended_s", "waited_s", "examples"}
 TIMELINE = "timeline.jsonl"
 
 
@@ -60,10 +61,19 @@ class Recorder:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl; UserError where one of them is none."""
+    return _rows(path, FIELDS)
+
+
+def read_timeline(path: Path) -> list[dict[str, Any]]:
+    """Rows of a timeline.jsonl; UserError where one of them is none."""
+    return _rows(path, SPAN)
+
+
+def _rows(path: Path, fields: set[str]) -> list[dict[str, Any]]:
     rows = read_lines(path)
     for number, row in enumerate(rows, start=1):
-        if not row.keys() >= FIELDS:
-            raise UserError(f"{path}: line {number} has no {sorted(FIELDS - row.keys())[0]}; remove the line")
+        if not row.keys() >= fields:
+            raise UserError(f"{path}: line {number} has no {sorted(fields - row.keys())[0]}; remove the line")
     return rows
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import yaml
 
 from exfm_ray.errors import UserError
-from exfm_ray.files import read_json, read_lines
+from exfm_ray.files import read_json
 from exfm_ray.metrics.gain import ne_gain, transfer_ratio
 from exfm_ray.metrics.state import entropy
 from exfm_ray.places import stores_of
 from exfm_ray.schema import ALL_DOMAINS
 from exfm_ray.tracking.marks import listing
-from exfm_ray.tracking.recorder import TIMELINE, read_metrics
+from exfm_ray.tracking.recorder import TIMELINE, read_metrics, read_timeline
 
 Row = dict[str, Any]
 KEY = ("role", "model", "arm", "domain", "task")
@@ -94,7 +94,7 @@ class RunFiles:
     @cached_property
     def spans(self) -> list[Row]:
         """Of timeline.jsonl."""
-        return read_lines(self.folder / TIMELINE)
+        return read_timeline(self.folder / TIMELINE)
 
     @cached_property
     def new_ids(self) -> list[Row]:

@@ -15,6 +15,7 @@ from exfm_ray.data.feed import FEED_WAIT_S, LOOK_S, Feed
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
 from exfm_ray.remote import pause_s
+from exfm_ray.runtime import user_error
 from exfm_ray.training.checkpoint import START, Mark
 from exfm_ray.training.job import Job
 
@@ -24,6 +25,8 @@ RESTARTS = 5
 """How often an elastic job is started again after losing workers."""
 NO_ROOM = "WorkerGroupStartupTimeoutError"
 """Ray Train's own, not public name of the error of a try that ended without room."""
+ADVICE = "\nFailed to apply UDF transform"
+"""From here on Ray Data's own advice, which it puts behind the message of an error in a read task."""
 START_TRIES = 60
 """How often Ray Train asks for room for a job's workers; each time it waits a minute, and a node may join meanwhile."""
 
@@ -59,10 +62,12 @@ def run_job(job: Job, windows: Sequence[int], recorder: Any, feed: Any) -> None:
     """Run a job to its end, from its latest checkpoint on; `feed`: what `start_feed` gave.
 
     An elastic job (`min_workers`) that loses workers is started again with as many as there are room for, `RESTARTS` times at most.
-    UserError where there is no room for its workers.
+    UserError where there is no room for its workers, and the one that a worker has met: no job is started again after that.
     """
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    from exfm_ray.training.mistakes import EndAtMistake
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more at each start, for a notice that nothing here uses
@@ -79,13 +84,15 @@ def run_job(job: Job, windows: Sequence[int], recorder: Any, feed: Any) -> None:
         ),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout_s=int(COLLECTIVE_WAIT_S)),
         run_config=RunConfig(
-            name=job.name, storage_path=str(logs / "ray_train"),
+            name=job.name, storage_path=str(logs / "ray_train"), callbacks=[EndAtMistake(feed)],
             failure_config=FailureConfig(max_failures=RESTARTS if elastic else 0, controller_failure_limit=tries),
         ),
     )  # fmt: skip
     try:
         trainer_of_ray.fit()
     except ControllerError as error:
+        if isinstance(error.controller_failure, UserError):
+            raise error.controller_failure from None
         if type(error.controller_failure).__name__ != NO_ROOM:
             raise
         raise UserError(
@@ -101,8 +108,11 @@ def _train(settings: dict[str, Any]) -> None:
     with chatter_to(job.config.folder / "logs" / f"{job.name}.rank{rank}.log"):
         try:
             _work(job, rank, settings)
-        except UserError as error:
-            answer(settings["feed"].fail.remote(str(error)), f"worker {rank} of {job.name}", "the feed to take its error")
+        except Exception as error:
+            mistake = user_error(error)
+            if mistake:
+                told = str(mistake).partition(ADVICE)[0]
+                answer(settings["feed"].fail.remote(told), f"worker {rank} of {job.name}", "the feed to take its error")
             raise
 
 

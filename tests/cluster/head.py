@@ -32,6 +32,9 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+WANDB_KEY = "0123456789abcdef0123456789abcdef01234567"
+
+
 class Head:
     """`ray start --head` with token authentication and its own folder, ports and processes; `home` is its EXFM_HOME."""
 
@@ -54,6 +57,7 @@ class Head:
             "RAY_prestart_worker_first_driver": "0",  # workers started ahead lack a job's code and are thrown away
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), bare["PATH"]]),
             "EXFM_HOME": str(self.home),
+            "WANDB_API_KEY": WANDB_KEY,
         }
         self._nodes: list[subprocess.Popen[bytes]] = []
         ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", f"--ray-client-server-port={client}"]

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import requests
-from head import REPOSITORY, Head
+from head import REPOSITORY, WANDB_KEY, Head
 from ray.job_submission import JobStatus
 
 from cluster.jobs import exit_code
@@ -76,7 +76,8 @@ def undisturbed(head: Head) -> Path:
         nodes.append(head.join(2, f"exfm-group={label}"))
         found |= dict.fromkeys(head.alive() - found.keys(), label)
     assert len(found) == 3
-    code, out, errors = ended(head.submit("--id", "tiny", "--", *PIPELINE, "--name", "tiny", "--set", f"placement={PLACEMENT}"))
+    settings = [f"--set=placement={PLACEMENT}", "--set=wandb.mode=offline"]
+    code, out, errors = ended(head.submit("--id", "tiny", "--", *PIPELINE, "--name", "tiny", *settings))
     assert code == 0, out + errors
     run = head.home / "runs" / "tiny"
     assert "setting 'placement" not in out and f"this run: {run}" in out and "NE gain" in out
@@ -92,6 +93,20 @@ def test_a_pipeline_ends_with_its_figures(undisturbed: Path) -> None:
     assert {(row["model"], row["arm"]) for row in summary["figures"]} == {("fm", "fm"), ("feed", "labels"), ("feed", "ah_sa")}
     assert summary["roles"]["fm"]["examples"] == 3 * 600
     assert (undisturbed / "report.html").stat().st_size > 1000
+
+
+def test_no_file_of_a_run_holds_a_secret(head: Head, undisturbed: Path) -> None:
+    """Wrong: wandb's key, which every process of the run has in its environment, or Ray's token reaches a log, the config, wandb's files, the
+    report or a model of any role."""
+    secrets = (WANDB_KEY.encode(), head.token.read_bytes())
+    assert head.processes()[0].environ()["WANDB_API_KEY"] == WANDB_KEY
+    files = {path for path in undisturbed.rglob("*") if path.is_file()}
+    for expected in ("config.yaml", "report.html", "logs/driver.log", "logs/fm.rank0.log", "logs/vm.rank0.log"):
+        assert undisturbed / expected in files, expected
+    assert sum(path.suffix == ".wandb" for path in files) == 1 + 2 + 1  # the FM, a student in two arms, the DAS
+    for path in files:
+        data = path.read_bytes()
+        assert not any(secret in data for secret in secrets), path
 
 
 def rows(run: Path) -> list[dict[str, object]]:

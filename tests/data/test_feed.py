@@ -100,6 +100,8 @@ def test_begins_anew_for_other_workers(cluster: None, stream: EventStream) -> No
         ray.get(feed.fail.remote("the learning rate is wrong"), timeout=60)
         with pytest.raises(UserError, match="the learning rate is wrong"):
             ray.get(feed.begin.remote(passes, 1), timeout=60)
+        ray.get(feed.fail.remote("the other workers are gone"), timeout=60)
+        assert ray.get(feed.failed.remote(), timeout=60) == "the learning rate is wrong"
     finally:
         ray.kill(feed)
 

@@ -201,6 +201,10 @@ def test_damage_is_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match="not there"):
         StreamReader(stream.root, BOTH).read(Pass(2, "learn"), fragment)
+    for damaged in ([], {}, {"attribution_s": None}, {"attribution_s": {"click": "x"}}):
+        write_json(stream.root / "labels.json", damaged)
+        with pytest.raises(UserError, match=r"labels.json: holds no `attribution_s` of tasks and seconds; .* prepare the stream again"):
+            StreamReader(stream.root, BOTH).ready(Pass(2, "learn"))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from exfm_ray.serving.delta import apply, difference
+from exfm_ray.errors import UserError
+from exfm_ray.serving.delta import apply, check_same_student, difference
+from exfm_ray.serving.folder import Served
 
 WIDTHS = {"user": 1, "ad": 3}
 # Bit patterns, not numbers: 0 and -0 (sign bit alone), a subnormal, infinity, two NaNs, 1
@@ -48,3 +52,13 @@ def test_other_tables_are_refused() -> None:
         difference({"user": torch.zeros(3, 2)}, {"user": torch.zeros(4, 2)})
     with pytest.raises(ValueError, match="other names or shapes"):
         difference({"user": torch.zeros(3, 2)}, {"ad": torch.zeros(3, 2)})
+
+
+@pytest.mark.parametrize("lost", ["vm", "arm"])
+def test_a_manifest_without_its_student_is_told(lost: str) -> None:
+    """Wrong: a served folder whose manifest has lost the student's name ends in a traceback."""
+    student = {"vm": "feed", "arm": "labels"}
+    whole, damaged = Served.model_construct(student=student), Served.model_construct(student={k: v for k, v in student.items() if k != lost})
+    for old, new in ((damaged, whole), (whole, damaged)):
+        with pytest.raises(UserError, match=f"served/manifest.json, or the manifest to go with it: its `student` has no '{lost}'; export"):
+            check_same_student(Path("served"), old, new)

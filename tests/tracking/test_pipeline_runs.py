@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,18 @@ def test_figures_come_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.
     add(config, window(1), [])
     runs.close()
     assert [len(run.history) for run in written(config).values()] == [2, 2]
+
+
+def test_a_wandb_that_hangs_does_not_keep_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrong: a run that is done never ends, for its last figures cannot be written."""
+    monkeypatch.setattr(pipeline_runs, "CLOSE_S", 0.2)
+    hangs = threading.Event()
+    monkeypatch.setattr(PipelineRuns, "_follow", lambda self: hangs.wait(60))
+    try:
+        PipelineRuns(small_config(tmp_path, "run", wandb={"mode": "offline"}), lambda: SUMMARY).close()
+    finally:
+        hangs.set()
+    assert "wandb: the run waited 0 s for its last figures to be written and gave up. The same command" in capsys.readouterr().err
 
 
 def test_disabled_writes_nothing(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from exfm_ray.files import read_lines
-from exfm_ray.tracking.recorder import Recorder, read_metrics
+from exfm_ray.errors import UserError
+from exfm_ray.files import append_lines, read_lines
+from exfm_ray.tracking.recorder import Recorder, read_metrics, read_timeline
 
 
 def row(window: int, ne: float = 0.5, **changes: Any) -> dict[str, Any]:
@@ -65,3 +66,13 @@ def test_the_timeline_keeps_what_was_done_twice(tmp_path: Path) -> None:
     timeline.write_bytes(timeline.read_bytes()[:-9])
     Recorder(path).timeline(rows)
     assert read_lines(timeline) == [rows[0], *rows]
+
+
+def test_a_row_that_is_none_is_told(tmp_path: Path) -> None:
+    """Wrong: a damaged row of the timeline ends a finished run's command, or its report, in a traceback."""
+    path = tmp_path / "timeline.jsonl"
+    assert read_timeline(path) == []
+    span = {"role": "das", "window": 1, "phase": "score", "started_s": 1.0, "ended_s": 2.0, "waited_s": 0.5, "examples": 3}
+    append_lines(path, [span, {}])
+    with pytest.raises(UserError, match=r"timeline.jsonl: line 2 has no ended_s; remove the line"):
+        read_timeline(path)

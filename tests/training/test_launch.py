@@ -1,13 +1,15 @@
-"""A job on Ray for whose workers there is no room."""
+"""Jobs on Ray that end in an error."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import ray
 from small_runs import small_config
 
 from exfm_ray.errors import UserError
+from exfm_ray.pipeline import prepare_stream
 from exfm_ray.training import launch
 from exfm_ray.training.job import Job
 
@@ -19,3 +21,20 @@ def test_no_room_for_a_jobs_workers(cluster: None, tmp_path: Path, monkeypatch: 
     job = Job("fm", small_config(tmp_path, "large", fm={"workers": 99}))
     with pytest.raises(UserError, match=r"fm waited 3 minutes for room for its workers \(a CPU each\).*lower fm.workers"):
         launch.run_job(job, [0], None, None)
+
+
+def test_a_mistake_ends_an_elastic_job_at_once(cluster: None, tmp_path: Path) -> None:
+    """Wrong: an elastic job meets a damaged fragment six times over, or tells it as a traceback within another."""
+    config = small_config(tmp_path, "damaged", fm={"min_workers": 1})
+    stream = prepare_stream(config)
+    path = stream.path(0, stream.window(0).fragments[0])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    job = Job("fm", config)
+    feed = launch.start_feed(job, [0])
+    try:
+        with pytest.raises(UserError) as caught:
+            launch.run_job(job, [0], None, feed)
+    finally:
+        ray.kill(feed)
+    assert str(caught.value).startswith(f"{path}: 100 bytes where the manifest says {len(whole)}") and "\n" not in str(caught.value)

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from exfm_ray.config import Config
 from exfm_ray.data.prepare.source import RawSource, check_columns, name, read_csv, require_glob, text
 from exfm_ray.errors import UserError, nearest
-from exfm_ray.schema import Encoding, Kind, Model, Schema, SparseFeature
+from exfm_ray.schema import Below, Encoding, Kind, Model, Schema, SparseFeature
 
 UNITS = {"s": "round({} * 1000)::BIGINT", "ms": "{}::BIGINT", "us": "{}::BIGINT // 1000", "iso": "epoch_ms({}::TIMESTAMP)"}
 
@@ -30,7 +30,7 @@ class TableFile(Model):
     """The schema file. Feature, dense and task names are the files' column names."""
 
     format: Literal["csv", "parquet", "json"] = Field(description="json: messages of kafka")
-    files: str | tuple[str, ...] = Field(
+    files: Below | tuple[Below, ...] = Field(
         (), description="file names or globs below data.root; read in the order given, the files of a glob in the order of their names"
     )
     delimiter: str = Field(",", min_length=1, max_length=1)

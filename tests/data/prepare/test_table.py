@@ -148,6 +148,8 @@ def test_iso_times(run: Prepare) -> None:
         (["0,feed,u1,3,a,1,0\n", "9000000000,feed,u1,3,a,1,0\n"], {}, r"empty windows.*is the unit"),
         (LINES, {"domain": "plce"}, r"log\.csv: no column 'plce'\. Did you mean 'place'"),
         (LINES, {"files": "lag*.csv"}, r"lag\*\.csv: no such file"),
+        (LINES, {"files": "../*.csv"}, r"key 'files.*': '\.\./\*\.csv' does not lie below data\.root; set data\.root"),
+        (LINES, {"files": ["log.csv", "/etc/passwd"]}, r"'/etc/passwd' does not lie below data\.root"),
         (LINES, {"sorted": True}, r"unknown key 'sorted'\. Did you mean 'sort'"),
         (LINES, {"domain": None}, r"2 domains but no `domain` column"),
         (LINES, {"schema": SPEC["schema"] | {"tasks": ["price"]}}, r"'price' is a task and a feature"),
