@@ -258,5 +258,5 @@ JSON_MUTATIONS: dict[str, Callable[[Path, random.Random], object]] = {
     "a value replaced": _value, "a value removed": _remove, "names lead elsewhere": _escape,
     "a list": lambda path, _: path.write_text("[1, 2]"), "deep": lambda path, _: path.write_text("[" * 50_000),
 }  # fmt: skip
-OF_KIND = {".json": JSON_MUTATIONS, ".jsonl": {"a row that is none": _empty_row}}
+OF_KIND: dict[str, dict[str, Callable[[Path, random.Random], object]]] = {".json": JSON_MUTATIONS, ".jsonl": {"a row that is none": _empty_row}}
 """Mutations that leave a file what its suffix says."""
