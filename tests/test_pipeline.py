@@ -160,7 +160,7 @@ def test_a_damaged_fragment_ends_the_run_and_it_goes_on_when_repaired(cluster: N
 def test_a_parked_window_is_told(cluster: None, base: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Wrong: a run that lacks a window's supervision ends with exit code 0, or before all that does not need it is done, or summary and report
     say nothing of it; or they do so for good."""
-    config = config_of(tmp_path, "parked", das={"tries": 2})
+    config = config_of(tmp_path, "parked", das={"tries": 2, "ahead": 1})
     prepare_stream(config)
     file, full = tmp_path / "parked.yaml", config.folder / "supervision" / "fm" / "window=002"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))

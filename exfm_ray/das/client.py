@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
@@ -70,7 +70,7 @@ def label(order: Order, windows: Sequence[int], progress: Callable[[int, int], N
         watch: called all the time; it raises to end the wait.
 
     Raises:
-        ParkedError: some windows could not be labelled; all others are.
+        ParkedError: some windows could not be labelled; all others are, but for those that wait for readers of these.
     """
     client, left, seen = uuid.uuid4().hex, set(windows), dict.fromkeys(windows, 0)
     service, agreed = None, False
@@ -102,13 +102,21 @@ def label(order: Order, windows: Sequence[int], progress: Callable[[int, int], N
                     progress(window, rows - seen[window])
                     seen[window] = rows
             left -= told["committed"]
-            if left and left <= told["parked"].keys():
-                raise ParkedError(parked_message(order, {window: told["parked"][window] for window in left}))
+            lost = told["parked"].keys() & left
+            if left and left <= lost | out_of_reach(order, left, lost):
+                raise ParkedError(parked_message(order, {window: told["parked"][window] for window in lost}))
             watch()
             time.sleep(POLL_S if left else 0)
     finally:
         if service is not None and agreed:
             _leave(service, client)
+
+
+def out_of_reach(order: Order, windows: Set[int], parked: Set[int]) -> set[int]:
+    """Of these windows those that will never be labelled: with das.ahead a window waits for readers, which learn none from a parked one on."""
+    if order.das.ahead is None or not order.readers or not parked:
+        return set()
+    return {window for window in windows if window >= min(parked) + order.das.ahead}
 
 
 def parked_message(order: Order, causes: dict[int, str]) -> str:

@@ -13,6 +13,7 @@ from local_service import Local, finish, local_services, until
 from orders import make_order, make_place, undisturbed, written
 from publish import publish
 
+from exfm_ray.das.client import out_of_reach
 from exfm_ray.das.lacking import parked, stood_in
 from exfm_ray.das.order import Order
 from exfm_ray.data.stream import EventStream, StreamWriter
@@ -172,3 +173,19 @@ def test_supervision_that_was_removed_is_written_again(local: Local, tmp_path: P
     shutil.rmtree(order.store.root / "fm" / "window=001")
     assert finish(service, order, [1, 2]) == {1: 1000}
     assert written(order) == undisturbed(order)
+
+
+def test_a_parked_window_holds_back_those_that_wait_for_its_readers(local: Local, tmp_path: Path) -> None:
+    """Wrong: a client waits for windows that the service gives to no actor, for readers that cannot learn a parked one; or gives up others."""
+    order = replace(make_order(make_place(tmp_path, windows=6), ahead=2, tries=1), readers=(tmp_path / "reader",))
+    full = order.store.root / "fm" / "window=002"
+    full.parent.mkdir(parents=True)
+    full.touch()  # no folder can be made here
+    write_json(tmp_path / "reader" / "windows=002" / "manifest.json", {})  # it can learn no more
+    service = local(order, lasting=True)
+    until(lambda: "window 4 is das.ahead = 2 windows ahead" in service.state()["held_back"])
+    until(lambda: order.store.has(3))
+    assert {row["window"] for row in parked(order)} == {2}
+    lacking = {window for window in windows_of(order)[1:] if not order.store.has(window)}
+    assert lacking == {2, 4, 5} and out_of_reach(order, lacking, {2}) == {4, 5}
+    assert not out_of_reach(replace(order, readers=()), lacking, {2}) and not out_of_reach(order, lacking, set())
