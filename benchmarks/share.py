@@ -43,7 +43,7 @@ from exfm_ray.tracking.marks import at_serving
 from tuning.analysis import estimate
 from tuning.rows import StudentRows
 
-SAYS = "Trains FMs, and students given rows and representations of theirs, on two streams with 5 seeds: hours on two cores (--quick: 5 min)."
+SAYS = "Trains FMs, and students given rows and representations of theirs, on two streams with 5 seeds: an hour on two cores (--quick: 5 min)."
 SEEDS = (0, 1, 2, 3, 4)
 SHORT = Dataset("Embedded stream, short", "demo", (7, 11), ("feed",), ("data.embedded.windows=12", "data.embedded.events_per_window=3000"))
 

@@ -163,7 +163,10 @@ class ShardedTables(nn.Module):
             if given is not None:
                 first, last = np.searchsorted(given.id_X, [shard.first_row, shard.first_row + len(shard.weight_RW)])
                 row_X = torch.from_numpy(given.id_X[first:last] - shard.first_row).to(self.device)
-                shard.weight_RW[row_X] = torch.lerp(shard.weight_RW[row_X], given.row_XW[first:last].to(self.device), weight)
+                row_XW = given.row_XW[first:last].to(self.device)
+                if weight < 1:
+                    row_XW = torch.lerp(shard.weight_RW[row_X], row_XW, weight)
+                shard.weight_RW.index_copy_(0, row_X, row_XW)
                 if given.momentum_X is not None:
                     shard.momentum_R[row_X] = given.momentum_X[first:last].to(self.device)
             done.append((shard, row_X))
