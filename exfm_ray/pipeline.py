@@ -8,7 +8,6 @@ together or one after the other, killed and started again, with the same result.
 from __future__ import annotations
 
 import os
-import platform
 import sys
 import threading
 import time
@@ -17,18 +16,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-import yaml
 
 from exfm_ray.actors import answer, beside_driver
 from exfm_ray.arms import LABELS
-from exfm_ray.config import Config, StudentConfig, dump_config, lineage, stores_lineage
+from exfm_ray.claim import claim
+from exfm_ray.config import Config, StudentConfig
 from exfm_ray.das.client import ParkedError
 from exfm_ray.das.history import check_history
 from exfm_ray.das.lacking import parked, stood_in
@@ -41,7 +39,6 @@ from exfm_ray.errors import UserError
 from exfm_ray.files import append_text, read_json, write_json, write_text
 from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.network import Network
-from exfm_ray.remote import Place
 from exfm_ray.runtime import MemoryMeter, ray_session
 from exfm_ray.schema import Schema
 from exfm_ray.sole import hold
@@ -54,7 +51,6 @@ from exfm_ray.training.job import Job, fm_tasks
 from exfm_ray.training.launch import run_job, start_feed
 from exfm_ray.training.sharing import check_sharing
 
-PACKAGES = ("torch", "ray", "deepspeed", "torchrec", "pyarrow", "numpy")
 TABLE_DIM_MULTIPLE = 4
 POLL_S = 0.2
 STALL_S = 3 * FEED_WAIT_S
@@ -225,7 +221,7 @@ class Run:
         UserError where another process is at work on one of them; in a cluster, whose drivers share a DAS, not for the DAS.
         """
         self._check_static(das)
-        self._claim()
+        claim(self.config)
         hold(self.folder, [role for role, asked in (("fm", fm), ("das", das and not os.environ.get("RAY_ADDRESS")), ("vm", vm)) if asked])
         jobs = ([Job("fm", self.config)] if fm else []) + (vm_jobs(self.config) if vm else [])
         for told in [told for job in jobs for told in job.checkpoints.set_aside_damaged()]:
@@ -335,32 +331,6 @@ class Run:
                 f"setting 'fm.static.validation_window' is {static.config.validation_window}, the stream has windows "
                 f"{self.windows[0]} to {self.windows[-1]}; windows before it are learnt (data.window.by=file makes each file a window)"
             )
-
-    def _claim(self) -> None:
-        """Write the resolved config; a folder that holds a run of other settings is refused."""
-        path = self.folder / "config.yaml"
-        settings = dump_config(self.config)
-        if path.exists() and self._begun(path, lineage) != lineage(self.config):
-            raise UserError(f"{path}: this folder holds a run with other settings; choose another --name, or remove the folder")
-        self._claim_stores(settings)
-        versions = "".join(f"# {name} {version(name)}\n" for name in PACKAGES)
-        write_text(path, f"{settings}\n---\n# python {platform.python_version()}\n{versions}")
-
-    def _claim_stores(self, settings: str) -> None:
-        """The same for remote stores, which runs from other folders may name, too."""
-        path = self.config.stores / "config.yaml"
-        if isinstance(path, Path):
-            return
-        if path.exists() and self._begun(path, stores_lineage) != stores_lineage(self.config):
-            raise UserError(f"{path}: a run with other settings has its stores there; choose another --name or run.storage")
-        write_text(path, settings)
-
-    def _begun(self, path: Place, kept: Callable[[Config], str]) -> str | None:
-        """The settings with which the run in this folder was begun; None where they are none of this version's."""
-        try:
-            return kept(Config.model_validate(yaml.safe_load(path.read_text().split("\n---\n")[0])))
-        except (ValueError, yaml.YAMLError):
-            return None
 
     def _totals(self, jobs: Sequence[Job], scoring: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Examples that each role has still to do."""

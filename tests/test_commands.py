@@ -11,9 +11,11 @@ import yaml
 from small_runs import SETTINGS, merged
 from test_sole import held
 
+from exfm_ray.claim import claim
 from exfm_ray.commands import COMMANDS, export, main
 from exfm_ray.config import load_config
 from exfm_ray.files import write_json
+from exfm_ray.pipeline import prepare_stream
 from exfm_ray.sole import hold
 
 
@@ -104,10 +106,9 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_run_folder_that_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path, file: Path, name: str) -> None:
     """Wrong: a run is mixed with another one's, or a role waits for ever for what nobody makes."""
-    from exfm_ray.pipeline import Run, prepare_stream
-
     config = load_config(file)
-    Run(config, prepare_stream(config))._claim()
+    prepare_stream(config)
+    claim(config)
     hold(config.folder, ["fm", "das", "vm"])
     spoil, arguments, told = BROKEN[name]
     spoil(config.folder)

@@ -20,6 +20,7 @@ BELOW = {
     "places": {"errors", "remote", "schema"},
     "actors": {"errors"},
     "sole": {"errors"},
+    "claim": {"errors", "files", "remote", "config"},
     "schema": set[str](),
     "arms": set(),
     "model_config": {"schema"},

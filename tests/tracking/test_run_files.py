@@ -13,9 +13,10 @@ from run_folders import CURVES, Examples, write_run
 from small_runs import WINDOWS, small_config
 from workers import Workers
 
+from exfm_ray.claim import claim
 from exfm_ray.errors import UserError
 from exfm_ray.files import read_json, read_lines
-from exfm_ray.pipeline import Run, prepare_stream
+from exfm_ray.pipeline import prepare_stream
 from exfm_ray.tracking.run_files import KEY, RunFiles, panels
 
 FIGURES = ["ne", "calibration", "label_rate", "log_loss", "examples", "auc", "gauc", "best_ne", "ne_gain", "fm_ne_gain", "transfer_ratio"]
@@ -60,7 +61,8 @@ def test_figures_are_those_of_all_examples(tmp_path: Path, roles: tuple[str, ...
 def test_a_whole_run(groups: dict[int, Workers], tmp_path: Path) -> None:
     """Wrong: the page's figures are others than summary.json's, or the timeline lacks a pass of a job."""
     config = small_config(tmp_path, "whole")
-    Run(config, prepare_stream(config))._claim()
+    prepare_stream(config)
+    claim(config)
     summary = run_locally(groups, config)
     run = RunFiles.open(config.folder)
     told = {tuple(row[key] for key in KEY): row for row in summary["figures"]}
