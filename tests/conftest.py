@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from example import make_stream
 from hypothesis import settings
+from ray_environment import RAY_ENVIRONMENT
 from s3_server import S3, s3_server
 from workers import Workers
 
@@ -17,12 +18,6 @@ from exfm_ray.data.stream import EventStream
 
 settings.register_profile("shared", deadline=None)  # a busy machine is no fault of a property
 settings.load_profile("shared")
-
-RAY_ENVIRONMENT = {
-    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]),
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-}
-
 
 @pytest.fixture
 def stream(tmp_path: Path) -> EventStream:

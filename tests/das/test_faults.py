@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from conftest import RAY_ENVIRONMENT
 from drive import order_in
 from orders import make_place, undisturbed, written
+from ray_environment import RAY_ENVIRONMENT
 
 from exfm_ray.data.stream import EventStream
 
