@@ -19,6 +19,7 @@ from exfm_ray.data.stream import EventStream
 settings.register_profile("shared", deadline=None)  # a busy machine is no fault of a property
 settings.load_profile("shared")
 
+
 @pytest.fixture
 def stream(tmp_path: Path) -> EventStream:
     """Three windows of 1,000 rows in fragments of 400."""
