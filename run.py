@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from exfm_ray.commands import main
+from exfm_ray.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -28,15 +28,16 @@ import torch
 
 from benchmarks.common import arguments, bar, report
 from benchmarks.das_saving import saving, train_fm
-from exfm_ray.config import Config, load_config
+from exfm_ray.config.load import load_config
+from exfm_ray.config.root import Config
 from exfm_ray.das.client import label
-from exfm_ray.das.order import Order
 from exfm_ray.das.scorer import CALLS, ScorerActor
+from exfm_ray.das.spec import Order
 from exfm_ray.data.batch import to_batch
-from exfm_ray.data.prepare import prepare
+from exfm_ray.data.prepare.prepare import prepare
 from exfm_ray.data.stream import EventStream, Fragment
-from exfm_ray.files import read_lines
-from exfm_ray.runtime import ray_session
+from exfm_ray.runtime.session import ray_session
+from exfm_ray.storage.atomic import read_lines
 
 SAYS = "Times the DAS on the embedded stream, then trains vertical models with and without it: about 10 minutes on two cores (--quick: 3)."
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"

@@ -16,22 +16,24 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from exfm_ray.arms import Arm
-from exfm_ray.config import Config, StudentConfig
-from exfm_ray.das.run import DAS
-from exfm_ray.das.supervision import TEACHER_COLUMN
+from exfm_ray.config.arms import Arm
+from exfm_ray.config.root import Config
+from exfm_ray.config.trainer import StudentConfig
+from exfm_ray.das.labeler import DAS
 from exfm_ray.data.batch import Batch, to_batch
-from exfm_ray.data.regroup import Regroup
+from exfm_ray.data.rebatch import Regroup
 from exfm_ray.data.stream import EventStream
 from exfm_ray.distillation.objective import labels_objective_B
-from exfm_ray.files import remove_tree
 from exfm_ray.models.flops import forward_flops, training_flops
 from exfm_ray.models.layout import Layout
-from exfm_ray.models.stored import PlainModel
+from exfm_ray.models.serialization import PlainModel
+from exfm_ray.storage.atomic import remove_tree
+from exfm_ray.stores.supervision import TEACHER_COLUMN
 from exfm_ray.training.checkpoint import START
+from exfm_ray.training.group import Group
 from exfm_ray.training.job import Job
-from exfm_ray.training.lane import Group, Lane
 from exfm_ray.training.local import KeptRows, LocalClient, one_process
+from exfm_ray.training.model_trainer import Lane
 from exfm_ray.training.worker import Worker, build_groups
 
 MODELS = (1, 2, 4, 8)

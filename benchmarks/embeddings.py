@@ -31,11 +31,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.common import arguments, bar, report
-from exfm_ray.config import Config
-from exfm_ray.data.prepare.pack import packed
+from exfm_ray.config.root import Config
+from exfm_ray.data.prepare.packer import packed
 from exfm_ray.schema import Encoding, Kind, Schema, SparseFeature
+from exfm_ray.training.group import Group
 from exfm_ray.training.job import Job
-from exfm_ray.training.lane import Group
 from exfm_ray.training.worker import build_groups
 
 SAYS = "Trains two tables on 1 worker and, table-wise and row-wise, on 2: about a minute (--quick: somewhat less)."

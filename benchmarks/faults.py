@@ -33,15 +33,15 @@ import yaml
 
 from benchmarks.common import arguments, bar, report
 from benchmarks.faults_fuzz import fuzz
-from exfm_ray.config import load_config
-from exfm_ray.data.prepare import prepare
+from exfm_ray.config.load import load_config
+from exfm_ray.data.prepare.prepare import prepare
 from exfm_ray.data.stream import EventStream
-from exfm_ray.files import read_json, sha256
+from exfm_ray.storage.atomic import read_json, sha256
 from exfm_ray.tracking.recorder import IDENTITY, read_metrics
+from exfm_ray.training.async_checkpoint import Saver
 from exfm_ray.training.checkpoint import START
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import KeptRows, LocalClient, one_process
-from exfm_ray.training.saving import Saver
 from exfm_ray.training.worker import Worker
 
 SAYS = "Kills a small pipeline 20 times, times checkpoints, feeds malformed files: about 15 minutes on two cores (--quick: 4)."

@@ -21,15 +21,16 @@ from typing import Any
 
 import yaml
 
-from exfm_ray.commands import main as command
-from exfm_ray.config import Config
-from exfm_ray.das.lag import Policy
-from exfm_ray.das.snapshots import SnapshotStore
-from exfm_ray.das.supervision import AugmentedReader, SupervisionStore
-from exfm_ray.data.feed import Pass
+from exfm_ray.cli.main import main as command
+from exfm_ray.config.root import Config
+from exfm_ray.data.readers import Pass
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
-from exfm_ray.pipeline import Run
+from exfm_ray.pipeline.runner import Run
+from exfm_ray.stores.readers import AugmentedReader
+from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshots import SnapshotStore
+from exfm_ray.stores.supervision import SupervisionStore
 from exfm_ray.training.checkpoint import Checkpoints
 
 SEED = 11

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from benchmarks.common import arguments, bar, report
-from exfm_ray.config import Config, load_config
-from exfm_ray.data.prepare import prepare
+from exfm_ray.config.load import load_config
+from exfm_ray.config.root import Config
+from exfm_ray.data.prepare.prepare import prepare
 from exfm_ray.data.stream import EventStream
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import local_loop

@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.common import arguments, report
-from exfm_ray.config import Config
-from exfm_ray.data.feed import FragmentReader, Pass, StreamReader
-from exfm_ray.data.prepare import prepare
+from exfm_ray.config.root import Config
+from exfm_ray.data.prepare.prepare import prepare
+from exfm_ray.data.readers import FragmentReader, Pass, StreamReader
 from exfm_ray.data.stream import Fragment
-from exfm_ray.files import read_json
+from exfm_ray.storage.atomic import read_json
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import local_loop
 

@@ -28,14 +28,15 @@ import ray
 import torch
 
 from benchmarks.common import arguments, bar, report
-from exfm_ray.arms import LABELS, PLAIN
-from exfm_ray.config import Config, dump_config, load_config
-from exfm_ray.das.run import DAS
+from exfm_ray.config.arms import LABELS, PLAIN
+from exfm_ray.config.load import dump_config, load_config
+from exfm_ray.config.root import Config
+from exfm_ray.das.labeler import DAS
 from exfm_ray.das.scorer import CALLS, ScorerActor
 from exfm_ray.data.batch import to_batch
-from exfm_ray.data.prepare import prepare
+from exfm_ray.data.prepare.prepare import prepare
 from exfm_ray.data.stream import EventStream, Fragment
-from exfm_ray.runtime import ray_session
+from exfm_ray.runtime.session import ray_session
 from exfm_ray.tracking.recorder import RecorderActor
 from exfm_ray.training.checkpoint import JobResult, Mark
 from exfm_ray.training.job import Job

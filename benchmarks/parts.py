@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import RayError
 
-from exfm_ray.files import read_json, write_text
+from exfm_ray.storage.atomic import read_json, write_text
 
 SAY_S = 30.0
 """How often it is told how far the benchmark is."""

@@ -35,12 +35,12 @@ import torch
 
 from benchmarks.common import arguments, bar, report
 from benchmarks.peer_models import LOADERS, READY
-from exfm_ray.config import Config
+from exfm_ray.config.root import Config
 from exfm_ray.data.batch import to_batch
-from exfm_ray.data.prepare.frappe import COLUMNS
-from exfm_ray.data.prepare.pack import packed
-from exfm_ray.data.prepare.source import indexed
-from exfm_ray.data.regroup import regroup
+from exfm_ray.data.prepare.packer import packed
+from exfm_ray.data.rebatch import regroup
+from exfm_ray.data.sources.base import indexed
+from exfm_ray.data.sources.frappe import COLUMNS
 from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.schema import DOMAIN_FEATURE, Schema
 from exfm_ray.training.job import Job

@@ -22,8 +22,8 @@ from typing import Any
 import psutil
 
 from benchmarks.common import bar, report
-from exfm_ray.config import Config
-from exfm_ray.data.prepare import prepare
+from exfm_ray.config.root import Config
+from exfm_ray.data.prepare.prepare import prepare
 
 ROWS_PER_S = 100_000
 GROWTH = 1.1

@@ -32,8 +32,8 @@ import torch
 
 from benchmarks.common import arguments, bar, report
 from benchmarks.scaling_plot import draw
-from exfm_ray.config import Config
-from exfm_ray.data.prepare import prepare
+from exfm_ray.config.root import Config
+from exfm_ray.data.prepare.prepare import prepare
 from exfm_ray.data.stream import EventStream
 from exfm_ray.models.flops import forward_flops
 from exfm_ray.models.layout import Layout

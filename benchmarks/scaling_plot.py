@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from exfm_ray.files import write_text
+from exfm_ray.storage.atomic import write_text
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 440, 80, 130, 30, 60
 COLOURS = {"wukong": "#1b6ca8", "dcnv2": "#c4572a", "mlp": "#5a7d3a"}

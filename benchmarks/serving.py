@@ -24,16 +24,17 @@ import torch
 from safetensors.numpy import load_file
 
 from benchmarks.common import arguments, bar, report
-from exfm_ray.config import Config, load_config
-from exfm_ray.das.run import DAS
+from exfm_ray.config.load import load_config
+from exfm_ray.config.root import Config
+from exfm_ray.das.labeler import DAS
 from exfm_ray.data.batch import to_batch
-from exfm_ray.data.prepare import prepare
+from exfm_ray.data.prepare.prepare import prepare
 from exfm_ray.data.stream import EventStream
-from exfm_ray.files import read_json
 from exfm_ray.serving.export import export_student
 from exfm_ray.serving.folder import SCHEMA
 from exfm_ray.serving.graph import inputs_of
 from exfm_ray.serving.program import ONNX, onnx_session
+from exfm_ray.storage.atomic import read_json
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import KeptRows, LocalClient, one_process
 from exfm_ray.training.worker import Worker

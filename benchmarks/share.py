@@ -37,9 +37,10 @@ from benchmarks.share_cost import cost
 from benchmarks.share_runs import GRID, JUDGED, SCORED, Rows, Variant, judge, train, variants
 from benchmarks.share_teach import WINDOWS, beside, configured, fm_rows, teach, write_stream
 from benchmarks.study import EMBEDDED, KUAIRAND, Dataset
-from exfm_ray.config import Config, StudentConfig
-from exfm_ray.files import read_json, write_json
-from exfm_ray.tracking.marks import at_serving
+from exfm_ray.config.root import Config
+from exfm_ray.config.trainer import StudentConfig
+from exfm_ray.storage.atomic import read_json, write_json
+from exfm_ray.tracking.plot_styles import at_serving
 from tuning.analysis import estimate
 from tuning.rows import StudentRows
 

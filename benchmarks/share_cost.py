@@ -14,16 +14,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from exfm_ray.arms import Arm
-from exfm_ray.config import Config
-from exfm_ray.das.gifts import Gifts
-from exfm_ray.das.shared import shared_store
-from exfm_ray.das.snapshots import SnapshotStore
+from exfm_ray.config.arms import Arm
+from exfm_ray.config.root import Config
+from exfm_ray.das.student_data import Gifts
 from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.models.embeddings import PlainTables
 from exfm_ray.models.network import build_network
-from exfm_ray.models.stored import commit_model, write_tables
+from exfm_ray.models.serialization import commit_model, write_tables
 from exfm_ray.schema import Schema, SparseFeature
+from exfm_ray.stores.shared_rows import shared_store
+from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import local_loop
 

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from benchmarks.transfer import pooled
-from exfm_ray.config import Config, StudentConfig
+from exfm_ray.config.root import Config
+from exfm_ray.config.trainer import StudentConfig
+from exfm_ray.config.tune import Settings
 from exfm_ray.data.stream import EventStream
 from exfm_ray.metrics.gain import ne_gain, transfer_ratio
 from exfm_ray.training.local import local_loop, one_process
-from exfm_ray.training.stack import stacked
-from exfm_ray.tune_config import Settings
+from exfm_ray.training.stacked_trainer import stacked
 from tuning.rows import StudentRows
 from tuning.trial import Figures, score, trial_job
 

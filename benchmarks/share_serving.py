@@ -21,13 +21,14 @@ import torch
 from benchmarks.common import arguments, report
 from benchmarks.serving import CANDIDATES, CONTROL, LABELS, calls, candidates, config, latency, size, supervise, train, with_control
 from benchmarks.transfer import pooled
-from exfm_ray.config import Config, with_settings
-from exfm_ray.data.prepare import prepare
+from exfm_ray.config.checks import with_settings
+from exfm_ray.config.root import Config
+from exfm_ray.data.prepare.prepare import prepare
 from exfm_ray.data.stream import window_name
 from exfm_ray.metrics.gain import ne_gain
-from exfm_ray.models.past import HISTORY
+from exfm_ray.models.user_features import HISTORY
 from exfm_ray.serving.export import export_student
-from exfm_ray.tracking.marks import at_serving
+from exfm_ray.tracking.plot_styles import at_serving
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import local_loop, one_process
 

@@ -18,16 +18,18 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks.share_runs import DRIFTS, JUDGED, MIXED, Rows, trimmed
 from benchmarks.study import KUAIRAND, Dataset
-from exfm_ray.config import Config, load_config, with_settings
-from exfm_ray.das.gifts import Gifts
-from exfm_ray.das.history import history_store
-from exfm_ray.das.lag import Policy
-from exfm_ray.das.run import DAS
-from exfm_ray.das.shared import SharedStore
-from exfm_ray.das.snapshots import SnapshotStore
-from exfm_ray.data.prepare import prepare
+from exfm_ray.config.checks import with_settings
+from exfm_ray.config.load import load_config
+from exfm_ray.config.root import Config
+from exfm_ray.das.labeler import DAS
+from exfm_ray.das.student_data import Gifts
+from exfm_ray.data.prepare.prepare import prepare
 from exfm_ray.data.stream import EventStream, StreamWriter, list_values, window_name
-from exfm_ray.files import atomic_path, read_json, sha256, write_json
+from exfm_ray.storage.atomic import atomic_path, read_json, sha256, write_json
+from exfm_ray.stores.shared_rows import SharedStore
+from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshots import SnapshotStore
+from exfm_ray.stores.user_history import history_store
 from exfm_ray.training.checkpoint import START
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import KeptRows, LocalClient, one_process

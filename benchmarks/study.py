@@ -30,10 +30,12 @@ from benchmarks.study_figures import markdown, teacher_figures, variant_figures
 from benchmarks.study_plot import draw
 from benchmarks.study_teachers import SIZES, student_rows, teach, teacher_nes, teachers
 from benchmarks.study_variants import LAGS, calls, train, variants
-from exfm_ray.config import Config, load_config, with_settings
-from exfm_ray.data.prepare import prepare
+from exfm_ray.config.checks import with_settings
+from exfm_ray.config.load import load_config
+from exfm_ray.config.models import WukongConfig
+from exfm_ray.config.root import Config
+from exfm_ray.data.prepare.prepare import prepare
 from exfm_ray.data.stream import EventStream
-from exfm_ray.model_config import WukongConfig
 from exfm_ray.models.flops import forward_flops
 from exfm_ray.models.layout import Layout
 from tuning.trial import Figures

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from exfm_ray.files import write_text
+from exfm_ray.storage.atomic import write_text
 
 COLOURS = ("#1b6ca8", "#c4572a", "#5a7d3a", "#7b4b94")
 GREY, INK = "#e4e4e4", "#333"

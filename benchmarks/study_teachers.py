@@ -13,14 +13,17 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from exfm_ray.config import Config, StudentConfig, with_settings
-from exfm_ray.das.lag import Policy, version_for
-from exfm_ray.das.supervision import TEACHER_COLUMN, AugmentedReader
-from exfm_ray.data.feed import FragmentReader, Pass
+from exfm_ray.config.checks import with_settings
+from exfm_ray.config.root import Config
+from exfm_ray.config.trainer import StudentConfig
+from exfm_ray.data.readers import FragmentReader, Pass
 from exfm_ray.data.stream import EventStream, Fragment, list_values, window_name
 from exfm_ray.metrics.state import MetricState
+from exfm_ray.stores.readers import AugmentedReader
+from exfm_ray.stores.snapshot_policy import Policy, version_for
+from exfm_ray.stores.supervision import TEACHER_COLUMN
+from exfm_ray.training.group import Evaluated
 from exfm_ray.training.job import Job
-from exfm_ray.training.lane import Evaluated
 from exfm_ray.training.local import LocalClient, local_loop
 from exfm_ray.training.loop import Loop
 from tuning.rows import StudentRows

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks.study_teachers import Column, supervised
-from exfm_ray.config import Config, StudentConfig
-from exfm_ray.tune_config import Settings
+from exfm_ray.config.root import Config
+from exfm_ray.config.trainer import StudentConfig
+from exfm_ray.config.tune import Settings
 from tuning.rows import StudentRows
 from tuning.trial import Figures, learn, trial_job
 

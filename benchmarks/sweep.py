@@ -24,16 +24,18 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import ray
 
 from benchmarks.common import arguments, bar, report
-from exfm_ray.config import Config, load_config
-from exfm_ray.data.feed import FragmentReader
+from exfm_ray.config.load import load_config
+from exfm_ray.config.root import Config
+from exfm_ray.data.readers import FragmentReader
 from exfm_ray.data.stream import EventStream
-from exfm_ray.pipeline import Run, prepare_stream
-from exfm_ray.runtime import ray_session
+from exfm_ray.pipeline.preflight import prepare_stream
+from exfm_ray.pipeline.runner import Run
+from exfm_ray.runtime.session import ray_session
 from exfm_ray.training.job import Job
 from tuning.rows import StudentRows
-from tuning.runs import TrialRuns
 from tuning.sweep import search
 from tuning.trial import Figures, learn, trial_job
+from tuning.wandb_trials import TrialRuns
 
 SAYS = "Sweeps 32 trials twice, and trains 8 students together and apart: about 8 minutes on two cores (--quick: 2)."
 ROOT = Path(__file__).parents[1]

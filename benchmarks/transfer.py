@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import arguments, bar, report
-from exfm_ray.files import read_json
 from exfm_ray.metrics.gain import ne_gain, transfer_ratio
 from exfm_ray.metrics.state import entropy
+from exfm_ray.storage.atomic import read_json
 from exfm_ray.tracking.recorder import read_metrics
 
 SAYS = "Runs the pipeline on the embedded stream and on KuaiRand for three seeds: about 12 minutes on two cores (--quick: one seed, 4)."

@@ -1,6 +1,6 @@
 """Ray jobs: run any command of run.py on a cluster, follow its log, end as it ends.
 
-Code goes up, data does not: relative folders lie below EXFM_HOME on the cluster (exfm_ray/places.py).
+Code goes up, data does not: relative folders lie below EXFM_HOME on the cluster (exfm_ray/storage/paths.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.upload import staged
 from exfm_ray.errors import UserError
-from exfm_ray.runtime import tighten_token
+from exfm_ray.runtime.session import tighten_token
 
 LOCAL = "http://127.0.0.1:8265"
 """Where a tunnel (`ray dashboard`, `kubectl port-forward`) leads to the head."""

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from functools import cached_property
-from pathlib import PurePosixPath
-from typing import Annotated, Self
+from typing import Self
 
 import pyarrow as pa
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from exfm_ray.base import Model, Name
 from exfm_ray.errors import nearest
-from exfm_ray.files import digest
+from exfm_ray.storage.atomic import digest
 
 DOMAIN_FEATURE = "domain"
 ALL_DOMAINS = "all"
@@ -33,18 +33,10 @@ ALL_DOMAINS = "all"
 
 PACKED_COLUMNS = ("example_id", "event_time", "domain", "labels", "sparse", "dense")
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
 
 
-def _below(pattern: str) -> str:
-    path = PurePosixPath(pattern)
-    if not path.parts or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"'{pattern}' does not lie below data.root; set data.root to a folder that holds it, and name it from there")
-    return pattern
 
 
-Below = Annotated[str, AfterValidator(_below)]
-"""A file's name, or a pattern, below a folder that someone else names: it cannot lead out of it."""
 
 
 class Kind(StrEnum):
@@ -62,10 +54,6 @@ class Encoding(StrEnum):
     INDEX = "index"
 
 
-class Model(BaseModel):
-    """Base of every declared structure: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class SparseFeature(Model):

@@ -11,41 +11,50 @@ PACKAGE = Path(__file__).parents[1] / "exfm_ray"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each room may import of exfm_ray, beside itself. FLOOR is the floor on which all stand.
-FLOOR = {"errors", "files", "remote", "copies", "places", "actors"}
+FLOOR = {"errors", "base", "storage"}
 BELOW = {
     "errors": set[str](),
-    "remote": {"errors"},
-    "files": {"errors", "remote"},
-    "copies": {"errors", "files", "remote"},
-    "places": {"errors", "remote", "schema"},
-    "actors": {"errors"},
-    "sole": {"errors"},
-    "claim": {"errors", "files", "remote", "config"},
+    "base": set[str](),
+    "storage": {"errors", "base"},
     "schema": set[str](),
-    "arms": set(),
-    "model_config": {"schema"},
-    "tune_config": {"arms", "schema"},
-    "placement_config": {"schema"},
-    "data_config": {"schema"},
-    "config": {"arms", "schema", "data_config", "model_config", "tune_config", "placement_config"},
-    "data": {"config", "data_config", "schema"},
-    "models": {"config", "schema", "model_config", "data"},
-    "distillation": {"arms", "config", "schema", "model_config", "data", "models"},
-    "metrics": {"config", "schema", "data"},
-    "engine": {"config", "schema", "model_config", "data", "models", "distillation"},
-    "das": {"arms", "config", "schema", "model_config", "data", "models"},
-    "tracking": {"arms", "config", "schema", "metrics"},
+    "config": set[str](),
+    "metrics": set[str](),
+    "runtime": {"config"},
+    "data": {"config", "schema", "runtime"},
+    "models": {"config", "schema", "data"},
+    "planner": {"config", "schema", "models"},
+    "distillation": {"config", "schema", "data", "models"},
+    "stores": {"config", "schema", "data", "models"},
+    "serving": {"config", "schema", "data", "models"},
+    "engine": {"config", "schema", "data", "models", "planner", "distillation"},
+    "das": {"config", "schema", "data", "models", "stores", "runtime"},
+    "tracking": {"config", "schema", "metrics"},
     "training": {
-        "arms", "config", "schema", "model_config", "data", "models", "distillation", "engine", "das", "metrics", "tracking", "tune_config",
+        "config",
+        "schema",
+        "data",
+        "models",
+        "distillation",
+        "engine",
+        "stores",
+        "metrics",
+        "tracking",
         "runtime",
     },
-    "serving": {"arms", "config", "schema", "model_config", "data", "models"},
-    "summary": {"arms", "config", "schema", "data", "das", "metrics", "training"},
-    "runtime": {"config", "schema"},
-    "plan": {"config", "schema", "models"},
-    "plan_table": {"plan"},
+    "pipeline": {
+        "config",
+        "schema",
+        "data",
+        "models",
+        "das",
+        "stores",
+        "metrics",
+        "runtime",
+        "tracking",
+        "training",
+    },
 }
-TOP = {"pipeline", "commands", "__init__"}
+TOP = {"cli", "__init__", "__main__"}
 """May import everything."""
 
 PLAIN_TORCH = {"models", "distillation"}
@@ -92,7 +101,7 @@ def test_frameworks_stay_in_their_rooms(path: Path) -> None:
         assert not roots & {"deepspeed", "torchrec", "fbgemm_gpu"}
     if here != "tracking":
         assert "wandb" not in roots
-    if here in ("schema", "model_config", "placement_config", "config", "errors", "files", "remote", "copies", "places"):
+    if here in ("base", "errors", "schema", "config", "storage"):
         assert not roots & {"torch", "ray"}
 
 

@@ -14,14 +14,17 @@ import optuna
 from rich.console import Console
 from rich.table import Table
 
-from exfm_ray.config import Config, StudentConfig, dump_config, with_settings
-from exfm_ray.files import write_json, write_text
+from exfm_ray.config.checks import with_settings
+from exfm_ray.config.load import dump_config
+from exfm_ray.config.root import Config
+from exfm_ray.config.trainer import StudentConfig
+from exfm_ray.config.tune import Settings, TuneConfig
 from exfm_ray.metrics.gain import ne_gain, transfer_ratio
 from exfm_ray.metrics.state import entropy
+from exfm_ray.storage.atomic import write_json, write_text
 from exfm_ray.tracking.recorder import read_metrics
 from exfm_ray.training.loop import FM_ARM
-from exfm_ray.tune_config import Settings, TuneConfig
-from tuning.judge import Judged, best_trial
+from tuning.holdout import Judged, best_trial
 from tuning.results import Search, Trial
 from tuning.search import frozen
 from tuning.space import Space

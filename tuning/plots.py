@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from exfm_ray.tracking.marks import listing, mark_of
-from exfm_ray.tracking.page import LAYOUT, Part, place_figure, write_page
-from exfm_ray.tune_config import Distribution, TuneConfig, default_space
-from tuning.judge import best_trial
+from exfm_ray.config.tune import Distribution, TuneConfig, default_space
+from exfm_ray.tracking.html_page import LAYOUT, Part, place_figure, write_page
+from exfm_ray.tracking.plot_styles import listing, mark_of
+from tuning.holdout import best_trial
 from tuning.results import Search, Trial
 from tuning.space import encoded
 

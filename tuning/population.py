@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from exfm_ray.tune_config import STACKABLE, Distribution, Settings, Value
+from exfm_ray.config.tune import STACKABLE, Distribution, Settings, Value
 from tuning.space import Space
 
 QUARTER = 4

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from exfm_ray.config.tune import Distribution, Settings
 from exfm_ray.errors import UserError
-from exfm_ray.files import atomic_path
-from exfm_ray.tune_config import Distribution, Settings
+from exfm_ray.storage.atomic import atomic_path
 from tuning.space import decoded, encoded
 from tuning.trial import Figures
 

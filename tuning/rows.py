@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from exfm_ray.arms import Arm
-from exfm_ray.config import Config, StudentConfig
-from exfm_ray.das.supervision import TEACHER_COLUMN
-from exfm_ray.data.corrections import without_corrections
-from exfm_ray.data.feed import Pass
+from exfm_ray.config.arms import Arm
+from exfm_ray.config.root import Config
+from exfm_ray.config.trainer import StudentConfig
+from exfm_ray.data.labels.corrections import without_corrections
+from exfm_ray.data.readers import Pass
 from exfm_ray.data.stream import EventStream, Fragment
+from exfm_ray.stores.supervision import TEACHER_COLUMN
 from exfm_ray.training.job import Job
 
 

@@ -16,9 +16,9 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from exfm_ray.config import Config
-from exfm_ray.files import digest
-from exfm_ray.tune_config import STACKABLE, Settings, TuneConfig
+from exfm_ray.config.root import Config
+from exfm_ray.config.tune import STACKABLE, Settings, TuneConfig
+from exfm_ray.storage.atomic import digest
 from tuning.results import Search, Trial
 from tuning.space import Space
 from tuning.trial import score

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from exfm_ray.config import Config
-from exfm_ray.tune_config import Distribution, Settings, Value, as_text
+from exfm_ray.config.root import Config
+from exfm_ray.config.tune import Distribution, Settings, Value, as_text
 
 Params = dict[str, bool | int | float | str]
 """Setting -> value as Optuna knows it: choices as text, for it takes no lists."""

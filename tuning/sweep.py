@@ -5,7 +5,7 @@
     <run>/tune/best/<student>.yaml  a config for `run.py pipeline`
     <run>/tune/summary.json         figures, gains, importance of the settings
     <run>/tune/plots.html           NE against each setting, importance, gains
-    <run>/wandb/                    a run for each trial (tuning/runs.py)
+    <run>/wandb/                    a run for each trial (tuning/wandb_trials.py)
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ from ray import tune as ray_tune
 from ray.tune import Callback, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
 from ray.tune.logger import JsonLoggerCallback
 
-from exfm_ray.config import Config, StudentConfig
+from exfm_ray.config.root import Config
+from exfm_ray.config.trainer import StudentConfig
+from exfm_ray.config.tune import TuneConfig as SweepConfig
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
-from exfm_ray.pipeline import Run, prepare_stream
-from exfm_ray.runtime import ray_session
-from exfm_ray.tune_config import TuneConfig as SweepConfig
+from exfm_ray.pipeline.preflight import prepare_stream
+from exfm_ray.pipeline.runner import Run
+from exfm_ray.runtime.session import ray_session
 from tuning.analysis import analyse, show
-from tuning.block import as_settings, run_block
-from tuning.judge import judge
+from tuning.holdout import judge
 from tuning.plots import write_plots
 from tuning.results import Search, State, Trial, read_trials, write_trials
 from tuning.rows import StudentRows
-from tuning.runs import TrialRuns
 from tuning.search import FAILED, MEMBERS, Halving, Searches
 from tuning.space import Space
 from tuning.trial import Figures, score
+from tuning.trial_group import as_settings, run_block
+from tuning.wandb_trials import TrialRuns
 
 FOLDER = "tune"
 

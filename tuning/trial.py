@@ -8,15 +8,17 @@ from typing import NamedTuple
 
 import torch
 
-from exfm_ray.config import Config, StudentConfig, with_settings
-from exfm_ray.data.feed import FragmentReader, Pass
+from exfm_ray.config.checks import with_settings
+from exfm_ray.config.root import Config
+from exfm_ray.config.trainer import StudentConfig
+from exfm_ray.config.tune import Settings
+from exfm_ray.data.readers import FragmentReader, Pass
 from exfm_ray.data.stream import EventStream
 from exfm_ray.metrics.state import MetricState
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import local_loop, one_process
 from exfm_ray.training.loop import Loop
-from exfm_ray.training.stack import Stack, stacked
-from exfm_ray.tune_config import Settings
+from exfm_ray.training.stacked_trainer import Stack, stacked
 
 OUTSIDE = 1.0
 """What leaving the bounds of calibration costs at once: more than any difference in NE between models worth comparing."""

@@ -11,8 +11,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from exfm_ray.das.order import Order
 from exfm_ray.das.service import ServiceActor
+from exfm_ray.das.spec import Order
 from exfm_ray.errors import UserError
 
 NAMESPACE = "exfm"

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from exfm_ray.das.backlog import Work
+from exfm_ray.das.queue import Work
 from exfm_ray.das.scorer import CALLS, VERSIONS, Scored
 
 SHRINK_S = 20.0

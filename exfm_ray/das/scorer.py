@@ -12,12 +12,12 @@ import numpy as np
 import ray
 import torch
 
-from exfm_ray.das.order import Order
-from exfm_ray.das.shards import ShardedModel, start_holders
+from exfm_ray.das.sharded_teacher import ShardedModel, start_holders
+from exfm_ray.das.spec import Order
 from exfm_ray.data.batch import Batch, to_batch
 from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.errors import UserError
-from exfm_ray.models.stored import PlainModel
+from exfm_ray.models.serialization import PlainModel
 
 CALLS = 3
 """Fragments that an actor has in hand at once: it reads one, computes another, writes a third."""

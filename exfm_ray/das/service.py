@@ -14,10 +14,10 @@ from typing import Any
 
 import ray
 
-from exfm_ray.das.order import Order
-from exfm_ray.das.scoring import Scoring
+from exfm_ray.das.scheduler import Scoring
+from exfm_ray.das.spec import Order
 from exfm_ray.data.stream import EventStream
-from exfm_ray.files import read_json, write_json
+from exfm_ray.storage.atomic import read_json, write_json
 
 OWN = "own"
 """The client that stands for what a lasting service does by itself."""

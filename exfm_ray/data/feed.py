@@ -14,17 +14,15 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import pyarrow as pa
 import ray
 
-from exfm_ray.actors import answer
-from exfm_ray.data.corrections import learnt_fragments, with_corrections
-from exfm_ray.data.labels import is_released, labelled
-from exfm_ray.data.stream import EventStream, Fragment
+from exfm_ray.data.readers import FragmentReader, Pass
+from exfm_ray.data.stream import Fragment
 from exfm_ray.errors import UserError
-from exfm_ray.remote import Place
+from exfm_ray.runtime.actors import answer
 
 FRAGMENTS_PER_DATASET = 256
 BLOCKS_AHEAD = 4
@@ -37,61 +35,10 @@ READERS_WITHOUT_CPU = 2
 """Read tasks side by side that ask Ray for no CPU."""
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One reading of a window. `number`: of the pass over a static set, counted from 1; 0 in a stream, which is read once."""
-
-    window: int
-    purpose: Literal["evaluate", "learn"]
-    number: int = 0
 
 
-class FragmentReader(Protocol):
-    """Reads the rows that a job needs; runs in Ray Data's tasks, so it is small and can be serialised."""
-
-    def ready(self, work: Pass) -> bool:
-        """True when all that the pass needs is committed."""
-        ...
-
-    def awaits(self, work: Pass) -> str:
-        """What `ready` waits for, for the error message."""
-        ...
-
-    def fragments(self, work: Pass) -> Sequence[Fragment]:
-        """The fragments of a ready pass; each becomes exactly one block."""
-        ...
-
-    def read(self, work: Pass, fragment: Fragment) -> pa.Table:
-        """Packed rows of one fragment."""
-        ...
 
 
-@dataclass(frozen=True)
-class StreamReader:
-    """All rows of a stream's windows, with the released labels of `tasks`; to learn, with the corrections that it delivers among them."""
-
-    root: Place
-    tasks: tuple[str, ...] = ()
-
-    def ready(self, work: Pass) -> bool:
-        return is_released(EventStream.open(self.root), work.window, self.tasks)
-
-    def awaits(self, work: Pass) -> str:
-        return f"window {work.window} of {self.root} and its labels"
-
-    def fragments(self, work: Pass) -> Sequence[Fragment]:
-        stream = EventStream.open(self.root)
-        if work.purpose == "learn":
-            return learnt_fragments(stream, work.window, self.tasks)
-        return stream.window(work.window).fragments
-
-    def read(self, work: Pass, fragment: Fragment) -> pa.Table:
-        stream = EventStream.open(self.root)
-
-        def own() -> pa.Table:
-            return labelled(stream, work.window, fragment, self.tasks)
-
-        return with_corrections(stream, work.window, fragment, self.tasks, own, stream.read) if work.purpose == "learn" else own()
 
 
 def _datasource(reader: FragmentReader, work: Sequence[tuple[Pass, Fragment]]) -> Any:

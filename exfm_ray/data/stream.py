@@ -18,11 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from exfm_ray.data.regroup import Regroup
+from exfm_ray.base import Model
+from exfm_ray.data.rebatch import Regroup
 from exfm_ray.errors import UserError
-from exfm_ray.files import atomic_path, read_json, readable, write_json
-from exfm_ray.remote import Place
-from exfm_ray.schema import Model, Schema
+from exfm_ray.schema import Schema
+from exfm_ray.storage.atomic import atomic_path, read_json, readable, write_json
+from exfm_ray.storage.remote import Place
 
 ROW_GROUP_ROWS = 50_000
 

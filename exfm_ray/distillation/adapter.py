@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from exfm_ray.config import SAConfig
+from exfm_ray.config.distillation import SAConfig
 from exfm_ray.models.layers import mlp_to, seeded
 
 PROBABILITY_FLOOR = 1e-6

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exfm_ray.arms import Objective
-from exfm_ray.config import DistillationConfig
-from exfm_ray.data.corrections import CORRECTED
+from exfm_ray.config.arms import Objective
+from exfm_ray.config.distillation import DistillationConfig
+from exfm_ray.data.labels.corrections import CORRECTED
 from exfm_ray.distillation.student import Logits
 
 

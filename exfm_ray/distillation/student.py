@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from exfm_ray.arms import Objective
-from exfm_ray.config import DistillationConfig
-from exfm_ray.model_config import Widths
+from exfm_ray.config.arms import Objective
+from exfm_ray.config.distillation import DistillationConfig
+from exfm_ray.config.models import Widths
 from exfm_ray.models.layers import seeded
 from exfm_ray.models.network import Head, Network
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exfm_ray.config import TrainerConfig
+from exfm_ray.config.trainer import TrainerConfig
 
 GRADIENT_CLIP = 0.0  # DeepSpeed's "off"
 

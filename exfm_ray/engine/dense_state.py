@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from exfm_ray.engine.parts import Parts, kept
+from exfm_ray.engine.tensor_store import Parts, kept
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """torch.optim.AdamW's names of the first and second moment."""

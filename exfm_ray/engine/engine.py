@@ -11,17 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from exfm_ray.config import TrainerConfig
+from exfm_ray.config.models import ModelConfig
+from exfm_ray.config.trainer import TrainerConfig
 from exfm_ray.data.batch import Batch
 from exfm_ray.distillation.student import Logits, Student
-from exfm_ray.engine.average import Average
-from exfm_ray.engine.decay import RowDecay
 from exfm_ray.engine.dense import gathered_state, shard_dense
 from exfm_ray.engine.dense_state import dense_parts, restore_dense
-from exfm_ray.engine.given import GivenRows
-from exfm_ray.engine.parts import Parts, kept
+from exfm_ray.engine.ema import Average
+from exfm_ray.engine.row_weight_decay import RowDecay
 from exfm_ray.engine.tables import Shard, ShardedTables
-from exfm_ray.model_config import ModelConfig
+from exfm_ray.engine.tensor_store import GivenRows, Parts, kept
 from exfm_ray.models.layout import Layout
 from exfm_ray.schema import Schema
 

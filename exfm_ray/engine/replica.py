@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from exfm_ray.engine.parts import Parts, kept
+from exfm_ray.engine.tensor_store import Parts, kept
 
 
 class Replica:

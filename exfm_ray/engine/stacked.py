@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from exfm_ray.config import TrainerConfig
+from exfm_ray.config.models import ModelConfig
+from exfm_ray.config.trainer import TrainerConfig
 from exfm_ray.data.batch import Batch
 from exfm_ray.distillation.student import Logits, Student
 from exfm_ray.engine.engine import Engine
-from exfm_ray.engine.given import GivenRows
 from exfm_ray.engine.tables import ADAGRAD_EPS
-from exfm_ray.model_config import ModelConfig
+from exfm_ray.engine.tensor_store import GivenRows
 from exfm_ray.models.embeddings import PlainTables, initial_table
 from exfm_ray.schema import Schema
 

@@ -21,13 +21,13 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingEnv
 
-from exfm_ray.config import TrainerConfig
+from exfm_ray.config.models import ModelConfig
+from exfm_ray.config.trainer import TrainerConfig
 from exfm_ray.data.batch import Batch
-from exfm_ray.engine.given import GivenRows
-from exfm_ray.model_config import ModelConfig
-from exfm_ray.models.dealing import deal
+from exfm_ray.engine.tensor_store import GivenRows
 from exfm_ray.models.embeddings import initial_rows, initial_table
 from exfm_ray.models.layout import POOLED, Layout, expand_bags
+from exfm_ray.planner.table_placement import deal
 from exfm_ray.schema import Schema
 
 ADAGRAD_EPS = 1e-8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from exfm_ray.model_config import DCNv2Config
+from exfm_ray.config.models import DCNv2Config
 from exfm_ray.models.backbone import Backbone
 from exfm_ray.models.layers import linear, relu_mlp, width_out
 from exfm_ray.models.layout import Inputs

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from exfm_ray.model_config import DINConfig
+from exfm_ray.config.models import DINConfig
 from exfm_ray.models.backbone import Backbone
 from exfm_ray.models.layers import mlp_to, relu_mlp, width_out
 from exfm_ray.models.layout import Inputs, SequenceRows

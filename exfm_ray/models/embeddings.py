@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from exfm_ray.config.models import ModelConfig
 from exfm_ray.data.batch import Batch
-from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.layout import POOLED, Layout, Slot, expand_bags
 from exfm_ray.schema import Schema
 

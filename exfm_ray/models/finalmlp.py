@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from exfm_ray.model_config import FinalMLPConfig
+from exfm_ray.config.models import FinalMLPConfig
 from exfm_ray.models.backbone import Backbone
 from exfm_ray.models.layers import fan_in_normal_, mlp_to, relu_mlp
 from exfm_ray.models.layout import Inputs

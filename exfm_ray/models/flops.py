@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from exfm_ray.model_config import ModelConfig
+from exfm_ray.config.models import ModelConfig
 from exfm_ray.models.layout import Inputs
 from exfm_ray.models.network import Head
 from exfm_ray.models.registry import build_backbone

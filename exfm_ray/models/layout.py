@@ -13,8 +13,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from exfm_ray.config.models import ModelConfig
 from exfm_ray.errors import nearest
-from exfm_ray.model_config import ModelConfig
 from exfm_ray.schema import Kind, Schema, SparseFeature
 
 POOLED = -1

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exfm_ray.model_config import MaskNetConfig
+from exfm_ray.config.models import MaskNetConfig
 from exfm_ray.models.backbone import Backbone
 from exfm_ray.models.layers import fan_in_normal_, mlp_to, relu_mlp, width_out
 from exfm_ray.models.layout import Inputs

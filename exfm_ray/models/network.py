@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from exfm_ray.model_config import ModelConfig
+from exfm_ray.config.models import ModelConfig
 from exfm_ray.models.layers import mlp_to, seeded
 from exfm_ray.models.layout import Layout
 from exfm_ray.models.registry import build_backbone

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from exfm_ray.model_config import (
+from exfm_ray.config.models import (
     DCNv2Config,
     DeepFMConfig,
     DINConfig,

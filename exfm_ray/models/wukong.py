@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from exfm_ray.model_config import WukongConfig
+from exfm_ray.config.models import WukongConfig
 from exfm_ray.models.backbone import Backbone
 from exfm_ray.models.layers import fan_in_normal_, linear, mlp_to, relu_mlp, width_out
 from exfm_ray.models.layout import Inputs

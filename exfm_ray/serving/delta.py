@@ -21,10 +21,9 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from exfm_ray.base import Model
 from exfm_ray.errors import UserError
-from exfm_ray.files import read_json, sha256
-from exfm_ray.models.past import HISTORY, Past
-from exfm_ray.schema import Model
+from exfm_ray.models.user_features import HISTORY, Past
 from exfm_ray.serving.folder import (
     MANIFEST,
     SCHEMA,
@@ -39,6 +38,7 @@ from exfm_ray.serving.folder import (
     write_tables,
 )
 from exfm_ray.serving.program import ONNX, TABLES
+from exfm_ray.storage.atomic import read_json, sha256
 
 DELTA = "delta.safetensors"
 

@@ -10,19 +10,17 @@ from pathlib import Path
 
 import torch
 
-from exfm_ray.arms import Arm
+from exfm_ray.config.arms import Arm
 from exfm_ray.data.batch import Batch, to_batch
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError, nearest
-from exfm_ray.files import write_json
-from exfm_ray.models.past import Past
-from exfm_ray.models.stored import MANIFEST as MODEL_MANIFEST
-from exfm_ray.models.stored import PlainModel, StoredModel, load_model
-from exfm_ray.places import stores_of
+from exfm_ray.models.serialization import MANIFEST as MODEL_MANIFEST
+from exfm_ray.models.serialization import PlainModel, StoredModel, load_model
+from exfm_ray.models.user_features import Past
 from exfm_ray.serving.delta import check_same_student, write_delta
 from exfm_ray.serving.folder import SCHEMA, Port, Served, hashes, new_folder, read_served, write_manifest, write_tables
 from exfm_ray.serving.graph import ServedGraph, input_names, inputs_of
-from exfm_ray.serving.ids import served_schema
+from exfm_ray.serving.input_schema import served_schema
 from exfm_ray.serving.program import (
     AXES,
     COMPILED,
@@ -37,6 +35,8 @@ from exfm_ray.serving.program import (
     write_onnx,
     write_program,
 )
+from exfm_ray.storage.atomic import write_json
+from exfm_ray.storage.paths import stores_of
 
 CHECKED_ROWS = 300
 TOLERANCE = 1e-5

@@ -21,12 +21,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from exfm_ray.base import Model
+from exfm_ray.config.models import ModelConfig
 from exfm_ray.errors import UserError
-from exfm_ray.files import read_json, sha256, write_json
-from exfm_ray.model_config import ModelConfig
-from exfm_ray.models.past import HISTORY, Past
-from exfm_ray.schema import Model
+from exfm_ray.models.user_features import HISTORY, Past
 from exfm_ray.serving.program import TABLES
+from exfm_ray.storage.atomic import read_json, sha256, write_json
 
 MANIFEST, SCHEMA = "manifest.json", "schema.json"
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from exfm_ray.data.batch import Batch
 from exfm_ray.models.layout import POOLED, Layout
 from exfm_ray.models.network import Network
-from exfm_ray.models.stored import PlainModel, StoredModel
+from exfm_ray.models.serialization import PlainModel, StoredModel
 from exfm_ray.schema import Schema
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from exfm_ray.schema import ALL_DOMAINS
-from exfm_ray.tracking.clock import Bar
-from exfm_ray.tracking.marks import PHASES, Mark, mark_of, numbered
-from exfm_ray.tracking.page import LAYOUT, Part
+from exfm_ray.tracking.html_page import LAYOUT, Part
+from exfm_ray.tracking.plot_styles import PHASES, Mark, mark_of, numbered
 from exfm_ray.tracking.run_files import Panel, Row
+from exfm_ray.tracking.timeline import Bar
 
 FORMATS = {"ne": ".4~f", "calibration": ".3~f", "label_rate": ".1~%", "examples": ".3~s", "share": ".1~%"}
 DECIMALS = {"ne": ".5f", "calibration": ".4f", "label_rate": ".3%", "examples": ",d", "share": ".2%"}

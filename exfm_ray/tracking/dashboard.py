@@ -16,10 +16,10 @@ import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
 
-from exfm_ray.config import Config
+from exfm_ray.config.root import Config
 from exfm_ray.errors import UserError
 from exfm_ray.schema import ALL_DOMAINS, Schema
-from exfm_ray.tracking.pipeline_runs import figure_name, overall_name
+from exfm_ray.tracking.wandb_pipeline import figure_name, overall_name
 
 Panel = Any
 """Of wandb_workspaces.reports, which has no types that mypy can follow."""

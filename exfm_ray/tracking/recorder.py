@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from exfm_ray.errors import UserError
-from exfm_ray.files import append_lines, cut_torn_line, read_lines
+from exfm_ray.storage.atomic import append_lines, cut_torn_line, read_lines
 
 IDENTITY = ("window", "role", "model", "arm", "domain", "task", "seed")
 FIELDS = {*IDENTITY, "ne", "auc", "gauc", "log_loss", "calibration", "label_rate", "examples"}

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from exfm_ray.tracking import charts
-from exfm_ray.tracking.clock import PAUSE_S, bars, seconds
-from exfm_ray.tracking.lacking import lacking
-from exfm_ray.tracking.marks import at_serving
-from exfm_ray.tracking.page import STYLE, Part, place_figure, write_page
+from exfm_ray.tracking.html_page import STYLE, Part, lacking, place_figure, write_page
+from exfm_ray.tracking.plot_styles import at_serving
 from exfm_ray.tracking.run_files import Row, RunFiles, panels
+from exfm_ray.tracking.timeline import PAUSE_S, bars, seconds
 
 COLUMNS = {
     "model": "model", "domain": "domain", "task": "task", "arm": "arm", "pass": "pass", "window": "window", "ne": "NE", "fm_ne": "FM's NE",

@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 
 from exfm_ray.errors import UserError
-from exfm_ray.files import read_json
 from exfm_ray.metrics.gain import ne_gain, transfer_ratio
 from exfm_ray.metrics.state import entropy
-from exfm_ray.places import stores_of
 from exfm_ray.schema import ALL_DOMAINS
-from exfm_ray.tracking.marks import listing
+from exfm_ray.storage.atomic import read_json
+from exfm_ray.storage.paths import stores_of
+from exfm_ray.tracking.plot_styles import listing
 from exfm_ray.tracking.recorder import TIMELINE, read_metrics, read_timeline
 
 Row = dict[str, Any]

@@ -24,11 +24,11 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from exfm_ray.engine.parts import Parts, kept
+from exfm_ray.base import Model
+from exfm_ray.engine.tensor_store import Parts, kept
 from exfm_ray.errors import UserError
-from exfm_ray.files import digest, read_json, sha256
 from exfm_ray.metrics.state import MetricState
-from exfm_ray.schema import Model
+from exfm_ray.storage.atomic import digest, read_json, sha256
 from exfm_ray.training.loop import Key, Loop, Timing, Underway
 
 MANIFEST = "manifest.json"

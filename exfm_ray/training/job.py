@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from exfm_ray.arms import Arm
-from exfm_ray.config import Config, StudentConfig, TrainerConfig
-from exfm_ray.das.history import history_store
-from exfm_ray.das.lag import Policy
-from exfm_ray.das.shared import shared_store
-from exfm_ray.das.snapshots import SnapshotStore
-from exfm_ray.das.supervision import AugmentedReader, SupervisionStore
-from exfm_ray.data.feed import FragmentReader, Pass, StreamReader
-from exfm_ray.data.shuffle import ShuffledReader
-from exfm_ray.remote import Place
+from exfm_ray.config.arms import Arm
+from exfm_ray.config.root import Config
+from exfm_ray.config.trainer import StudentConfig, TrainerConfig
+from exfm_ray.data.readers import FragmentReader, Pass, ShuffledReader, StreamReader
 from exfm_ray.schema import Schema
+from exfm_ray.storage.remote import Place
+from exfm_ray.stores.readers import AugmentedReader
+from exfm_ray.stores.shared_rows import shared_store
+from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshots import SnapshotStore
+from exfm_ray.stores.supervision import SupervisionStore
+from exfm_ray.stores.user_history import history_store
 from exfm_ray.training.checkpoint import Checkpoints, Mark
 from exfm_ray.training.static import EarlyStopping, StaticSet
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import ray
 
-from exfm_ray.actors import answer, beside_driver
 from exfm_ray.data.feed import FEED_WAIT_S, LOOK_S, Feed
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
-from exfm_ray.remote import pause_s
-from exfm_ray.runtime import user_error
+from exfm_ray.runtime.actors import answer, beside_driver
+from exfm_ray.runtime.session import user_error
+from exfm_ray.storage.remote import pause_s
 from exfm_ray.training.checkpoint import START, Mark
 from exfm_ray.training.job import Job
 
@@ -67,7 +67,7 @@ def run_job(job: Job, windows: Sequence[int], recorder: Any, feed: Any) -> None:
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from exfm_ray.training.mistakes import EndAtMistake
+    from exfm_ray.training.fail_fast import EndAtMistake
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more at each start, for a notice that nothing here uses

@@ -12,12 +12,12 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from exfm_ray.das.lag import Policy
-from exfm_ray.data.feed import FragmentReader, Pass
+from exfm_ray.data.readers import FragmentReader, Pass
 from exfm_ray.data.stream import EventStream
+from exfm_ray.stores.snapshot_policy import Policy
 from exfm_ray.training.checkpoint import START
+from exfm_ray.training.group import Group
 from exfm_ray.training.job import Job
-from exfm_ray.training.lane import Group
 from exfm_ray.training.loop import Loop
 from exfm_ray.training.worker import build_groups
 

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from exfm_ray.arms import LABELS, Arm
-from exfm_ray.das.lag import Policy
-from exfm_ray.data.feed import FeedClient, FragmentReader, Pass
-from exfm_ray.data.regroup import Regroup
+from exfm_ray.config.arms import LABELS, Arm
+from exfm_ray.data.feed import FeedClient
+from exfm_ray.data.readers import FragmentReader, Pass
+from exfm_ray.data.rebatch import Regroup
 from exfm_ray.errors import UserError
 from exfm_ray.metrics.state import MetricState
 from exfm_ray.schema import ALL_DOMAINS
+from exfm_ray.stores.snapshot_policy import Policy
 
 if TYPE_CHECKING:  # it imports seconds of engine
-    from exfm_ray.training.lane import Evaluated, Group, Lane
+    from exfm_ray.training.group import Evaluated, Group
+    from exfm_ray.training.model_trainer import Lane
 
 Key = tuple[str, str, str, str]
 """Model, arm (`fm` for the FM), domain, task."""

@@ -12,8 +12,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from exfm_ray.config import StaticConfig
-from exfm_ray.data.feed import Pass
+from exfm_ray.config.trainer import StaticConfig
+from exfm_ray.data.readers import Pass
 from exfm_ray.schema import ALL_DOMAINS
 
 

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from exfm_ray.arms import Arm, Objective
-from exfm_ray.config import Config
-from exfm_ray.das.history import history_store, user_column, with_history
-from exfm_ray.das.lag import Policy
-from exfm_ray.das.snapshots import SnapshotStore
-from exfm_ray.data.feed import FEED_WAIT_S, FeedClient, Pass
+from exfm_ray.config.arms import Arm, Objective
+from exfm_ray.config.models import ModelConfig
+from exfm_ray.config.root import Config
+from exfm_ray.data.feed import FEED_WAIT_S, FeedClient
+from exfm_ray.data.readers import Pass
 from exfm_ray.data.stream import EventStream
 from exfm_ray.distillation.adapter import Adapter
 from exfm_ray.distillation.objective import Weights
@@ -24,20 +23,23 @@ from exfm_ray.distillation.student import Student
 from exfm_ray.engine.engine import Engine
 from exfm_ray.engine.replica import Replica
 from exfm_ray.errors import UserError
-from exfm_ray.model_config import ModelConfig
 from exfm_ray.models.network import build_network
-from exfm_ray.models.past import Past
-from exfm_ray.models.stored import MOMENTUM, commit_model, remove_model, write_tables
-from exfm_ray.remote import Place, pause_s
+from exfm_ray.models.serialization import MOMENTUM, commit_model, remove_model, write_tables
+from exfm_ray.models.user_features import Past
 from exfm_ray.schema import Schema
+from exfm_ray.storage.remote import Place, pause_s
+from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshots import SnapshotStore
+from exfm_ray.stores.user_history import history_store, user_column, with_history
+from exfm_ray.training.async_checkpoint import Saver
 from exfm_ray.training.checkpoint import START, Mark
+from exfm_ray.training.group import Group
 from exfm_ray.training.job import Job, fm_tasks
-from exfm_ray.training.lane import Group, Lane
 from exfm_ray.training.loop import Loop, Report, Underway
-from exfm_ray.training.saving import Saver
-from exfm_ray.training.sharing import Sharing
+from exfm_ray.training.model_trainer import Lane
+from exfm_ray.training.nan_check import LossWatch
 from exfm_ray.training.static import EarlyStopping, StaticSet
-from exfm_ray.training.watch import LossWatch
+from exfm_ray.training.table_sharing import Sharing
 
 POLL_S = 0.2
 

@@ -10,8 +10,8 @@ from small_runs import small_config
 from workers import Workers
 
 from benchmarks.faults_fuzz import BAD_CONFIGS, TARGETS, fuzz
-from exfm_ray.config import dump_config
-from exfm_ray.files import write_text
+from exfm_ray.config.load import dump_config
+from exfm_ray.storage.atomic import write_text
 
 
 @pytest.fixture(scope="module")

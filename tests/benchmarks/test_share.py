@@ -14,12 +14,12 @@ from workers import Workers
 from benchmarks import share_teach
 from benchmarks.parts import Part, Parts
 from benchmarks.share_runs import GRID, JUDGED, SCORED, Variant, judge, variants
-from exfm_ray.config import with_settings
-from exfm_ray.das.history import history_store
-from exfm_ray.das.lag import Policy
-from exfm_ray.das.shared import SharedStore
-from exfm_ray.das.snapshots import SnapshotStore
-from exfm_ray.pipeline import prepare_stream
+from exfm_ray.config.checks import with_settings
+from exfm_ray.pipeline.preflight import prepare_stream
+from exfm_ray.stores.shared_rows import SharedStore
+from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshots import SnapshotStore
+from exfm_ray.stores.user_history import history_store
 from exfm_ray.training.job import Job
 
 

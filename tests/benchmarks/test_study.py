@@ -19,12 +19,14 @@ from benchmarks.study_figures import markdown, teacher_figures, variant_figures
 from benchmarks.study_plot import draw
 from benchmarks.study_teachers import CONTROL_TEACHERS, FM, Teacher, controls, student_rows, supervised, teach, teacher_nes, teachers
 from benchmarks.study_variants import MOST_TOGETHER, calls, variants
-from exfm_ray.config import Config, StudentConfig
-from exfm_ray.das.lag import Policy
-from exfm_ray.das.supervision import TEACHER_COLUMN, AugmentedReader, SupervisionStore
-from exfm_ray.data.feed import Pass
-from exfm_ray.data.prepare import prepare
+from exfm_ray.config.root import Config
+from exfm_ray.config.trainer import StudentConfig
+from exfm_ray.data.prepare.prepare import prepare
+from exfm_ray.data.readers import Pass
 from exfm_ray.data.stream import EventStream, list_values
+from exfm_ray.stores.readers import AugmentedReader
+from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.supervision import TEACHER_COLUMN, SupervisionStore
 from exfm_ray.training.job import Job
 from tuning.trial import Figures
 

@@ -13,7 +13,7 @@ import pytest
 import ray
 import yaml
 
-from exfm_ray.config import Config
+from exfm_ray.config.root import Config
 
 REPOSITORY = Path(__file__).parents[2]
 CLUSTER = REPOSITORY / "cluster"

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import requests
-from head import REPOSITORY, WANDB_KEY, Head
 from ray.job_submission import JobStatus
+from ray_head import REPOSITORY, WANDB_KEY, Head
 
 from cluster.jobs import exit_code
-from exfm_ray.commands import main
-from exfm_ray.files import read_json
+from exfm_ray.cli.main import main
+from exfm_ray.storage.atomic import read_json
 from exfm_ray.tracking.recorder import read_metrics
 
 SUBMIT_S = 180

@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from head import Head
+from ray_head import Head
 from test_cluster_jobs import TINY, ended
 
-from exfm_ray.files import read_json
+from exfm_ray.storage.atomic import read_json
 from exfm_ray.tracking.recorder import read_metrics
 from exfm_ray.training.checkpoint import Checkpoints
 

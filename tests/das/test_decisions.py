@@ -10,17 +10,16 @@ from pathlib import Path
 import pytest
 from example import SCHEMA, make_rows
 from local_service import Local, finish, local_services, until
-from orders import make_order, make_place, undisturbed, written
-from publish import publish
+from publish_snapshots import publish
+from specs import make_order, make_place, undisturbed, written
 
 from exfm_ray.das.client import out_of_reach
-from exfm_ray.das.lacking import parked, stood_in
-from exfm_ray.das.order import Order
+from exfm_ray.das.spec import Order, parked, stood_in
 from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.errors import UserError
-from exfm_ray.files import read_json, write_json
-from exfm_ray.models.stored import MANIFEST
+from exfm_ray.models.serialization import MANIFEST
 from exfm_ray.schema import Schema
+from exfm_ray.storage.atomic import read_json, write_json
 
 
 @pytest.fixture

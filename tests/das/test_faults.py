@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from drive import order_in
-from orders import make_place, undisturbed, written
+from drive_service import order_in
 from ray_environment import RAY_ENVIRONMENT
+from specs import make_place, undisturbed, written
 
 from exfm_ray.data.stream import EventStream
 
@@ -31,7 +31,8 @@ SLOW_START = "The current node timed out during startup"
 def start(folder: Path) -> subprocess.Popen[bytes]:
     """The driver in a process of its own."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | RAY_ENVIRONMENT | BUSY
-    return subprocess.Popen([sys.executable, str(Path(__file__).with_name("drive.py")), str(folder)], env=environment, stderr=subprocess.PIPE)
+    script = Path(__file__).parents[1] / "helpers" / "drive_service.py"
+    return subprocess.Popen([sys.executable, str(script), str(folder)], env=environment, stderr=subprocess.PIPE)
 
 
 def victims(driver: int) -> dict[str, list[int]]:

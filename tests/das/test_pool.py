@@ -10,8 +10,8 @@ import pytest
 import ray
 
 from exfm_ray.das import pool as pool_module
-from exfm_ray.das.backlog import Work
 from exfm_ray.das.pool import Member, Pool
+from exfm_ray.das.queue import Work
 from exfm_ray.das.scorer import CALLS
 from exfm_ray.data.stream import Fragment
 

@@ -10,16 +10,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from example import SCHEMA
-from orders import make_order
-from publish import publish
+from publish_snapshots import publish
+from specs import make_order
 
 from exfm_ray.das.scorer import Scored, Scorer, score_rows
-from exfm_ray.das.snapshots import SnapshotStore
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.errors import UserError
-from exfm_ray.models.stored import MANIFEST, load_model
+from exfm_ray.models.serialization import MANIFEST, load_model
 from exfm_ray.schema import Schema
+from exfm_ray.stores.snapshots import SnapshotStore
 
 
 @pytest.fixture

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import ray
-from orders import make_order, make_place, scored, undisturbed, written
 from ray.exceptions import RayActorError
+from specs import make_order, make_place, scored, undisturbed, written
 
 from exfm_ray.das import client
 from exfm_ray.das.client import connect, end, label, services
-from exfm_ray.das.order import Order
+from exfm_ray.das.spec import Order
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
-from exfm_ray.files import read_lines, write_json
+from exfm_ray.storage.atomic import read_lines, write_json
 
 WAIT_S = 60
 

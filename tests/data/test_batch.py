@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exfm_ray.data.batch import to_batch
-from exfm_ray.data.regroup import Regroup
+from exfm_ray.data.rebatch import Regroup
 from exfm_ray.data.stream import EventStream
-from exfm_ray.training.lane import pad
+from exfm_ray.training.group import pad
 
 
 @pytest.mark.parametrize(("start", "rows"), [(0, 50), (7, 20), (49, 1), (10, 0)])

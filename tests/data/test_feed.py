@@ -15,12 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from exfm_ray.das.lag import Policy
-from exfm_ray.das.supervision import AugmentedReader, SupervisionStore
-from exfm_ray.data.feed import Feed, FeedClient, FragmentReader, Pass, StreamReader, share
+from exfm_ray.data.feed import Feed, FeedClient, share
+from exfm_ray.data.readers import FragmentReader, Pass, StreamReader
 from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.errors import UserError
-from exfm_ray.runtime import user_error
+from exfm_ray.runtime.session import user_error
+from exfm_ray.stores.readers import AugmentedReader
+from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.supervision import SupervisionStore
 
 
 @ray.remote(num_cpus=0)

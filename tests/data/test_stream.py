@@ -14,7 +14,7 @@ from example import SCHEMA, make_rows, make_stream
 
 from exfm_ray.data.stream import EventStream, StreamWriter, window_name
 from exfm_ray.errors import UserError
-from exfm_ray.files import read_json, write_json
+from exfm_ray.storage.atomic import read_json, write_json
 
 
 def rows_of(stream: EventStream, window: int) -> pa.Table:

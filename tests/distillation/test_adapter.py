@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from exfm_ray.config import SAConfig
+from exfm_ray.config.distillation import SAConfig
 from exfm_ray.distillation.adapter import Adapter, target_BT
 from exfm_ray.distillation.objective import bce_BT, labels_objective_B
 from exfm_ray.models.layers import mlp_to, seeded

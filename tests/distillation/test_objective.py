@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exfm_ray.arms import Objective
-from exfm_ray.config import AHConfig, DistillationConfig, KDConfig, SAConfig
-from exfm_ray.data.corrections import CORRECTED
+from exfm_ray.config.arms import Objective
+from exfm_ray.config.distillation import AHConfig, DistillationConfig, KDConfig, SAConfig
+from exfm_ray.data.labels.corrections import CORRECTED
 from exfm_ray.distillation.objective import Weights, bce_BT, labels_objective_B, objective_B
 from exfm_ray.distillation.student import Logits
 

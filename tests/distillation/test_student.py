@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from exfm_ray.arms import Objective
-from exfm_ray.config import AHConfig, DistillationConfig, SAConfig
+from exfm_ray.config.arms import Objective
+from exfm_ray.config.distillation import AHConfig, DistillationConfig, SAConfig
+from exfm_ray.config.models import MLPConfig
 from exfm_ray.distillation.objective import Weights, objective_B
 from exfm_ray.distillation.student import Student, scale_gradient
-from exfm_ray.model_config import MLPConfig
 from exfm_ray.models.network import build_network
 from exfm_ray.schema import Schema, SparseFeature
 

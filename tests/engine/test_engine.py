@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import engine_steps as steps
 import numpy as np
 import pytest
-import steps
 import torch
 import torch.nn.functional as F
+from engine_steps import Case
 from example import SCHEMA
-from steps import Case
 from torch import Tensor, nn
 from workers import Workers
 
-from exfm_ray.arms import Objective
-from exfm_ray.config import DistillationConfig, SAConfig
-from exfm_ray.das.supervision import TEACHER_COLUMN
+from exfm_ray.config.arms import Objective
+from exfm_ray.config.distillation import DistillationConfig, SAConfig
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import list_values
 from exfm_ray.distillation.adapter import Adapter
@@ -26,6 +25,7 @@ from exfm_ray.distillation.student import Logits, Student
 from exfm_ray.engine.tables import ADAGRAD_EPS
 from exfm_ray.models.embeddings import PlainTables
 from exfm_ray.models.network import build_network
+from exfm_ray.stores.supervision import TEACHER_COLUMN
 
 ZERO = [0, 1, 2, 3]
 # float32 sums in another order; Adam's division by the root of a tiny second moment enlarges them to some 1e-5 in 7 steps

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import engine_steps as steps
 import numpy as np
 import pytest
-import steps
+from engine_steps import Case
 from example import SCHEMA
-from steps import Case
 from workers import Workers
 
-from exfm_ray.model_config import MLPConfig
+from exfm_ray.config.models import MLPConfig
 from exfm_ray.models.embeddings import initial_table
 
 MODEL = MLPConfig(dim=4, mlp=(8,), embeddings={"ad": 2})

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import engine_steps as steps
 import numpy as np
 import pytest
-import steps
 from example import SCHEMA, make_rows
 from workers import Workers
 
-from exfm_ray.config import OptimizerConfig
+from exfm_ray.config.models import DINConfig, MLPConfig, ModelConfig
+from exfm_ray.config.trainer import OptimizerConfig
 from exfm_ray.data.batch import to_batch
 from exfm_ray.engine.tables import ADAGRAD_EPS
-from exfm_ray.model_config import DINConfig, MLPConfig, ModelConfig
 from exfm_ray.models.embeddings import PlainTables
 from exfm_ray.models.layout import Layout
 

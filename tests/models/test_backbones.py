@@ -10,12 +10,9 @@ import torch
 from example import SCHEMA, make_rows
 from torch import nn
 
-from exfm_ray.arms import Objective
-from exfm_ray.config import DistillationConfig
-from exfm_ray.data.batch import to_batch
-from exfm_ray.distillation.objective import Weights, objective_B
-from exfm_ray.distillation.student import Student
-from exfm_ray.model_config import (
+from exfm_ray.config.arms import Objective
+from exfm_ray.config.distillation import DistillationConfig
+from exfm_ray.config.models import (
     MODEL_TYPES,
     DCNv2Config,
     DeepFMConfig,
@@ -27,6 +24,9 @@ from exfm_ray.model_config import (
     ModelConfig,
     WukongConfig,
 )
+from exfm_ray.data.batch import to_batch
+from exfm_ray.distillation.objective import Weights, objective_B
+from exfm_ray.distillation.student import Student
 from exfm_ray.models.dcnv2 import DCNv2
 from exfm_ray.models.deepfm import DeepFM
 from exfm_ray.models.din import DIN

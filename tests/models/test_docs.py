@@ -11,8 +11,8 @@ from pathlib import Path
 
 import yaml
 
-from exfm_ray.config import Config
-from exfm_ray.model_config import BackboneConfig
+from exfm_ray.config.models import BackboneConfig
+from exfm_ray.config.root import Config
 from exfm_ray.models.registry import BACKBONES
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ TRAIN = """
 from pathlib import Path
 import torch
 from example import SCHEMA, make_rows
-from exfm_ray.config import load_config
+from exfm_ray.config.root import load_config
 from exfm_ray.data.batch import to_batch
 from exfm_ray.distillation.objective import labels_objective_B
 from exfm_ray.models.embeddings import PlainTables
@@ -69,7 +69,7 @@ def test_add_your_own(tmp_path: Path) -> None:
     for place, diff in zip(places[1:], (config, registry), strict=True):
         (tmp_path / place).write_text(apply((tmp_path / place).read_text(), diff))
     (tmp_path / "try.yaml").write_text(settings)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "tests" / "helpers")]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", TRAIN], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     modules, losses = zip(*(line.split() for line in done.stdout.splitlines()), strict=True)

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from exfm_ray.config import load_config
-from exfm_ray.data.prepare.embedded import schema
-from exfm_ray.data_config import EmbeddedConfig
-from exfm_ray.model_config import DCNv2Config, DLRMConfig, MLPConfig, ModelConfig, WukongConfig
+from exfm_ray.config.data import EmbeddedConfig
+from exfm_ray.config.load import load_config
+from exfm_ray.config.models import DCNv2Config, DLRMConfig, MLPConfig, ModelConfig, WukongConfig
+from exfm_ray.data.sources.synthetic import schema
 from exfm_ray.models.flops import forward_flops, training_flops
 from exfm_ray.models.layout import Inputs, Layout, SequenceRows
 from exfm_ray.models.network import Head

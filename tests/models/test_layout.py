@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from exfm_ray.config.models import DINConfig, MLPConfig, ModelConfig
 from exfm_ray.data.batch import Batch
-from exfm_ray.model_config import DINConfig, MLPConfig, ModelConfig
 from exfm_ray.models.embeddings import PlainTables
 from exfm_ray.models.layout import POOLED, Inputs, Layout, SequenceRows, expand_bags
 from exfm_ray.schema import Kind, Schema, SparseFeature

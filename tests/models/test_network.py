@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from exfm_ray.model_config import MLPConfig
+from exfm_ray.config.models import MLPConfig
 from exfm_ray.models.network import Head, build_network
 from exfm_ray.schema import DenseFeature, Schema, SparseFeature
 

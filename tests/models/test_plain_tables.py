@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from exfm_ray.config.models import MLPConfig
 from exfm_ray.data.batch import Batch
-from exfm_ray.model_config import MLPConfig
 from exfm_ray.models import embeddings
 from exfm_ray.models.embeddings import INIT_STD, PlainTables, initial_rows, initial_table
 from exfm_ray.schema import Kind, Schema, SparseFeature

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from exfm_ray.model_config import MLPConfig, ModelConfig, WukongConfig
+from exfm_ray.config.models import MLPConfig, ModelConfig, WukongConfig
 from exfm_ray.models.layers import linear, seeded
 from exfm_ray.models.layout import Inputs
 from exfm_ray.models.registry import build_backbone

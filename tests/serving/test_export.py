@@ -16,16 +16,17 @@ from safetensors.torch import load_file, save_file
 from small_runs import small_config
 from workers import Workers
 
-from exfm_ray.commands import main
+from exfm_ray.cli.main import main
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
-from exfm_ray.files import read_json, write_json
-from exfm_ray.models.stored import load_model
-from exfm_ray.pipeline import prepare_stream, vm_jobs
+from exfm_ray.models.serialization import load_model
+from exfm_ray.pipeline.preflight import prepare_stream
+from exfm_ray.pipeline.schedule import vm_jobs
 from exfm_ray.serving import export
 from exfm_ray.serving.delta import main as delta_main
 from exfm_ray.serving.export import export_student
+from exfm_ray.storage.atomic import read_json, write_json
 from exfm_ray.training.job import Job
 
 OTHER = {"type": "mlp", "dim": 8, "mlp": [4]}  # every backbone is exported in test_graph.py

@@ -11,8 +11,7 @@ from example import SCHEMA, make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exfm_ray.data.batch import Batch, to_batch
-from exfm_ray.model_config import (
+from exfm_ray.config.models import (
     MODEL_TYPES,
     DCNv2Config,
     DeepFMConfig,
@@ -24,9 +23,10 @@ from exfm_ray.model_config import (
     ModelConfig,
     WukongConfig,
 )
+from exfm_ray.data.batch import Batch, to_batch
 from exfm_ray.models.embeddings import PlainTables
 from exfm_ray.models.network import build_network
-from exfm_ray.models.stored import PlainModel, StoredModel
+from exfm_ray.models.serialization import PlainModel, StoredModel
 from exfm_ray.schema import DenseFeature, Schema, SparseFeature
 from exfm_ray.serving.export import _full_bags, check_batches, compare
 from exfm_ray.serving.folder import write_tables

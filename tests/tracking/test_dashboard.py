@@ -10,9 +10,9 @@ from dashboard_spec import named, spec
 from small_runs import small_config
 from wandb_files import surroundings
 
-from exfm_ray.commands import main
-from exfm_ray.config import Config
-from exfm_ray.data.prepare import source_schema
+from exfm_ray.cli.main import main
+from exfm_ray.config.root import Config
+from exfm_ray.data.prepare.prepare import source_schema
 from exfm_ray.errors import UserError
 from exfm_ray.tracking.dashboard import parts, report, save, workspace
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from exfm_ray.errors import UserError
-from exfm_ray.files import append_lines, read_lines
+from exfm_ray.storage.atomic import append_lines, read_lines
 from exfm_ray.tracking.recorder import Recorder, read_metrics, read_timeline
 
 

@@ -13,7 +13,7 @@ import pytest
 from browser import Seen, browser_path, look
 from run_folders import NEW, WINDOWS, write_run
 
-from exfm_ray.files import write_json
+from exfm_ray.storage.atomic import write_json
 from exfm_ray.tracking.charts import by_window, drift, largest
 from exfm_ray.tracking.report import write_report
 from exfm_ray.tracking.run_files import RunFiles, panels

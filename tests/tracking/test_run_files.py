@@ -13,10 +13,10 @@ from run_folders import CURVES, Examples, write_run
 from small_runs import WINDOWS, small_config
 from workers import Workers
 
-from exfm_ray.claim import claim
 from exfm_ray.errors import UserError
-from exfm_ray.files import read_json, read_lines
-from exfm_ray.pipeline import prepare_stream
+from exfm_ray.pipeline.preflight import prepare_stream
+from exfm_ray.pipeline.run_dir import claim
+from exfm_ray.storage.atomic import read_json, read_lines
 from exfm_ray.tracking.run_files import KEY, RunFiles, panels
 
 FIGURES = ["ne", "calibration", "label_rate", "log_loss", "examples", "auc", "gauc", "best_ne", "ne_gain", "fm_ne_gain", "transfer_ratio"]

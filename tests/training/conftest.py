@@ -7,7 +7,7 @@ from local_runs import run_locally
 from small_runs import small_config
 from workers import Workers
 
-from exfm_ray.config import Config
+from exfm_ray.config.root import Config
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from exfm_ray.errors import UserError
-from exfm_ray.files import write_json
+from exfm_ray.storage.atomic import write_json
 from exfm_ray.training.checkpoint import Checkpoints, Manifest, Mark
 
 FILE = "state.rank0000.safetensors"

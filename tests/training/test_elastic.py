@@ -12,7 +12,7 @@ import psutil
 import pytest
 from small_runs import metrics, run, small_config
 
-from exfm_ray.config import Config
+from exfm_ray.config.root import Config
 from exfm_ray.training.job import Job
 
 TOLERANCE = 1e-2

@@ -13,13 +13,14 @@ from local_runs import score, train
 from small_runs import metrics, small_config
 from workers import Workers
 
-from exfm_ray.config import Config
+from exfm_ray.config.models import MODEL_TYPES
+from exfm_ray.config.root import Config
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream
-from exfm_ray.model_config import MODEL_TYPES
-from exfm_ray.models.past import Past
-from exfm_ray.models.stored import load_model
-from exfm_ray.pipeline import prepare_stream, vm_jobs
+from exfm_ray.models.serialization import load_model
+from exfm_ray.models.user_features import Past
+from exfm_ray.pipeline.preflight import prepare_stream
+from exfm_ray.pipeline.schedule import vm_jobs
 from exfm_ray.serving.export import export_student, remembered
 from exfm_ray.training.job import Job
 

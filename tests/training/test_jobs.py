@@ -13,14 +13,15 @@ from safetensors.torch import load_file
 from small_runs import WINDOWS, assert_close, figures, metrics, small_config
 from workers import Workers
 
-from exfm_ray.arms import PLAIN
-from exfm_ray.config import Config
+from exfm_ray.config.arms import PLAIN
+from exfm_ray.config.root import Config
 from exfm_ray.data.batch import to_batch
-from exfm_ray.data.prepare.world import DOMAINS
+from exfm_ray.data.sources.synthetic_world import DOMAINS
 from exfm_ray.data.stream import EventStream
-from exfm_ray.files import read_json, write_json
-from exfm_ray.models.stored import load_model
-from exfm_ray.pipeline import prepare_stream, vm_jobs
+from exfm_ray.models.serialization import load_model
+from exfm_ray.pipeline.preflight import prepare_stream
+from exfm_ray.pipeline.schedule import vm_jobs
+from exfm_ray.storage.atomic import read_json, write_json
 from exfm_ray.training.checkpoint import START, Checkpoints, Mark
 from exfm_ray.training.job import Job
 
@@ -192,8 +193,8 @@ def test_old_checkpoints_go_and_the_newest_stays(groups: dict[int, Workers], tmp
 
 def save_some(root: Path, numbers: list[int]) -> list[str]:
     """Save checkpoints without lanes; the folders that are left."""
+    from exfm_ray.training.async_checkpoint import Saver
     from exfm_ray.training.loop import Loop
-    from exfm_ray.training.saving import Saver
 
     loop: Any = Loop("fm", 0, [], None, None, None, 1, 0)  # type: ignore[arg-type]
     saver = Saver(Checkpoints(root), 2)

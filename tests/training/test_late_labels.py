@@ -12,11 +12,13 @@ from local_runs import run_locally, score, train
 from small_runs import WINDOWS, assert_close, metrics, small_config
 from workers import Workers
 
-from exfm_ray.config import Config
-from exfm_ray.das.supervision import SupervisionStore
-from exfm_ray.data.labels import release, release_folder
-from exfm_ray.files import read_lines
-from exfm_ray.pipeline import Run, prepare_stream, vm_jobs
+from exfm_ray.config.root import Config
+from exfm_ray.data.labels.releases import release, release_folder
+from exfm_ray.pipeline.preflight import prepare_stream
+from exfm_ray.pipeline.runner import Run
+from exfm_ray.pipeline.schedule import vm_jobs
+from exfm_ray.storage.atomic import read_lines
+from exfm_ray.stores.supervision import SupervisionStore
 from exfm_ray.training.job import Job
 
 ROWS = 900

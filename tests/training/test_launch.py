@@ -9,7 +9,7 @@ import ray
 from small_runs import small_config
 
 from exfm_ray.errors import UserError
-from exfm_ray.pipeline import prepare_stream
+from exfm_ray.pipeline.preflight import prepare_stream
 from exfm_ray.training import launch
 from exfm_ray.training.job import Job
 

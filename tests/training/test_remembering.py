@@ -16,21 +16,23 @@ import torch
 from local_runs import run_locally, score, train
 from safetensors.numpy import load_file
 from small_runs import WINDOWS, assert_close, figures, flip_labels, metrics, rewrite, small_config
-from test_sharing import WORKERS_TOLERANCE, Whole
+from whole_student import WORKERS_TOLERANCE, Whole
 from workers import Workers
 
-from exfm_ray.config import Config, with_settings
-from exfm_ray.das.history import history_store
+from exfm_ray.config.checks import with_settings
+from exfm_ray.config.root import Config
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream, window_name
 from exfm_ray.errors import UserError
-from exfm_ray.files import read_json, write_json
-from exfm_ray.models.past import HISTORY
-from exfm_ray.models.stored import load_model
-from exfm_ray.pipeline import check_models, prepare_stream, vm_jobs
+from exfm_ray.models.serialization import load_model
+from exfm_ray.models.user_features import HISTORY
+from exfm_ray.pipeline.preflight import check_models, prepare_stream
+from exfm_ray.pipeline.schedule import vm_jobs
 from exfm_ray.schema import Schema
 from exfm_ray.serving.delta import main as delta_main
 from exfm_ray.serving.export import export_student
+from exfm_ray.storage.atomic import read_json, write_json
+from exfm_ray.stores.user_history import history_store
 from exfm_ray.training.job import Job
 from exfm_ray.training.worker import Worker
 

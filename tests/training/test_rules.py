@@ -11,10 +11,10 @@ from local_runs import run_locally
 from small_runs import WINDOWS, flip_labels, metrics, rewrite, small_config
 from workers import Workers
 
-from exfm_ray.config import Config
-from exfm_ray.das.run import DAS
+from exfm_ray.config.root import Config
+from exfm_ray.das.labeler import DAS
 from exfm_ray.data.stream import EventStream, window_name
-from exfm_ray.pipeline import prepare_stream
+from exfm_ray.pipeline.preflight import prepare_stream
 
 CHANGED = 2
 Runs = tuple[Config, Config]

@@ -14,15 +14,17 @@ from local_runs import DiedError, LocalReport
 from small_runs import assert_close, flip_labels, rewrite, small_config
 from workers import Workers
 
-from exfm_ray.config import Config, StaticConfig, with_settings
-from exfm_ray.das.snapshots import SnapshotStore
+from exfm_ray.config.checks import with_settings
+from exfm_ray.config.root import Config
+from exfm_ray.config.trainer import StaticConfig
 from exfm_ray.data.batch import to_batch
-from exfm_ray.data.feed import Pass
-from exfm_ray.data.shuffle import ShuffledReader
+from exfm_ray.data.readers import Pass, ShuffledReader
 from exfm_ray.data.stream import EventStream, list_values
 from exfm_ray.errors import UserError
 from exfm_ray.metrics.state import MetricState
-from exfm_ray.pipeline import Run, prepare_stream
+from exfm_ray.pipeline.preflight import prepare_stream
+from exfm_ray.pipeline.runner import Run
+from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.tracking.recorder import read_metrics
 from exfm_ray.training.checkpoint import Mark
 from exfm_ray.training.job import Job

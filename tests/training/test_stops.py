@@ -12,11 +12,11 @@ from local_runs import LocalReport, files, train, with_inputs
 from small_runs import WINDOWS
 from workers import Workers
 
-from exfm_ray.config import Config
-from exfm_ray.das.snapshots import SnapshotStore
+from exfm_ray.config.root import Config
 from exfm_ray.errors import UserError
-from exfm_ray.models.stored import load_model
-from exfm_ray.pipeline import vm_jobs
+from exfm_ray.models.serialization import load_model
+from exfm_ray.pipeline.schedule import vm_jobs
+from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.training.checkpoint import Mark
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import KeptRows, LocalClient

@@ -12,10 +12,10 @@ from small_runs import WINDOWS, assert_close, metrics, small_config
 from workers import Workers
 
 import exfm_ray.training.worker as worker_module
-from exfm_ray.config import Config
-from exfm_ray.das.snapshots import SnapshotStore
-from exfm_ray.models.stored import load_model
-from exfm_ray.pipeline import vm_jobs
+from exfm_ray.config.root import Config
+from exfm_ray.models.serialization import load_model
+from exfm_ray.pipeline.schedule import vm_jobs
+from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.training.checkpoint import Mark
 from exfm_ray.training.job import Job
 

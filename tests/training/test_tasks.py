@@ -13,13 +13,13 @@ from local_runs import predictions, run_locally
 from small_runs import WINDOWS, figures, metrics, small_config
 from workers import Workers
 
-from exfm_ray.arms import Objective
-from exfm_ray.config import Config
-from exfm_ray.das.supervision import TEACHER_COLUMN
+from exfm_ray.config.arms import Objective
+from exfm_ray.config.root import Config
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream, list_values
-from exfm_ray.models.stored import load_model
-from exfm_ray.pipeline import vm_jobs
+from exfm_ray.models.serialization import load_model
+from exfm_ray.pipeline.schedule import vm_jobs
+from exfm_ray.stores.supervision import TEACHER_COLUMN
 
 TASKS = ("conversion", "click")  # not the stream's order
 MODELS = [{"name": "one", "domain": "feed", "task": "click"}, {"name": "both", "domain": "feed", "task": list(TASKS)}]

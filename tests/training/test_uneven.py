@@ -12,10 +12,10 @@ from local_runs import run_locally, train
 from small_runs import assert_close, metrics, small_config
 from workers import Workers
 
-from exfm_ray.config import Config
+from exfm_ray.config.root import Config
 from exfm_ray.data.stream import EventStream, Window, window_name
-from exfm_ray.files import write_json
-from exfm_ray.pipeline import prepare_stream
+from exfm_ray.pipeline.preflight import prepare_stream
+from exfm_ray.storage.atomic import write_json
 from exfm_ray.training.job import Job
 
 ROWS = [130, 0, 1, 3, 65, 0]

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from small_runs import WINDOWS, assert_close, metrics, small_config
 from workers import Workers
 
-from exfm_ray.config import Config
+from exfm_ray.config.root import Config
 from exfm_ray.data.stream import EventStream, list_values
 from exfm_ray.models.embeddings import initial_table
-from exfm_ray.models.stored import load_model
-from exfm_ray.pipeline import prepare_stream, vm_jobs
+from exfm_ray.models.serialization import load_model
+from exfm_ray.pipeline.preflight import prepare_stream
+from exfm_ray.pipeline.schedule import vm_jobs
 from exfm_ray.training.job import Job
 
 WORKERS_TOLERANCE = 1e-3  # as in test_jobs

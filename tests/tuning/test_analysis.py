@@ -8,11 +8,11 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exfm_ray.config import Config
+from exfm_ray.config.root import Config
+from exfm_ray.config.tune import Distribution, TuneConfig
 from exfm_ray.metrics.state import MetricState
-from exfm_ray.tune_config import Distribution, TuneConfig
 from tuning.analysis import best_config, compared, estimate, importance, pooled
-from tuning.judge import Judged, best_trial
+from tuning.holdout import Judged, best_trial
 from tuning.results import Search, State, Trial
 from tuning.space import Space
 from tuning.trial import Figures

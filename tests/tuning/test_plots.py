@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from exfm_ray.tune_config import Distribution, TuneConfig
+from exfm_ray.config.tune import Distribution, TuneConfig
 from tuning.plots import write_plots
 from tuning.results import Search, State, Trial
 from tuning.trial import Figures

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exfm_ray.tune_config import Distribution, Settings
+from exfm_ray.config.tune import Distribution, Settings
 from tuning.population import exploit, explore
 from tuning.space import Space
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from exfm_ray.config.tune import Distribution
 from exfm_ray.errors import UserError
-from exfm_ray.tune_config import Distribution
 from tuning.results import Search, Trial, read_trials, write_trials
 from tuning.trial import Figures
 

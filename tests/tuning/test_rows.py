@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from small_runs import small_config
 
-from exfm_ray.das.lag import Policy
-from exfm_ray.das.supervision import SupervisionStore
-from exfm_ray.data.feed import Pass
-from exfm_ray.data.prepare import prepare
+from exfm_ray.data.prepare.prepare import prepare
+from exfm_ray.data.readers import Pass
+from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.supervision import SupervisionStore
 from exfm_ray.training.job import Job
 from tuning.rows import StudentRows
 

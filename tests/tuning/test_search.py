@@ -8,8 +8,8 @@ from typing import Any
 import optuna
 import pytest
 
-from exfm_ray.config import Config
-from exfm_ray.tune_config import Distribution, TuneConfig
+from exfm_ray.config.root import Config
+from exfm_ray.config.tune import Distribution, TuneConfig
 from tuning.results import Search, State, Trial
 from tuning.search import FAILED, MEMBERS, SCORE, Halving, Searches
 from tuning.space import Space

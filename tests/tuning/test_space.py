@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exfm_ray.config import Config
-from exfm_ray.tune_config import Distribution, default_space
+from exfm_ray.config.root import Config
+from exfm_ray.config.tune import Distribution, default_space
 from tuning.space import Space
 
 CONDITIONAL = Space(

@@ -10,11 +10,12 @@ import pytest
 from tuning_runs import SWEEP, taught
 from workers import Workers
 
-from exfm_ray.config import Config, with_settings
+from exfm_ray.config.checks import with_settings
+from exfm_ray.config.root import Config
+from exfm_ray.config.tune import Settings
 from exfm_ray.errors import UserError
 from exfm_ray.training.job import Job
-from exfm_ray.training.stack import check_alike
-from exfm_ray.tune_config import Settings
+from exfm_ray.training.stacked_trainer import check_alike
 from tuning.rows import StudentRows
 from tuning.trial import Figures, Outcome, learn, trial_job
 

@@ -17,20 +17,21 @@ from wandb_files import OfflineRun, run_files
 from workers import Workers
 
 import tuning.sweep
-from exfm_ray.config import Config, load_config
-from exfm_ray.data.prepare import source_schema
+from exfm_ray.config.load import load_config
+from exfm_ray.config.root import Config
+from exfm_ray.config.tune import Distribution, TuneConfig
+from exfm_ray.data.prepare.prepare import source_schema
 from exfm_ray.errors import UserError
 from exfm_ray.tracking.dashboard import parts
 from exfm_ray.tracking.recorder import read_metrics
-from exfm_ray.tune_config import Distribution, TuneConfig
 from tuning.analysis import fm_ne
-from tuning.block import mean
-from tuning.judge import best_trial
+from tuning.holdout import best_trial
 from tuning.results import Search, Trial, read_trials
-from tuning.runs import run_id
 from tuning.space import Space
 from tuning.sweep import Recorder
 from tuning.trial import Figures, score
+from tuning.trial_group import mean
+from tuning.wandb_trials import run_id
 
 W = "distillation.ah.w"
 

@@ -13,11 +13,12 @@ from local_runs import train
 from tuning_runs import taught, trials
 from workers import Workers
 
-from exfm_ray.config import Config, with_settings
+from exfm_ray.config.checks import with_settings
+from exfm_ray.config.root import Config
+from exfm_ray.config.tune import Settings
 from exfm_ray.metrics.state import MetricState
 from exfm_ray.tracking.recorder import read_metrics
 from exfm_ray.training.job import Job
-from exfm_ray.tune_config import Settings
 from tuning.trial import OUTSIDE, Figures, figures_of, score, trial_job
 
 BOUNDS = (0.95, 1.05)

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from exfm_ray.data.prepare.collisions import Watch
+from exfm_ray.data.prepare.hash_collisions import Watch
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.schema import Encoding, Schema, SparseFeature
 

@@ -11,11 +11,11 @@ from following import contents, followed, lay_out, make_log
 from s3_server import S3
 from small_runs import small_config
 
-from exfm_ray.config import Config
-from exfm_ray.data.prepare import _undone_on_error, follow, prepare
+from exfm_ray.config.root import Config
+from exfm_ray.data.prepare.prepare import _undone_on_error, follow, prepare
 from exfm_ray.errors import UserError
-from exfm_ray.files import write_text
-from exfm_ray.remote import Place, RemotePath
+from exfm_ray.storage.atomic import write_text
+from exfm_ray.storage.remote import Place, RemotePath
 
 
 class Killed(BaseException):

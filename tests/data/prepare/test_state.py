@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exfm_ray.data.prepare.duplicates import DuplicateFinder
-from exfm_ray.data.prepare.history import HistoryBuilder
-from exfm_ray.data.prepare.normaliser import Normaliser
+from exfm_ray.data.prepare.normalizer import Normaliser
+from exfm_ray.data.prepare.sequence_feature import HistoryBuilder
 
 
 def _pieces(count: int, cuts: list[int]) -> list[slice]:

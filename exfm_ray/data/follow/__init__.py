@@ -1,0 +1,1 @@
+"""Streams that grow: folders that receive files, and Kafka topics."""

@@ -1,0 +1,1 @@
+"""Raw data sets: where events come from, and what their columns mean."""

@@ -1,0 +1,1 @@
+"""FM, DAS and VMs over the windows of a stream."""

@@ -1,0 +1,78 @@
+"""summary.json: a run's figures over all evaluated windows after the warm-up, the arms against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from exfm_ray.config.arms import LABELS
+from exfm_ray.config.root import Config
+from exfm_ray.data.labels.releases import is_released, labelled
+from exfm_ray.data.stream import EventStream, list_values, window_name
+from exfm_ray.metrics.gain import ne_gain, transfer_ratio
+from exfm_ray.metrics.state import MetricState
+from exfm_ray.schema import ALL_DOMAINS
+from exfm_ray.storage.atomic import readable
+from exfm_ray.storage.remote import Place
+from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.training.checkpoint import JobResult
+from exfm_ray.training.loop import FM_ARM, Key, describe, supervisor
+
+TRUTH = "truth"
+TRUTH_LOGIT_LIMIT = 1e-12
+
+
+def summary_rows(config: Config, stream: EventStream, results: Iterable[JobResult]) -> list[dict[str, Any]]:
+    """One row for each model, arm, domain and task, with ne_gain and transfer_ratio for the arms of a VM."""
+    states: dict[Key, MetricState] = {}
+    for result in results:
+        states |= result.states
+    windows = stream.windows()
+    best = best_nes(stream, [w for w in windows if w >= config.metrics.warmup_windows])
+    ne = {key: state.figures()["ne"] for key, state in states.items()}
+    models, arms = list(dict.fromkeys(key[0] for key in states)), [FM_ARM, *config.vm.arms]
+    rows = []
+    for key in sorted(states, key=lambda key: (models.index(key[0]), arms.index(key[1]))):
+        (model, arm, domain, task), state = key, states[key]
+        role = "fm" if arm == FM_ARM else "vm"
+        row: dict[str, Any] = {"role": role, **describe(key), "seed": config.seed, **state.figures(), "best_ne": best.get((domain, task))}
+        row["snapshot"] = supervisor(key, windows[-1] + 1, Policy.of(config.das)) if windows else None
+        if role == "vm":
+            labels = ne.get((model, LABELS, domain, task))
+            row["ne_gain"] = ne_gain(ne[key], labels)
+            row["fm_ne_gain"] = ne_gain(ne.get((config.fm.name, FM_ARM, domain, task)), labels)
+            row["transfer_ratio"] = transfer_ratio(row["ne_gain"], row["fm_ne_gain"]) if arm != LABELS else None
+        rows.append(row)
+    return rows
+
+
+def best_nes(stream: EventStream, windows: Sequence[int]) -> dict[tuple[str, str], float]:
+    """(domain, task) -> NE of the true probabilities, where the stream's maker wrote them down; empty otherwise."""
+    totals: dict[tuple[str, str], MetricState] = {}
+    for window in windows:
+        truth = stream.root / TRUTH / f"{window_name(window)}.parquet"
+        if truth.exists():
+            for key, state in _truth_states(stream, window, truth).items():
+                totals[key] = totals.get(key, MetricState()) + state
+    figures = {key: state.figures()["ne"] for key, state in totals.items()}
+    return {key: ne for key, ne in figures.items() if ne is not None}
+
+
+def _truth_states(stream: EventStream, window: int, path: Place) -> Mapping[tuple[str, str], MetricState]:
+    schema, truth = stream.schema, pq.read_table(readable(path), partitioning=None)
+    tasks = [task for task in schema.tasks if is_released(stream, window, (task,))]
+    tables = [labelled(stream, window, fragment, tasks, ["domain", "labels"]) for fragment in stream.window(window).fragments]
+    domain_N = np.concatenate([table["domain"].to_numpy() for table in tables])
+    labels_NT = np.concatenate([list_values(table["labels"], len(schema.tasks)) for table in tables])
+    states = {}
+    for i, task in ((schema.task_index(task), task) for task in tasks):
+        p_N = np.clip(truth[task].to_numpy().astype(np.float64), TRUTH_LOGIT_LIMIT, 1 - TRUTH_LOGIT_LIMIT)
+        logits_N = np.log(p_N) - np.log1p(-p_N)
+        states[ALL_DOMAINS, task] = MetricState.of(logits_N, labels_NT[:, i])
+        for index in np.unique(domain_N) if len(schema.domains) > 1 else ():
+            chosen = domain_N == index
+            states[schema.domains[index], task] = MetricState.of(logits_N[chosen], labels_NT[chosen, i])
+    return states

@@ -1,0 +1,1 @@
+"""Ray: the session, its resources, its actors."""

@@ -1,0 +1,1 @@
+"""What trainers and DAS share: snapshots, supervision, shared rows, user histories."""

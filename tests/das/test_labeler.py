@@ -1,0 +1,30 @@
+"""The DAS of a run with another run's teacher: refused where that one may know what it is to supervise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from example import make_stream
+from small_runs import small_config
+
+from exfm_ray.das.labeler import DAS
+from exfm_ray.errors import UserError
+from exfm_ray.storage.atomic import remove_tree
+
+
+def test_another_runs_teacher_has_learnt_the_same_windows(tmp_path: Path) -> None:
+    """Wrong: another run's snapshot of windows 0 .. v-1 that end later than ours supervises what it has learnt (rule 2)."""
+    config = small_config(tmp_path, "ours", fm={"name": "own"}, teachers=[{"name": "fm", "run": tmp_path / "theirs"}])
+    stream = make_stream(config.stores / "stream", windows=4)
+    das = DAS(config, stream, config.teachers[0])
+    make_stream(tmp_path / "theirs" / "stream", windows=3, rows=1500)
+    for ask in (lambda: das.run_here([0, 2]), lambda: das.run([0, 2], lambda window, rows: None, lambda: None)):
+        with pytest.raises(UserError, match=r"window 1 is from 1000 to 2000 ms in .*, but from 1500 to 3000 in .*theirs/stream, whose teacher 'fm'"):
+            ask()
+    for same in (True, False):
+        remove_tree(tmp_path / "theirs" / "stream")
+        if same:
+            make_stream(tmp_path / "theirs" / "stream", windows=3)
+        with pytest.raises(UserError, match="snapshot 2 of teacher 'fm' is not published"):
+            das.run_here([0, 2])

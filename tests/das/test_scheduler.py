@@ -1,0 +1,238 @@
+"""What fails of one window stays with that window; what fails for a while is tried again. Without Ray."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_service import CLIENT, Local, LocalPool, finish, local_services, until
+from safetensors import SafetensorError
+from specs import make_order, make_place, undisturbed, written
+
+from exfm_ray.das.scheduler import Scoring
+from exfm_ray.das.scorer import Scorer
+from exfm_ray.data.stream import EventStream
+from exfm_ray.errors import UserError
+from exfm_ray.storage.atomic import read_json
+from exfm_ray.storage.remote import StorageError
+from exfm_ray.stores.snapshots import SnapshotStore
+from exfm_ray.stores.supervision import SupervisionStore
+
+FULL = SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+@pytest.fixture
+def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:
+    """Starts services in this process, which end with the test."""
+    with local_services(monkeypatch) as start:
+        yield start
+
+
+@dataclass
+class Histories:
+    """Gifts that are made in order, of nothing. `fails`: windows of which they cannot be made."""
+
+    fails: tuple[int, ...] = ()
+    made: list[int] = field(default_factory=list)
+
+    def has(self, window: int) -> bool:
+        return window in self.made
+
+    def ready(self, window: int) -> bool:
+        return window <= 1 or self.has(window - 1)
+
+    def publish(self, stream: EventStream, snapshots: SnapshotStore, window: Any, version: int) -> None:
+        if window.index in self.fails:
+            raise FULL
+        if not self.ready(window.index):
+            raise UserError(f"window {window.index - 1} is not represented")
+        self.made.append(window.index)
+
+
+def causes(order: Any) -> dict[int, str]:
+    return {row["window"]: row["cause"] for row in read_json(order.parked_list)}
+
+
+@pytest.mark.parametrize("where", ["commit", "gifts"])
+def test_whatever_fails_of_one_window_parks_that_window(local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Wrong: a full disk, which safetensors tells as an error of its own kind, ends the whole service, or is not named."""
+    order, commit = make_order(make_place(tmp_path, windows=4), tries=2), SupervisionStore.commit
+
+    def fails(self: SupervisionStore, window: Any, *arguments: Any) -> None:
+        if window.index == 2:
+            raise FULL
+        commit(self, window, *arguments)
+
+    if where == "commit":
+        monkeypatch.setattr(SupervisionStore, "commit", fails)
+    gifts: Any = Histories(fails=(3,)) if where == "gifts" else None
+    bad = 3 if gifts else 2
+    service = local(order := replace(order, gifts=gifts))
+    with pytest.raises(UserError, match=rf"SafetensorError: I/O error: No space left on device .* no supervision of window\(s\) {bad} by"):
+        finish(service, order, range(4))
+    assert not service.state()["error"]
+    assert [order.store.has(w) for w in (1, 2, 3)] == [w != bad for w in (1, 2, 3)]
+    (listed,) = read_json(order.parked_list)
+    assert (listed["window"], listed["fragment"], listed["tries"]) == (bad, None, 2)
+
+
+OUTAGES: list[tuple[type, str, type[Exception]]] = [
+    (SnapshotStore, "versions", StorageError), (EventStream, "window", StorageError), (SupervisionStore, "commit", StorageError),
+    (SupervisionStore, "commit", OSError), (SupervisionStore, "has", OSError), (EventStream, "has", OSError),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name", "error"), OUTAGES, ids=[f"{kind.__name__}.{name}: {error.__name__}" for kind, name, error in OUTAGES])
+def test_an_outage_parks_no_window(
+    local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type, name: str, error: type[Exception]
+) -> None:
+    """Wrong: a storage that cannot be used for a moment, when a window is opened or committed, parks the window or ends the service."""
+    order, whole, left = make_order(make_place(tmp_path), tries=3), getattr(kind, name), [error("no answer")] * 2
+    service = local(order)
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        if left and threading.current_thread().name == "das":
+            raise left.pop()
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(kind, name, fails)
+    finish(service, order, range(3))
+    assert not left and not order.parked_list.exists()
+    assert any("no answer" in told for _, told in service.state()["faults"])
+    assert written(order) == undisturbed(order)
+
+
+def test_what_a_late_actor_has_written_is_scored_again(local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: an actor that comes late with another snapshot writes over a fragment, and the window is committed as if it had not."""
+    order, collect, late = make_order(make_place(tmp_path)), LocalPool.collect, Scorer(make_order(tmp_path))
+    fragment, writes = EventStream.open(order.stream_root).window(2).fragments[1], [1]
+
+    def collects(self: LocalPool, ready: Any) -> Any:
+        came = collect(self, ready)
+        if writes and any(one.work.window == 2 for one in came):
+            late.score(2, fragment, writes.pop())
+        return came
+
+    monkeypatch.setattr(LocalPool, "collect", collects)
+    service = local(order)
+    assert finish(service, order, range(3)) == {1: 1000, 2: 1000 + fragment.rows}
+    assert any("fragment=0001.parquet: not scored by snapshot 2" in told for _, told in service.state()["faults"])
+    assert written(order) == undisturbed(order) and not writes
+
+
+def test_a_window_waits_for_actors_that_may_still_write(local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: a window is committed while an actor still has one of its fragments in hand, by a version that was left out since."""
+    order, free = make_order(make_place(tmp_path, windows=2)), threading.Event()
+    monkeypatch.setattr(LocalPool, "has", lambda self, window: not free.is_set())
+    service = local(order, lasting=True)
+    until(lambda: service._scoring._backlog.finished())
+    time.sleep(0.2)
+    assert not order.store.has(1)
+    free.set()
+    until(lambda: order.store.has(1))
+
+
+def histories(folder: Path, **das: Any) -> tuple[Any, Histories]:
+    """An order with histories over four windows of one fragment each, and what was made."""
+    gifts: Any = Histories()
+    return replace(make_order(make_place(folder, windows=4, fragment_rows=1000), **das), gifts=gifts), gifts
+
+
+def test_histories_wait_for_a_window_that_is_opened_anew(local: Local, tmp_path: Path) -> None:
+    """Wrong: while a window waits for a stand-in of its damaged snapshot, the healthy one after it is parked."""
+    order, made = histories(tmp_path, tries=1)
+    dense = order.snapshots.folder(2) / "dense.safetensors"
+    dense.write_bytes(dense.read_bytes()[:-3])
+    finish(local(order), order, range(4))
+    assert made.made == [1, 2, 3] and not order.parked_list.exists()
+    assert [order.store.manifest(window).snapshot for window in (1, 2, 3)] == [1, 1, 3]
+
+
+def test_histories_after_a_parked_window_say_so(local: Local, tmp_path: Path) -> None:
+    """Wrong: a window whose predecessor is parked waits for ever, or is parked for a cause that does not name that one."""
+    order, made = histories(tmp_path, tries=1)
+    stream = EventStream.open(order.stream_root)
+    path = stream.path(2, stream.window(2).fragments[0])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    with pytest.raises(UserError, match=r"no supervision of window\(s\) 2, 3 by"):
+        finish(local(order), order, range(4))
+    assert causes(order)[3] == "window 3 is given each user's history up to window 2, which is parked"
+    path.write_bytes(whole)
+    finish(local(order), order, range(4))
+    assert made.made == [1, 2, 3]
+
+
+def test_histories_that_nobody_asked_for_are_not_waited_for(local: Local, tmp_path: Path) -> None:
+    """Wrong: a client that asks for a window alone waits for ever for the one before, for which nobody asks."""
+    order, _ = histories(tmp_path, tries=1)
+    with pytest.raises(UserError, match=r"window 2 is not represented; no supervision of window\(s\) 3"):
+        finish(local(order), order, [3])
+
+
+def test_a_committed_window_is_not_parked(local: Local, tmp_path: Path) -> None:
+    """Wrong: a log that cannot be written parks a window whose supervision is committed, or goes unsaid."""
+    (tmp_path / "full").touch()  # no folder can be made here, as root may write to a read-only one
+    order = replace(make_order(make_place(tmp_path)), log=tmp_path / "full" / "timeline.jsonl")
+    service = local(order)
+    finish(service, order, range(3))
+    told = service.progress(CLIENT)
+    assert told and told["parked"] == {} and not order.parked_list.exists()
+    faults = [fault.partition(" failed: ")[0] for _, fault in service.state()["faults"]]
+    assert faults == [f"window {w} is committed, but what follows" for w in (1, 2)]
+
+
+def test_clients_are_told_that_the_service_has_failed(local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: `das start` says that windows are labelled while the thread that would do it is dead."""
+    order = make_order(make_place(tmp_path))
+
+    def fails(self: Scoring) -> None:
+        raise RuntimeError("no actor starts")
+
+    monkeypatch.setattr(Scoring, "give_out", fails)
+    service = local(order, lasting=True)
+    until(lambda: service.state()["error"])
+    calls: list[Callable[[], Any]] = [lambda: service.ask(CLIENT, [1]), lambda: service.follow(False), lambda: service.progress(CLIENT)]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"(?s)the DAS has failed; end it with `run.py das stop` and start it again.*no actor starts"):
+            call()
+    assert service.leave(CLIENT) is False
+
+
+def test_speed_in_the_first_half_minute(local: Local, tmp_path: Path) -> None:
+    """Wrong: four seconds after its start a service divides by thirty."""
+    order = make_order(make_place(tmp_path))
+    service = local(order)
+    finish(service, order, range(3))
+    service._scoring._started_s = time.monotonic() - 4
+    assert 2000 / 10 < service.state()["examples_per_s"] <= 2000 / 4, "of 2,000 examples; the test may be slow"
+
+
+def test_follows_when_it_is_started_again(local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: a service that was told to follow after its start stops to do so when Ray starts it again; or a new one follows untold."""
+    order = make_order(make_place(tmp_path))
+    monkeypatch.setattr("exfm_ray.das.service._me", lambda: "one")
+    first = local(order, lasting=True)
+    first.follow(False)
+    assert not local(order, lasting=True).state()["follow"]
+    first.follow(True)
+    first.follow(False)
+    assert first.state()["follow"] and local(order, lasting=True).state()["follow"]
+    monkeypatch.setattr("exfm_ray.das.service._me", lambda: "another, after `das stop`")
+    assert not local(order, lasting=True).state()["follow"]
+
+
+def test_clients_that_were_killed_are_forgotten(local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: a pipeline that was killed is counted for ever, or one that is at work is forgotten."""
+    monkeypatch.setattr("exfm_ray.das.service.SILENT_S", 1.0)
+    service = local(make_order(make_place(tmp_path, versions=0)), lasting=True)
+    service.ask("killed", [1])
+    service.ask("at work", [1])
+    assert service.state()["clients"] == 2
+    until(lambda: service.progress("at work") is not None and service.state()["clients"] == 1)
+    assert service.progress("killed") is None and service.progress("own")

@@ -1,0 +1,39 @@
+"""A role of a run held by another process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def held(folder: Path, *roles: str) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds roles; it has a child that outlives it."""
+    command = [sys.executable, "-c", HOLDER, str(folder), *roles]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    heir = int(process.stdout.readline())
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+        subprocess.run(["kill", str(heir)], check=True)
+
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+HOLDER = """
+import subprocess, sys
+from pathlib import Path
+from exfm_ray.storage.locks import hold
+hold(Path(sys.argv[1]), sys.argv[2:])
+hold(Path(sys.argv[1]), sys.argv[2:])
+heir = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
+print(heir.pid, flush=True)
+sys.stdin.read()
+"""

@@ -1,0 +1,62 @@
+"""python small_store.py BYTES: read blocks of so many bytes through a feed, on a Ray whose object store has 80 MB; print what came."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from exfm_ray.data.feed import Feed, FeedClient
+from exfm_ray.data.readers import Pass
+from exfm_ray.data.stream import Fragment
+
+STORE = 80_000_000
+WORKERS, WINDOWS, FRAGMENTS = 2, 2, 6
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A reader of blocks that hold their number, over and over."""
+
+    bytes: int
+
+    def ready(self, work: Pass) -> bool:
+        return True
+
+    def awaits(self, work: Pass) -> str:
+        return "nothing"
+
+    def fragments(self, work: Pass) -> Sequence[Fragment]:
+        numbers = range(work.window * FRAGMENTS, (work.window + 1) * FRAGMENTS)
+        return [Fragment(file=str(number), rows=self.bytes // 8, bytes=self.bytes, domain_rows=()) for number in numbers]
+
+    def read(self, work: Pass, fragment: Fragment) -> pa.Table:
+        return pa.table({"number": np.full(fragment.rows, int(fragment.file))})
+
+
+@ray.remote(num_cpus=0)
+def consume(feed: object, worker: int, reader: Blocks, passes: Sequence[Pass]) -> list[tuple[int, int, int]]:
+    """First and last value and rows of every block, the last few blocks kept as a training loop may keep them."""
+    client, found, kept = FeedClient(feed, worker), [], list[pa.Table]()
+    for work in passes:
+        for table in client.fragments(len(reader.fragments(work))):
+            numbers = table["number"]
+            found.append((numbers[0].as_py(), numbers[-1].as_py(), table.num_rows))
+            kept = [*kept[-1:], table]
+    return found
+
+
+def main() -> None:
+    ray.init(num_cpus=3, object_store_memory=STORE, include_dashboard=False, log_to_driver=False)
+    reader, passes = Blocks(int(sys.argv[1])), [Pass(window, "learn") for window in range(WINDOWS)]
+    feed = Feed.options(max_concurrency=WORKERS + 2).remote(reader, passes, WORKERS, 60)  # type: ignore[attr-defined]
+    print(json.dumps(ray.get([consume.remote(feed, worker, reader, passes) for worker in range(WORKERS)])))
+
+
+if __name__ == "__main__":
+    main()

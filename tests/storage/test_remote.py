@@ -1,0 +1,196 @@
+"""Remote files behave as local ones do; what cannot be used is told at the door, without anybody's secrets."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from example import SCHEMA, make_rows
+from refusals import refused
+from s3_server import ENVIRONMENT, S3, free_port
+from small_runs import SETTINGS, merged
+
+from exfm_ray.data.stream import EventStream, StreamWriter
+from exfm_ray.errors import UserError
+from exfm_ray.storage.atomic import atomic_path, read_json, readable, remove_tree, write_json, write_text
+from exfm_ray.storage.remote import Place, RemotePath, StorageError, connected, without_credentials
+
+SECRET = "wJalrXUtnFEMI"
+
+
+@pytest.fixture(params=["s3", "fsspec"])
+def remote(request: pytest.FixtureRequest, s3: S3, tmp_path: Path) -> RemotePath:
+    """A place on S3, and one of a file system that only fsspec has."""
+    return RemotePath(s3.url(tmp_path.name)) if request.param == "s3" else RemotePath(f"memory:///{tmp_path.name}")
+
+
+def told(place: Place) -> dict[str, Any]:
+    """What a store can learn of a place."""
+
+    def names(paths: Any) -> list[str]:
+        return sorted(str(path).removeprefix(str(place)) for path in paths)
+
+    file = place / "window=000" / "a.json"
+    with pytest.raises(FileNotFoundError):
+        (place / "none").read_bytes()
+    with pytest.raises(FileNotFoundError):
+        (place / "none").stat()
+    with pytest.raises(FileNotFoundError):
+        (place / "none").unlink()
+    (place / "none").unlink(missing_ok=True)
+    return {
+        "exists": [(place / name).exists() for name in ("window=000", "window=000/a.json", "window=000/a.jso", "window=00", "none")],
+        "file": (file.name, file.parent.name, file.with_name("b").name, file.stat().st_size, file.read_text(), file.read_bytes()),
+        "folders": names(place.glob("window=*")), "files": names(place.glob("window=*/*.json")), "none": names((place / "none").glob("*/*")),
+        "all": names(path for path in place.rglob("*") if isinstance(path, RemotePath) or path.is_file()),
+        "equal": file == place / "window=000/a.json" and hash(file) == hash(place / "window=000" / "a.json"),
+    }  # fmt: skip
+
+
+def test_a_path_stays_below_its_root() -> None:
+    """Wrong: a name in a file that came from elsewhere leads to another run's objects."""
+    place = RemotePath("s3://bucket/runs") / "a"
+    assert str(place / "b/c..d") == "s3://bucket/runs/a/b/c..d"
+    for name in ("..", "../b", "b/../../c"):
+        with pytest.raises(UserError, match=r"s3://bucket/runs/a: '.*' does not lie below it"):
+            place / name
+
+
+def lay_out(place: Place) -> None:
+    write_json(place / "window=000" / "a.json", {"a": "ä"})
+    write_text(place / "window=000" / "deep" / "c.txt", "")
+    write_json(place / "window=001" / "b.json", [1])
+    write_text(place / "manifest.json", "x" * 100_000)
+
+
+def test_as_a_local_folder(remote: RemotePath, tmp_path: Path) -> None:
+    """Wrong: a store finds, reads or misses another file where its place is remote."""
+    local = tmp_path / "local"
+    for place in (local, remote):
+        lay_out(place)
+    assert told(remote) == told(local)
+    for place in (local, remote):
+        remove_tree(place / "window=000")
+        remove_tree(place / "never")
+        (place / "manifest.json").unlink()
+    assert [path.name for path in remote.rglob("*")] == [path.name for path in local.rglob("*") if path.is_file()] == ["b.json"]
+
+
+def test_an_error_while_writing_leaves_what_was_there(remote: RemotePath) -> None:
+    """Wrong: a failed write destroys the old file, or shows half of the new one (rule 5)."""
+    path = remote / "deep" / "file.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(KeyError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        assert read_json(path) == {"a": 1}
+        raise KeyError
+    assert read_json(path) == {"a": 1} and not temporary.exists()
+    assert [p.name for p in path.parent.glob("*")] == ["file.json"]
+    with pytest.raises(UserError, match=r"none.json: no such file"):
+        read_json(remote / "none.json")
+
+
+def test_a_large_file_is_whole(s3: S3, tmp_path: Path) -> None:
+    """Wrong: a file of more than one part of S3's loses one, or is seen before all are there."""
+    path, data = RemotePath(s3.url(tmp_path.name)) / "large", bytes(range(251)) * 45_000
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+    assert path.stat().st_size == len(data) and abs(path.stat().st_mtime - time.time()) < 60
+    assert path.read_bytes() == data and readable(path).size() == len(data)
+    path.fetch(tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == data
+
+
+def test_a_path_carries_no_secret(s3: S3, tmp_path: Path) -> None:
+    """Wrong: credentials travel with a path to other nodes, or stand in what is shown of it."""
+    path = RemotePath(s3.url(tmp_path.name)) / "stream" / "schema.json"
+    write_json(path, {})
+    assert ENVIRONMENT["AWS_SECRET_ACCESS_KEY"].encode() not in pickle.dumps(path)
+    assert str(path) == f"s3://tests/{tmp_path.name}/stream/schema.json"
+    assert read_json(pickle.loads(pickle.dumps(path))) == {}
+    assert without_credentials("s3://a:b@c/d?e=f") == "s3://c/d" and without_credentials("a@b?c") == "a@b?c"
+
+
+BAD_URLS = {
+    "a folder": ("/data/runs", "is no URL; write it as s3://bucket/prefix"),
+    "a secret": (f"s3://AKIA:{SECRET}@tests/x", "holds credentials, .* put them into the environment of all nodes, for S3 .AWS_ACCESS_KEY_ID"),
+    "a key": (f"s3://{SECRET}@tests/x", "holds credentials"),
+    "a secret option": (f"s3://tests/x?secret_key={SECRET}", "has the option 'secret_key'; known for 's3': endpoint_override, region, scheme"),
+    "a secret in an option": (f"s3://tests/x?endpoint_override=me:{SECRET}@host", "holds credentials in an option"),
+    "another's secret": (f"ftp://me:{SECRET}@host/x", "holds credentials"),
+    "no bucket": ("s3:///x", "names no bucket"),
+    "an unknown scheme": ("s4://tests/x", "no file system for 's4' is installed .*; s3 and gs are built in"),
+    "a scheme without its package": ("oss://tests/x", "no file system for 'oss' is installed .*ossfs"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_URLS)
+def test_bad_urls_are_refused_with_the_config(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrong: a URL that cannot work is told after minutes, or its secret is printed or written down."""
+    url, message = BAD_URLS[case]
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(merged(SETTINGS, {"run": {"dir": str(tmp_path / "runs")}})))
+    line = refused(capsys, tmp_path, "prepare", "--config", file, "--set", f"run.storage={url}")
+    assert "setting 'run.storage': " in line
+    assert re.search(message, line) and SECRET not in line, line
+
+
+def test_what_cannot_be_used_is_told_at_the_door(s3: S3, tmp_path: Path) -> None:
+    """Wrong: a wrong bucket, address or key is a traceback, or takes as long to tell as an outage may last."""
+    cases = {
+        s3.url("x", bucket="testz"): "setting 'run.storage': s3://testz/x: there is no bucket 'testz'; create it, or correct the name",
+        f"s3://tests/x?endpoint_override=127.0.0.1:{free_port()}&scheme=http&region=us-east-1": "s3://tests/x cannot be reached .* address right",
+    }
+    for url, message in cases.items():
+        started = time.monotonic()
+        with pytest.raises(UserError, match=message):
+            EventStream.open(RemotePath(url) / "stream")
+        assert time.monotonic() - started < 20, "the tries at the door have pauses of 0 to 3 s in all"
+    with s3.refusing(), pytest.raises(UserError, match=r"'run.storage': .* cannot be reached .*ACCESS_DENIED.* hold credentials for S3 \(AWS_ACC"):
+        EventStream.open(RemotePath(s3.url(tmp_path.name)) / "stream")
+
+
+def test_an_outage_is_told_as_one(s3: S3, tmp_path: Path) -> None:
+    """Wrong: where the storage cannot be asked, a file is taken to be missing or damaged, and is made anew."""
+    path = RemotePath(s3.url(tmp_path.name)) / "a.json"
+    write_json(path, 1)
+    with s3.refusing():
+        for ask in (path.exists, path.stat, path.read_bytes, path.unlink, lambda: list(path.parent.glob("*")), lambda: write_json(path, 2)):
+            with pytest.raises(StorageError, match=r"s3://tests/.*; the same command goes on when the storage can be used again"):
+                ask()
+    assert read_json(path) == 1
+
+
+def test_the_environment_names_the_server(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: AWS_ENDPOINT_URL, which other tools follow, is passed over, and a run goes to Amazon's servers."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{s3.address}/")
+    monkeypatch.delenv("AWS_REGION", raising=False)
+    connected.cache_clear()
+    path = RemotePath(f"s3://tests/{tmp_path.name}/") / "a.json"
+    write_json(path, 1)
+    assert read_json(RemotePath(s3.url(tmp_path.name)) / "a.json") == 1
+    connected.cache_clear()
+
+
+def test_looks_are_few(s3: S3, tmp_path: Path) -> None:
+    """Wrong: who waits for a window asks the server for each of the windows before, or for each row."""
+    root = RemotePath(s3.url(tmp_path.name)) / "stream"
+    writer = StreamWriter(root, SCHEMA, {}, 100)
+    for window in range(12):
+        writer.write_window(window, window, window + 1, 0, [make_rows(100, window)])
+    stream = EventStream.open(root)
+
+    def asked(look: Any) -> int:
+        before = len(s3.requests())
+        look()
+        return len(s3.requests()) - before
+
+    assert stream.windows() == list(range(12)) and asked(stream.windows) == 1
+    assert asked(lambda: stream.has(11)) == 1 and asked(lambda: stream.has(12)) <= 2
+    fragment = stream.window(5).fragments[0]
+    assert asked(lambda: stream.read(5, fragment)) <= 3, "its size, its size once more by pyarrow, its bytes"

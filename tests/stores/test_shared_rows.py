@@ -1,0 +1,103 @@
+"""Shared rows: the snapshot's own, of the ids of a window and domain, and refused when they are not what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from example import SCHEMA
+from publish_snapshots import publish
+
+from exfm_ray.data.stream import EventStream, list_values
+from exfm_ray.errors import UserError
+from exfm_ray.models.serialization import load_model
+from exfm_ray.schema import Schema
+from exfm_ray.storage.atomic import read_json, write_json
+from exfm_ray.stores.shared_rows import SharedStore
+from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshots import SnapshotStore
+
+
+@pytest.fixture
+def snapshots(tmp_path: Path) -> SnapshotStore:
+    for version in (1, 2):
+        store = publish(tmp_path / "snapshots", version)
+    return store
+
+
+def give(stream: EventStream, snapshots: SnapshotStore, window: int = 2, version: int = 2, tables: tuple[str, ...] = (), lag: int = 1) -> SharedStore:
+    store = SharedStore(snapshots.root.parent / "shared", "fm")
+    store.publish(stream, stream.window(window), snapshots, version, ["feed", "stories"], tables, Policy(lag))
+    return store
+
+
+def ids_by_hand(stream: EventStream, window: int, domain: str) -> dict[str, set[int]]:
+    """Every id, example by example, as Python has it."""
+    found: dict[str, set[int]] = {name: set() for name in SCHEMA.tables}
+    for fragment in stream.window(window).fragments:
+        table = stream.read(window, fragment)
+        sparse = list_values(table["sparse"], len(SCHEMA.single))
+        for row in range(table.num_rows):
+            if SCHEMA.domains[table["domain"][row].as_py()] == domain:
+                for feature, value in zip(SCHEMA.single, sparse[row].tolist(), strict=True):
+                    found[feature.name].add(value)
+                for bag in SCHEMA.bags:
+                    found[bag.table or bag.name] |= set(table[bag.name][row].as_py())
+    return found
+
+
+@pytest.mark.parametrize("tables", [(), ("ad", "keywords")])
+def test_rows_are_the_snapshots_of_the_windows_ids(stream: EventStream, snapshots: SnapshotStore, tables: tuple[str, ...]) -> None:
+    """Wrong: an id is left out or is another domain's, or its row is of another id, table or snapshot."""
+    store = give(stream, snapshots, tables=tables)
+    model, _ = load_model(snapshots.folder(2))
+    for domain in ("feed", "stories"):
+        rows, expected = store.read(2, domain, SCHEMA, Policy(1)), ids_by_hand(stream, 2, domain)
+        assert set(rows) == set(tables or SCHEMA.tables)
+        for name, (id_X, row_XW, momentum_X) in rows.items():
+            assert id_X.tolist() == sorted(expected[name]) and momentum_X is None
+            np.testing.assert_array_equal(row_XW.numpy(), model.tables.tables()[name].numpy()[id_X])
+    part = store.manifest(2).domains["stories"]
+    assert part.rows == sum(len(expected[name]) for name in rows) and part.bytes == (store.folder(2) / part.file).stat().st_size
+
+
+def test_written_again_the_bytes_are_the_same(stream: EventStream, snapshots: SnapshotStore) -> None:
+    """Wrong: a window that is given again after a kill differs (rule 5)."""
+    folder = give(stream, snapshots).folder(2)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "manifest.json").unlink()
+    give(stream, snapshots)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and len(before) == 3
+
+
+@pytest.mark.parametrize(("window", "version", "lag"), [(1, 2, 1), (2, 2, 2), (0, 1, 1)])
+def test_a_snapshot_that_may_know_the_window_is_refused(stream: EventStream, snapshots: SnapshotStore, window: int, version: int, lag: int) -> None:
+    """Wrong: rows carry what a window's labels have taught the teacher (rule 2)."""
+    with pytest.raises(UserError, match=rf"window {window} must not be given rows of snapshot {version}: with das.fm_lag = {lag}"):
+        give(stream, snapshots, window, version, lag=lag)
+    assert not (snapshots.root.parent / "shared").exists()
+
+
+def test_rows_that_are_not_what_they_say_are_refused(stream: EventStream, snapshots: SnapshotStore) -> None:
+    """Wrong: rows of another snapshot, numbered otherwise, of no such domain, damaged or missing are written into tables."""
+    store = give(stream, snapshots)
+    other = Schema.model_validate(SCHEMA.model_dump() | {"tasks": ("click", "like")})
+    for arguments, told in (
+        ((1, "feed", SCHEMA, Policy(1)), "window 1 has no rows of teacher 'fm'; run the DAS"),
+        ((2, "search", SCHEMA, Policy(1)), "no rows for domain 'search', only for feed, stories"),
+        ((2, "feed", other, Policy(1)), "numbered by another schema"),
+        ((2, "feed", SCHEMA, Policy(2)), "rows of snapshot 2, das.fm_lag = 2 asks for 1"),
+    ):
+        with pytest.raises(UserError, match=told):
+            store.read(*arguments)
+    path = store.folder(2) / "manifest.json"
+    manifest = read_json(path)
+    write_json(path, manifest | {"teacher": "other"})
+    with pytest.raises(UserError, match="holds rows of window 2 and teacher 'other'"):
+        store.read(2, "feed", SCHEMA, Policy(1))
+    write_json(path, manifest)
+    file = store.folder(2) / "feed.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    with pytest.raises(UserError, match="feed.safetensors: missing or not the file that its manifest describes"):
+        store.read(2, "feed", SCHEMA, Policy(1))
