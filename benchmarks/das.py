@@ -31,13 +31,13 @@ from benchmarks.das_saving import saving, train_fm
 from exfm_ray.config.load import load_config
 from exfm_ray.config.root import Config
 from exfm_ray.das.client import label
-from exfm_ray.das.scorer import CALLS, ScorerActor
-from exfm_ray.das.spec import Order
+from exfm_ray.das.scorer import MAX_IN_FLIGHT, ScorerActor
+from exfm_ray.das.spec import LabelingSpec
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.prepare.prepare import prepare
 from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.runtime.session import ray_session
-from exfm_ray.storage.atomic import read_lines
+from exfm_ray.storage.atomic import read_jsonl
 
 SAYS = "Times the DAS on the embedded stream, then trains vertical models with and without it: about 10 minutes on two cores (--quick: 3)."
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
@@ -53,12 +53,12 @@ def settings_in(folder: str, quick: bool) -> Config:
 
 
 def score(actors: Sequence[Any], tasks: Sequence[Task]) -> float:
-    """Seconds to score these fragments, given out as the pool does: `CALLS` in hand of each actor."""
+    """Seconds to score these fragments, given out as the pool does: `MAX_IN_FLIGHT` in hand of each actor."""
     left, running = list(tasks), dict[Any, Any]()
     started = time.perf_counter()
     while left or running:
         for actor in actors:
-            while left and sum(other is actor for other in running.values()) < CALLS:
+            while left and sum(other is actor for other in running.values()) < MAX_IN_FLIGHT:
                 window, fragment, version = left.pop(0)
                 running[actor.score.remote(window, fragment, version)] = actor
         ready, _ = ray.wait(list(running))
@@ -68,7 +68,7 @@ def score(actors: Sequence[Any], tasks: Sequence[Task]) -> float:
     return time.perf_counter() - started
 
 
-def tasks_of(order: Order, stream: EventStream, windows: Sequence[int], versions: Sequence[int]) -> list[Task]:
+def tasks_of(order: LabelingSpec, stream: EventStream, windows: Sequence[int], versions: Sequence[int]) -> list[Task]:
     """The fragments of windows, none of which is scored yet."""
     found = [(w, fragment, v) for w, v in zip(windows, versions, strict=True) for fragment in stream.window(w).fragments]
     for window, fragment, _ in found:
@@ -79,7 +79,7 @@ def tasks_of(order: Order, stream: EventStream, windows: Sequence[int], versions
 class Bare:
     """The forward pass alone, over the batches of a window, in a process of its own."""
 
-    def __init__(self, order: Order, window: int) -> None:
+    def __init__(self, order: LabelingSpec, window: int) -> None:
         torch.set_num_threads(1)
         stream = EventStream.open(order.stream_root)
         self._model, _ = order.snapshots.load(1, stream.schema.digest)
@@ -99,7 +99,7 @@ def seconds_of(actors: Sequence[Any]) -> float:
     return time.perf_counter() - started
 
 
-def actors(order: Order, quick: bool) -> dict[str, Any]:
+def actors(order: LabelingSpec, quick: bool) -> dict[str, Any]:
     """One actor against the bare forward pass, two against one, rollovers against none."""
     stream = EventStream.open(order.stream_root)
     windows, repetitions = list(range(LEARNT, WINDOWS)), 3 if quick else 7
@@ -128,7 +128,7 @@ def actors(order: Order, quick: bool) -> dict[str, Any]:
     }
 
 
-def clients(order: Order) -> dict[str, float]:
+def clients(order: LabelingSpec) -> dict[str, float]:
     """The service's seconds and examples for ten clients over those for one."""
     seconds, examples = [], []
     stream = EventStream.open(order.stream_root)
@@ -136,13 +136,13 @@ def clients(order: Order) -> dict[str, float]:
         own = replace(order, store=replace(order.store, root=order.store.root.with_name(f"for-{number}")), log=order.log.with_name(f"{number}.jsonl"))
         with ThreadPoolExecutor(number) as pool:
             list(pool.map(lambda _, own=own: label(own, stream.windows()[:LEARNT], lambda window, rows: None, lambda: None), range(number)))
-        lines = read_lines(own.log)
+        lines = read_jsonl(own.log)
         seconds.append(sum(line["ended_s"] - line["started_s"] - line["waited_s"] for line in lines))
         examples.append(sum(line["examples"] for line in lines))
     return {"clients": CLIENTS, "examples": examples[1] / examples[0], "seconds": seconds[1] / seconds[0]}
 
 
-def supervision_bytes(order: Order, tasks: int) -> float:
+def supervision_bytes(order: LabelingSpec, tasks: int) -> float:
     """Bytes on disk for each example and task, of the windows from LEARNT on."""
     stream = EventStream.open(order.stream_root)
     files = [(order.store.path(w, fragment), fragment.rows) for w in range(LEARNT, WINDOWS) for fragment in stream.window(w).fragments]
@@ -156,7 +156,7 @@ def main() -> None:
         settings = settings_in(folder, options.quick)
         stream = prepare(settings)
         train_fm(settings, list(range(LEARNT)))
-        order = Order.of(settings)
+        order = LabelingSpec.from_config(settings)
         with ray_session(settings):
             figures: dict[str, Any] = actors(order, options.quick)
             figures["clients"] = clients(order)

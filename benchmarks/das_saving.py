@@ -19,21 +19,21 @@ import torch
 from exfm_ray.config.arms import Arm
 from exfm_ray.config.root import Config
 from exfm_ray.config.trainer import StudentConfig
-from exfm_ray.das.labeler import DAS
+from exfm_ray.das.labeler import Labeler
 from exfm_ray.data.batch import Batch, to_batch
-from exfm_ray.data.rebatch import Regroup
+from exfm_ray.data.rebatch import Rebatcher
 from exfm_ray.data.stream import EventStream
 from exfm_ray.distillation.objective import labels_objective_B
 from exfm_ray.models.flops import forward_flops, training_flops
 from exfm_ray.models.layout import Layout
-from exfm_ray.models.serialization import PlainModel
+from exfm_ray.models.serialization import LocalModel
 from exfm_ray.storage.atomic import remove_tree
 from exfm_ray.stores.supervision import TEACHER_COLUMN
-from exfm_ray.training.checkpoint import START
-from exfm_ray.training.group import Group
+from exfm_ray.training.checkpoint import BEGINNING
+from exfm_ray.training.group import BatchGroup
 from exfm_ray.training.job import Job
-from exfm_ray.training.local import KeptRows, LocalClient, one_process
-from exfm_ray.training.model_trainer import Lane
+from exfm_ray.training.local import InMemoryReport, LocalClient, init_single_process
+from exfm_ray.training.model_trainer import ModelTrainer
 from exfm_ray.training.worker import Worker, build_groups
 
 MODELS = (1, 2, 4, 8)
@@ -42,11 +42,11 @@ CPU = torch.device("cpu")
 
 def train_fm(settings: Config, windows: Sequence[int]) -> None:
     """Train the FM on windows in this process; it publishes a snapshot after each."""
-    one_process()
+    init_single_process()
     job = Job("fm", settings)
-    worker = Worker(job, None, KeptRows(), CPU)
-    worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, START))  # type: ignore[assignment]
-    worker.run(windows, START)
+    worker = Worker(job, None, InMemoryReport(), CPU)
+    worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, BEGINNING))  # type: ignore[assignment]
+    worker.run(windows, BEGINNING)
 
 
 def students(settings: Config, number: int) -> tuple[StudentConfig, ...]:
@@ -55,12 +55,12 @@ def students(settings: Config, number: int) -> tuple[StudentConfig, ...]:
     return tuple(models[i % len(models)].model_copy(update={"name": f"vm{i}"}) for i in range(number))
 
 
-def batches(group: Group, tables: Sequence[pa.Table]) -> Iterator[pa.Table]:
+def batches(group: BatchGroup, tables: Sequence[pa.Table]) -> Iterator[pa.Table]:
     """A model's rows in its batches."""
-    regroup = Regroup(group.batch_size)
+    regroup = Rebatcher(group.batch_size)
     for table in tables:
         yield from regroup.add(group.select(table))
-    yield from regroup.rest()
+    yield from regroup.flush()
 
 
 def taught(rows: pa.Table, p_NT: torch.Tensor, columns: Sequence[int]) -> pa.Table:
@@ -69,7 +69,7 @@ def taught(rows: pa.Table, p_NT: torch.Tensor, columns: Sequence[int]) -> pa.Tab
     return rows.append_column(TEACHER_COLUMN, pa.FixedSizeListArray.from_arrays(pa.array(chosen.ravel()), chosen.shape[1]))
 
 
-def vm_group(settings: Config, student: StudentConfig, stream: EventStream) -> Group:
+def vm_group(settings: Config, student: StudentConfig, stream: EventStream) -> BatchGroup:
     """A fresh vertical model, arm ah_sa."""
     (group,) = build_groups(Job("vm", settings, (student,)), stream.schema, CPU)
     return group
@@ -86,12 +86,12 @@ def external(settings: Config, own: Sequence[StudentConfig], windows: Sequence[i
     """FM, DAS and vertical models, each once over the windows."""
     stream = EventStream.open(settings.folder / "stream")
     fm = build_groups(Job("fm", settings), stream.schema, CPU)[0]
-    das = DAS(settings, stream)
+    das = Labeler(settings, stream)
     remove_tree(das.store.root / settings.fm.name)
     for table in (stream.read(w, fragment) for w in windows for fragment in stream.window(w).fragments):
         for rows in batches(fm, [table]):
             fm.learn(rows)
-    das.run_here(windows)
+    das.label_locally(windows)
     for student in own:
         group = vm_group(settings, student, stream)
         for window in windows:
@@ -105,7 +105,7 @@ def live(settings: Config, own: Sequence[StudentConfig], windows: Sequence[int],
     """The teacher in each vertical model's step: a snapshot, or (`learns`) one that learns the batch, too."""
     stream = EventStream.open(settings.folder / "stream")
     tasks = stream.schema.tasks
-    snapshot: PlainModel = DAS(settings, stream).snapshots.load(1, stream.schema.digest)[0]
+    snapshot: LocalModel = Labeler(settings, stream).snapshots.load(1, stream.schema.digest)[0]
     for student in own:
         group, columns = vm_group(settings, student, stream), [tasks.index(task) for task in student.tasks]
         teacher = build_groups(Job("fm", settings), stream.schema, CPU)[0].lanes[0] if learns else None
@@ -117,7 +117,7 @@ def live(settings: Config, own: Sequence[StudentConfig], windows: Sequence[int],
                 group.learn(taught(rows, p_NT, columns))
 
 
-def step(lane: Lane, batch: Batch) -> torch.Tensor:
+def step(lane: ModelTrainer, batch: Batch) -> torch.Tensor:
     """A teacher's predictions of a batch, from the forward pass in which it learns it."""
     serving_BT = lane.engine.forward(batch, None).serving_BT
     loss_B = labels_objective_B(serving_BT, batch.labels_BT[:, list(lane.tasks)])
@@ -131,7 +131,7 @@ def flops(settings: Config, own: Sequence[StudentConfig], windows: Sequence[int]
     stream = EventStream.open(settings.folder / "stream")
     schema, dense = stream.schema, len(stream.schema.dense)
     fragments = [fragment for window in windows for fragment in stream.window(window).fragments]
-    inputs = Layout.of(settings.fm.model, schema).inputs(dense)
+    inputs = Layout.from_config(settings.fm.model, schema).inputs(dense)
     once, learning = forward_flops(settings.fm.model, inputs), training_flops(settings.fm.model, inputs)
     total = sum(fragment.rows for fragment in fragments)
     vms = rows = 0
@@ -139,13 +139,13 @@ def flops(settings: Config, own: Sequence[StudentConfig], windows: Sequence[int]
         mine = sum(fragment.domain_rows[schema.domain_index(student.domain)] for fragment in fragments)
         model = student.model or settings.vm.model
         rows += mine
-        vms += mine * training_flops(model, Layout.of(model, schema).inputs(dense))
+        vms += mine * training_flops(model, Layout.from_config(model, schema).inputs(dense))
     return {"external": total * (once + learning) + vms, "live": rows * once + vms, "co_distillation": rows * learning + vms}
 
 
 def saving(settings: Config, windows: Sequence[int], quick: bool) -> dict[str, Any]:
     """S -> seconds and FLOPs of each way, and what the external teacher saves of co-distillation's."""
-    one_process()
+    init_single_process()
     settings = settings.model_copy(update={"vm": settings.vm.model_copy(update={"arms": (Arm("ah_sa"),)})})
     windows = windows[1:2] if quick else windows[1:3]  # the ones that have a teacher
     told = {}

@@ -34,7 +34,7 @@ from benchmarks.common import arguments, bar, report
 from exfm_ray.config.root import Config
 from exfm_ray.data.prepare.packer import packed
 from exfm_ray.schema import Encoding, Kind, Schema, SparseFeature
-from exfm_ray.training.group import Group
+from exfm_ray.training.group import BatchGroup
 from exfm_ray.training.job import Job
 from exfm_ray.training.worker import build_groups
 
@@ -84,7 +84,7 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def build(of: Schema, sharding: str) -> Group:
+def build(of: Schema, sharding: str) -> BatchGroup:
     """The one group of an FM's job."""
     config = Config.model_validate({"fm": {"model": MODEL, "batch_size": BATCH_SIZE, "sharding": sharding}})
     (group,) = build_groups(Job("fm", config), of, torch.device("cpu"))

@@ -38,10 +38,10 @@ from exfm_ray.data.prepare.prepare import prepare
 from exfm_ray.data.stream import EventStream
 from exfm_ray.storage.atomic import read_json, sha256
 from exfm_ray.tracking.recorder import IDENTITY, read_metrics
-from exfm_ray.training.async_checkpoint import Saver
-from exfm_ray.training.checkpoint import START
+from exfm_ray.training.async_checkpoint import AsyncCheckpointer
+from exfm_ray.training.checkpoint import BEGINNING
 from exfm_ray.training.job import Job
-from exfm_ray.training.local import KeptRows, LocalClient, one_process
+from exfm_ray.training.local import InMemoryReport, LocalClient, init_single_process
 from exfm_ray.training.worker import Worker
 
 SAYS = "Kills a small pipeline 20 times, times checkpoints, feeds malformed files: about 15 minutes on two cores (--quick: 4)."
@@ -144,25 +144,25 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class NoSaver(Saver):
+class NoSaver(AsyncCheckpointer):
     """Saves nothing."""
 
-    def take(self, *_: Any) -> None:
+    def stage(self, *_: Any) -> None:
         pass
 
     def save(self, *_: Any) -> None:
         pass
 
 
-def trained(job: Job, saver: type[Saver]) -> Worker:
+def trained(job: Job, saver: type[AsyncCheckpointer]) -> Worker:
     """A job that was trained from the start, in this process."""
     stream = EventStream.open(job.stream_root)
-    if saver is Saver:
+    if saver is AsyncCheckpointer:
         shutil.rmtree(job.checkpoints.root, ignore_errors=True)
-    worker = Worker(job, None, KeptRows(), torch.device("cpu"))
-    worker.loop.client = LocalClient(worker.loop.reader, job.passes(stream.windows(), START))  # type: ignore[assignment]
+    worker = Worker(job, None, InMemoryReport(), torch.device("cpu"))
+    worker.loop.client = LocalClient(worker.loop.reader, job.passes(stream.windows(), BEGINNING))  # type: ignore[assignment]
     worker.saver = saver(job.checkpoints, worker.saver.keep)
-    worker.run(stream.windows(), START)
+    worker.run(stream.windows(), BEGINNING)
     return worker
 
 
@@ -173,7 +173,7 @@ def seconds_of(worker: Worker) -> float:
 
 def checkpoint_cost(folder: Path, quick: bool) -> dict[str, Any]:
     """The demo's FM and vertical models, each in this process, a checkpoint a window against none."""
-    one_process()
+    init_single_process()
     torch.set_num_threads(1)
     windows, pairs = (3, 3) if quick else (6, 7)
     overrides = [f"run.dir={folder}", f"data.embedded.windows={windows}", "data.embedded.events_per_window=40000", "vm.arms=[labels]"]
@@ -182,9 +182,9 @@ def checkpoint_cost(folder: Path, quick: bool) -> dict[str, Any]:
     for job in (Job("fm", settings), Job("vm", settings, settings.vm.models)):
         costs, still, writing = [], [], []
         for number in range(pairs + 1):  # the first one warms up
-            order = (Saver, NoSaver) if number % 2 else (NoSaver, Saver)
+            order = (AsyncCheckpointer, NoSaver) if number % 2 else (NoSaver, AsyncCheckpointer)
             by_saver = {saver: trained(job, saver) for saver in order}
-            saved, bare = by_saver[Saver], seconds_of(by_saver[NoSaver])
+            saved, bare = by_saver[AsyncCheckpointer], seconds_of(by_saver[NoSaver])
             stood, wrote = (seconds / windows * (windows - 1) / bare for seconds in (saved.saver.seconds, saved.saver.writing_s))
             costs.append(stood + seconds_of(saved) / bare - 1)
             still.append(stood)

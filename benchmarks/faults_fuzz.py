@@ -23,12 +23,12 @@ import yaml
 
 from exfm_ray.cli.main import main as command
 from exfm_ray.config.root import Config
-from exfm_ray.data.readers import Pass
+from exfm_ray.data.readers import WindowPass
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
-from exfm_ray.pipeline.runner import Run
+from exfm_ray.pipeline.runner import PipelineRunner
 from exfm_ray.stores.readers import AugmentedReader
-from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.stores.supervision import SupervisionStore
 from exfm_ray.training.checkpoint import Checkpoints
@@ -100,8 +100,8 @@ def _stream(run: Path) -> object:
 
 def _supervision(run: Path) -> object:
     stream = EventStream.open(run / "stream")
-    reader = AugmentedReader(run / "stream", SupervisionStore(run / "supervision", "fm"), Policy(1), (0,), ("click",))
-    return [reader.read(Pass(2, "learn"), fragment).to_pydict() for fragment in stream.window(2).fragments]
+    reader = AugmentedReader(run / "stream", SupervisionStore(run / "supervision", "fm"), SnapshotPolicy(1), (0,), ("click",))
+    return [reader.read(WindowPass(2, "learn"), fragment).to_pydict() for fragment in stream.window(2).fragments]
 
 
 def _snapshot(run: Path) -> object:
@@ -143,7 +143,7 @@ def _summarise(run: Path) -> object:
     """What a command that finds all done writes anew, but for the peak memory, which it takes from the last summary."""
     config = Config.model_validate(next(iter(yaml.safe_load_all((run / "config.yaml").read_text()))))
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run.parent})})
-    summary = Run(config, EventStream.open(run / "stream")).summarise()
+    summary = PipelineRunner(config, EventStream.open(run / "stream")).summarise()
     return summary["windows"], summary["figures"]
 
 

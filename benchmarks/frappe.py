@@ -48,7 +48,7 @@ def passes(job: Job) -> tuple[list[dict[str, Any]], EarlyStopping]:
     stopping = EarlyStopping(static.config)
     best: list[dict[str, Any]] = []
     while not stopping.over:
-        rows = loop.run_passes(static.works(stopping.last + 1), stopping.last + 1)
+        rows = loop.run_passes(static.passes(stopping.last + 1), stopping.last + 1)
         best = rows if stopping.take(rows) else best
     return best, stopping
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 from benchmarks.common import arguments, report
 from exfm_ray.config.root import Config
 from exfm_ray.data.prepare.prepare import prepare
-from exfm_ray.data.readers import FragmentReader, Pass, StreamReader
+from exfm_ray.data.readers import FragmentReader, StreamReader, WindowPass
 from exfm_ray.data.stream import Fragment
 from exfm_ray.storage.atomic import read_json
 from exfm_ray.training.job import Job
@@ -42,19 +42,19 @@ class JudgedByTruth:
     learnt: FragmentReader
     judged: FragmentReader
 
-    def _of(self, work: Pass) -> FragmentReader:
+    def _of(self, work: WindowPass) -> FragmentReader:
         return self.judged if work.purpose == "evaluate" else self.learnt
 
-    def ready(self, work: Pass) -> bool:
+    def ready(self, work: WindowPass) -> bool:
         return self._of(work).ready(work)
 
-    def awaits(self, work: Pass) -> str:
-        return self._of(work).awaits(work)
+    def missing_input(self, work: WindowPass) -> str:
+        return self._of(work).missing_input(work)
 
-    def fragments(self, work: Pass) -> Sequence[Fragment]:
+    def fragments(self, work: WindowPass) -> Sequence[Fragment]:
         return self._of(work).fragments(work)
 
-    def read(self, work: Pass, fragment: Fragment) -> pa.Table:
+    def read(self, work: WindowPass, fragment: Fragment) -> pa.Table:
         return self._of(work).read(work, fragment)
 
 

@@ -28,17 +28,17 @@ import ray
 import torch
 
 from benchmarks.common import arguments, bar, report
-from exfm_ray.config.arms import LABELS, PLAIN
+from exfm_ray.config.arms import ALL_OBJECTIVES, LABELS
 from exfm_ray.config.load import dump_config, load_config
 from exfm_ray.config.root import Config
-from exfm_ray.das.labeler import DAS
-from exfm_ray.das.scorer import CALLS, ScorerActor
+from exfm_ray.das.labeler import Labeler
+from exfm_ray.das.scorer import MAX_IN_FLIGHT, ScorerActor
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.prepare.prepare import prepare
 from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.runtime.session import ray_session
 from exfm_ray.tracking.recorder import RecorderActor
-from exfm_ray.training.checkpoint import JobResult, Mark
+from exfm_ray.training.checkpoint import Cursor, JobResult
 from exfm_ray.training.job import Job
 from exfm_ray.training.launch import run_job, start_feed
 from exfm_ray.training.local import local_loop
@@ -65,7 +65,7 @@ def in_ray(settings: Config) -> JobResult:
     job, windows = Job("fm", settings), EventStream.open(settings.folder / "stream").windows()
     recorder = RecorderActor.remote(settings.folder / "metrics.jsonl")
     run_job(job, windows, recorder, start_feed(job, windows))
-    return job.checkpoints.result(Mark(len(windows)))
+    return job.checkpoints.result(Cursor(len(windows)))
 
 
 def bare(settings: Config) -> list[Timing]:
@@ -108,10 +108,10 @@ def fm(folder: str, quick: bool) -> dict[str, Any]:
     }
 
 
-def supervise(settings: Config) -> DAS:
+def supervise(settings: Config) -> Labeler:
     """Let the DAS score all windows that have a teacher."""
     stream = EventStream.open(settings.folder / "stream")
-    service = DAS(settings, stream)
+    service = Labeler(settings, stream)
     service.run(stream.windows(), lambda window, rows: None, lambda: None)
     return service
 
@@ -120,7 +120,7 @@ def das(folder: str, quick: bool) -> dict[str, Any]:
     """One actor over a window's fragments, against the model's forward pass over the same rows in this process."""
     settings = config(folder, "fm0", quick)
     stream = EventStream.open(settings.folder / "stream")
-    service, window = DAS(settings, stream), stream.windows()[-1]
+    service, window = Labeler(settings, stream), stream.windows()[-1]
     model, _ = service.snapshots.load(window, stream.schema.digest)
     fragments, size = stream.window(window).fragments, settings.das.batch_size
     tables = [stream.read(window, f) for f in fragments]
@@ -146,11 +146,11 @@ def das(folder: str, quick: bool) -> dict[str, Any]:
 
 
 def score_all(actor: Any, window: int, fragments: Sequence[Fragment]) -> None:
-    """Give an actor a window's fragments as the pool does: `CALLS` in hand at once."""
+    """Give an actor a window's fragments as the pool does: `MAX_IN_FLIGHT` in hand at once."""
     left = list(fragments)
     running: list[Any] = []
     while left or running:
-        while left and len(running) < CALLS:
+        while left and len(running) < MAX_IN_FLIGHT:
             running.append(actor.score.remote(window, left.pop(0), window))
         ready, running = ray.wait(running)
         ray.get(ready)
@@ -165,7 +165,7 @@ def vm(settings: Config, batch_size: int) -> dict[str, Any]:
         loop.run(window)
     speeds = {(r["model"], r["window"], r["arm"]): r["examples_per_s"] for r in report.rows if r["window"] > 0}
     figures = {}
-    for arm in PLAIN:
+    for arm in ALL_OBJECTIVES:
         slower = [speeds[m, w, LABELS] / s - 1 for (m, w, a), s in speeds.items() if a == arm]
         median = statistics.median(s for (_, _, a), s in speeds.items() if a == arm)
         figures[str(arm)] = {"examples_per_s": median, "slower": statistics.median(slower)}

@@ -44,7 +44,7 @@ from exfm_ray.data.sources.frappe import COLUMNS
 from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.schema import DOMAIN_FEATURE, Schema
 from exfm_ray.training.job import Job
-from exfm_ray.training.local import one_process
+from exfm_ray.training.local import init_single_process
 from exfm_ray.training.worker import build_groups
 
 SAYS = "Times training of Wukong and DCNv2 and of their peers on Frappe, and with a table of 5 million ids: about 9 minutes (--quick: 2)."
@@ -238,7 +238,7 @@ def main() -> None:
     if not source.is_file():
         sys.exit(f"{source}: no such file; --data names the folder that holds frappe/")
     torch.set_num_threads(THREADS)
-    one_process()
+    init_single_process()
     raw = pd.read_csv(source)
     figures: dict[str, Any] = {}
     loaders: dict[str, Any] = {}

@@ -94,7 +94,7 @@ def train(settings: Config) -> dict[str, float]:
     (state,) = (state for key, state in loop.states.items() if key[2] == "all")
     network = loop.groups[0].lanes[0].engine.dense.module.network
     return {
-        "flops": forward_flops(settings.fm.model, Layout.of(settings.fm.model, stream.schema).inputs(len(stream.schema.dense))),
+        "flops": forward_flops(settings.fm.model, Layout.from_config(settings.fm.model, stream.schema).inputs(len(stream.schema.dense))),
         "dense_parameters": sum(p.numel() for p in network.parameters()),
         "ne": state.figures()["ne"] or float("nan"),
         "examples_per_s": sum(t.examples for t in loop.timings) / seconds,

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 from benchmarks.common import arguments, bar, report
 from exfm_ray.config.load import load_config
 from exfm_ray.config.root import Config
-from exfm_ray.das.labeler import DAS
+from exfm_ray.das.labeler import Labeler
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.prepare.prepare import prepare
 from exfm_ray.data.stream import EventStream
@@ -36,7 +36,7 @@ from exfm_ray.serving.graph import inputs_of
 from exfm_ray.serving.program import ONNX, onnx_session
 from exfm_ray.storage.atomic import read_json
 from exfm_ray.training.job import Job
-from exfm_ray.training.local import KeptRows, LocalClient, one_process
+from exfm_ray.training.local import InMemoryReport, LocalClient, init_single_process
 from exfm_ray.training.worker import Worker
 
 SAYS = "Trains, exports and times served students on the embedded stream: about 4 minutes on two cores (--quick: 1)."
@@ -60,7 +60,7 @@ def config(folder: str, quick: bool) -> Config:
 
 def train(job: Job, windows: Sequence[int]) -> list[dict[str, Any]]:
     """The job up to the end of `windows`, from its latest checkpoint on; its rows of metrics."""
-    done, report = job.checkpoints.latest(), KeptRows()
+    done, report = job.checkpoints.latest(), InMemoryReport()
     worker = Worker(job, None, report, torch.device("cpu"))
     worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, done))  # type: ignore[assignment]
     worker.run(windows, done)
@@ -69,7 +69,7 @@ def train(job: Job, windows: Sequence[int]) -> list[dict[str, Any]]:
 
 def supervise(settings: Config, stream: EventStream) -> None:
     """Let the DAS score all windows that have a teacher, here."""
-    DAS(settings, stream).run_here(stream.windows())
+    Labeler(settings, stream).label_locally(stream.windows())
 
 
 def size(folder: Path) -> int:
@@ -140,7 +140,7 @@ def main() -> None:
         settings = config(folder, options.quick)
         stream, run = prepare(settings), settings.folder
         windows = stream.windows()
-        one_process()
+        init_single_process()
         train(Job("fm", settings), windows)
         supervise(settings, stream)
         job = Job("vm", settings, settings.vm.models)

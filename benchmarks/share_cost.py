@@ -16,9 +16,9 @@ import torch
 
 from exfm_ray.config.arms import Arm
 from exfm_ray.config.root import Config
-from exfm_ray.das.student_data import Gifts
+from exfm_ray.das.student_data import StudentData
 from exfm_ray.data.stream import EventStream, StreamWriter
-from exfm_ray.models.embeddings import PlainTables
+from exfm_ray.models.embeddings import LocalTables
 from exfm_ray.models.network import build_network
 from exfm_ray.models.serialization import commit_model, write_tables
 from exfm_ray.schema import Schema, SparseFeature
@@ -62,11 +62,11 @@ def cost(quick: bool) -> dict[str, Any]:
         config = Config.model_validate({**SETTINGS, "name": "cost", "run": {"dir": place}})
         stream = make_stream(config.folder / "stream", examples)
         snapshots = SnapshotStore(config.folder / "snapshots", "fm")
-        write_tables(snapshots.folder(1), 0, {f"{n}@0": t for n, t in PlainTables(stream.schema, config.fm.model, seed=1).tables().items()})
+        write_tables(snapshots.folder(1), 0, {f"{n}@0": t for n, t in LocalTables(stream.schema, config.fm.model, seed=1).tables().items()})
         network = build_network(config.fm.model, stream.schema, 1, 1)
         commit_model(snapshots.folder(1), config.fm.model, stream.schema, ("click",), network.state_dict(), {"teacher": "fm", "version": 1})
         started = time.perf_counter()
-        Gifts.of(config).publish(stream, snapshots, stream.window(1), 1)
+        StudentData.from_config(config).publish(stream, snapshots, stream.window(1), 1)
         published = time.perf_counter() - started
         store = shared_store(config)
         assert store is not None

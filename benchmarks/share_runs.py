@@ -15,7 +15,7 @@ from exfm_ray.config.trainer import StudentConfig
 from exfm_ray.config.tune import Settings
 from exfm_ray.data.stream import EventStream
 from exfm_ray.metrics.gain import ne_gain, transfer_ratio
-from exfm_ray.training.local import local_loop, one_process
+from exfm_ray.training.local import init_single_process, local_loop
 from exfm_ray.training.stacked_trainer import stacked
 from tuning.rows import StudentRows
 from tuning.trial import Figures, score, trial_job
@@ -74,7 +74,7 @@ def trimmed(row: dict[str, Any]) -> dict[str, Any]:
 def train(config: Config, student: StudentConfig, variant: Variant, rows: StudentRows) -> list[Rows]:
     """For each setting of GRID, the student's rows of metrics over all windows; the trainings learn as one stack."""
     torch.set_num_threads(1)
-    one_process()
+    init_single_process()
     jobs = [trial_job(config, student, variant.arm, {**settings, **variant.settings}, 0) for settings in GRID]
     stack, group = stacked(jobs, EventStream.open(jobs[0].stream_root).schema, [0] * len(jobs))
     loop, report = local_loop(jobs[0], range(JUDGED.stop), rows, [group])

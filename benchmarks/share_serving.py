@@ -30,7 +30,7 @@ from exfm_ray.models.user_features import HISTORY
 from exfm_ray.serving.export import export_student
 from exfm_ray.tracking.plot_styles import at_serving
 from exfm_ray.training.job import Job
-from exfm_ray.training.local import local_loop, one_process
+from exfm_ray.training.local import init_single_process, local_loop
 
 SAYS = "Trains, exports and times the demo's student in arms with options: about 8 minutes on one core (--quick: 2)."
 ARMS = (LABELS, "kd", "ah_sa", "kd+share", "ah_sa+share", "kd+history", "kd+share+history")
@@ -42,7 +42,7 @@ WARM = 2
 def costs(quick: bool) -> dict[str, dict[str, Any]]:
     """arm -> figures."""
     torch.set_num_threads(1)
-    one_process()
+    init_single_process()
     with tempfile.TemporaryDirectory() as folder:
         settings = with_settings(config(folder, quick), {"vm.arms": list(ARMS)})
         stream, job = prepare(settings), Job("vm", settings, settings.vm.models)

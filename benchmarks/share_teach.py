@@ -21,18 +21,18 @@ from benchmarks.study import KUAIRAND, Dataset
 from exfm_ray.config.checks import with_settings
 from exfm_ray.config.load import load_config
 from exfm_ray.config.root import Config
-from exfm_ray.das.labeler import DAS
-from exfm_ray.das.student_data import Gifts
+from exfm_ray.das.labeler import Labeler
+from exfm_ray.das.student_data import StudentData
 from exfm_ray.data.prepare.prepare import prepare
 from exfm_ray.data.stream import EventStream, StreamWriter, list_values, window_name
 from exfm_ray.storage.atomic import atomic_path, read_json, sha256, write_json
 from exfm_ray.stores.shared_rows import SharedStore
-from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.stores.user_history import history_store
-from exfm_ray.training.checkpoint import START
+from exfm_ray.training.checkpoint import BEGINNING
 from exfm_ray.training.job import Job
-from exfm_ray.training.local import KeptRows, LocalClient, one_process
+from exfm_ray.training.local import InMemoryReport, LocalClient, init_single_process
 from exfm_ray.training.worker import Worker
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +65,7 @@ def write_stream(config: Config) -> None:
 def teach(config: Config, stream_root: Path) -> list[dict[str, Any]]:
     """The FM with its supervision and rows, and beside them what the variants are given; the FM's rows of metrics. Begins anew."""
     torch.set_num_threads(1)
-    one_process()
+    init_single_process()
     for rows in ("", "shuffled", "permuted", MIXED, *DRIFTS):
         folder = beside(config, rows).folder
         shutil.rmtree(folder, ignore_errors=True)
@@ -74,27 +74,27 @@ def teach(config: Config, stream_root: Path) -> list[dict[str, Any]]:
             (folder / "stream").symlink_to(stream_root)
     stream = EventStream.open(stream_root)
     metrics = train_fm(config)
-    DAS(config, stream).run_here(WINDOWS)
+    Labeler(config, stream).label_locally(WINDOWS)
     shuffled = beside(config, "shuffled")
     permute_labels(stream, shuffled.folder / "stream", config.seed)
     train_fm(shuffled)
-    give(shuffled, shuffled, stream)
+    publish(shuffled, shuffled, stream)
     permute_rows(config, beside(config, "permuted").folder, stream)
     for rows in (*DRIFTS, MIXED):
         for part in ("supervision", "shared"):
             (beside(config, rows).folder / part).symlink_to(config.folder / part)
     for drift in DRIFTS:
-        give(beside(config, drift), config, stream)
+        publish(beside(config, drift), config, stream)
     mix_users(*(beside(config, rows) for rows in (DRIFTS[0], MIXED)))
     return metrics
 
 
 def train_fm(config: Config) -> list[dict[str, Any]]:
     """Train a run's FM here, over the windows that count; its rows of metrics."""
-    job, report = Job("fm", config), KeptRows()
+    job, report = Job("fm", config), InMemoryReport()
     worker = Worker(job, None, report, torch.device("cpu"))
-    worker.loop.client = LocalClient(worker.loop.reader, job.passes(WINDOWS, START))  # type: ignore[assignment]
-    worker.run(WINDOWS, START)
+    worker.loop.client = LocalClient(worker.loop.reader, job.passes(WINDOWS, BEGINNING))  # type: ignore[assignment]
+    worker.run(WINDOWS, BEGINNING)
     return [{"domain": row["domain"], "task": row["task"], **trimmed(row)} for row in report.rows]
 
 
@@ -103,13 +103,13 @@ def fm_rows(metrics: list[dict[str, Any]], domain: str, task: str) -> Rows:
     return [row for row in metrics if (row["domain"], row["task"]) == (domain, task)]
 
 
-def give(config: Config, teacher: Config, stream: EventStream) -> None:
+def publish(config: Config, teacher: Config, stream: EventStream) -> None:
     """Publish what a config's arms are given beside predictions, by another run's FM."""
-    policy, snapshots = Policy.of(config.das), SnapshotStore(teacher.folder / "snapshots", teacher.fm.name)
+    policy, snapshots = SnapshotPolicy.from_config(config.das), SnapshotStore(teacher.folder / "snapshots", teacher.fm.name)
     for window in WINDOWS:
         version = policy.version(window)
         if version is not None:
-            Gifts.of(config).publish(stream, snapshots, stream.window(window), version)
+            StudentData.from_config(config).publish(stream, snapshots, stream.window(window), version)
 
 
 def permute_labels(stream: EventStream, folder: Path, seed: int) -> None:
@@ -133,7 +133,7 @@ def permute_labels(stream: EventStream, folder: Path, seed: int) -> None:
 
 def permute_rows(config: Config, folder: Path, stream: EventStream) -> None:
     """The run's rows with the ids of every table mixed up, the same way in all windows: each has the row of one first seen in the same window."""
-    store, snapshots = SharedStore(folder / "shared", config.fm.name), SnapshotStore.of(config, config.fm.name)
+    store, snapshots = SharedStore(folder / "shared", config.fm.name), SnapshotStore.from_config(config, config.fm.name)
     shutil.copytree(config.folder / "shared", folder / "shared")
     rng = np.random.default_rng(config.seed)
     other = {name: np.full(rows, -1) for name, rows in stream.schema.tables.items()}

@@ -123,7 +123,7 @@ def fm_flops(config: Config) -> dict[str, int]:
     schema = EventStream.open(config.folder / "stream").schema
     sizes = {"small": SIZES["small"], "config's": config.fm.model.model_dump(), "large": SIZES["large"]}
     models = {name: WukongConfig.model_validate({**size, "dim": config.fm.model.dim}) for name, size in sizes.items()}
-    return {name: forward_flops(model, Layout.of(model, schema).inputs(len(schema.dense))) for name, model in models.items()}
+    return {name: forward_flops(model, Layout.from_config(model, schema).inputs(len(schema.dense))) for name, model in models.items()}
 
 
 def main() -> None:

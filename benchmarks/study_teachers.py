@@ -16,13 +16,13 @@ import torch
 from exfm_ray.config.checks import with_settings
 from exfm_ray.config.root import Config
 from exfm_ray.config.trainer import StudentConfig
-from exfm_ray.data.readers import FragmentReader, Pass
+from exfm_ray.data.readers import FragmentReader, WindowPass
 from exfm_ray.data.stream import EventStream, Fragment, list_values, window_name
 from exfm_ray.metrics.state import MetricState
 from exfm_ray.stores.readers import AugmentedReader
-from exfm_ray.stores.snapshot_policy import Policy, version_for
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy, newest_allowed_version
 from exfm_ray.stores.supervision import TEACHER_COLUMN
-from exfm_ray.training.group import Evaluated
+from exfm_ray.training.group import Predictions
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import LocalClient, local_loop
 from exfm_ray.training.loop import Loop
@@ -36,7 +36,7 @@ SIZES = {
 CONTROL_TEACHERS = ("shuffled", "constant", "own_label")
 CEILING = 1 - 1e-7
 
-Predictions = dict[int, np.ndarray]
+WindowPredictions = dict[int, np.ndarray]
 """Window -> float32 probabilities of the student's rows in it, in the stream's order; no window without supervision."""
 Column = tuple[int, str]
 """Seed and name of a teacher: what one column of predictions holds."""
@@ -71,21 +71,21 @@ def teachers(config: Config, lags: tuple[int, ...]) -> list[Teacher]:
     return found
 
 
-def teach(config: Config, teacher: Teacher, seed: int, windows: int) -> dict[tuple[str, str], Predictions]:
+def teach(config: Config, teacher: Teacher, seed: int, windows: int) -> dict[tuple[str, str], WindowPredictions]:
     """Train one teacher over windows 0 to `windows` - 1; (student, column) -> what it says. No prediction knows its own window."""
     torch.set_num_threads(1)
     job = Job("fm", with_settings(config, {**teacher.settings, "seed": seed}))
     schema = EventStream.open(job.stream_root).schema
     learnt = range(len(schema.domains)) if teacher.domain is None else (schema.domain_index(teacher.domain),)
     asked = sorted({schema.domain_index(student.domain) for student in teacher.students})
-    every, own = (AugmentedReader(job.stream_root, None, Policy(1), tuple(domains), ()) for domains in (learnt, asked))
+    every, own = (AugmentedReader(job.stream_root, None, SnapshotPolicy(1), tuple(domains), ()) for domains in (learnt, asked))
     loop, _ = local_loop(job, range(windows), every)
     (lane,) = loop.groups[0].lanes
-    said: dict[tuple[str, str], Predictions] = {(s.name, teacher.column(lag)): {} for s in teacher.students for lag in teacher.lags}
+    said: dict[tuple[str, str], WindowPredictions] = {(s.name, teacher.column(lag)): {} for s in teacher.students for lag in teacher.lags}
     for version in range(windows):
         for lag in teacher.lags if version else ():
             window = version + lag - 1
-            assert version_for(window, lag) == version, "rule 2"
+            assert newest_allowed_version(window, lag) == version, "rule 2"
             evaluated = _evaluate(loop, own, window) if window < windows else None
             if evaluated is None:  # behind the end, or none of the students has a row in it
                 continue
@@ -94,32 +94,32 @@ def teach(config: Config, teacher: Teacher, seed: int, windows: int) -> dict[tup
                 logits_N = evaluated.logits[lane.name][:, task][evaluated.domain_N == domain]
                 said[student.name, teacher.column(lag)][window] = torch.from_numpy(logits_N).sigmoid().numpy()
         if version < windows - 1:
-            work = Pass(version, "learn")
+            work = WindowPass(version, "learn")
             _ready(loop, every, work)
             loop.run_passes([work], version)
     return said
 
 
-def _evaluate(loop: Loop, reader: FragmentReader, window: int) -> Evaluated | None:
+def _evaluate(loop: Loop, reader: FragmentReader, window: int) -> Predictions | None:
     """What the model, as it is, says of the reader's rows of a window."""
-    work = Pass(window, "evaluate")
+    work = WindowPass(window, "evaluate")
     _ready(loop, reader, work)
     return loop._evaluate(work)[0]
 
 
-def _ready(loop: Loop, reader: FragmentReader, work: Pass) -> None:
+def _ready(loop: Loop, reader: FragmentReader, work: WindowPass) -> None:
     """Make the loop read this pass next, from `reader`."""
     client: Any = LocalClient(reader, [work])
     loop.reader, loop.client = reader, client
 
 
-def controls(labels: Mapping[int, np.ndarray], said: Predictions, seed: int) -> dict[str, Predictions]:
+def controls(labels: Mapping[int, np.ndarray], said: WindowPredictions, seed: int) -> dict[str, WindowPredictions]:
     """Teachers that know nothing, from the student's labels (window -> float32 of its rows) and what the base FM says at lag 1.
 
     `shuffled`: the FM's predictions, permuted within the window. `constant`: the mean label of the windows before.
     `own_label`: the example's own label.
     """
-    found: dict[str, Predictions] = {name: {} for name in CONTROL_TEACHERS}
+    found: dict[str, WindowPredictions] = {name: {} for name in CONTROL_TEACHERS}
     for window in said:
         earlier_N = np.concatenate([y_N for w, y_N in labels.items() if w < window])
         found["shuffled"][window] = np.random.default_rng((seed, window)).permutation(said[window])
@@ -129,7 +129,7 @@ def controls(labels: Mapping[int, np.ndarray], said: Predictions, seed: int) -> 
 
 
 def student_rows(
-    config: Config, student: StudentConfig, windows: int, taught: Mapping[int, Mapping[str, Predictions]]
+    config: Config, student: StudentConfig, windows: int, taught: Mapping[int, Mapping[str, WindowPredictions]]
 ) -> tuple[StudentRows, list[Column]]:
     """The student's rows, a table a window, with a column for each seed and teacher (NaN where it does not supervise).
 
@@ -137,8 +137,8 @@ def student_rows(
         taught: seed -> teacher -> predictions; every seed has the same teachers, "lag 1" among them.
     """
     stream = EventStream.open(config.folder / "stream")
-    reader = AugmentedReader(stream.root, None, Policy(1), (stream.schema.domain_index(student.domain),), ())
-    read = {w: [reader.read(Pass(w, "learn"), f) for f in reader.fragments(Pass(w, "learn"))] for w in range(windows)}
+    reader = AugmentedReader(stream.root, None, SnapshotPolicy(1), (stream.schema.domain_index(student.domain),), ())
+    read = {w: [reader.read(WindowPass(w, "learn"), f) for f in reader.fragments(WindowPass(w, "learn"))] for w in range(windows)}
     tables = {w: pa.concat_tables(parts).combine_chunks() for w, parts in read.items() if parts}
     task, tasks = stream.schema.task_index(student.tasks[0]), len(stream.schema.tasks)
     labels = {w: list_values(table["labels"], tasks)[:, task] for w, table in tables.items()}
@@ -182,7 +182,7 @@ def teacher_nes(
     logits_NC = np.log(p_NC) - np.log1p(-p_NC)
     told = {}
     for column, logits_N in zip(columns, logits_NC.T, strict=True):
-        ne = None if np.isnan(logits_N).any() else MetricState.of(logits_N, y_N).figures()["ne"]
+        ne = None if np.isnan(logits_N).any() else MetricState.from_logits(logits_N, y_N).figures()["ne"]
         if ne is not None:
             told[column] = ne
     return told

@@ -29,7 +29,7 @@ from exfm_ray.config.root import Config
 from exfm_ray.data.readers import FragmentReader
 from exfm_ray.data.stream import EventStream
 from exfm_ray.pipeline.preflight import prepare_stream
-from exfm_ray.pipeline.runner import Run
+from exfm_ray.pipeline.runner import PipelineRunner
 from exfm_ray.runtime.session import ray_session
 from exfm_ray.training.job import Job
 from tuning.rows import StudentRows
@@ -100,7 +100,7 @@ def main() -> None:
         settings = config(folder, options.quick)
         stream: EventStream = prepare_stream(settings)
         with ray_session(settings):
-            Run(settings, stream).execute(fm=True, das=True, vm=False)
+            PipelineRunner(settings, stream).execute(fm=True, das=True, vm=False)
             rows = StudentRows.read_from(settings, settings.vm.models[0], stream.windows())
             kept = ray.put(rows)
             figures: dict[str, Any] = {"alone": swept(settings, kept)}

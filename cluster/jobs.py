@@ -23,7 +23,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.upload import staged
 from exfm_ray.errors import UserError
-from exfm_ray.runtime.session import tighten_token
+from exfm_ray.runtime.session import restrict_token_file
 
 LOCAL = "http://127.0.0.1:8265"
 """Where a tunnel (`ray dashboard`, `kubectl port-forward`) leads to the head."""
@@ -84,7 +84,7 @@ def connect(address: str | None) -> Any:
         os.environ["RAY_API_SERVER_ADDRESS"] = address or LOCAL  # Ray lets the environment win over its argument
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
-    tighten_token()
+    restrict_token_file()
     try:
         return JobSubmissionClient()
     except AuthenticationError:

@@ -10,18 +10,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
 
 
-def _below(pattern: str) -> str:
+def _relative(pattern: str) -> str:
     path = PurePosixPath(pattern)
     if not path.parts or path.is_absolute() or ".." in path.parts:
         raise ValueError(f"'{pattern}' does not lie below data.root; set data.root to a folder that holds it, and name it from there")
     return pattern
 
 
-Below = Annotated[str, AfterValidator(_below)]
+RelativePattern = Annotated[str, AfterValidator(_relative)]
 """A file's name, or a pattern, below a folder that someone else names: it cannot lead out of it."""
 
 
-class Model(BaseModel):
+class FrozenModel(BaseModel):
     """Base of every declared structure: immutable, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -23,9 +23,9 @@ from typing import Self
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from exfm_ray.base import Model, Name
+from exfm_ray.base import FrozenModel, Name
 from exfm_ray.errors import nearest
-from exfm_ray.storage.atomic import digest
+from exfm_ray.storage.atomic import short_hash
 
 DOMAIN_FEATURE = "domain"
 ALL_DOMAINS = "all"
@@ -56,7 +56,7 @@ class Encoding(StrEnum):
 
 
 
-class SparseFeature(Model):
+class SparseFeature(FrozenModel):
     """A categorical feature and the embedding table that it reads."""
 
     name: Name
@@ -67,14 +67,14 @@ class SparseFeature(Model):
     max_length: int = Field(1, ge=1, description="most values kept of a multi-valued or sequence feature (the last ones)")
 
 
-class DenseFeature(Model):
+class DenseFeature(FrozenModel):
     """A number. `log1p` compresses counts (sign(x) log(1 + |x|)) before the normalisation."""
 
     name: Name
     transform: str = Field("none", pattern="^(none|log1p)$")
 
 
-class Schema(Model):
+class Schema(FrozenModel):
     """The features, tasks and domains of a stream."""
 
     features: tuple[SparseFeature, ...]
@@ -126,7 +126,7 @@ class Schema(Model):
     @cached_property
     def digest(self) -> str:
         """Names this schema: two streams, a snapshot and a stream fit together when their digests are equal."""
-        return digest(self.model_dump(mode="json"))
+        return short_hash(self.model_dump(mode="json"))
 
     def difference(self, other: Schema) -> str:
         """What of this schema another one lacks or has otherwise, in words, where their digests differ."""

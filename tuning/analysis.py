@@ -24,9 +24,9 @@ from exfm_ray.metrics.state import entropy
 from exfm_ray.storage.atomic import write_json, write_text
 from exfm_ray.tracking.recorder import read_metrics
 from exfm_ray.training.loop import FM_ARM
-from tuning.holdout import Judged, best_trial
+from tuning.holdout import HoldoutResult, best_trial
 from tuning.results import Search, Trial
-from tuning.search import frozen
+from tuning.search import to_frozen_trial
 from tuning.space import Space
 
 CONFIDENCE = 0.95
@@ -73,7 +73,7 @@ def fm_ne(config: Config, student: StudentConfig, windows: tuple[int, int]) -> f
     return float(np.mean([pooled(rows)[0] for rows in tasks])) if all(tasks) else None
 
 
-def compared(judged: Sequence[Judged], baseline: Mapping[int, float], fm: float | None) -> dict[str, Any]:
+def compared(judged: Sequence[HoldoutResult], baseline: Mapping[int, float], fm: float | None) -> dict[str, Any]:
     """Figures of one arm: NE, calibration, NE gain over the tuned labels arm of the same seed (`baseline`), transfer ratio.
 
     The transfer ratio is null for the labels arm, and where the FM's own gain is within its spread over seeds: there it says nothing.
@@ -101,7 +101,7 @@ def importance(trials: Sequence[Trial], space: Space, tune: TuneConfig) -> dict[
         return {}
     study = optuna.create_study()
     for trial in complete:
-        known = frozen(trial, space, tune)
+        known = to_frozen_trial(trial, space, tune)
         known.value = trial.curve[-1].ne  # not the score: leaving the bounds of calibration would drown all else
         study.add_trial(known)
     return {name: float(share) for name, share in optuna.importance.get_param_importances(study).items()}
@@ -114,7 +114,7 @@ def best_config(config: Config, student: StudentConfig, arm: str, settings: Sett
 
 
 def analyse(
-    config: Config, tune: TuneConfig, students: Sequence[StudentConfig], trials: Sequence[Trial], judged: Sequence[Judged], folder: Path
+    config: Config, tune: TuneConfig, students: Sequence[StudentConfig], trials: Sequence[Trial], judged: Sequence[HoldoutResult], folder: Path
 ) -> dict[str, Any]:
     """Write best/<student>.yaml and summary.json into `folder`; the summary."""
     told = {student.name: _student(config, tune, student, trials, [one for one in judged if one.student == student.name]) for student in students}
@@ -140,7 +140,7 @@ def analyse(
 
 
 def _student(
-    config: Config, tune: TuneConfig, student: StudentConfig, trials: Sequence[Trial], judged: Sequence[Judged]
+    config: Config, tune: TuneConfig, student: StudentConfig, trials: Sequence[Trial], judged: Sequence[HoldoutResult]
 ) -> dict[str, Any]:
     fm = fm_ne(config, student, tune.judge_windows)
     baseline = {one.seed: one.ne for one in judged if (one.arm, one.variant) == ("labels", "tuned") and one.ne is not None}

@@ -23,7 +23,7 @@ Variant = Literal["tuned", "untuned"]
 
 
 @dataclass(frozen=True)
-class Judged:
+class HoldoutResult:
     """Figures of one training on the judge windows together; None where it failed with `error`."""
 
     student: str
@@ -49,18 +49,18 @@ def best_trial(trials: Sequence[Trial], search: Search) -> Trial | None:
 
 def judge(
     config: Config, sweep: TuneConfig, students: Sequence[StudentConfig], rows: Mapping[str, Any], trials: Sequence[Trial], path: Path
-) -> list[Judged]:
+) -> list[HoldoutResult]:
     """Train what `path` does not hold yet, the seeds together and `sweep.concurrent` processes side by side; all results.
 
     Needs a Ray session.
     """
-    wanted: list[Judged] = []
+    wanted: list[HoldoutResult] = []
     for student in students:
         for arm in sweep.arms:
             best = best_trial(trials, Search(student.name, arm))
             variants: list[tuple[Variant, Settings]] = [("untuned", {}), *([("tuned", best.settings)] if best else [])]  # type: ignore[list-item]
             seeds = range(config.seed, config.seed + sweep.judge_seeds)
-            wanted += [Judged(student.name, arm, variant, seed, settings) for variant, settings in variants for seed in seeds]
+            wanted += [HoldoutResult(student.name, arm, variant, seed, settings) for variant, settings in variants for seed in seeds]
     known = {one.identity: one for one in _read(path)}
     missing = [list(seeds) for _, seeds in groupby((one for one in wanted if one.identity not in known), _but_seed)]
     by_name = {student.name: student for student in students}
@@ -72,7 +72,7 @@ def judge(
             running.append(train.remote(config, by_name[student_name], missing[number], rows[student_name]))
         if running and (len(running) >= sweep.concurrent or number >= len(missing)):
             (ended,), running = ray.wait(running, num_returns=1)
-            results: list[Judged] = ray.get(ended)
+            results: list[HoldoutResult] = ray.get(ended)
             known |= {one.identity: one for one in results}
             write_json(path, [asdict(one) for one in known.values()])
             for one in results:
@@ -80,16 +80,16 @@ def judge(
     return [known[one.identity] for one in wanted]
 
 
-def _read(path: Path) -> list[Judged]:
+def _read(path: Path) -> list[HoldoutResult]:
     entries = read_json(path) if path.exists() else []
-    return [Judged(**{**e, "settings": {k: tuple(v) if isinstance(v, list) else v for k, v in e["settings"].items()}}) for e in entries]
+    return [HoldoutResult(**{**e, "settings": {k: tuple(v) if isinstance(v, list) else v for k, v in e["settings"].items()}}) for e in entries]
 
 
-def _but_seed(one: Judged) -> tuple[str, str, str]:
+def _but_seed(one: HoldoutResult) -> tuple[str, str, str]:
     return one.student, one.arm, one.variant
 
 
-def _train(config: Config, student: StudentConfig, seeds: Sequence[Judged], rows: Any) -> list[Judged]:
+def _train(config: Config, student: StudentConfig, seeds: Sequence[HoldoutResult], rows: Any) -> list[HoldoutResult]:
     """`seeds`, which learn together, with their figures. What goes wrong in a training is a result too."""
     assert config.tune is not None
     first, last = config.tune.judge_windows
@@ -101,7 +101,7 @@ def _train(config: Config, student: StudentConfig, seeds: Sequence[Judged], rows
     return [_judged(one, outcome) for one, outcome in zip(seeds, outcomes, strict=True)]
 
 
-def _judged(one: Judged, outcome: Outcome) -> Judged:
+def _judged(one: HoldoutResult, outcome: Outcome) -> HoldoutResult:
     if isinstance(outcome, Figures):
         return replace(one, ne=outcome.ne, calibration=outcome.calibration)
     return replace(one, error=outcome)

@@ -64,7 +64,7 @@ class Trial:
         }  # fmt: skip
 
     @classmethod
-    def of(cls, row: Mapping[str, Any], space: Mapping[str, Distribution]) -> Self:
+    def from_row(cls, row: Mapping[str, Any], space: Mapping[str, Distribution]) -> Self:
         """The trial that a row holds."""
         curve = zip(row["windows"], row["ne_curve"], row["calibration_curve"], row["labels_curve"], strict=True)
         return cls(
@@ -89,7 +89,7 @@ def read_trials(path: Path, space: Mapping[str, Distribution]) -> list[Trial]:
         return []
     try:
         rows: Sequence[dict[str, Any]] = pq.read_table(path, partitioning=None).to_pylist()
-        return [Trial.of(row, space) for row in rows]
+        return [Trial.from_row(row, space) for row in rows]
     except (pa.ArrowInvalid, KeyError, ValueError) as error:
         raise UserError(f"{path}: not the trials of this sweep ({error}); remove the file, and the sweep begins anew") from None
 

@@ -11,7 +11,7 @@ from exfm_ray.config.arms import Arm
 from exfm_ray.config.root import Config
 from exfm_ray.config.trainer import StudentConfig
 from exfm_ray.data.labels.corrections import without_corrections
-from exfm_ray.data.readers import Pass
+from exfm_ray.data.readers import WindowPass
 from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.stores.supervision import TEACHER_COLUMN
 from exfm_ray.training.job import Job
@@ -34,25 +34,25 @@ class StudentRows:
     @classmethod
     def read_from(cls, config: Config, student: StudentConfig, windows: Sequence[int]) -> StudentRows:
         """Read them from the run's folder."""
-        arms = (Arm("labels"), Arm("kd"), *(arm for arm in config.arms if arm.remembers))
+        arms = (Arm("labels"), Arm("kd"), *(arm for arm in config.arms if arm.uses_history))
         distilled = config.model_copy(update={"vm": config.vm.model_copy(update={"arms": arms})})
         job = Job("tune", distilled, (student,))
         reader = job.reader(EventStream.open(job.stream_root).schema)
-        listed = {window: tuple(reader.fragments(Pass(window, "learn"))) for window in windows}
-        tables = {(window, f.file): reader.read(Pass(window, "learn"), f) for window, fragments in listed.items() for f in fragments}
+        listed = {window: tuple(reader.fragments(WindowPass(window, "learn"))) for window in windows}
+        tables = {(window, f.file): reader.read(WindowPass(window, "learn"), f) for window, fragments in listed.items() for f in fragments}
         own = {key: without_corrections(table) for key, table in tables.items()}
         return cls(listed, tables, {key: table for key, table in own.items() if table.num_rows < tables[key].num_rows})
 
-    def ready(self, work: Pass) -> bool:
+    def ready(self, work: WindowPass) -> bool:
         return work.window in self.listed
 
-    def awaits(self, work: Pass) -> str:
+    def missing_input(self, work: WindowPass) -> str:
         return f"window {work.window}, which was not put into memory"
 
-    def fragments(self, work: Pass) -> Sequence[Fragment]:
+    def fragments(self, work: WindowPass) -> Sequence[Fragment]:
         return self.listed[work.window]
 
-    def read(self, work: Pass, fragment: Fragment) -> pa.Table:
+    def read(self, work: WindowPass, fragment: Fragment) -> pa.Table:
         key = work.window, fragment.file
         if work.purpose == "learn":
             return self.tables[key]

@@ -18,7 +18,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from exfm_ray.config.root import Config
 from exfm_ray.config.tune import STACKABLE, Settings, TuneConfig
-from exfm_ray.storage.atomic import digest
+from exfm_ray.storage.atomic import short_hash
 from tuning.results import Search, Trial
 from tuning.space import Space
 from tuning.trial import score
@@ -32,7 +32,7 @@ REDUCTION = 2
 """At each rung the worse half is stopped."""
 
 
-class Searches(Searcher):  # type: ignore[misc]  # ray has no types
+class MultiSearch(Searcher):  # type: ignore[misc]  # ray has no types
     """Asks every search in turn for its next block, knows the trials that an earlier process has finished."""
 
     def __init__(self, config: Config, tune: TuneConfig, spaces: Mapping[Search, Space], finished: Sequence[Trial]) -> None:
@@ -48,11 +48,11 @@ class Searches(Searcher):  # type: ignore[misc]  # ray has no types
             earlier = [trial for trial in finished if trial.search == search]
             storage = optuna.storages.InMemoryStorage()
             study = self._studies[search] = optuna.create_study(storage=storage, study_name="sweep")
-            study.add_trials([frozen(trial, space, tune) for trial in earlier])
-            standing = space.standing(config)
-            if standing and (search, 0) not in done:
-                study.enqueue_trial(standing)
-            sampler = _sampler(tune, int(digest([config.seed, *search, len(earlier)])[:8], 16))
+            study.add_trials([to_frozen_trial(trial, space, tune) for trial in earlier])
+            current_params = space.current_params(config)
+            if current_params and (search, 0) not in done:
+                study.enqueue_trial(current_params)
+            sampler = _sampler(tune, int(short_hash([config.seed, *search, len(earlier)])[:8], 16))
             self._searches[search] = OptunaSearch(space.suggest, metric=SCORE, mode="min", sampler=sampler, study_name="sweep", storage=storage)
 
     @property
@@ -120,7 +120,7 @@ def _sampler(tune: TuneConfig, seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(seed=seed, constant_liar=True) if tune.search == "tpe" else optuna.samplers.RandomSampler(seed=seed)
 
 
-def frozen(trial: Trial, space: Space, tune: TuneConfig) -> optuna.trial.FrozenTrial:
+def to_frozen_trial(trial: Trial, space: Space, tune: TuneConfig) -> optuna.trial.FrozenTrial:
     """A finished trial as its search knows it."""
     states = {"complete": optuna.trial.TrialState.COMPLETE, "stopped": optuna.trial.TrialState.PRUNED, "failed": optuna.trial.TrialState.FAIL}
     return optuna.trial.create_trial(
@@ -130,7 +130,7 @@ def frozen(trial: Trial, space: Space, tune: TuneConfig) -> optuna.trial.FrozenT
     )  # fmt: skip
 
 
-class Halving(FIFOScheduler):  # type: ignore[misc]
+class PerSearchASHA(FIFOScheduler):  # type: ignore[misc]
     """ASHA within each search: students and arms are not compared with each other. Knows the trials of earlier processes.
 
     Every member of a block is compared on its own; only whole blocks can be stopped.

@@ -37,7 +37,7 @@ class Space:
         """Optuna's distributions of these settings."""
         return {name: _distribution(self.distributions[name]) for name in settings}
 
-    def standing(self, config: Config) -> Params | None:
+    def current_params(self, config: Config) -> Params | None:
         """The config's own values of the settings, as far as their conditions hold; None where one lies outside the space."""
         values = _values(config)
         settings: Settings = {}

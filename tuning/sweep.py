@@ -30,17 +30,17 @@ from exfm_ray.config.tune import TuneConfig as SweepConfig
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
 from exfm_ray.pipeline.preflight import prepare_stream
-from exfm_ray.pipeline.runner import Run
+from exfm_ray.pipeline.runner import PipelineRunner
 from exfm_ray.runtime.session import ray_session
 from tuning.analysis import analyse, show
 from tuning.holdout import judge
 from tuning.plots import write_plots
 from tuning.results import Search, State, Trial, read_trials, write_trials
 from tuning.rows import StudentRows
-from tuning.search import FAILED, MEMBERS, Halving, Searches
+from tuning.search import FAILED, MEMBERS, MultiSearch, PerSearchASHA
 from tuning.space import Space
 from tuning.trial import Figures, score
-from tuning.trial_group import as_settings, run_block
+from tuning.trial_group import as_settings, run_trial_group
 from tuning.wandb_trials import TrialRuns
 
 FOLDER = "tune"
@@ -52,7 +52,7 @@ def tune(config: Config) -> None:
     stream = prepare_stream(config)
     check_windows(sweep, stream)
     with ray_session(config), closing(TrialRuns(config)) as runs:
-        run = Run(config, stream)
+        run = PipelineRunner(config, stream)
         run.execute(fm=True, das=True, vm=False)
         run.summarise()
         students = [s for s in config.vm.models if not sweep.students or s.name in sweep.students]
@@ -86,18 +86,18 @@ def search(config: Config, sweep: SweepConfig, students: Sequence[StudentConfig]
     """Run the trials that are missing; all trials. `rows`: student -> reference of its `StudentRows`. Needs a Ray session."""
     spaces = {Search(student.name, arm): Space(sweep.space_of(arm)) for arm in sweep.arms for student in students}
     path = config.folder / FOLDER / "trials.parquet"
-    recorder = Recorder(path, sweep, spaces, runs)
+    recorder = TrialRecorder(path, sweep, spaces, runs)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    searcher = Searches(config, sweep, spaces, recorder.trials)
+    searcher = MultiSearch(config, sweep, spaces, recorder.trials)
     if not searcher.left:
         return recorder.trials
     # Tune's own loggers cost more than they tell; Ctrl-C ends the command at once; its new output cannot be silenced.
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0"}
-    trainable = ray_tune.with_parameters(run_block, config=config, students={s.name: s for s in students}, rows=dict(rows))
+    trainable = ray_tune.with_parameters(run_trial_group, config=config, students={s.name: s for s in students}, rows=dict(rows))
     Tuner(
         ray_tune.with_resources(trainable, PlacementGroupFactory([{"CPU": 1}], bundle_label_selector=[config.placement.vm])),
         tune_config=TuneConfig(
-            search_alg=searcher, scheduler=Halving(sweep, spaces, recorder.trials) if sweep.early_stopping == "asha" else None,
+            search_alg=searcher, scheduler=PerSearchASHA(sweep, spaces, recorder.trials) if sweep.early_stopping == "asha" else None,
             num_samples=searcher.left, max_concurrent_trials=sweep.concurrent, reuse_actors=True,
         ),
         run_config=RunConfig(
@@ -108,7 +108,7 @@ def search(config: Config, sweep: SweepConfig, students: Sequence[StudentConfig]
     return recorder.trials
 
 
-class Recorder(Callback):  # type: ignore[misc]  # ray has no types
+class TrialRecorder(Callback):  # type: ignore[misc]  # ray has no types
     """Writes the trials of every block as it ends, all at once, and says so on stderr."""
 
     def __init__(self, path: Path, sweep: SweepConfig, spaces: Mapping[Search, Space], runs: TrialRuns) -> None:

@@ -12,11 +12,11 @@ from exfm_ray.config.checks import with_settings
 from exfm_ray.config.root import Config
 from exfm_ray.config.trainer import StudentConfig
 from exfm_ray.config.tune import Settings
-from exfm_ray.data.readers import FragmentReader, Pass
+from exfm_ray.data.readers import FragmentReader, WindowPass
 from exfm_ray.data.stream import EventStream
 from exfm_ray.metrics.state import MetricState
 from exfm_ray.training.job import Job
-from exfm_ray.training.local import local_loop, one_process
+from exfm_ray.training.local import init_single_process, local_loop
 from exfm_ray.training.loop import Loop
 from exfm_ray.training.stacked_trainer import Stack, stacked
 
@@ -42,7 +42,7 @@ class Figures(NamedTuple):
 Outcome = Figures | str | None
 """Figures so far; the error of a training that has failed; None before the first counted window."""
 
-Move = tuple[int, int, Job]
+Exploit = tuple[int, int, Job]
 """Source, target and the target's new job: the target takes the source's weights, optimizer state and figures, and goes on with the job."""
 
 
@@ -71,7 +71,7 @@ def trial_job(config: Config, student: StudentConfig, arm: str, settings: Settin
 
 def learn(
     jobs: Sequence[Job], reader: FragmentReader, windows: Sequence[int], teachers: Sequence[int] | None = None
-) -> Generator[list[Outcome], Sequence[Move] | None, None]:
+) -> Generator[list[Outcome], Sequence[Exploit] | None, None]:
     """Train the jobs together over `windows`; yields after the evaluation of each window an outcome for each job, in order.
 
     A window is learnt when the next one is asked for; the last one never, for nothing is evaluated after it. A job that has failed
@@ -82,7 +82,7 @@ def learn(
         teachers: for each job, which teacher it learns from, where `reader` gives several's predictions side by side.
     """
     torch.set_num_threads(jobs[0].trainer.threads or 1)
-    one_process()
+    init_single_process()
     stack = group = None
     if len(jobs) > 1 or teachers:
         stack, group = stacked(jobs, EventStream.open(jobs[0].stream_root).schema, teachers or [0] * len(jobs))
@@ -91,7 +91,7 @@ def learn(
     count_from = jobs[0].config.metrics.warmup_windows
     errors: dict[int, str] = {}
     for window in windows:
-        _pass(loop, Pass(window, "evaluate"), stack, errors)
+        _pass(loop, WindowPass(window, "evaluate"), stack, errors)
         counted = window >= count_from
         moves = yield [_outcome(loop, name, window, number, errors) if counted else errors.get(number) for number, name in enumerate(names)]
         for source, target, job in moves or ():
@@ -100,10 +100,10 @@ def learn(
             errors.pop(target, None)
             loop.states |= {(names[target], *key[1:]): state for key, state in loop.states.items() if key[0] == names[source]}
         if window != windows[-1] and len(errors) < len(jobs):
-            _pass(loop, Pass(window, "learn"), stack, errors)
+            _pass(loop, WindowPass(window, "learn"), stack, errors)
 
 
-def _pass(loop: Loop, work: Pass, stack: Stack | None, errors: dict[int, str]) -> None:
+def _pass(loop: Loop, work: WindowPass, stack: Stack | None, errors: dict[int, str]) -> None:
     """Evaluate or learn a window. What goes wrong in a training is an outcome; what fails in a stack's data fails all of it."""
     try:
         loop.run_passes([work], work.window)

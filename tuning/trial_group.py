@@ -13,30 +13,30 @@ from exfm_ray.config.root import Config
 from exfm_ray.config.trainer import StudentConfig
 from exfm_ray.config.tune import Settings
 from exfm_ray.data.readers import FragmentReader
-from exfm_ray.runtime.actors import answer
-from exfm_ray.storage.atomic import digest
+from exfm_ray.runtime.actors import get_with_timeout
+from exfm_ray.storage.atomic import short_hash
 from tuning.population import exploit, explore
 from tuning.search import FAILED, MEMBERS, SCORE
 from tuning.space import Space
-from tuning.trial import Figures, Move, Outcome, learn, score, trial_job
+from tuning.trial import Exploit, Figures, Outcome, learn, score, trial_job
 
 Entry = dict[str, Any]
 """What is reported of a member: its figures, its score and the settings behind them; or its error."""
 
 
-def run_block(asked: dict[str, Any], config: Config, students: Mapping[str, StudentConfig], rows: Mapping[str, Any]) -> None:
+def run_trial_group(asked: dict[str, Any], config: Config, students: Mapping[str, StudentConfig], rows: Mapping[str, Any]) -> None:
     """Reports after each score window an entry for each member, in order, and ends when all have failed."""
     try:
         student = students[asked["student"]]
-        reader = answer(rows[student.name], f"a trial of {student.name}", "its rows")
-        for entries in learnt(asked, config, student, reader):
+        reader = get_with_timeout(rows[student.name], f"a trial of {student.name}", "its rows")
+        for entries in train_members(asked, config, student, reader):
             ray_tune.report({MEMBERS: entries, SCORE: min(entry.get(SCORE, math.inf) for entry in entries)})
     except Exception as error:
         failed = [{FAILED: f"{type(error).__name__}: {error}"} for _ in asked["members"]]
         ray_tune.report({MEMBERS: failed, SCORE: math.inf})
 
 
-def learnt(asked: Mapping[str, Any], config: Config, student: StudentConfig, reader: FragmentReader) -> Iterator[list[Entry]]:
+def train_members(asked: Mapping[str, Any], config: Config, student: StudentConfig, reader: FragmentReader) -> Iterator[list[Entry]]:
     """Train the members of a block, each with all seeds; yields after each score window, and when all have failed, their entries."""
     tune = config.tune
     assert tune is not None
@@ -44,7 +44,7 @@ def learnt(asked: Mapping[str, Any], config: Config, student: StudentConfig, rea
     members = [as_settings(member["settings"]) for member in asked["members"]]
     seeds = range(config.seed, config.seed + tune.seeds)
     jobs = [trial_job(config, student, asked["arm"], settings, first, seed) for settings in members for seed in seeds]
-    rng = np.random.default_rng(int(digest([config.seed, asked["student"], asked["arm"], asked["members"][0]["number"]]), 16))
+    rng = np.random.default_rng(int(short_hash([config.seed, asked["student"], asked["arm"], asked["members"][0]["number"]]), 16))
     learning, moves = learn(jobs, reader, range(last + 1)), None
     for window in range(last + 1):
         outcomes = learning.send(moves)
@@ -57,7 +57,7 @@ def learnt(asked: Mapping[str, Any], config: Config, student: StudentConfig, rea
         moves = None
         if tune.search == "pbt" and first <= window < last:
             scores = [score(one, tune.calibration) if isinstance(one, Figures) else math.inf for one in told]
-            moves = list[Move]()
+            moves = list[Exploit]()
             for source, target in exploit(scores, rng):
                 members[target] = explore(members[source], Space(tune.space_of(asked["arm"])), rng)
                 moves.append((source, target, trial_job(config, student, asked["arm"], members[target], first, config.seed)))

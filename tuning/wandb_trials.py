@@ -11,8 +11,8 @@ from queue import SimpleQueue
 from threading import Thread
 
 from exfm_ray.config.root import Config
-from exfm_ray.config.tree import put
-from exfm_ray.storage.atomic import digest, read_json, write_json
+from exfm_ray.config.tree import set_dotted
+from exfm_ray.storage.atomic import read_json, short_hash, write_json
 from exfm_ray.tracking.wandb_session import close_wandb, open_run
 from tuning.results import Trial
 from tuning.trial import score
@@ -64,7 +64,7 @@ class TrialRuns:
 
 def run_id(config: Config, trial: Trial) -> str:
     """The same for the same trial of the same config, wherever it is kept."""
-    return digest([config.name, config.model_dump(mode="json", exclude={"run", "wandb"}), *trial.search, trial.number])
+    return short_hash([config.name, config.model_dump(mode="json", exclude={"run", "wandb"}), *trial.search, trial.number])
 
 
 def write_run(config: Config, trial: Trial, identity: str) -> None:
@@ -73,7 +73,7 @@ def write_run(config: Config, trial: Trial, identity: str) -> None:
     student, arm = trial.search
     settings: dict[str, object] = {"student": student, "arm": arm, "trial": trial.number, "seed": config.seed}
     for setting, value in trial.settings.items():
-        put(settings, setting, value)  # nested: wandb takes a dot for a step into a section
+        set_dotted(settings, setting, value)  # nested: wandb takes a dot for a step into a section
     run = open_run(config, identity, f"{student} {arm} {trial.number:03d}", f"{config.name}/{student}", "tune", settings, step="window")
     for figures in trial.curve:
         bounded = score(figures, config.tune.calibration)

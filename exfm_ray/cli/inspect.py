@@ -23,7 +23,7 @@ def export(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace) -> int:
     """Say on paper what the FM's training would need on N workers: `run.py plan --config FILE [--gpus N]`, see `run.py plan --help`."""
-    from exfm_ray.cli.plan_tables import remarks, shards_table, worker_table
+    from exfm_ray.cli.plan_tables import shards_table, summary_lines, worker_table
     from exfm_ray.pipeline.preflight import check_models
     from exfm_ray.planner.memory import plan_fm
 
@@ -38,9 +38,9 @@ def plan(options: argparse.Namespace) -> int:
     console = _console()
     for table in (worker_table(planned), shards_table(planned)):
         console.print(table)
-    for line in remarks(planned, limit_bytes, options.tflops):
+    for line in summary_lines(planned, limit_bytes, options.tflops):
         console.print(line, highlight=False, soft_wrap=True)
-    return USER_ERROR if planned.misfits(limit_bytes) else 0
+    return USER_ERROR if planned.violations(limit_bytes) else 0
 
 
 def _known_schema(config: Config) -> Schema:

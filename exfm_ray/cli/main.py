@@ -13,7 +13,7 @@ from exfm_ray.cli.train import das, pipeline, prepare, train_fm, train_vm, tune
 from exfm_ray.config.load import load_config
 from exfm_ray.config.root import Config
 from exfm_ray.errors import UserError, nearest
-from exfm_ray.storage.paths import base, lasting, placed
+from exfm_ray.storage.paths import absolute, home_dir, uses_home_dir
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,8 +35,8 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         options = _parser().parse_args(arguments)
         config = load_config(options.config, options.set, options.name)
-        if placed():
-            print(f"relative folders lie below {base()} (EXFM_HOME), which all nodes must see; this run: {config.folder}")
+        if uses_home_dir():
+            print(f"relative folders lie below {home_dir()} (EXFM_HOME), which all nodes must see; this run: {config.folder}")
         COMMANDS[options.command](config)
     except UserError as error:
         return _fail(error)
@@ -78,11 +78,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _export_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="run.py export", description=export.__doc__)
-    parser.add_argument("run", type=lasting, metavar="RUN", help="the run's folder, such as runs/demo")
+    parser.add_argument("run", type=absolute, metavar="RUN", help="the run's folder, such as runs/demo")
     parser.add_argument("--vm", required=True, help="name of the vertical model")
     parser.add_argument("--arm", default="ah_sa", help="the arm that is served (default: ah_sa)")
-    parser.add_argument("--to", type=lasting, metavar="DIR", help="a new folder (default: RUN/serving/<vm>-<arm>, of a delta <vm>-<arm>-delta)")
-    parser.add_argument("--since", type=lasting, metavar="SERVED", help="an earlier served folder of the same student: write only what changed since")
+    parser.add_argument("--to", type=absolute, metavar="DIR", help="a new folder (default: RUN/serving/<vm>-<arm>, of a delta <vm>-<arm>-delta)")
+    parser.add_argument("--since", type=absolute, metavar="SERVED", help="an earlier served folder of the same student: write only what changed since")
     parser.add_argument("--aot", action="store_true", help="compile with AOTInductor, too; needs a C++ compiler")
     return parser
 
@@ -171,9 +171,9 @@ def _look(command: str, arguments: Sequence[str]) -> None:
     parser = _Parser(prog=f"run.py {command}", description=OTHERS[command].__doc__)
     for name, told in FOLDERS[command].items():
         if name == "runs":
-            parser.add_argument(name, type=lasting, nargs="?", default=lasting(name), metavar="DIR", help=told)
+            parser.add_argument(name, type=absolute, nargs="?", default=absolute(name), metavar="DIR", help=told)
         else:
-            parser.add_argument(name, type=lasting, metavar=name.upper(), help=told)
+            parser.add_argument(name, type=absolute, metavar=name.upper(), help=told)
     OTHERS[command](parser.parse_args(arguments))
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from exfm_ray.cli.common import _console, _write_report
 from exfm_ray.config.root import Config
 from exfm_ray.storage.atomic import read_json
-from exfm_ray.tracking.html_page import lacking
+from exfm_ray.tracking.html_page import missing_supervision
 
 
 def prepare(config: Config) -> None:
@@ -29,18 +29,18 @@ def prepare(config: Config) -> None:
 
 
 def _run(config: Config, fm: bool, das: bool, vm: bool) -> None:
-    from exfm_ray.das.client import ParkedError
+    from exfm_ray.das.client import LabelingFailedError
     from exfm_ray.data.new_ids import write_new_ids
     from exfm_ray.pipeline.preflight import prepare_stream
-    from exfm_ray.pipeline.runner import Run
+    from exfm_ray.pipeline.runner import PipelineRunner
 
     while True:
         stream = prepare_stream(config)
         over = stream.complete  # asked first: what is there by then is done below
-        run = Run(config, stream)
+        run = PipelineRunner(config, stream)
         try:
             worked = run.execute(fm, das, vm)
-        except ParkedError:  # names one cause; summary and report have all
+        except LabelingFailedError:  # names one cause; summary and report have all
             run.summarise()
             _write_report(config.folder)
             raise
@@ -110,7 +110,7 @@ def show(config: Config) -> None:
 
 
 def _show_lacking(summary: Mapping[str, Any]) -> None:
-    for line in lacking(summary):
+    for line in missing_supervision(summary):
         _console().print(line, highlight=False, soft_wrap=True, markup=False)
 
 

@@ -59,17 +59,17 @@ class Arm(str):
         return str.__str__(self)
 
     @property
-    def taught(self) -> bool:
+    def uses_supervision(self) -> bool:
         """True when it learns the teacher's predictions."""
         return self.objective is not Objective.LABELS
 
     @property
-    def shares(self) -> bool:
+    def shares_tables(self) -> bool:
         """True when it is given rows of the teacher's tables."""
         return Option.SHARE in self.options
 
     @property
-    def remembers(self) -> bool:
+    def uses_history(self) -> bool:
         """True when it reads the teacher's representations of the user's earlier examples: at serving, from a feature store."""
         return Option.HISTORY in self.options
 
@@ -89,5 +89,5 @@ def _check(text: str, kind: str, part: str, known: Sequence[str]) -> None:
 LABELS = Arm("labels")
 """The baseline of all gains."""
 
-PLAIN = tuple(Arm(objective) for objective in Objective)
+ALL_OBJECTIVES = tuple(Arm(objective) for objective in Objective)
 """The objectives without options."""

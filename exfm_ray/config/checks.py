@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from exfm_ray.config.explain import explain
 from exfm_ray.config.trainer import OptimizerConfig
-from exfm_ray.config.tree import put
+from exfm_ray.config.tree import set_dotted
 from exfm_ray.config.tune import UNSEARCHABLE, TuneConfig, as_text
 from exfm_ray.errors import nearest
 
@@ -22,7 +22,7 @@ def with_settings(config: Config, settings: Mapping[str, object]) -> Config:
     """The config with other values of dotted settings and without its `tune` section; ValidationError for values that do not fit."""
     tree = config.model_dump(mode="json", exclude={"tune"})
     for setting, value in settings.items():
-        put(tree, setting, value)
+        set_dotted(tree, setting, value)
     return type(config).model_validate(tree)
 
 

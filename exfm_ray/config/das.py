@@ -6,11 +6,11 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from exfm_ray.base import Model, Name
-from exfm_ray.config.data import Folder
+from exfm_ray.base import FrozenModel, Name
+from exfm_ray.config.data import AbsolutePath
 
 
-class DASConfig(Model):
+class DASConfig(FrozenModel):
     """The Data Augmentation System: a pool of actors that write the FM's predictions into the training data."""
 
     min_actors: int = Field(1, ge=1)
@@ -35,7 +35,7 @@ class DASConfig(Model):
         return self
 
 
-class TeacherConfig(Model):
+class TeacherConfig(FrozenModel):
     """A teacher beside the FM: its snapshots score the stream, too. It has to have been trained on windows of the same stream.
 
     `run`: the folder of the run whose FM it is (with das.keep_snapshots there), by its fm.name; None: it is a vertical model of this run
@@ -43,4 +43,4 @@ class TeacherConfig(Model):
     """
 
     name: Name
-    run: Folder | None = None
+    run: AbsolutePath | None = None

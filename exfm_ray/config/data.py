@@ -9,20 +9,20 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from exfm_ray.base import Below, Model, Name
+from exfm_ray.base import FrozenModel, Name, RelativePattern
 from exfm_ray.errors import UserError
-from exfm_ray.storage.paths import lasting
+from exfm_ray.storage.paths import absolute
 
 SECRET = re.compile("password|secret|token|key.pem|ssl.key$")
 """Options of librdkafka whose values are for nobody's eyes."""
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 Rows = Annotated[int, Field(ge=2, le=2**31 - 1)]
-Folder = Annotated[Path, AfterValidator(lasting)]
+AbsolutePath = Annotated[Path, AfterValidator(absolute)]
 """Absolute from the start: a run's workers have working folders of their own, and a job's goes away with it."""
 
 
-class WindowConfig(Model):
+class WindowConfig(FrozenModel):
     """How the stream is cut. `time`: by event time; `rows`: every so many events, for data that have only an order; `file`: each
     file of the raw data is a window, for static sets that come split into training, validation and test."""
 
@@ -33,7 +33,7 @@ class WindowConfig(Model):
     empty: Literal["error", "keep"] = Field("error", description="a window without any event (by: time): refuse it, or keep it as an empty window")
 
 
-class EmbeddedConfig(Model):
+class EmbeddedConfig(FrozenModel):
     """The embedded stream: a generator of ad events whose true click probability is known."""
 
     seed: int = 0
@@ -47,7 +47,7 @@ class EmbeddedConfig(Model):
     shift_at: int | None = Field(None, ge=1, description="window at which all user vectors turn at once by a right angle's third")
 
 
-class KafkaConfig(Model):
+class KafkaConfig(FrozenModel):
     """Where the events of the source `kafka` are."""
 
     servers: str = Field(description="host:port, several with commas between")
@@ -76,21 +76,21 @@ class KafkaConfig(Model):
         return found
 
 
-class FollowConfig(Model):
+class FollowConfig(FrozenModel):
     """A stream without an end: `run.py prepare` takes new events and labels as they come, until the file `_END` lies in data.root."""
 
-    labels: Below | None = Field(None, description="label files below data.root, a name pattern, csv or parquet by their suffix; a topic of kafka")
+    labels: RelativePattern | None = Field(None, description="label files below data.root, a name pattern, csv or parquet by their suffix; a topic of kafka")
     kafka: KafkaConfig | None = Field(None, description="of the source `kafka`")
     lateness_s: int = Field(0, ge=0, description="an event may come this much after a younger one; its window is cut when that time is over")
     poll_s: float = Field(5.0, gt=0, description="seconds between two looks at what has come")
 
 
-class DataConfig(Model):
+class DataConfig(FrozenModel):
     """The raw data set and how it becomes a stream."""
 
     source: Literal["embedded", "kuairand", "movielens", "frappe", "criteo", "avazu", "table", "kafka"] = "embedded"
-    root: Folder = Field(Path(), validate_default=True, description="folder of the raw data set")
-    schema_file: Folder | None = Field(None, description="schema of a `table` or `kafka` source (see docs/data.md)")
+    root: AbsolutePath = Field(Path(), validate_default=True, description="folder of the raw data set")
+    schema_file: AbsolutePath | None = Field(None, description="schema of a `table` or `kafka` source (see docs/data.md)")
     window: WindowConfig = WindowConfig()
     duplicates: Literal["keep", "drop"] = "keep"
     max_rows: int | None = Field(None, ge=1, description="stop after this many events")

@@ -6,17 +6,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from exfm_ray.base import Model, Name
+from exfm_ray.base import FrozenModel, Name
 from exfm_ray.config.models import Widths
 
 
-class KDConfig(Model):
+class KDConfig(FrozenModel):
     """Plain distillation: h(z, y) + w h(z, p_F) on one head."""
 
     w: float = Field(1.0, ge=0)
 
 
-class AHConfig(Model):
+class AHConfig(FrozenModel):
     """The auxiliary head: h(z_S, y) + w h(z_D, min(1, alpha p_F)), its gradient into the backbone times beta."""
 
     w: float = Field(1.0, ge=0)
@@ -25,7 +25,7 @@ class AHConfig(Model):
     mlp: Widths | tuple[()] = ()
 
 
-class SAConfig(Model):
+class SAConfig(FrozenModel):
     """The student adapter: a tiny MLP from the teacher's prediction, learnt on the label by an optimizer of its own."""
 
     w: float = Field(1.0, ge=0, description="weight of the adapter's term; alpha does not apply to it, beta does")
@@ -35,7 +35,7 @@ class SAConfig(Model):
     own_head: bool = Field(True, description="a third head learns the adapter's target; otherwise the auxiliary head does")
 
 
-class ShareConfig(Model):
+class ShareConfig(FrozenModel):
     """Arms with +share: before each window is evaluated, the VM's tables are given the FM's rows of the ids that occur in it."""
 
     tables: tuple[Name, ...] = Field((), description="names of tables; none: all")
@@ -47,7 +47,7 @@ class ShareConfig(Model):
     table_lr: float = Field(0.005, gt=0, description="rate of such an arm's tables in place of vm.optimizer.table_lr: given rows are learnt already")
 
 
-class HistoryConfig(Model):
+class HistoryConfig(FrozenModel):
     """Arms with +history: further dense inputs, made of the FM's representations of the same user's examples in earlier windows."""
 
     layer: str = Field("backbone", description="module of the FM's network whose output represents an example")
@@ -59,7 +59,7 @@ class HistoryConfig(Model):
     )
 
 
-class DistillationConfig(Model):
+class DistillationConfig(FrozenModel):
     """Settings of the arms."""
 
     kd: KDConfig = KDConfig()

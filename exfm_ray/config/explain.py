@@ -9,7 +9,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from exfm_ray.config.models import MODEL_TYPES
 from exfm_ray.errors import nearest
-from exfm_ray.storage.remote import without_credentials
+from exfm_ray.storage.remote import redact_url
 
 
 def explain(error: Any, root: type[BaseModel]) -> str:
@@ -21,7 +21,7 @@ def explain(error: Any, root: type[BaseModel]) -> str:
     if error["type"] == "union_tag_not_found":
         return f"setting '{place}': give it a 'type': {', '.join(MODEL_TYPES)}"
     message = error["msg"].removeprefix("Value error, ")
-    told = without_credentials(error["input"]) if isinstance(error["input"], str) else error["input"]
+    told = redact_url(error["input"]) if isinstance(error["input"], str) else error["input"]
     given = f" (given: {told!r})" if not isinstance(error["input"], dict | list | tuple | BaseModel) else ""
     return f"setting '{place}': {message}{given}"
 

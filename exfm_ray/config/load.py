@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from exfm_ray.config.explain import explain
 from exfm_ray.config.root import Config
-from exfm_ray.config.tree import put
+from exfm_ray.config.tree import set_dotted
 from exfm_ray.errors import UserError
 
 
@@ -47,7 +47,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {override}: write it as section.key=value")
     try:
-        put(tree, key, yaml.safe_load(value))
+        set_dotted(tree, key, yaml.safe_load(value))
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: '{value}' is not a YAML value ({error})") from None
     except ValueError as error:

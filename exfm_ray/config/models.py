@@ -9,12 +9,12 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from exfm_ray.base import Model, Name
+from exfm_ray.base import FrozenModel, Name
 
 Widths = tuple[Annotated[int, Field(ge=1)], ...]
 
 
-class BackboneConfig(Model):
+class BackboneConfig(FrozenModel):
     """What every interaction model has."""
 
     dim: int = Field(16, ge=1, description="E, the width of an embedded row")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from exfm_ray.base import Model
+from exfm_ray.base import FrozenModel
 
 _WORD = "[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 """Kubernetes' syntax of labels, which is Ray's, too."""
@@ -29,7 +29,7 @@ Labels = dict[Annotated[str, AfterValidator(_key)], Annotated[str, AfterValidato
 """Ray gives a node its labels with `ray start --labels`."""
 
 
-class PlacementConfig(Model):
+class PlacementConfig(FrozenModel):
     """Labels of the nodes for the workers of FM and VMs (trials of a sweep, too), the DAS's actors, and what reads the data: Ray Data's
     tasks and the feeds. Without labels any node does."""
 

@@ -10,42 +10,42 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from exfm_ray.base import Model, Name
+from exfm_ray.base import FrozenModel, Name
 from exfm_ray.config.arms import Arm
 from exfm_ray.config.checks import check_sweep
 from exfm_ray.config.das import DASConfig, TeacherConfig
-from exfm_ray.config.data import DataConfig, Folder
+from exfm_ray.config.data import AbsolutePath, DataConfig
 from exfm_ray.config.distillation import DistillationConfig
 from exfm_ray.config.placement import PlacementConfig
 from exfm_ray.config.trainer import CheckpointConfig, FMConfig, VMConfig
 from exfm_ray.config.tune import TuneConfig
-from exfm_ray.storage.paths import stores
-from exfm_ray.storage.remote import Place, check_url
+from exfm_ray.storage.paths import store_root
+from exfm_ray.storage.remote import AnyPath, check_url
 
 
-class MetricsConfig(Model):
+class MetricsConfig(FrozenModel):
     """`warmup_windows`: how many windows at the start stay out of summary.json."""
 
     warmup_windows: int = Field(2, ge=0)
 
 
-class RunConfig(Model):
+class RunConfig(FrozenModel):
     """Where runs go."""
 
-    dir: Folder = Field(Path("runs"), validate_default=True)
+    dir: AbsolutePath = Field(Path("runs"), validate_default=True)
     storage: Annotated[str, AfterValidator(check_url)] | None = Field(
         None, description="URL, such as s3://bucket/prefix, below which stream, snapshots and supervision lie instead of in the run's folder"
     )
 
 
-class WandbConfig(Model):
+class WandbConfig(FrozenModel):
     """Runs in wandb (Weights & Biases), under <run>/wandb. Its API key is no setting: wandb reads WANDB_API_KEY or .netrc."""
 
     mode: Literal["offline", "online", "disabled"] = Field("offline", description="offline: files that `wandb sync` sends later; disabled: none")
     project: Name = "exfm-ray"
 
 
-class Config(Model):
+class Config(FrozenModel):
     """A whole run."""
 
     name: Name = "run"
@@ -83,7 +83,7 @@ class Config(Model):
                 raise ValueError(f"vertical model '{student.name}': teacher '{student.teacher}' is none of {', '.join(names)}.")
             if student.publishes and student.publishes not in self.vm.arms:
                 raise ValueError(f"vertical model '{student.name}' publishes arm '{student.publishes}', which is none of vm.arms")
-            if student.publishes and student.publishes.remembers:
+            if student.publishes and student.publishes.uses_history:
                 raise ValueError(
                     f"vertical model '{student.name}' publishes arm '{student.publishes}', whose predictions need each user's history, which the "
                     "DAS does not look up when it scores; let it publish an arm without +history"
@@ -117,9 +117,9 @@ class Config(Model):
         return self.run.dir / self.name
 
     @property
-    def stores(self) -> Place:
+    def stores(self) -> AnyPath:
         """Where what the roles give each other lies: in the run's folder, or remote."""
-        return stores(self.folder, self.name, self.run.storage)
+        return store_root(self.folder, self.name, self.run.storage)
 
 
 

@@ -6,12 +6,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
-from exfm_ray.base import Model, Name
-from exfm_ray.config.arms import PLAIN, Arm
+from exfm_ray.base import FrozenModel, Name
+from exfm_ray.config.arms import ALL_OBJECTIVES, Arm
 from exfm_ray.config.models import MLPConfig, ModelConfig, WukongConfig
 
 
-class OptimizerConfig(Model):
+class OptimizerConfig(FrozenModel):
     """Row-wise Adagrad for the tables, Adam for the dense part."""
 
     table_lr: float = Field(0.05, gt=0)
@@ -23,11 +23,11 @@ class OptimizerConfig(Model):
     )
 
 
-WAYS = {"workers", "min_workers", "zero_stage", "sharding", "threads"}
+EXECUTION_SETTINGS = {"workers", "min_workers", "zero_stage", "sharding", "threads"}
 """Settings of a trainer that say how training is spread."""
 
 
-class TrainerConfig(Model):
+class TrainerConfig(FrozenModel):
     """What FM and VM training have in common."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -51,7 +51,7 @@ class TrainerConfig(Model):
     )
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _check_zero3(self) -> Self:
         for setting, used in (("optimizer.ema", self.optimizer.ema > 0), ("compile", self.compile)):
             if used and self.zero_stage == 3:
                 raise ValueError(f"{setting} is set with zero_stage 3, where no worker holds the weights whole; choose stage 0, 1 or 2")
@@ -60,7 +60,7 @@ class TrainerConfig(Model):
         return self
 
 
-class StaticConfig(Model):
+class StaticConfig(FrozenModel):
     """A set without time: the windows before `validation_window` are learnt in several passes, until that window's figure stops improving."""
 
     passes: int = Field(50, ge=1)
@@ -91,7 +91,7 @@ def _distinct(tasks: tuple[str, ...]) -> tuple[str, ...]:
     return tasks
 
 
-class StudentConfig(Model):
+class StudentConfig(FrozenModel):
     """One vertical model: its domain, its task or list of tasks, its network (`vm.model` where it names none)."""
 
     model_config = ConfigDict(serialize_by_alias=True)
@@ -109,7 +109,7 @@ class VMConfig(TrainerConfig):
 
     models: tuple[StudentConfig, ...] = ()
     model: ModelConfig = MLPConfig()
-    arms: tuple[Arm, ...] = Field(PLAIN, min_length=1)
+    arms: tuple[Arm, ...] = Field(ALL_OBJECTIVES, min_length=1)
     share_pass: bool = True
 
     @model_validator(mode="after")
@@ -123,7 +123,7 @@ class VMConfig(TrainerConfig):
         return self
 
 
-class CheckpointConfig(Model):
+class CheckpointConfig(FrozenModel):
     """Checkpoints of FM and VM training. There is one at the end of every window (of every pass, over a static set)."""
 
     every_examples: int | None = Field(None, ge=1, description="another one inside a window whenever a job has learnt so many examples")

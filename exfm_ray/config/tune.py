@@ -12,8 +12,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from exfm_ray.base import Model, Name
-from exfm_ray.config.arms import LABELS, PLAIN, Arm, Objective
+from exfm_ray.base import FrozenModel, Name
+from exfm_ray.config.arms import ALL_OBJECTIVES, LABELS, Arm, Objective
 
 Value = bool | int | float | str | tuple[int, ...] | tuple[str, ...]
 Settings = dict[str, Value]
@@ -23,8 +23,8 @@ BEARS: Mapping[str, Callable[[Arm], bool]] = {
     "distillation.kd.": lambda arm: arm.objective is Objective.KD,
     "distillation.ah.": lambda arm: arm.objective in (Objective.AH, Objective.AH_SA),
     "distillation.sa.": lambda arm: arm.objective is Objective.AH_SA,
-    "distillation.share.": lambda arm: arm.shares,
-    "vm.optimizer.table_lr": lambda arm: not arm.shares,
+    "distillation.share.": lambda arm: arm.shares_tables,
+    "vm.optimizer.table_lr": lambda arm: not arm.shares_tables,
     "vm.": lambda arm: True,
 }
 """Beginning of a setting's name -> the arms on which it bears; the first that fits counts."""
@@ -49,7 +49,7 @@ POPULATION = 4
 """Fewest members of a population: a quarter of them is replaced."""
 
 
-class Distribution(Model):
+class Distribution(FrozenModel):
     """What one setting is drawn from: a range (`low`, `high`), or a list (`choice`)."""
 
     low: float | None = None
@@ -123,11 +123,11 @@ def default_space() -> dict[str, Distribution]:
     }
 
 
-class TuneConfig(Model):
+class TuneConfig(FrozenModel):
     """A sweep: `trials` settings for each student and arm, scored on earlier windows, judged on later ones that no choice has seen."""
 
     students: tuple[Name, ...] = Field((), description="names of vm.models; empty: all of them")
-    arms: tuple[Arm, ...] = PLAIN
+    arms: tuple[Arm, ...] = ALL_OBJECTIVES
     trials: int = Field(32, ge=1, description="for each student and arm; the first one is the config as it stands")
     together: int = Field(1, ge=1, description="so many trials of one student and arm learn in one process, on the same batches")
     seeds: int = Field(1, ge=1, description="trainings of a trial, with seed, seed + 1, ...; its figures are their means")

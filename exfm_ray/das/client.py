@@ -12,41 +12,41 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from exfm_ray.das.service import ServiceActor
-from exfm_ray.das.spec import Order
+from exfm_ray.das.spec import LabelingSpec
 from exfm_ray.errors import UserError
 
 NAMESPACE = "exfm"
 POLL_S = 0.1
-ANSWER_S = 60.0
+RPC_TIMEOUT_S = 60.0
 """Longest wait for one answer of a service."""
 
 
-class ParkedError(UserError):
+class LabelingFailedError(UserError):
     """Windows that could not be labelled; all others are."""
 
 
-def connect(order: Order, lasting: bool = False, follow: bool = False) -> Any:
-    """The service that carries out `order`: the one that runs, or a new one; `lasting`: it outlives the process that starts it.
+def connect(order: LabelingSpec, detached: bool = False, follow: bool = False) -> Any:
+    """The service that carries out `order`: the one that runs, or a new one; `detached`: it outlives the process that starts it.
 
     UserError where one runs that labels the same store otherwise.
     """
-    service = _found(order, lasting, follow)
-    _agree(service, order, lasting)
+    service = _found(order, detached, follow)
+    check_compatible(service, order, detached)
     return service
 
 
-def _found(order: Order, lasting: bool = False, follow: bool = False) -> Any:
+def _found(order: LabelingSpec, detached: bool = False, follow: bool = False) -> Any:
     """A handle, at once: the service may be starting still. Without a handle to it a service that is not lasting ends."""
-    options = {"name": order.name, "namespace": NAMESPACE, "get_if_exists": True, "lifetime": "detached" if lasting else None}
-    return ServiceActor.options(**options).remote(order, lasting, follow)
+    options = {"name": order.name, "namespace": NAMESPACE, "get_if_exists": True, "lifetime": "detached" if detached else None}
+    return ServiceActor.options(**options).remote(order, detached, follow)
 
 
-def _agree(service: Any, order: Order, lasting: bool = False) -> None:
+def check_compatible(service: Any, order: LabelingSpec, detached: bool = False) -> None:
     """UserError where a service labels otherwise."""
-    found, lasts = ray.get(service.order.remote(), timeout=ANSWER_S)
-    if difference := order.differs(found):
+    found, lasts = ray.get(service.order.remote(), timeout=RPC_TIMEOUT_S)
+    if difference := order.first_difference(found):
         raise UserError(f"a DAS with other settings is at work on {order.store.root} ({difference}); end it with `run.py das stop`")
-    if lasting and not lasts:
+    if detached and not lasts:
         raise UserError(f"a pipeline's own DAS is at work on {order.store.root}; start the service when that has ended")
 
 
@@ -62,7 +62,7 @@ def end(service: Any) -> None:
     ray.kill(service, no_restart=True)
 
 
-def label(order: Order, windows: Sequence[int], progress: Callable[[int, int], None], watch: Callable[[], None]) -> None:
+def label(order: LabelingSpec, windows: Sequence[int], progress: Callable[[int, int], None], watch: Callable[[], None]) -> None:
     """Have windows labelled and wait for all of them.
 
     Args:
@@ -70,7 +70,7 @@ def label(order: Order, windows: Sequence[int], progress: Callable[[int, int], N
         watch: called all the time; it raises to end the wait.
 
     Raises:
-        ParkedError: some windows could not be labelled; all others are, but for those that wait for readers of these.
+        LabelingFailedError: some windows could not be labelled; all others are, but for those that wait for readers of these.
     """
     client, left, seen = uuid.uuid4().hex, set(windows), dict.fromkeys(windows, 0)
     service, agreed = None, False
@@ -80,11 +80,11 @@ def label(order: Order, windows: Sequence[int], progress: Callable[[int, int], N
                 if service is None:
                     service, agreed = _found(order), False
                 if not agreed:
-                    _agree(service, order)
+                    check_compatible(service, order)
                     agreed = True
-                told = ray.get(service.progress.remote(client), timeout=ANSWER_S)
+                told = ray.get(service.progress.remote(client), timeout=RPC_TIMEOUT_S)
                 if told is None:
-                    ray.get(service.ask.remote(client, left), timeout=ANSWER_S)
+                    ray.get(service.ask.remote(client, left), timeout=RPC_TIMEOUT_S)
                     seen = dict.fromkeys(windows, 0)
                     continue
             except GetTimeoutError:  # it is slow to start or to answer: to let go of it would end it
@@ -104,7 +104,7 @@ def label(order: Order, windows: Sequence[int], progress: Callable[[int, int], N
             left -= told["committed"]
             lost = told["parked"].keys() & left
             if left and left <= lost | out_of_reach(order, left, lost):
-                raise ParkedError(parked_message(order, {window: told["parked"][window] for window in lost}))
+                raise LabelingFailedError(failure_message(order, {window: told["parked"][window] for window in lost}))
             watch()
             time.sleep(POLL_S if left else 0)
     finally:
@@ -112,14 +112,14 @@ def label(order: Order, windows: Sequence[int], progress: Callable[[int, int], N
             _leave(service, client)
 
 
-def out_of_reach(order: Order, windows: Set[int], parked: Set[int]) -> set[int]:
+def out_of_reach(order: LabelingSpec, windows: Set[int], parked: Set[int]) -> set[int]:
     """Of these windows those that will never be labelled: with das.ahead a window waits for readers, which learn none from a parked one on."""
     if order.das.ahead is None or not order.readers or not parked:
         return set()
     return {window for window in windows if window >= min(parked) + order.das.ahead}
 
 
-def parked_message(order: Order, causes: dict[int, str]) -> str:
+def failure_message(order: LabelingSpec, causes: dict[int, str]) -> str:
     """Which windows have no supervision, and why the first has none."""
     first = min(causes)
     numbers = ", ".join(map(str, sorted(causes)))
@@ -129,5 +129,5 @@ def parked_message(order: Order, causes: dict[int, str]) -> str:
 def _leave(service: Any, client: str) -> None:
     """The last one to leave a service that is not lasting ends it."""
     with suppress(RayActorError, GetTimeoutError):
-        if ray.get(service.leave.remote(client), timeout=ANSWER_S):
+        if ray.get(service.leave.remote(client), timeout=RPC_TIMEOUT_S):
             end(service)

@@ -11,15 +11,15 @@ from exfm_ray.config.das import TeacherConfig
 from exfm_ray.config.root import Config
 from exfm_ray.das.client import label
 from exfm_ray.das.scorer import Scorer
-from exfm_ray.das.spec import Order
+from exfm_ray.das.spec import LabelingSpec
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
-from exfm_ray.storage.paths import stores_of
+from exfm_ray.storage.paths import store_root_of_run
 
 
 @dataclass
-class DAS:
-    """Supervision for the windows of one stream by one teacher, the FM where none is named. `readers`: see `Order`."""
+class Labeler:
+    """Supervision for the windows of one stream by one teacher, the FM where none is named. `readers`: see `LabelingSpec`."""
 
     config: Config
     stream: EventStream
@@ -27,7 +27,7 @@ class DAS:
     readers: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
-        self.order = Order.of(self.config, teacher=self.teacher)
+        self.order = LabelingSpec.from_config(self.config, teacher=self.teacher)
         self.snapshots, self.store = self.order.snapshots, self.order.store
 
     def missing(self, windows: Sequence[int]) -> list[int]:
@@ -39,7 +39,7 @@ class DAS:
         lines = [line for line in spans if line["role"] == self.order.role]
         return sum(line["ended_s"] - line["started_s"] - line["waited_s"] for line in lines), sum(line["examples"] for line in lines)
 
-    def run_here(self, windows: Sequence[int]) -> int:
+    def label_locally(self, windows: Sequence[int]) -> int:
         """Score what is missing in this process, without Ray and without waiting for snapshots; the rows."""
         scorer, rows, missing = Scorer(self.order), 0, self.missing(windows)
         self._check_windows(missing)
@@ -58,12 +58,12 @@ class DAS:
         missing = self.missing(windows)
         self._check_windows(missing)
         if missing:
-            label(Order.of(self.config, self.readers, self.teacher), missing, progress, watch)
+            label(LabelingSpec.from_config(self.config, self.readers, self.teacher), missing, progress, watch)
 
     def _check_windows(self, windows: Sequence[int]) -> None:
         """UserError where another run's teacher has learnt windows of other bounds than this stream's: it might know what it is to supervise
         (rule 2). Nothing is known where that run's stream is gone."""
-        root = stores_of(self.teacher.run) / "stream" if self.teacher and self.teacher.run else None
+        root = store_root_of_run(self.teacher.run) / "stream" if self.teacher and self.teacher.run else None
         if root is None or not (root / "schema.json").exists():
             return
         other = EventStream.open(root)

@@ -12,7 +12,7 @@ from typing import Any
 from exfm_ray.data.stream import Fragment, Window
 from exfm_ray.errors import UserError
 from exfm_ray.storage.atomic import read_json, write_json
-from exfm_ray.storage.remote import Place, StorageError
+from exfm_ray.storage.remote import AnyPath, StorageError
 
 RETRY_S = 0.2
 """Pause before the second try of a fragment or of a commit; it doubles with every further one, up to `RETRY_MOST_S`."""
@@ -20,7 +20,7 @@ RETRY_MOST_S = 10.0
 
 
 @dataclass(frozen=True)
-class Parked:
+class FailedItem:
     """What has failed too often; `fragment` None: the whole window, for want of a snapshot or because it could not be committed."""
 
     window: int
@@ -32,8 +32,8 @@ class Parked:
 
 
 @dataclass
-class Work:
-    """A fragment to score with a version. `alone`: its actor has died on it, or on one beside it, so it goes to an actor by itself.
+class ScoreTask:
+    """A fragment to score with a version. `isolate`: its actor has died on it, or on one beside it, so it goes to an actor by itself.
     `given_s`: when an actor got it, by the monotonic clock."""
 
     window: int
@@ -41,7 +41,7 @@ class Work:
     version: int
     tries: int = 0
     not_before: float = 0.0
-    alone: bool = False
+    isolate: bool = False
     given_s: float = field(default_factory=time.monotonic)
 
 
@@ -62,52 +62,52 @@ class OpenWindow:
         self.left = {fragment.file for fragment in self.manifest.fragments}
 
 
-class Backlog:
+class WorkQueue:
     """Open windows in the order in which they were opened."""
 
-    def __init__(self, path: Place, tries: int) -> None:
+    def __init__(self, path: AnyPath, tries: int) -> None:
         """`path`: where parked fragments are listed."""
         self._path, self._tries = path, tries
         self.open: dict[int, OpenWindow] = {}
-        self.waiting: deque[Work] = deque()
-        self.parked = _read_parked(path)
+        self.waiting: deque[ScoreTask] = deque()
+        self.failed_items = _read_parked(path)
 
     def add(self, window: Window, version: int, asked_s: float) -> None:
         """Open a window, or open it anew with another version."""
         self.drop(window.index)
         self.open[window.index] = OpenWindow(window, version, asked_s)
-        self.waiting.extend(Work(window.index, fragment, version) for fragment in window.fragments)
+        self.waiting.extend(ScoreTask(window.index, fragment, version) for fragment in window.fragments)
 
     def drop(self, window: int) -> None:
         """Take a window out. What of it is with the actors is no longer wanted."""
         self.open.pop(window, None)
         self.waiting = deque(work for work in self.waiting if work.window != window)
 
-    def due(self) -> Iterator[Work]:
+    def ready_tasks(self) -> Iterator[ScoreTask]:
         """The works whose time has come, first windows first."""
         now = time.monotonic()
         return (work for work in list(self.waiting) if work.not_before <= now)
 
-    def given(self, work: Work) -> None:
+    def mark_dispatched(self, work: ScoreTask) -> None:
         """An actor has it in hand."""
         self.waiting.remove(work)
         opened = self.open[work.window]
         opened.begun_s = opened.begun_s or time.time()
 
-    def wanted(self, work: Work) -> bool:
+    def is_current(self, work: ScoreTask) -> bool:
         """False for what came back after its window was dropped, or opened with another version."""
         opened = self.open.get(work.window)
         return opened is not None and opened.version == work.version and work.fragment.file in opened.left
 
-    def done(self, work: Work) -> None:
+    def done(self, work: ScoreTask) -> None:
         """Its supervision is on disk."""
         self.open[work.window].left.discard(work.fragment.file)
 
-    def failed(self, work: Work, cause: str, blame: bool = True) -> None:
+    def failed(self, work: ScoreTask, cause: str, blame: bool = True) -> None:
         """Try it again after a pause; after `tries` failures that are its own it is parked. Not `blame`: another's may have been to blame."""
         work.tries += blame
         if work.tries >= self._tries:
-            self.park(Parked(work.window, work.fragment.file, work.version, cause, work.tries, time.time()))
+            self.park(FailedItem(work.window, work.fragment.file, work.version, cause, work.tries, time.time()))
             self.open[work.window].parked = True
             self.done(work)
             return
@@ -120,11 +120,11 @@ class Backlog:
         index = window.manifest.index
         window.tries += 1
         if window.tries >= self._tries:
-            self.park(Parked(index, None, window.version, cause, window.tries, time.time()))
+            self.park(FailedItem(index, None, window.version, cause, window.tries, time.time()))
             return False
         window.not_before = time.monotonic() + _pause_s(window.tries)
         window.left |= {fragment.file for fragment in again}
-        self.waiting.extendleft(Work(index, fragment, window.version) for fragment in again)
+        self.waiting.extendleft(ScoreTask(index, fragment, window.version) for fragment in again)
         return True
 
     def finished(self) -> list[OpenWindow]:
@@ -132,20 +132,20 @@ class Backlog:
         now = time.monotonic()
         return [window for window in self.open.values() if not window.left and window.not_before <= now]
 
-    def park(self, parked: Parked) -> None:
+    def park(self, parked: FailedItem) -> None:
         """List what has failed for good."""
-        self.parked = [p for p in self.parked if (p.window, p.fragment) != (parked.window, parked.fragment)] + [parked]
+        self.failed_items = [p for p in self.failed_items if (p.window, p.fragment) != (parked.window, parked.fragment)] + [parked]
         self._write()
 
     def unpark(self, windows: set[int]) -> None:
         """Forget the failures of some windows: they are tried again."""
-        if any(p.window in windows for p in self.parked):
-            self.parked = [p for p in self.parked if p.window not in windows]
+        if any(p.window in windows for p in self.failed_items):
+            self.failed_items = [p for p in self.failed_items if p.window not in windows]
             self._write()
 
     def _write(self) -> None:
         with suppress(OSError, StorageError):  # a full disk: the list is told by the service all the same
-            write_json(self._path, [asdict(p) for p in self.parked])
+            write_json(self._path, [asdict(p) for p in self.failed_items])
 
     def counts(self) -> dict[str, Any]:
         """What is left of the open windows."""
@@ -157,10 +157,10 @@ def _pause_s(tries: int) -> float:
     return min(RETRY_S * 2.0**tries, RETRY_MOST_S)
 
 
-def _read_parked(path: Place) -> list[Parked]:
+def _read_parked(path: AnyPath) -> list[FailedItem]:
     if not path.exists():
         return []
     try:
-        return [Parked(**row) for row in read_json(path)]
+        return [FailedItem(**row) for row in read_json(path)]
     except TypeError as error:
         raise UserError(f"{path}: not a list of parked fragments ({error}); remove it, and what it lists is tried again") from None

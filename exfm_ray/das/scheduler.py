@@ -10,16 +10,16 @@ from typing import Any
 
 from ray.exceptions import RayTaskError
 
-from exfm_ray.das.pool import Came, Pool
-from exfm_ray.das.queue import Backlog, OpenWindow, Parked, Work
-from exfm_ray.das.scorer import CALLS, ScorerActor
-from exfm_ray.das.snapshot_selector import Versions
-from exfm_ray.das.spec import Order
-from exfm_ray.das.student_data_publisher import Giving
+from exfm_ray.das.pool import Completion, Pool
+from exfm_ray.das.queue import FailedItem, OpenWindow, ScoreTask, WorkQueue
+from exfm_ray.das.scorer import MAX_IN_FLIGHT, ScorerActor
+from exfm_ray.das.snapshot_selector import SnapshotSelector
+from exfm_ray.das.spec import LabelingSpec
+from exfm_ray.das.student_data_publisher import StudentDataPublisher
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
-from exfm_ray.storage.atomic import append_lines
-from exfm_ray.storage.remote import StorageError, pause_s
+from exfm_ray.storage.atomic import append_jsonl
+from exfm_ray.storage.remote import StorageError, poll_interval
 from exfm_ray.stores.snapshots import SnapshotError
 from exfm_ray.stores.supervision import NotScoredError
 
@@ -28,12 +28,12 @@ LOOK_S = 0.2
 """How often the stream and the snapshots are looked at for what is new; less often where they are remote."""
 SPEED_S = 30.0
 """Examples per second are those of so many seconds, or of fewer since the start."""
-KEPT = 20
+RECENT = 20
 """Faults and windows that `told` tells of."""
 
 
 @dataclass(frozen=True)
-class Written:
+class CommittedWindow:
     """A window's supervision: when the window ended, its snapshot was published, itself begun and committed; seconds since the epoch."""
 
     window: int
@@ -46,68 +46,68 @@ class Written:
     ended_s: float
 
 
-class Scoring:
+class Scheduler:
     """Scores the windows that are wanted, in order. Calls must not come side by side, but for `wait`."""
 
-    def __init__(self, order: Order, wanted: Callable[[], Mapping[int, float]]) -> None:
+    def __init__(self, order: LabelingSpec, wanted: Callable[[], Mapping[int, float]]) -> None:
         """`wanted`: window -> since when, in seconds since the epoch."""
         self._order, self._wanted = order, wanted
         self._stream = EventStream.open(order.stream_root)
         das = order.das
-        self._backlog = Backlog(order.parked_list, das.tries)
+        self._queue = WorkQueue(order.failed_list, das.tries)
         self._pool = Pool(lambda: ScorerActor.options(label_selector=order.labels).remote(order), das.min_actors, das.max_actors, das.rollover)
-        self._versions = Versions(order.snapshots, order.policy, das.tries)
+        self._versions = SnapshotSelector(order.snapshots, order.policy, das.tries)
         self._committed: set[int] = set()
         self._rows: dict[int, int] = {}
         self._recent: deque[tuple[float, int]] = deque()
-        self._faults: deque[tuple[float, str]] = deque(maxlen=KEPT)
-        self._written: deque[Written] = deque(maxlen=KEPT)
+        self._faults: deque[tuple[float, str]] = deque(maxlen=RECENT)
+        self._written: deque[CommittedWindow] = deque(maxlen=RECENT)
         self._held_back, self._looked_s, self._free_s = "", 0.0, time.time()
-        self._giving = Giving(order, self._stream)
+        self._giving = StudentDataPublisher(order, self._stream)
         self._started_s = time.monotonic()
 
-    def give_out(self) -> None:
+    def dispatch(self) -> None:
         """Open windows and hand their fragments to actors."""
         self._look_again()
-        self._pool.resize(self._backlog.counts()["fragments"])
+        self._pool.resize(self._queue.counts()["fragments"])
         self._give()
 
     def wait(self) -> Sequence[Any]:
         """What has come back, after waiting a moment for it; may run beside other calls."""
         return self._pool.wait(TICK_S)
 
-    def take_in(self, refs: Sequence[Any]) -> None:
+    def collect(self, refs: Sequence[Any]) -> None:
         """Collect what came back, commit the windows that are whole."""
         for one in self._pool.collect(refs):
             self._take(one)
-        for window in self._backlog.finished():
+        for window in self._queue.finished():
             self._finish(window)
 
-    def try_again(self, windows: Iterable[int]) -> None:
+    def retry(self, windows: Iterable[int]) -> None:
         """Forget the faults of some windows and of all snapshots, and that the windows were done: they may have been removed since."""
-        self._backlog.unpark(set(windows))
+        self._queue.unpark(set(windows))
         self._committed -= set(windows)
         self._versions.forget_faults()
         self._looked_s = 0.0
 
     def drop_unwanted(self) -> None:
         """Take out the windows that nobody wants any more."""
-        for window in self._backlog.open.keys() - self._wanted().keys():
-            self._backlog.drop(window)
+        for window in self._queue.open.keys() - self._wanted().keys():
+            self._queue.drop(window)
 
     def progress(self) -> dict[str, Any]:
         """Window -> rows scored, the windows committed, and the causes for which windows are parked."""
-        closed = {p.window: p.cause for p in self._backlog.parked if p.window not in self._backlog.open}
+        closed = {p.window: p.cause for p in self._queue.failed_items if p.window not in self._queue.open}
         return {"rows": dict(self._rows), "committed": set(self._committed), "parked": closed}
 
-    def told(self) -> dict[str, Any]:
+    def status(self) -> dict[str, Any]:
         """What `das status` shows of the work."""
         self._forget_old(time.time())
         seconds = min(SPEED_S, max(time.monotonic() - self._started_s, TICK_S))
         return {
             "backlog": self._left(), "committed": len(self._committed), "examples_per_s": sum(rows for _, rows in self._recent) / seconds,
-            "actors": [member.told() for member in self._pool.members], "written": [asdict(written) for written in self._written],
-            "held_back": self._held_back, "parked": [asdict(parked) for parked in self._backlog.parked], "faults": list(self._faults),
+            "actors": [member.status() for member in self._pool.members], "written": [asdict(written) for written in self._written],
+            "held_back": self._held_back, "parked": [asdict(parked) for parked in self._queue.failed_items], "faults": list(self._faults),
         }  # fmt: skip
 
     def _asked_s(self, window: int) -> float:
@@ -116,13 +116,13 @@ class Scoring:
 
     def _look_again(self) -> None:
         """Look, where it is time. A storage that cannot be used now is looked at again later: whoever follows a stream outlives that."""
-        if time.monotonic() - self._looked_s < pause_s(self._order.stream_root, LOOK_S):
+        if time.monotonic() - self._looked_s < poll_interval(self._order.stream_root, LOOK_S):
             return
         before = self._held_back
         try:
             self._look()
         except (StorageError, OSError) as error:
-            self._held_back = plain(error)
+            self._held_back = one_line(error)
             if self._held_back != before:
                 self._fault(self._held_back)
         self._looked_s = time.monotonic()
@@ -130,10 +130,10 @@ class Scoring:
     def _look(self) -> None:
         """Open the wanted windows that can be scored now, in order, as far as the actors have too little to do."""
         self._held_back = ""
-        done = self._committed | self._backlog.open.keys() | {p.window for p in self._backlog.parked}
-        enough = 2 * CALLS * self._order.das.max_actors
+        done = self._committed | self._queue.open.keys() | {p.window for p in self._queue.failed_items}
+        enough = 2 * MAX_IN_FLIGHT * self._order.das.max_actors
         for window in sorted(self._wanted().keys() - done):
-            if len(self._backlog.waiting) >= enough or not self._stream.has(window):
+            if len(self._queue.waiting) >= enough or not self._stream.has(window):
                 return
             if self._order.policy.version(window) is None or self._order.has(window):
                 self._committed.add(window)
@@ -150,13 +150,13 @@ class Scoring:
             if version is None:
                 self._held_back = f"window {window} waits for snapshot {self._order.policy.version(window)}"
                 return False
-            self._backlog.add(self._stream.window(window), version, self._asked_s(window))
+            self._queue.add(self._stream.window(window), version, self._asked_s(window))
             self._free_s = time.time()
         except StorageError:  # looked at again
             raise
         except (UserError, OSError) as error:
             self._fault(f"window {window}: {error}")
-            self._backlog.park(Parked(window, None, 0, str(error), 1, time.time()))
+            self._queue.park(FailedItem(window, None, 0, str(error), 1, time.time()))
         return True
 
     def _too_far_ahead(self, window: int) -> bool:
@@ -167,41 +167,41 @@ class Scoring:
 
     def _give(self) -> None:
         refused: set[int] = set()
-        for work in self._backlog.due():
+        for work in self._queue.ready_tasks():
             if work.version in refused:
                 continue
-            if self._pool.give(work):
-                self._backlog.given(work)
-            elif work.alone:  # let an actor become free for it
+            if self._pool.submit(work):
+                self._queue.mark_dispatched(work)
+            elif work.isolate:  # let an actor become free for it
                 return
             else:
                 refused.add(work.version)
 
-    def _take(self, came: Came) -> None:
+    def _take(self, came: Completion) -> None:
         work = came.work
         if came.scored:
             self._recent.append((time.time(), came.scored.rows))
             self._rows[work.window] = self._rows.get(work.window, 0) + came.scored.rows
-        if not self._backlog.wanted(work):
+        if not self._queue.is_current(work):
             return
         if came.scored:
-            self._backlog.done(work)
+            self._queue.done(work)
         elif isinstance(came.error, SnapshotError):
-            self._snapshot_failed(work, plain(came.error))
+            self._snapshot_failed(work, one_line(came.error))
         else:
-            cause = f"its actor died: {plain(came.error)}" if came.died else plain(came.error)
-            work.alone = work.alone or came.died
+            cause = f"its actor died: {one_line(came.error)}" if came.died else one_line(came.error)
+            work.isolate = work.isolate or came.died
             self._fault(f"window {work.window}, {work.fragment.file}, snapshot {work.version}: {cause}")
-            self._backlog.failed(work, cause, blame=not came.beside)
+            self._queue.failed(work, cause, blame=not came.beside)
 
-    def _snapshot_failed(self, work: Work, cause: str) -> None:
+    def _snapshot_failed(self, work: ScoreTask, cause: str) -> None:
         """A snapshot that cannot be loaded: tried again, then left out; the windows that it was to score are opened anew."""
         if not self._versions.failed(work.version, cause):
-            self._backlog.failed(work, cause, blame=False)
+            self._queue.failed(work, cause, blame=False)
             return
         self._fault(f"snapshot {work.version} is left out: {cause}")
-        for window in [w.manifest.index for w in self._backlog.open.values() if w.version == work.version]:
-            self._backlog.drop(window)
+        for window in [w.manifest.index for w in self._queue.open.values() if w.version == work.version]:
+            self._queue.drop(window)
             self._looked_s = 0.0
 
     def _finish(self, window: OpenWindow) -> None:
@@ -209,20 +209,20 @@ class Scoring:
         index = window.manifest.index
         if not window.parked:
             try:
-                if self._pool.has(index) or not self._giving.gave(window, self._comes):
+                if self._pool.has(index) or not self._giving.ensure_published(window, self._will_be_scored):
                     return
                 self._commit(window)
             except Exception as error:
-                self._fault(f"window {index}: {plain(error)}")
+                self._fault(f"window {index}: {one_line(error)}")
                 again = error.fragments if isinstance(error, NotScoredError) else ()
-                if self._backlog.window_failed(window, plain(error), again):
+                if self._queue.window_failed(window, one_line(error), again):
                     return
-        self._backlog.drop(index)
+        self._queue.drop(index)
         self._free_s, self._looked_s = time.time(), 0.0
 
-    def _comes(self, window: int) -> bool:
+    def _will_be_scored(self, window: int) -> bool:
         """Whether a window is still to be scored. UserError where it is parked."""
-        if window not in self._backlog.open and any(p.window == window for p in self._backlog.parked):
+        if window not in self._queue.open and any(p.window == window for p in self._queue.failed_items):
             raise UserError(f"window {window + 1} is given each user's history up to window {window}, which is parked")
         return window in self._wanted() and window not in self._committed
 
@@ -233,7 +233,7 @@ class Scoring:
         self._committed.add(manifest.index)
         now = time.time()
         begun_s = window.begun_s or now
-        written = Written(manifest.index, version, manifest.rows, manifest.end_ms / 1000, published_s, min(window.asked_s, begun_s), begun_s, now)
+        written = CommittedWindow(manifest.index, version, manifest.rows, manifest.end_ms / 1000, published_s, min(window.asked_s, begun_s), begun_s, now)
         self._written.append(written)
         try:
             self._log(written)
@@ -241,21 +241,21 @@ class Scoring:
                 there = self._stream.windows()
                 self._versions.remove_unneeded((w for w in there if not order.has(w)), there[-1] + 1, order.gifts)
         except Exception as error:  # the window is committed all the same
-            self._fault(f"window {manifest.index} is committed, but what follows failed: {plain(error)}")
+            self._fault(f"window {manifest.index} is committed, but what follows failed: {one_line(error)}")
 
-    def _log(self, written: Written) -> None:
+    def _log(self, written: CommittedWindow) -> None:
         span = {"role": self._order.role, "window": written.window, "phase": "score", "started_s": written.started_s, "ended_s": written.ended_s}
         span |= {"waited_s": written.begun_s - written.started_s, "examples": written.examples, "snapshot": written.snapshot}
         span |= {"teacher": self._order.store.teacher, "label_s": written.label_s, "snapshot_s": written.snapshot_s}
-        append_lines(self._order.log, [span])
+        append_jsonl(self._order.log, [span])
 
     def _fault(self, told: str) -> None:
         self._faults.append((time.time(), told))
 
     def _left(self) -> dict[str, int]:
         """Windows, fragments and examples that are wanted and not done, open or not."""
-        done = self._committed | {p.window for p in self._backlog.parked} | self._backlog.open.keys()
-        counts = self._backlog.counts()
+        done = self._committed | {p.window for p in self._queue.failed_items} | self._queue.open.keys()
+        counts = self._queue.counts()
         for window in self._wanted().keys() - done:
             if self._stream.has(window) and self._order.policy.version(window) is not None:
                 manifest = self._stream.window(window)
@@ -274,7 +274,7 @@ def windows_learnt(reader: Any) -> int:
     return max((int(name.partition(".")[0]) for name in names), default=0)
 
 
-def plain(error: BaseException | None) -> str:
+def one_line(error: BaseException | None) -> str:
     """An error as its own words, without Ray's traceback around it."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     told = str(cause).strip() if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"

@@ -13,27 +13,27 @@ import ray
 import torch
 
 from exfm_ray.das.sharded_teacher import ShardedModel, start_holders
-from exfm_ray.das.spec import Order
+from exfm_ray.das.spec import LabelingSpec
 from exfm_ray.data.batch import Batch, to_batch
 from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.errors import UserError
-from exfm_ray.models.serialization import PlainModel
+from exfm_ray.models.serialization import LocalModel
 
-CALLS = 3
+MAX_IN_FLIGHT = 3
 """Fragments that an actor has in hand at once: it reads one, computes another, writes a third."""
-VERSIONS = 2
+MAX_LOADED = 2
 """Snapshots that an actor holds: the one it scores with, and the next or the last one."""
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoreResult:
     """What scoring a fragment took: 0 rows when its supervision was on disk already; seconds of computing."""
 
     rows: int
     seconds: float
 
 
-def score_rows(model: PlainModel, rows: Batch, batch_size: int) -> np.ndarray:
+def score_rows(model: LocalModel, rows: Batch, batch_size: int) -> np.ndarray:
     """Probabilities (rows, tasks), float32; the rows are cut every `batch_size`, from the first on."""
     parts = [model.score(batch).numpy() for batch in rows.split(batch_size)]
     return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
@@ -42,7 +42,7 @@ def score_rows(model: PlainModel, rows: Batch, batch_size: int) -> np.ndarray:
 class Scorer:
     """Scores fragments. Calls may come side by side, each from a thread: while one computes, others read, write or load a snapshot."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: LabelingSpec) -> None:
         self._order = order
         if order.das.threads:
             torch.set_num_threads(order.das.threads)
@@ -61,7 +61,7 @@ class Scorer:
 
         return os.getpid()
 
-    def take(self, version: int) -> tuple[str, ...]:
+    def load_snapshot(self, version: int) -> tuple[str, ...]:
         """Take up a snapshot, unless it is held already; returns the tasks it predicts. What is being computed goes on meanwhile."""
         return self._take(version)[1]
 
@@ -69,7 +69,7 @@ class Scorer:
         with self._loading:
             if version not in self._held:
                 loaded = self._load(version)
-                for old in list(self._held)[: 1 - VERSIONS]:
+                for old in list(self._held)[: 1 - MAX_LOADED]:
                     del self._held[old]
                 self._held[version] = loaded
             return self._held[version]
@@ -81,7 +81,7 @@ class Scorer:
         network, manifest = snapshots.load_dense(version, digest)
         return ShardedModel(network, manifest, version, self._holders), manifest.tasks
 
-    def score(self, window: int, fragment: Fragment, version: int) -> Scored:
+    def score(self, window: int, fragment: Fragment, version: int) -> ScoreResult:
         """Score a fragment and write its supervision; one that is on disk already costs nothing.
 
         Raises:
@@ -94,8 +94,8 @@ class Scorer:
                 f"window {window} must not be scored by snapshot {version}: das.fm_lag = {order.policy.fm_lag} asks for one that has learned "
                 f"no window after {window - order.policy.fm_lag}"
             )
-        if order.store.scored(window, fragment, version):
-            return Scored(0, 0.0)
+        if order.store.is_written(window, fragment, version):
+            return ScoreResult(0, 0.0)
         table = self._stream.read(window, fragment)
         rows = to_batch(table, self._stream.schema)
         model, tasks = self._take(version)
@@ -107,7 +107,7 @@ class Scorer:
             seconds = time.perf_counter() - started
         predictions = {task: p_NT[:, i] for i, task in enumerate(tasks)}
         order.store.write(window, fragment, table["example_id"], version, predictions)
-        return Scored(table.num_rows, seconds)
+        return ScoreResult(table.num_rows, seconds)
 
 
-ScorerActor = ray.remote(max_concurrency=CALLS + 1)(Scorer)
+ScorerActor = ray.remote(max_concurrency=MAX_IN_FLIGHT + 1)(Scorer)

@@ -14,8 +14,8 @@ from typing import Any
 
 import ray
 
-from exfm_ray.das.scheduler import Scoring
-from exfm_ray.das.spec import Order
+from exfm_ray.das.scheduler import Scheduler
+from exfm_ray.das.spec import LabelingSpec
 from exfm_ray.data.stream import EventStream
 from exfm_ray.storage.atomic import read_json, write_json
 
@@ -26,24 +26,24 @@ SILENT_S = 600.0
 
 
 class Service:
-    """Scores what its clients ask for. A `lasting` one scores all windows of the stream and stays when its clients have left; with `follow`
+    """Scores what its clients ask for. A `detached` one scores all windows of the stream and stays when its clients have left; with `follow`
     those that appear later, too."""
 
-    def __init__(self, order: Order, lasting: bool = False, follow: bool = False) -> None:
-        self._order, self._lasting = order, lasting
-        self._told = order.parked_list.with_name("follows.json")
+    def __init__(self, order: LabelingSpec, detached: bool = False, follow: bool = False) -> None:
+        self._order, self._lasting = order, detached
+        self._told = order.failed_list.with_name("follows.json")
         self._follow = follow or self._was_told()
         self._stream = EventStream.open(order.stream_root)
-        self._scoring = Scoring(order, self._wanted)
+        self._scheduler = Scheduler(order, self._wanted)
         self._asked: dict[str, dict[int, float]] = {}
         self._heard: dict[str, float] = {}
         self._error = ""
         self._lock, self._over = threading.Lock(), threading.Event()
-        if lasting:
+        if detached:
             self.ask(OWN, self._stream.windows())
         threading.Thread(target=self._run, daemon=True, name="das").start()
 
-    def order(self) -> tuple[Order, bool]:
+    def order(self) -> tuple[LabelingSpec, bool]:
         """What it carries out, and whether it is lasting."""
         return self._order, self._lasting
 
@@ -53,7 +53,7 @@ class Service:
             self._check()
             now, self._heard[client] = time.time(), time.monotonic()
             self._asked.setdefault(client, {}).update(dict.fromkeys(windows, now))
-            self._scoring.try_again(windows)
+            self._scheduler.retry(windows)
 
     def follow(self, follow: bool) -> None:
         """Score all windows that are there; what is parked is tried again. With `follow` later ones, too, also when Ray has started this
@@ -70,14 +70,14 @@ class Service:
             return not self._asked
 
     def progress(self, client: str) -> dict[str, Any] | None:
-        """See `Scoring.progress`; rows are those of this process. None for a client that has not asked: this process may have been
+        """See `Scheduler.progress`; rows are those of this process. None for a client that has not asked: this process may have been
         started after another one was killed."""
         with self._lock:
             self._check()
             if client not in self._asked:
                 return None
             self._heard[client] = time.monotonic()
-            return self._scoring.progress()
+            return self._scheduler.progress()
 
     def state(self) -> dict[str, Any]:
         """All that `das status` shows."""
@@ -85,7 +85,7 @@ class Service:
             return {
                 "name": self._order.name, "teacher": self._order.store.teacher, "store": str(self._order.store.root),
                 "clients": len(self._asked.keys() - {OWN}), "lasting": self._lasting, "follow": self._follow, "error": self._error,
-                **self._scoring.told(),
+                **self._scheduler.status(),
             }  # fmt: skip
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ class Service:
         self._asked.pop(client, None)
         self._heard.pop(client, None)
         if not self._follow:  # which wants all that is there
-            self._scoring.drop_unwanted()
+            self._scheduler.drop_unwanted()
 
     def _wanted(self) -> dict[int, float]:
         """Window -> since when it is asked for; 0 for those that a service that follows scores of itself."""
@@ -125,10 +125,10 @@ class Service:
                 with self._lock:
                     for client in [c for c, heard_s in self._heard.items() if c != OWN and heard_s < time.monotonic() - SILENT_S]:
                         self._forget(client)
-                    self._scoring.give_out()
-                refs = self._scoring.wait()
+                    self._scheduler.dispatch()
+                refs = self._scheduler.wait()
                 with self._lock:
-                    self._scoring.take_in(refs)
+                    self._scheduler.collect(refs)
         except BaseException:  # a thread's error must reach the clients, whatever it is
             self._error = traceback.format_exc()
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from exfm_ray.das.student_data import Gifts
-from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.das.student_data import StudentData
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.snapshots import SnapshotError, SnapshotStore
 
-APART_S = 0.3
+DEBOUNCE_S = 0.3
 """Failures nearer to each other than this count once."""
 
 
-class Versions:
+class SnapshotSelector:
     """The versions of one teacher. A version that could not be loaded `tries` times is left out."""
 
-    def __init__(self, snapshots: SnapshotStore, policy: Policy, tries: int) -> None:
+    def __init__(self, snapshots: SnapshotStore, policy: SnapshotPolicy, tries: int) -> None:
         self._snapshots, self._policy, self._tries = snapshots, policy, tries
         self._failures: dict[int, tuple[int, float]] = {}
         self._causes: dict[int, str] = {}
@@ -42,7 +42,7 @@ class Versions:
     def failed(self, version: int, cause: str) -> bool:
         """A load has failed; True when the version is left out from now on."""
         number, before_s = self._failures.get(version, (0, 0.0))
-        if time.monotonic() - before_s > APART_S:  # several actors, one after the other, tell of one and the same moment
+        if time.monotonic() - before_s > DEBOUNCE_S:  # several actors, one after the other, tell of one and the same moment
             self._failures[version] = (number + 1, time.monotonic())
         if self._failures[version][0] >= self._tries:
             self._causes[version] = cause
@@ -53,12 +53,12 @@ class Versions:
         self._failures.clear()
         self._causes.clear()
 
-    def remove_unneeded(self, unfinished: Iterable[int], to_come: int, gifts: Gifts | None = None) -> None:
+    def remove_unneeded(self, unfinished: Iterable[int], to_come: int, gifts: StudentData | None = None) -> None:
         """Delete the versions that neither these windows nor their gifts need, nor any from `to_come` on; the one before those stays, lest
         one of them be damaged."""
         published = self._snapshots.versions()
         windows = [*unfinished, to_come]
-        needed = gifts.also_needed(windows, published[-1]) if gifts and published else []
+        needed = gifts.extra_versions(windows, published[-1]) if gifts and published else []
         oldest = min([*needed, *(version for window in windows if (version := self._policy.version(window)) is not None)], default=1)
         kept = max((version for version in published if version < oldest and version not in self._causes), default=oldest)
         self._snapshots.remove_before(kept)

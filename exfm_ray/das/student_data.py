@@ -9,13 +9,13 @@ from typing import Self
 from exfm_ray.config.root import Config
 from exfm_ray.data.stream import EventStream, Window
 from exfm_ray.stores.shared_rows import SharedStore, shared_store
-from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.stores.user_history import HistoryStore, history_store
 
 
 @dataclass(frozen=True)
-class Gifts:
+class StudentData:
     """Published with a window's supervision, by the same snapshot.
 
     Attributes:
@@ -29,15 +29,15 @@ class Gifts:
     domains: tuple[str, ...]
     tables: tuple[str, ...]
     seed: int
-    policy: Policy
+    policy: SnapshotPolicy
 
     @classmethod
-    def of(cls, config: Config, teacher: str | None = None) -> Self:
+    def from_config(cls, config: Config, teacher: str | None = None) -> Self:
         """What the arms of a config ask of the FM, or of another teacher. Histories are the FM's, whoever teaches."""
         name = teacher or config.fm.name
         domains = tuple(sorted({student.domain for student in config.vm.models if (student.teacher or config.fm.name) == name}))
         shared, history = shared_store(config, name) if domains else None, history_store(config) if name == config.fm.name else None
-        return cls(shared, history, domains, config.distillation.share.tables, config.seed, Policy.of(config.das))
+        return cls(shared, history, domains, config.distillation.share.tables, config.seed, SnapshotPolicy.from_config(config.das))
 
     def has(self, window: int) -> bool:
         """True when all that is given with a window is committed."""
@@ -47,7 +47,7 @@ class Gifts:
         """True when a window's gifts can be made: histories are made in order."""
         return self.history is None or self.history.ready(window)
 
-    def also_needed(self, windows: Sequence[int], learnt: int) -> list[int]:
+    def extra_versions(self, windows: Sequence[int], learnt: int) -> list[int]:
         """Versions that must stay beside those that supervise these windows, while the teacher has learnt so many.
 
         An aligned history is mapped out of the space of an earlier one. A model with shared rows is stored with those of the snapshot for

@@ -6,19 +6,19 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from exfm_ray.das.queue import OpenWindow
-from exfm_ray.das.spec import Order
+from exfm_ray.das.spec import LabelingSpec
 from exfm_ray.data.stream import EventStream
 
 
-class Giving:
+class StudentDataPublisher:
     """One thread, for histories are made in order."""
 
-    def __init__(self, order: Order, stream: EventStream) -> None:
+    def __init__(self, order: LabelingSpec, stream: EventStream) -> None:
         self._order, self._stream = order, stream
         self._thread = ThreadPoolExecutor(1, "gifts")
         self._making: dict[int, Future[None]] = {}
 
-    def gave(self, window: OpenWindow, comes: Callable[[int], bool]) -> bool:
+    def ensure_published(self, window: OpenWindow, comes: Callable[[int], bool]) -> bool:
         """True when students have what they are given; otherwise it is being made, or waits for the window before.
 
         Args:

@@ -19,10 +19,10 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from exfm_ray.data.readers import FragmentReader, Pass
+from exfm_ray.data.readers import FragmentReader, WindowPass
 from exfm_ray.data.stream import Fragment
 from exfm_ray.errors import UserError
-from exfm_ray.runtime.actors import answer
+from exfm_ray.runtime.actors import get_with_timeout
 
 FRAGMENTS_PER_DATASET = 256
 BLOCKS_AHEAD = 4
@@ -41,7 +41,7 @@ READERS_WITHOUT_CPU = 2
 
 
 
-def _datasource(reader: FragmentReader, work: Sequence[tuple[Pass, Fragment]]) -> Any:
+def _datasource(reader: FragmentReader, work: Sequence[tuple[WindowPass, Fragment]]) -> Any:
     """A Ray Data source with one read task, and so one block, for each fragment."""
     from ray.data import Datasource, ReadTask
     from ray.data.block import BlockMetadata
@@ -69,7 +69,7 @@ class _Reading:
     """
 
     def __init__(
-        self, reader: FragmentReader, passes: Sequence[Pass], workers: int, wait_s: float, labels: Mapping[str, str], look_s: float,
+        self, reader: FragmentReader, passes: Sequence[WindowPass], workers: int, wait_s: float, labels: Mapping[str, str], look_s: float,
         again: bool = False,
     ) -> None:
         self.of = (tuple(passes), workers)
@@ -124,20 +124,20 @@ class _Reading:
                 self._error = self._error or error
                 self._changed.notify_all()
 
-    def _take_ready(self, waiting: deque[Pass]) -> list[tuple[Pass, Fragment]]:
+    def _take_ready(self, waiting: deque[WindowPass]) -> list[tuple[WindowPass, Fragment]]:
         """Remove and return the passes at the head that are ready: at least one, after waiting for it."""
         deadline = time.monotonic() + self._wait_s
         while not self._reader.ready(waiting[0]) and not self._error:
             if time.monotonic() > deadline:
-                raise UserError(f"the feed waited {self._wait_s:.0f} s for {self._reader.awaits(waiting[0])}")
+                raise UserError(f"the feed waited {self._wait_s:.0f} s for {self._reader.missing_input(waiting[0])}")
             time.sleep(self._look_s)
-        work: list[tuple[Pass, Fragment]] = []
+        work: list[tuple[WindowPass, Fragment]] = []
         while waiting and len(work) <= FRAGMENTS_PER_DATASET and self._reader.ready(waiting[0]):
             task = waiting.popleft()
             work += [(task, fragment) for fragment in self._reader.fragments(task)]
         return work
 
-    def _read(self, work: Sequence[tuple[Pass, Fragment]]) -> Iterator[Any]:
+    def _read(self, work: Sequence[tuple[WindowPass, Fragment]]) -> Iterator[Any]:
         if not work:  # only empty windows
             return
         context = ray.data.DataContext.get_current()
@@ -156,7 +156,7 @@ class Feed:
     """Reads a job's passes ahead of its workers. Needs max_concurrency of at least workers + 2."""
 
     def __init__(
-        self, reader: FragmentReader, passes: Sequence[Pass], workers: int, wait_s: float, labels: Mapping[str, str] | None = None,
+        self, reader: FragmentReader, passes: Sequence[WindowPass], workers: int, wait_s: float, labels: Mapping[str, str] | None = None,
         look_s: float = LOOK_S,
     ) -> None:  # fmt: skip
         """`wait_s`: longest wait for a pass to become ready, after which the job fails with what was missing. `labels`: of the nodes
@@ -165,7 +165,7 @@ class Feed:
         self._failed: str | None = None
         self._reading = _Reading(reader, passes, workers, wait_s, self._labels, look_s)
 
-    def begin(self, passes: Sequence[Pass], workers: int) -> None:
+    def restart(self, passes: Sequence[WindowPass], workers: int) -> None:
         """Workers start, maybe again and in another number: from now on `block` counts from the first of `passes`.
 
         UserError where workers before them have failed by a fault that they would meet again.
@@ -176,7 +176,7 @@ class Feed:
             self._reading.stop()
             self._reading = _Reading(self._reader, passes, workers, self._wait_s, self._labels, self._look_s, again=True)
 
-    def fail(self, told: str) -> None:
+    def report_failure(self, told: str) -> None:
         """A worker has met an error that no restart mends; the first one stands, for others may follow from it."""
         self._failed = self._failed or told
 
@@ -203,16 +203,16 @@ class FeedClient:
         for _ in range(count):
             started = time.perf_counter()
             pending = self._next or self._feed.block.remote(self._worker, self._index)
-            ref = answer(pending, f"worker {self._worker}", f"block {self._index} of its feed", self._wait_s)[0]
+            ref = get_with_timeout(pending, f"worker {self._worker}", f"block {self._index} of its feed", self._wait_s)[0]
             self._index += 1
             self._next = self._feed.block.remote(self._worker, self._index)
-            table: pa.Table = answer(ref, f"worker {self._worker}", f"the rows of block {self._index - 1}")
+            table: pa.Table = get_with_timeout(ref, f"worker {self._worker}", f"the rows of block {self._index - 1}")
             self.waited += time.perf_counter() - started
             yield table
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkerSlice:
     """A worker's rows of one global batch of `total` rows. All workers' shares are of length `length`; the last ones
     may hold fewer rows than that (`table.num_rows`), down to none."""
 
@@ -221,7 +221,7 @@ class Share:
     total: int
 
 
-def share(batch: pa.Table, worker: int, workers: int) -> Share:
+def worker_slice(batch: pa.Table, worker: int, workers: int) -> WorkerSlice:
     """This worker's rows of a global batch."""
     length = -(-batch.num_rows // workers)
-    return Share(batch.slice(worker * length, length), length, batch.num_rows)
+    return WorkerSlice(batch.slice(worker * length, length), length, batch.num_rows)

@@ -15,7 +15,7 @@ FEATURES = 2
 Array = np.ndarray[Any, Any]
 
 
-def watched(schema: Schema) -> list[str]:
+def tracked_features(schema: Schema) -> list[str]:
     """The features that are counted: the one by which AUC is grouped (the user), then those of the largest tables, `FEATURES` in all."""
     return [f.name for f in sorted(schema.single[:-1], key=lambda f: (f.name != schema.group_by, -f.rows))][:FEATURES]
 
@@ -35,7 +35,7 @@ def new_ids(stream: EventStream) -> list[dict[str, Any]]:
     first, *_ = stream.windows()
     names = [feature.name for feature in stream.schema.single]
     found: list[dict[str, Any]] = []
-    seen = {name: _Seen(stream.schema.single[names.index(name)].rows) for name in watched(stream.schema)}
+    seen = {name: _Seen(stream.schema.single[names.index(name)].rows) for name in tracked_features(stream.schema)}
     for window in stream.windows():
         examples_D = np.array([fragment.domain_rows for fragment in stream.window(window).fragments], np.int64).reshape(-1, _domains(stream)).sum(0)
         new_D = {name: np.zeros(_domains(stream)) for name in seen}

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from exfm_ray.data.labels.corrections import learnt_fragments, with_corrections
-from exfm_ray.data.labels.releases import is_released, labelled
+from exfm_ray.data.labels.releases import is_released, with_released_labels
 from exfm_ray.data.stream import EventStream, Fragment
-from exfm_ray.storage.remote import Place
+from exfm_ray.storage.remote import AnyPath
 
 
 @dataclass(frozen=True)
-class Pass:
+class WindowPass:
     """One reading of a window. `number`: of the pass over a static set, counted from 1; 0 in a stream, which is read once."""
 
     window: int
@@ -28,19 +28,19 @@ class Pass:
 class FragmentReader(Protocol):
     """Reads the rows that a job needs; runs in Ray Data's tasks, so it is small and can be serialised."""
 
-    def ready(self, work: Pass) -> bool:
+    def ready(self, work: WindowPass) -> bool:
         """True when all that the pass needs is committed."""
         ...
 
-    def awaits(self, work: Pass) -> str:
+    def missing_input(self, work: WindowPass) -> str:
         """What `ready` waits for, for the error message."""
         ...
 
-    def fragments(self, work: Pass) -> Sequence[Fragment]:
+    def fragments(self, work: WindowPass) -> Sequence[Fragment]:
         """The fragments of a ready pass; each becomes exactly one block."""
         ...
 
-    def read(self, work: Pass, fragment: Fragment) -> pa.Table:
+    def read(self, work: WindowPass, fragment: Fragment) -> pa.Table:
         """Packed rows of one fragment."""
         ...
 
@@ -49,26 +49,26 @@ class FragmentReader(Protocol):
 class StreamReader:
     """All rows of a stream's windows, with the released labels of `tasks`; to learn, with the corrections that it delivers among them."""
 
-    root: Place
+    root: AnyPath
     tasks: tuple[str, ...] = ()
 
-    def ready(self, work: Pass) -> bool:
+    def ready(self, work: WindowPass) -> bool:
         return is_released(EventStream.open(self.root), work.window, self.tasks)
 
-    def awaits(self, work: Pass) -> str:
+    def missing_input(self, work: WindowPass) -> str:
         return f"window {work.window} of {self.root} and its labels"
 
-    def fragments(self, work: Pass) -> Sequence[Fragment]:
+    def fragments(self, work: WindowPass) -> Sequence[Fragment]:
         stream = EventStream.open(self.root)
         if work.purpose == "learn":
             return learnt_fragments(stream, work.window, self.tasks)
         return stream.window(work.window).fragments
 
-    def read(self, work: Pass, fragment: Fragment) -> pa.Table:
+    def read(self, work: WindowPass, fragment: Fragment) -> pa.Table:
         stream = EventStream.open(self.root)
 
         def own() -> pa.Table:
-            return labelled(stream, work.window, fragment, self.tasks)
+            return with_released_labels(stream, work.window, fragment, self.tasks)
 
         return with_corrections(stream, work.window, fragment, self.tasks, own, stream.read) if work.purpose == "learn" else own()
 
@@ -82,17 +82,17 @@ class ShuffledReader(StreamReader):
 
     seed: int = 0
 
-    def fragments(self, work: Pass) -> Sequence[Fragment]:
+    def fragments(self, work: WindowPass) -> Sequence[Fragment]:
         fragments = super().fragments(work)
         if work.purpose == "evaluate":
             return fragments
         return [fragments[i] for i in self._generator(work, 0).permutation(len(fragments))]
 
-    def read(self, work: Pass, fragment: Fragment) -> pa.Table:
+    def read(self, work: WindowPass, fragment: Fragment) -> pa.Table:
         table = super().read(work, fragment)
         if work.purpose == "evaluate":
             return table
         return table.take(pa.array(self._generator(work, zlib.crc32(fragment.file.encode())).permutation(table.num_rows)))
 
-    def _generator(self, work: Pass, part: int) -> np.random.Generator:
+    def _generator(self, work: WindowPass, part: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, work.number, work.window, part])

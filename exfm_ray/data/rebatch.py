@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import pyarrow as pa
 
 
-class Regroup:
+class Rebatcher:
     """Push tables in, take tables of `rows` rows out; `rest` gives what is left."""
 
     def __init__(self, rows: int) -> None:
@@ -29,7 +29,7 @@ class Regroup:
         for start in range(0, full, self._rows):
             yield joined.slice(start, self._rows)
 
-    def rest(self) -> Iterator[pa.Table]:
+    def flush(self) -> Iterator[pa.Table]:
         """One last, shorter table; none when no row is left."""
         if self._count:
             yield pa.concat_tables(self._waiting)
@@ -38,7 +38,7 @@ class Regroup:
 
 def regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
     """The same rows in tables of exactly `rows` rows, the last one shorter."""
-    pieces = Regroup(rows)
+    pieces = Rebatcher(rows)
     for table in tables:
         yield from pieces.add(table)
-    yield from pieces.rest()
+    yield from pieces.flush()

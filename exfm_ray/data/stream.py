@@ -18,17 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from exfm_ray.base import Model
-from exfm_ray.data.rebatch import Regroup
+from exfm_ray.base import FrozenModel
+from exfm_ray.data.rebatch import Rebatcher
 from exfm_ray.errors import UserError
 from exfm_ray.schema import Schema
-from exfm_ray.storage.atomic import atomic_path, read_json, readable, write_json
-from exfm_ray.storage.remote import Place
+from exfm_ray.storage.atomic import atomic_path, parquet_source, read_json, write_json
+from exfm_ray.storage.remote import AnyPath
 
 ROW_GROUP_ROWS = 50_000
 
 
-class Fragment(Model):
+class Fragment(FrozenModel):
     """One Parquet file of a window."""
 
     file: str
@@ -37,7 +37,7 @@ class Fragment(Model):
     domain_rows: tuple[int, ...]
 
 
-class Window(Model):
+class Window(FrozenModel):
     """A slice of the stream in time: [start_ms, end_ms)."""
 
     index: int
@@ -63,9 +63,9 @@ def list_values(column: pa.ChunkedArray | pa.Array, width: int) -> np.ndarray[An
     return np.asarray(flat).reshape(len(array), width)
 
 
-def read_parquet(path: Place, columns: Sequence[str] | None = None) -> pa.Table:
+def read_parquet(path: AnyPath, columns: Sequence[str] | None = None) -> pa.Table:
     """One Parquet file, its page checksums verified. Without `pyarrow.dataset`, which takes as long again for a fragment."""
-    with pq.ParquetFile(readable(path), page_checksum_verification=True) as file:
+    with pq.ParquetFile(parquet_source(path), page_checksum_verification=True) as file:
         table: pa.Table = file.read(columns=list(columns) if columns else None, use_threads=False)
     return table
 
@@ -73,12 +73,12 @@ def read_parquet(path: Place, columns: Sequence[str] | None = None) -> pa.Table:
 class EventStream:
     """Reads a prepared stream; checks at the door that each fragment is what its manifest says."""
 
-    def __init__(self, root: Place, schema: Schema) -> None:
+    def __init__(self, root: AnyPath, schema: Schema) -> None:
         self.root = root
         self.schema = schema
 
     @classmethod
-    def open(cls, root: Place) -> Self:
+    def open(cls, root: AnyPath) -> Self:
         """Open a stream of which at least the schema is written."""
         if not (root / "schema.json").exists():
             raise UserError(f"{root}: no prepared stream here; run `run.py prepare` with the same config first")
@@ -114,7 +114,7 @@ class EventStream:
             raise UserError(f"{path}: this window was prepared with another schema; prepare the stream into a new folder")
         return window
 
-    def path(self, window: int, fragment: Fragment) -> Place:
+    def path(self, window: int, fragment: Fragment) -> AnyPath:
         """Where a fragment lies; a name that leaves its folder is refused."""
         folder = self.root / window_name(window)
         if Path(fragment.file).name != fragment.file:
@@ -135,7 +135,7 @@ class EventStream:
         self._check(path, table, fragment)
         return table
 
-    def _check(self, path: Place, table: pa.Table, fragment: Fragment) -> None:
+    def _check(self, path: AnyPath, table: pa.Table, fragment: Fragment) -> None:
         if table.num_rows != fragment.rows:
             raise UserError(f"{path}: {table.num_rows} rows where the manifest says {fragment.rows}")
         for field in self.schema.arrow_schema:
@@ -153,7 +153,7 @@ class EventStream:
                     self._check_range(path, bag.name, bag.rows, int(values.min()), int(values.max()))
 
     @staticmethod
-    def _check_range(path: Place, feature: str, rows: int, low: int, high: int) -> None:
+    def _check_range(path: AnyPath, feature: str, rows: int, low: int, high: int) -> None:
         if low < 0 or high >= rows:
             raise UserError(
                 f"{path}: feature '{feature}' has id {low if low < 0 else high}, outside its table of {rows} rows; "
@@ -164,7 +164,7 @@ class EventStream:
 class StreamWriter:
     """Writes a stream window by window. A window that is committed already is left as it is."""
 
-    def __init__(self, root: Place, schema: Schema, settings: dict[str, Any], fragment_rows: int) -> None:
+    def __init__(self, root: AnyPath, schema: Schema, settings: dict[str, Any], fragment_rows: int) -> None:
         """`settings` say how the stream was made; a folder that holds a stream made otherwise is refused, untouched."""
         self.root, self.schema, self.settings, self.fragment_rows = root, schema, settings, fragment_rows
         made = root / "settings.json"
@@ -191,7 +191,7 @@ class StreamWriter:
             window.append(table)
         window.commit(duplicates)
 
-    def write_fragment(self, folder: Place, number: int, table: pa.Table) -> Fragment:
+    def write_fragment(self, folder: AnyPath, number: int, table: pa.Table) -> Fragment:
         """Write one fragment; `WindowWriter` names it in the manifest."""
         path = folder / f"fragment={number:04d}.parquet"
         with atomic_path(path) as temporary:
@@ -217,7 +217,7 @@ class WindowWriter:
         self.committed = index in writer.committed
         self._writer = writer
         self._folder = writer.root / window_name(index)
-        self._pieces = Regroup(writer.fragment_rows)
+        self._pieces = Rebatcher(writer.fragment_rows)
         self._fragments: list[Fragment] = []
 
     def append(self, table: pa.Table, known_NT: np.ndarray[Any, Any] | None = None) -> None:
@@ -237,7 +237,7 @@ class WindowWriter:
         """Write what waits and the manifest: from now on the window is visible."""
         if self.committed:
             return
-        for piece in self._pieces.rest():
+        for piece in self._pieces.flush():
             self._cut(piece)
         window = Window(
             index=self.index, start_ms=self.start_ms, end_ms=self.end_ms, rows=sum(f.rows for f in self._fragments), duplicates=duplicates,

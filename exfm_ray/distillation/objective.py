@@ -33,7 +33,7 @@ class Weights(NamedTuple):
     sa_w: float | Tensor
 
     @classmethod
-    def of(cls, config: DistillationConfig) -> Self:
+    def from_config(cls, config: DistillationConfig) -> Self:
         """The config's."""
         return cls(config.kd.w, config.ah.w, config.ah.alpha, config.sa.w)
 

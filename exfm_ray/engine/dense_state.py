@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from exfm_ray.engine.tensor_store import Parts, kept
+from exfm_ray.engine.tensor_store import ShardedTensors, cpu_copy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """torch.optim.AdamW's names of the first and second moment."""
@@ -72,25 +72,25 @@ def _address(address: Any) -> tuple[int, int]:
 
 
 def dense_parts(engine: Any) -> dict[str, Tensor]:
-    """This worker's stretches for a checkpoint, copied to the CPU; names as in `Parts`. Whatever all workers hold is rank 0's to give."""
+    """This worker's stretches for a checkpoint, copied to the CPU; names as in `ShardedTensors`. Whatever all workers hold is rank 0's to give."""
     if dist.get_rank() and not engine.zero_optimization_stage():
         return {}
     states, parts = engine.basic_optimizer.state, {}
     for piece in pieces(engine):
-        parts[f"{piece.name}/weight@{piece.start}"] = kept(piece.of(piece.master))
+        parts[f"{piece.name}/weight@{piece.start}"] = cpu_copy(piece.of(piece.master))
         state = states.get(piece.master)
         if state:  # none before the first step
-            parts[f"{piece.name}/step"] = kept(state["step"])
-            parts |= {f"{piece.name}/{moment}@{piece.start}": kept(piece.of(state[moment])) for moment in MOMENTS}
+            parts[f"{piece.name}/step"] = cpu_copy(state["step"])
+            parts |= {f"{piece.name}/{moment}@{piece.start}": cpu_copy(piece.of(state[moment])) for moment in MOMENTS}
     return parts
 
 
 @torch.no_grad()
-def restore_dense(engine: Any, parts: Parts) -> None:
+def restore_dense(engine: Any, parts: ShardedTensors) -> None:
     """Put the dense part back into `engine`, whatever number of workers and stage of ZeRO it was saved with; all workers call it."""
     states = engine.basic_optimizer.state
     for piece in pieces(engine):
-        piece.of(piece.master).copy_(parts.stretch(f"{piece.name}/weight", piece.start, piece.numel))
+        piece.of(piece.master).copy_(parts.slice(f"{piece.name}/weight", piece.start, piece.numel))
         if f"{piece.name}/step" not in parts:
             continue
         state = states[piece.master]
@@ -99,11 +99,11 @@ def restore_dense(engine: Any, parts: Parts) -> None:
             state |= {moment: torch.zeros_like(piece.master) for moment in MOMENTS}
         state["step"].copy_(torch.maximum(state["step"].cpu(), parts[f"{piece.name}/step"]))  # one for all of a partition
         for moment in MOMENTS:
-            piece.of(state[moment]).copy_(parts.stretch(f"{piece.name}/{moment}", piece.start, piece.numel))
+            piece.of(state[moment]).copy_(parts.slice(f"{piece.name}/{moment}", piece.start, piece.numel))
     _restore_model(engine, parts)
 
 
-def _restore_model(engine: Any, parts: Parts) -> None:
+def _restore_model(engine: Any, parts: ShardedTensors) -> None:
     """The model's own weights, which are the float32 ones rounded to its precision."""
     if engine.zero_optimization_stage() == 3:
         engine.optimizer.checkpoint_event_prologue()
@@ -111,8 +111,8 @@ def _restore_model(engine: Any, parts: Parts) -> None:
             start = dist.get_rank() * parameter.ds_tensor.ds_numel
             count = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)
             if count > 0:
-                parameter.ds_tensor.data[:count].copy_(parts.stretch(f"{name}/weight", start, count))
+                parameter.ds_tensor.data[:count].copy_(parts.slice(f"{name}/weight", start, count))
         engine.optimizer.checkpoint_event_epilogue()
         return
     for name, parameter in engine.module.named_parameters():
-        parameter.data.view(-1).copy_(parts.stretch(f"{name}/weight", 0, parameter.numel()))
+        parameter.data.view(-1).copy_(parts.slice(f"{name}/weight", 0, parameter.numel()))

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from exfm_ray.engine.tensor_store import Parts, kept
+from exfm_ray.engine.tensor_store import ShardedTensors, cpu_copy
 
 EVERY = 8
 """Steps between two updates; the decay of a step to this power is the decay of an update."""
 
 
-class Average:
+class EMA:
     """The moving average of `weights`, in float32. It begins as the plain mean of the weights so far: the decay of update
     n, counted from 0, is min(decay ** EVERY, n / (n + 1)).
 
@@ -28,7 +28,7 @@ class Average:
     """
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
-        """`weights`: by the names that their averages have in a checkpoint (see `Parts`)."""
+        """`weights`: by the names that their averages have in a checkpoint (see `ShardedTensors`)."""
         self.averages = [weight.detach().float().clone() for weight in weights.values()]
         self.steps = 0
         self._names, self._weights, self._decay = list(weights), list(weights.values()), decay
@@ -60,11 +60,11 @@ class Average:
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint, by the weights' names."""
-        return dict(zip(self._names, map(kept, self.averages), strict=True)) | {"average_steps": torch.tensor(self.steps)}
+        return dict(zip(self._names, map(cpu_copy, self.averages), strict=True)) | {"average_steps": torch.tensor(self.steps)}
 
-    def restore(self, parts: Parts) -> None:
+    def restore(self, parts: ShardedTensors) -> None:
         """From `state()`, of any number of workers."""
         for name, average in zip(self._names, self.averages, strict=True):
             name, _, first = name.rpartition("@")
-            average.copy_(parts.stretch(name, int(first), len(average)))
+            average.copy_(parts.slice(name, int(first), len(average)))
         self.steps = int(parts["average_steps"])

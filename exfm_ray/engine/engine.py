@@ -17,10 +17,10 @@ from exfm_ray.data.batch import Batch
 from exfm_ray.distillation.student import Logits, Student
 from exfm_ray.engine.dense import gathered_state, shard_dense
 from exfm_ray.engine.dense_state import dense_parts, restore_dense
-from exfm_ray.engine.ema import Average
+from exfm_ray.engine.ema import EMA
 from exfm_ray.engine.row_weight_decay import RowDecay
 from exfm_ray.engine.tables import Shard, ShardedTables
-from exfm_ray.engine.tensor_store import GivenRows, Parts, kept
+from exfm_ray.engine.tensor_store import RowUpdate, ShardedTensors, cpu_copy
 from exfm_ray.models.layout import Layout
 from exfm_ray.schema import Schema
 
@@ -39,10 +39,10 @@ class Engine:
             student.network.backbone.compile()
         self.dense: Any = shard_dense(student.to(device), config, dist.get_world_size())
         weight_decay = config.optimizer.table_weight_decay
-        self._decay = RowDecay(Layout.of(model, schema), weight_decay, dist.get_world_size()) if weight_decay else None
+        self._decay = RowDecay(Layout.from_config(model, schema), weight_decay, dist.get_world_size()) if weight_decay else None
         weights = {f"tables/{shard.table}/average@{shard.first_row}": shard.weight_RW for shard in self.tables.shards()}
         weights |= {f"dense/{name}/average@0": parameter for name, parameter in self.dense.module.named_parameters()}
-        self._average = Average(weights, config.optimizer.ema) if config.optimizer.ema else None
+        self._average = EMA(weights, config.optimizer.ema) if config.optimizer.ema else None
         self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
 
     def forward(self, batch: Batch, repeats_BS: Tensor | None = None) -> Logits:
@@ -75,19 +75,19 @@ class Engine:
 
     def reset_rows(self, rows: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Make table rows (table -> row numbers) fresh again, with their optimizer state and their moving average."""
-        self._follow(self.tables.reset(rows))
+        self._reset_ema_rows(self.tables.reset(rows))
 
-    def give_rows(self, rows: Mapping[str, GivenRows], weight: float) -> None:
+    def give_rows(self, rows: Mapping[str, RowUpdate], weight: float) -> None:
         """Move table rows towards those given (see `ShardedTables.give`); their moving average takes the new value at once."""
-        self._follow(self.tables.give(rows, weight))
+        self._reset_ema_rows(self.tables.write_rows(rows, weight))
 
-    def _follow(self, written: Sequence[tuple[Shard, Tensor]]) -> None:
+    def _reset_ema_rows(self, written: Sequence[tuple[Shard, Tensor]]) -> None:
         """The moving average of rows that were written starts from them."""
         for number, (shard, row_X) in enumerate(written):
             if self._average:
                 self._average.averages[number][row_X] = shard.weight_RW[row_X]
 
-    def evaluated(self) -> AbstractContextManager[None]:
+    def ema_weights(self) -> AbstractContextManager[None]:
         """Inside, the weights are those to evaluate and to publish: their moving average, where there is one."""
         return self._average.applied() if self._average else nullcontext()
 
@@ -104,21 +104,21 @@ class Engine:
         return {f"{s.table}@{s.first_row}": s.momentum_R.cpu() for s in self.tables.shards()}
 
     def state(self) -> dict[str, Tensor]:
-        """This worker's part of a checkpoint, copied to the CPU; names as `Parts` reads them."""
+        """This worker's part of a checkpoint, copied to the CPU; names as `ShardedTensors` reads them."""
         state = {f"dense/{name}": tensor for name, tensor in dense_parts(self.dense).items()}
         for shard in self.tables.shards():
-            state[f"tables/{shard.table}/weight@{shard.first_row}"] = kept(shard.weight_RW)
-            state[f"tables/{shard.table}/momentum@{shard.first_row}"] = kept(shard.momentum_R.view(-1))
+            state[f"tables/{shard.table}/weight@{shard.first_row}"] = cpu_copy(shard.weight_RW)
+            state[f"tables/{shard.table}/momentum@{shard.first_row}"] = cpu_copy(shard.momentum_R.view(-1))
         if self._average:
             whole = dist.get_rank() == 0
             state |= {name: tensor for name, tensor in self._average.state().items() if whole or not name.startswith("dense/")}
         return state
 
-    def restore(self, parts: Parts) -> None:
+    def restore(self, parts: ShardedTensors) -> None:
         """Take the state of a checkpoint, of any number of workers, kind of sharding and stage of ZeRO; all workers call it."""
-        restore_dense(self.dense, parts.below("dense"))
+        restore_dense(self.dense, parts.with_prefix("dense"))
         for shard in self.tables.shards():
-            shard.weight_RW.copy_(parts.stretch(f"tables/{shard.table}/weight", shard.first_row, len(shard.weight_RW)))
-            shard.momentum_R.view(-1).copy_(parts.stretch(f"tables/{shard.table}/momentum", shard.first_row, len(shard.weight_RW)))
+            shard.weight_RW.copy_(parts.slice(f"tables/{shard.table}/weight", shard.first_row, len(shard.weight_RW)))
+            shard.momentum_R.view(-1).copy_(parts.slice(f"tables/{shard.table}/momentum", shard.first_row, len(shard.weight_RW)))
         if self._average:
             self._average.restore(parts)

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from exfm_ray.engine.tensor_store import Parts, kept
+from exfm_ray.engine.tensor_store import ShardedTensors, cpu_copy
 
 
-class Replica:
+class ReplicatedModule:
     """Keeps a module equal on all workers by averaging its gradients; for modules of a few hundred parameters."""
 
     def __init__(self, module: nn.Module, lr: float, device: torch.device) -> None:
@@ -38,14 +38,14 @@ class Replica:
         """Module and optimizer for a checkpoint, copied to the CPU; the same on every worker."""
         state = {}
         for name, parameter in self.module.named_parameters():
-            state[f"{name}/weight"] = kept(parameter)
-            state |= {f"{name}/{key}": kept(value) for key, value in self._optimizer.state.get(parameter, {}).items()}
+            state[f"{name}/weight"] = cpu_copy(parameter)
+            state |= {f"{name}/{key}": cpu_copy(value) for key, value in self._optimizer.state.get(parameter, {}).items()}
         return state
 
     @torch.no_grad()
-    def restore(self, parts: Parts) -> None:
+    def restore(self, parts: ShardedTensors) -> None:
         """From `state()`."""
         for name, parameter in self.module.named_parameters():
             parameter.copy_(parts[f"{name}/weight"])
-            own = parts.below(name)
+            own = parts.with_prefix(name)
             self._optimizer.state[parameter] = {key: own[key].to(parameter.device) for key in own if key != "weight"}

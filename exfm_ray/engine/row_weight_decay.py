@@ -16,7 +16,7 @@ from exfm_ray.models.layout import Layout
 from exfm_ray.schema import Schema
 
 
-class Repeats:
+class RowCounts:
     """Counts how often a batch reads each row of a table by its single-valued features."""
 
     def __init__(self, schema: Schema) -> None:

@@ -21,8 +21,8 @@ from exfm_ray.data.batch import Batch
 from exfm_ray.distillation.student import Logits, Student
 from exfm_ray.engine.engine import Engine
 from exfm_ray.engine.tables import ADAGRAD_EPS
-from exfm_ray.engine.tensor_store import GivenRows
-from exfm_ray.models.embeddings import PlainTables, initial_table
+from exfm_ray.engine.tensor_store import RowUpdate
+from exfm_ray.models.embeddings import LocalTables, initial_table
 from exfm_ray.schema import Schema
 
 Rates = dict[str, float]
@@ -39,7 +39,7 @@ class StackedTables(nn.Module):
     def __init__(self, schema: Schema, model: ModelConfig, seeds: Sequence[int], rates: Sequence[float]) -> None:
         super().__init__()
         self.models, self.dim = len(seeds), model.dim
-        self.plain = PlainTables(schema, model.model_copy(update={"dim": model.dim * self.models}), seed=None, sparse=True)
+        self.plain = LocalTables(schema, model.model_copy(update={"dim": model.dim * self.models}), seed=None, sparse=True)
         update = weakref.WeakMethod(self._update)  # torch keeps the hook out of the garbage collector's sight: a cycle would live for ever
         self.plain.weight.register_post_accumulate_grad_hook(lambda weight: update()(weight))  # type: ignore[no-untyped-call, misc]
         self.rate_K = torch.tensor(rates)
@@ -82,7 +82,7 @@ class StackedTables(nn.Module):
         self.weight_XKE.index_add_(0, row_U, gradient_UKE * step_UK.unsqueeze(2))
 
     @torch.no_grad()
-    def give(self, rows: Mapping[str, GivenRows], weight: float) -> None:
+    def write_rows(self, rows: Mapping[str, RowUpdate], weight: float) -> None:
         """Move rows of all models this far (`weight`) to those given by table; as `ShardedTables.give`."""
         for name, given in rows.items():
             embeddings, id_X = self.plain.embeddings[name], torch.from_numpy(given.id_X)
@@ -204,5 +204,5 @@ class StackedEngine(Engine):
         self._decay = self._average = None
         self._dtype = torch.float32
 
-    def give_rows(self, rows: Mapping[str, GivenRows], weight: float) -> None:
-        self.tables.give(rows, weight)
+    def give_rows(self, rows: Mapping[str, RowUpdate], weight: float) -> None:
+        self.tables.write_rows(rows, weight)

@@ -1,6 +1,6 @@
 """Embedding tables sharded over the workers by TorchRec, their optimizer fused into the backward pass.
 
-The same tables on one device, without fbgemm, are `models.embeddings.PlainTables`; a test holds the two equal.
+The same tables on one device, without fbgemm, are `models.embeddings.LocalTables`; a test holds the two equal.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingEnv
 from exfm_ray.config.models import ModelConfig
 from exfm_ray.config.trainer import TrainerConfig
 from exfm_ray.data.batch import Batch
-from exfm_ray.engine.tensor_store import GivenRows
+from exfm_ray.engine.tensor_store import RowUpdate
 from exfm_ray.models.embeddings import initial_rows, initial_table
 from exfm_ray.models.layout import POOLED, Layout, expand_bags
-from exfm_ray.planner.table_placement import deal
+from exfm_ray.planner.table_placement import place_tables
 from exfm_ray.schema import Schema
 
 ADAGRAD_EPS = 1e-8
@@ -52,7 +52,7 @@ class ShardedTables(nn.Module):
 
     def __init__(self, schema: Schema, config: TrainerConfig, model: ModelConfig, seed: int, device: torch.device) -> None:
         super().__init__()
-        layout = Layout.of(model, schema)
+        layout = Layout.from_config(model, schema)
         self.slots = (*layout.single, *layout.bags)
         self.keys = [slot.key for slot in self.slots]
         self.dim, self.init_std, self.device = model.dim, model.init_std, device
@@ -150,7 +150,7 @@ class ShardedTables(nn.Module):
 
 
     @torch.no_grad()
-    def give(self, rows: Mapping[str, GivenRows], weight: float) -> list[tuple[Shard, Tensor]]:
+    def write_rows(self, rows: Mapping[str, RowUpdate], weight: float) -> list[tuple[Shard, Tensor]]:
         """Move rows this far (`weight` in (0, 1]; 1: all the way) to those given by table, of them those that this worker holds.
 
         Returns:
@@ -194,7 +194,7 @@ def sharding_plan(
     world = dist.get_world_size()
     ways = {
         table: row_wise(compute_kernel="fused") if rank is None else table_wise(rank=rank, compute_kernel="fused")
-        for table, rank in deal(schema.tables, sharding, world).items()
+        for table, rank in place_tables(schema.tables, sharding, world).items()
     }
     return construct_module_sharding_plan(
         collection, ways, sharder, local_size=min(world, _local_world_size()), world_size=world, device_type=device.type

@@ -19,22 +19,22 @@ from torch import Tensor
 from exfm_ray.errors import UserError
 
 
-class _Stretch(NamedTuple):
+class _Chunk(NamedTuple):
     first: int
     file: Any
     key: str
 
 
-class Parts:
+class ShardedTensors:
     """Tensors by name, read when asked for."""
 
-    def __init__(self, places: Mapping[str, Sequence[_Stretch]]) -> None:
+    def __init__(self, places: Mapping[str, Sequence[_Chunk]]) -> None:
         self._places = places
 
     @classmethod
-    def open(cls, paths: Sequence[Path]) -> Parts:
+    def open(cls, paths: Sequence[Path]) -> ShardedTensors:
         """The tensors of some files; UserError where one of them is none of safetensors."""
-        places: dict[str, list[_Stretch]] = {}
+        places: dict[str, list[_Chunk]] = {}
         for path in paths:
             try:
                 file: Any = safe_open(path, framework="pt")
@@ -42,14 +42,14 @@ class Parts:
                 raise UserError(f"{path}: not a readable safetensors file ({error})") from None
             for key in file.keys():  # noqa: SIM118  # no mapping, only its method's name
                 name, at, first = key.rpartition("@")
-                stretch = _Stretch(int(first), file, key) if at else _Stretch(0, file, key)
-                places.setdefault(name if at else key, []).append(stretch)
-        return cls({name: sorted(found, key=lambda stretch: stretch.first) for name, found in places.items()})
+                slice = _Chunk(int(first), file, key) if at else _Chunk(0, file, key)
+                places.setdefault(name if at else key, []).append(slice)
+        return cls({name: sorted(found, key=lambda slice: slice.first) for name, found in places.items()})
 
-    def below(self, prefix: str) -> Parts:
+    def with_prefix(self, prefix: str) -> ShardedTensors:
         """Those whose names begin with `prefix`/, without it."""
         start = prefix + "/"
-        return Parts({name.removeprefix(start): found for name, found in self._places.items() if name.startswith(start)})
+        return ShardedTensors({name.removeprefix(start): found for name, found in self._places.items() if name.startswith(start)})
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -62,32 +62,32 @@ class Parts:
         tensor: Tensor = self._found(name)[0].file.get_tensor(self._found(name)[0].key)
         return tensor
 
-    def stretch(self, name: str, first: int, count: int) -> Tensor:
+    def slice(self, name: str, first: int, count: int) -> Tensor:
         """`count` entries along the first axis, from `first` on."""
         pieces: list[Tensor] = []
         position, end = first, first + count
-        for stretch in self._found(name):
-            stored = stretch.file.get_slice(stretch.key)
-            last = stretch.first + stored.get_shape()[0]
-            if stretch.first <= position < min(last, end):
-                pieces.append(stored[position - stretch.first : min(last, end) - stretch.first])
+        for slice in self._found(name):
+            stored = slice.file.get_slice(slice.key)
+            last = slice.first + stored.get_shape()[0]
+            if slice.first <= position < min(last, end):
+                pieces.append(stored[position - slice.first : min(last, end) - slice.first])
                 position = min(last, end)
         if position < end:
             raise UserError(f"checkpoint: '{name}' has no entries {position} to {end - 1}; it was written by another model")
         return torch.cat(pieces) if pieces else stored[:0]
 
-    def _found(self, name: str) -> Sequence[_Stretch]:
+    def _found(self, name: str) -> Sequence[_Chunk]:
         if name not in self._places:
             raise UserError(f"checkpoint: no tensor '{name}'; it was written by another model")
         return self._places[name]
 
 
-def kept(tensor: Tensor) -> Tensor:
+def cpu_copy(tensor: Tensor) -> Tensor:
     """A copy on the CPU that later steps do not change."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-class GivenRows(NamedTuple):
+class RowUpdate(NamedTuple):
     """Rows to be written into a table: their numbers, int64 ascending (X), the rows (X, W), and their Adagrad state (X) unless they keep it."""
 
     id_X: np.ndarray[Any, np.dtype[np.int64]]

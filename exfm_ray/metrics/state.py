@@ -47,7 +47,7 @@ class MetricState:
     negatives_C: Counts = field(default_factory=_no_counts)
 
     @classmethod
-    def of(cls, logits_N: NDArray[Any], labels_N: NDArray[Any], groups_N: NDArray[Any] | None = None) -> Self:
+    def from_logits(cls, logits_N: NDArray[Any], labels_N: NDArray[Any], groups_N: NDArray[Any] | None = None) -> Self:
         """State of examples given their logits, their labels (0 or 1) and, for grouped AUC, the ids of their groups.
 
         AUC within a group compares only examples of one call: give the whole window at once. ValueError for a logit that is not finite.

@@ -61,7 +61,7 @@ def _initial_block(name: str, start: int, rows: int, dim: int, seed: int, std: f
     return torch.empty(rows, dim).normal_(0.0, std, generator=generator)
 
 
-class PlainTables(nn.Module):
+class LocalTables(nn.Module):
     """All tables stacked in one parameter; a slot's ids are moved by the offset of the table that it reads.
 
     So neither the single-valued features nor the bags need a loop: one gather for the former, one `embedding_bag` for
@@ -83,7 +83,7 @@ class PlainTables(nn.Module):
         """Fresh tables from `seed`; zeros, to be loaded, where it is None. `sparse`: `weight` gets sparse gradients. Not `held`: the
         rows lie elsewhere, and `weight` has none."""
         super().__init__()
-        layout = Layout.of(config, schema)
+        layout = Layout.from_config(config, schema)
         self.sparse = sparse
         self.rows, self.embeddings = dict(schema.tables), layout.embeddings
         ends = list(accumulate(rows * self.embeddings[name] for name, rows in self.rows.items()))

@@ -69,7 +69,7 @@ class Layout:
     embeddings: dict[str, int]
 
     @classmethod
-    def of(cls, config: ModelConfig, schema: Schema) -> Self:
+    def from_config(cls, config: ModelConfig, schema: Schema) -> Self:
         """The layout of a model over a schema. ValueError where the model names a table that the schema does not have."""
         for table in config.embeddings:
             if table not in schema.tables:

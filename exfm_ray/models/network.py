@@ -34,7 +34,7 @@ class Network(nn.Module):
 
     def __init__(self, config: ModelConfig, schema: Schema, tasks: int) -> None:
         super().__init__()
-        self.backbone = build_backbone(config, Layout.of(config, schema).inputs(len(schema.dense)))
+        self.backbone = build_backbone(config, Layout.from_config(config, schema).inputs(len(schema.dense)))
         self.head = Head(self.backbone.out_features, (), tasks)
 
     def forward(self, embedded_BRE: Tensor, dense_BD: Tensor) -> Tensor:

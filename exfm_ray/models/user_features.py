@@ -19,7 +19,7 @@ HISTORY = "history.safetensors"
 
 
 @dataclass(frozen=True)
-class Past:
+class UserFeatures:
     """Users, ascending, and the inputs of each."""
 
     users_U: Tensor
@@ -45,13 +45,13 @@ class Past:
             inputs_NF[known_N] = self.inputs_UF[at_N[known_N]]
         return inputs_NF
 
-    def since(self, old: Past) -> Past:
+    def changed_since(self, old: UserFeatures) -> UserFeatures:
         """Users that are new, or of whose inputs a bit is another one."""
         same_U = (old.of(self.users_U).view(torch.int32) == self.inputs_UF.view(torch.int32)).all(dim=1) & torch.isin(self.users_U, old.users_U)
-        return Past(self.users_U[~same_U], self.inputs_UF[~same_U])
+        return UserFeatures(self.users_U[~same_U], self.inputs_UF[~same_U])
 
-    def put(self, changed: Past) -> Past:
+    def updated(self, changed: UserFeatures) -> UserFeatures:
         """With the users of `changed` as they are there."""
         kept_U = ~torch.isin(self.users_U, changed.users_U)
         users_U, order_U = torch.cat([self.users_U[kept_U], changed.users_U]).sort()
-        return Past(users_U, torch.cat([self.inputs_UF[kept_U], changed.inputs_UF])[order_U])
+        return UserFeatures(users_U, torch.cat([self.inputs_UF[kept_U], changed.inputs_UF])[order_U])

@@ -80,7 +80,7 @@ def _check_student(setting: str, student: StudentConfig, config: Config, schema:
         except ValueError as error:
             raise UserError(f"setting '{setting}.task': {error}") from None
         taught = _taught(config, schema, student.teacher)
-        if any(arm.taught for arm in config.vm.arms) and taught is not None and task not in taught:
+        if any(arm.uses_supervision for arm in config.vm.arms) and taught is not None and task not in taught:
             of = f"the tasks of '{student.teacher}'" if student.teacher else "fm.tasks"
             raise UserError(f"setting '{setting}.task': '{task}' is none of {of}, so '{student.name}' would have no teacher for it")
 

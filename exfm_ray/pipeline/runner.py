@@ -24,25 +24,25 @@ import ray
 
 from exfm_ray.config.arms import LABELS
 from exfm_ray.config.root import Config
-from exfm_ray.das.client import ParkedError
-from exfm_ray.das.labeler import DAS
-from exfm_ray.das.spec import parked, stood_in
+from exfm_ray.das.client import LabelingFailedError
+from exfm_ray.das.labeler import Labeler
+from exfm_ray.das.spec import failed_items, fallback_windows
 from exfm_ray.data.feed import FEED_WAIT_S
 from exfm_ray.data.labels.releases import released_windows
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
-from exfm_ray.pipeline.run_dir import claim
+from exfm_ray.pipeline.run_dir import initialize_run_dir
 from exfm_ray.pipeline.schedule import vm_jobs
 from exfm_ray.pipeline.summary import summary_rows
-from exfm_ray.runtime.actors import answer, beside_driver
+from exfm_ray.runtime.actors import get_with_timeout, pin_to_driver_node
 from exfm_ray.runtime.memory import MemoryMeter
 from exfm_ray.runtime.session import ray_session
 from exfm_ray.storage.atomic import append_text, read_json, write_json, write_text
-from exfm_ray.storage.locks import hold
+from exfm_ray.storage.locks import acquire_role_lock
 from exfm_ray.tracking.progress import ProgressView
 from exfm_ray.tracking.recorder import TIMELINE, RecorderActor, read_metrics, read_timeline
 from exfm_ray.tracking.wandb_pipeline import PipelineRuns
-from exfm_ray.training.checkpoint import START, JobResult
+from exfm_ray.training.checkpoint import BEGINNING, JobResult
 from exfm_ray.training.job import Job, fm_tasks
 from exfm_ray.training.launch import run_job, start_feed
 
@@ -67,7 +67,7 @@ STOP_S = 60.0
 
 
 
-def in_thread(name: str, work: Callable[[], None]) -> Future[None]:
+def daemon_future(name: str, work: Callable[[], None]) -> Future[None]:
     """Work in a thread that does not keep the process from ending."""
     future: Future[None] = Future()
 
@@ -83,7 +83,7 @@ def in_thread(name: str, work: Callable[[], None]) -> Future[None]:
 
 
 @dataclass
-class Run:
+class PipelineRunner:
     """One run in its folder."""
 
     config: Config
@@ -93,35 +93,35 @@ class Run:
         self.folder = self.config.folder
         self._open = not self.stream.complete  # asked first: what is there by then is seen below
         self.windows = released_windows(self.stream, fm_tasks(self.config, self.stream.schema))
-        self.dases = [DAS(self.config, self.stream, teacher) for teacher in (None, *self.config.teachers)]
+        self.labelers = [Labeler(self.config, self.stream, teacher) for teacher in (None, *self.config.teachers)]
         self._over = threading.Event()
         self.memory = MemoryMeter()
         self.learnable: dict[str, list[int]] = {}  # by job; fixed for a call of execute, for a followed stream grows meanwhile
-        self._pending: dict[Future[None], Job | DAS] = {}
-        self._parked: list[ParkedError] = []
+        self._pending: dict[Future[None], Job | Labeler] = {}
+        self._parked: list[LabelingFailedError] = []
         self._recorder: Any = None
 
-    def reachable(self, job: Job, fm: bool, das: bool) -> list[int]:
+    def learnable_windows(self, job: Job, fm: bool, das: bool) -> list[int]:
         """The windows that a job can learn by now: released for its tasks and, where the stream goes on, supervised or about to be."""
         if job.role == "fm":
             return self.windows
         windows = released_windows(self.stream, job.tasks())
         if not self._open or set(self.config.vm.arms) == {LABELS}:
             return windows
-        own = next(own for own in self.dases if own.store.teacher == job.teacher)
-        shares = any(arm.shares for arm in self.config.vm.arms)  # what is exported is given the rows of the snapshot for the next window
+        own = next(own for own in self.labelers if own.store.teacher == job.teacher)
+        shares = any(arm.shares_tables for arm in self.config.vm.arms)  # what is exported is given the rows of the snapshot for the next window
 
         def learnable(window: int) -> bool:
-            supervised = not own.missing([window]) or (das and self._in_reach(own, window, fm))
-            return supervised and (not shares or self._in_reach(own, window + 1, fm))
+            supervised = not own.missing([window]) or (das and self._snapshot_available(own, window, fm))
+            return supervised and (not shares or self._snapshot_available(own, window + 1, fm))
 
         return list(takewhile(learnable, windows))
 
-    def unscored(self, own: DAS, fm: bool) -> list[int]:
+    def scorable_windows(self, own: Labeler, fm: bool) -> list[int]:
         """Windows that a DAS can score by now."""
-        return own.missing([w for w in self.stream.windows() if self._in_reach(own, w, fm)])
+        return own.missing([w for w in self.stream.windows() if self._snapshot_available(own, w, fm)])
 
-    def _in_reach(self, own: DAS, window: int, fm: bool) -> bool:
+    def _snapshot_available(self, own: Labeler, window: int, fm: bool) -> bool:
         """Whether the snapshot that supervises a window is there, or of windows that the FM learns in this call; all are, where the
         stream has ended."""
         version = own.order.policy.version(window)
@@ -136,17 +136,17 @@ class Run:
         UserError where another process is at work on one of them; in a cluster, whose drivers share a DAS, not for the DAS.
         """
         self._check_static(das)
-        claim(self.config)
-        hold(self.folder, [role for role, asked in (("fm", fm), ("das", das and not os.environ.get("RAY_ADDRESS")), ("vm", vm)) if asked])
+        initialize_run_dir(self.config)
+        acquire_role_lock(self.folder, [role for role, asked in (("fm", fm), ("das", das and not os.environ.get("RAY_ADDRESS")), ("vm", vm)) if asked])
         jobs = ([Job("fm", self.config)] if fm else []) + (vm_jobs(self.config) if vm else [])
         for told in [told for job in jobs for told in job.checkpoints.set_aside_damaged()]:
             print(f"warning: {told}", file=sys.stderr)
             append_text(self.folder / "logs" / "driver.log", told)
-        self.learnable = {job.name: self.reachable(job, fm, das) for job in jobs}
+        self.learnable = {job.name: self.learnable_windows(job, fm, das) for job in jobs}
         jobs = [job for job in jobs if not job.finished(self.learnable[job.name])]
-        scoring = {own.order.role: self.unscored(own, fm) for own in self.dases} if das else {}
+        scoring = {own.order.role: self.scorable_windows(own, fm) for own in self.labelers} if das else {}
         scoring = {role: missing for role, missing in scoring.items() if missing}
-        for own in self.dases:
+        for own in self.labelers:
             own.readers = [job.checkpoints.root for job in jobs if job.role == "vm" and job.teacher == own.store.teacher]
         if not jobs and not scoring:
             return False
@@ -154,18 +154,18 @@ class Run:
         failure = self.folder / "logs" / "error.txt"
         failure.unlink(missing_ok=True)
         with ray_session(self.config), closing(PipelineRuns(self.config, self.summarise)), ProgressView(self._totals(jobs, scoring)) as view:
-            self._recorder = RecorderActor.options(scheduling_strategy=beside_driver()).remote(self.folder / "metrics.jsonl")
+            self._recorder = RecorderActor.options(scheduling_strategy=pin_to_driver_node()).remote(self.folder / "metrics.jsonl")
             feeds = [start_feed(job, self.learnable[job.name]) for job in jobs]
             self._parked = []
             self._pending = {self._start(job, feed): job for job, feed in zip(jobs, feeds, strict=True)}
-            self._pending |= {self._start_das(own, scoring[own.order.role]): own for own in self.dases[1:] if own.order.role in scoring}
+            self._pending |= {self._start_das(own, scoring[own.order.role]): own for own in self.labelers[1:] if own.order.role in scoring}
             watch = self._watcher(view)
             try:
                 self._progress()  # where the recorder cannot begin, nothing else is told; all start beside it
-                own = self.dases[0]
-                with self._keeping_parked():
+                own = self.labelers[0]
+                with self._collect_failed():
                     own.run(scoring.get(own.order.role, []), lambda window, rows: self._scored(own, window, rows, watch), watch)
-                while not all(self._parked and self._held_up(role) for role in self._pending.values()):
+                while not all(self._parked and self._is_blocked(role) for role in self._pending.values()):
                     watch()
                     time.sleep(POLL_S)
                 if self._parked:
@@ -182,44 +182,44 @@ class Run:
         return True
 
     @contextmanager
-    def _keeping_parked(self) -> Iterator[None]:
+    def _collect_failed(self) -> Iterator[None]:
         """A DAS that ends without some windows ends no other role: what they can do, they do first."""
         try:
             yield
-        except ParkedError as error:
+        except LabelingFailedError as error:
             self._parked.append(error)
 
-    def _held_up(self, role: Job | DAS) -> bool:
+    def _is_blocked(self, role: Job | Labeler) -> bool:
         """Whether a role can go no further once windows are parked: a job that has learnt all windows before its first one without
         supervision, or a DAS whose teacher such a job may be."""
-        if isinstance(role, DAS):
+        if isinstance(role, Labeler):
             return role.teacher is not None and not role.teacher.run
         if role.role == "fm" or set(self.config.vm.arms) == {LABELS}:
             return False
         windows = self.learnable[role.name]
-        lacking = next(own for own in self.dases if own.store.teacher == role.teacher).missing(windows)
+        lacking = next(own for own in self.labelers if own.store.teacher == role.teacher).missing(windows)
         return bool(lacking) and role.checkpoints.latest().windows >= windows.index(lacking[0])
 
     def _progress(self) -> dict[str, tuple[int, int]]:
         """Job -> (window it is at, examples done)."""
-        state: dict[str, tuple[int, int]] = answer(self._recorder.state.remote(), "the run", "its recorder")
+        state: dict[str, tuple[int, int]] = get_with_timeout(self._recorder.state.remote(), "the run", "its recorder")
         return state
 
     def _start(self, job: Job, feed: Any) -> Future[None]:
-        return in_thread(job.name, lambda: run_job(job, self.learnable[job.name], self._recorder, feed))
+        return daemon_future(job.name, lambda: run_job(job, self.learnable[job.name], self._recorder, feed))
 
-    def _start_das(self, das: DAS, windows: Sequence[int]) -> Future[None]:
+    def _start_das(self, das: Labeler, windows: Sequence[int]) -> Future[None]:
         """Have the DAS of another teacher than the FM work beside it."""
 
         def watch() -> None:
             if self._over.is_set():
                 raise RuntimeError("the run is over")
 
-        return in_thread(das.order.role, lambda: das.run(windows, lambda window, rows: self._scored(das, window, rows, watch), watch))
+        return daemon_future(das.order.role, lambda: das.run(windows, lambda window, rows: self._scored(das, window, rows, watch), watch))
 
     def _check_inputs(self, fm: bool, das: bool, vms: Sequence[Job], scoring: Mapping[str, Sequence[int]]) -> None:
         """UserError where a role would wait for ever: for what is not there and no role of this run makes."""
-        for own in self.dases:
+        for own in self.labelers:
             if own.teacher and own.teacher.run and own.order.role in scoring and not own.snapshots.versions():
                 raise UserError(f"{own.snapshots.root}: no snapshot of teacher '{own.teacher.name}'; train it first, with das.keep_snapshots")
             made_here = bool(vms) if own.teacher else fm
@@ -228,10 +228,10 @@ class Run:
                 if version is not None and not own.snapshots.has(version):
                     command = "train-vm" if own.teacher else "train-fm"
                     raise UserError(f"window {window} is to be scored by {own.snapshots.folder(version)}, which is not there; run {command} first")
-        for own in self.dases if not das and set(self.config.vm.arms) != {LABELS} else ():
+        for own in self.labelers if not das and set(self.config.vm.arms) != {LABELS} else ():
             self._check_supervised(own, vms)
 
-    def _check_supervised(self, das: DAS, vms: Sequence[Job]) -> None:
+    def _check_supervised(self, das: Labeler, vms: Sequence[Job]) -> None:
         lacking = das.missing(sorted({w for job in vms if job.teacher == das.store.teacher for w in self.learnable[job.name]}))
         if lacking:
             raise UserError(f"{das.store.root}: no supervision of window {lacking[0]} by '{das.store.teacher}'; run das first")
@@ -259,7 +259,7 @@ class Run:
             totals[job.name] = rows - done.examples
         return totals | {role: sum(sizes[w].rows for w in missing) for role, missing in scoring.items()}
 
-    def _scored(self, das: DAS, window: int, rows: int, watch: Callable[[], None]) -> None:
+    def _scored(self, das: Labeler, window: int, rows: int, watch: Callable[[], None]) -> None:
         self._recorder.progress.remote(das.order.role, window, rows)
         watch()
 
@@ -281,7 +281,7 @@ class Run:
                 raise UserError(f"no role has moved for {STALL_S:.0f} s ({at}); are there CPUs or GPUs for all? logs: {self.folder / 'logs'}")
             for job in [job for job in self._pending if job.done()]:
                 del self._pending[job]
-                with self._keeping_parked():
+                with self._collect_failed():
                     job.result()
 
         return watch
@@ -291,7 +291,7 @@ class Run:
         results = {job.name: self._result(job) for job in [Job("fm", self.config), *vm_jobs(self.config)]}
         found = {name: result for name, result in results.items() if result}
         spans = read_timeline(self.folder / TIMELINE)
-        scored = {own.order.role: own.done(spans) for own in self.dases}
+        scored = {own.order.role: own.done(spans) for own in self.labelers}
         path = self.folder / "summary.json"
         roles = {name: {"seconds": r.seconds, "examples": r.examples} for name, r in found.items()}
         static = Job("fm", self.config).static(self.windows)
@@ -301,8 +301,8 @@ class Run:
             "windows": static.held_out if static else [w for w in self.windows if w >= self.config.metrics.warmup_windows],
             "figures": self._best_pass() if static else summary_rows(self.config, self.stream, found.values()),
             "roles": roles | {role: {"seconds": seconds, "examples": examples} for role, (seconds, examples) in scored.items()},
-            "parked": [row for own in self.dases for row in parked(own.order)],
-            "stood_in": [row for own in self.dases for row in stood_in(own.order)],
+            "parked": [row for own in self.labelers for row in failed_items(own.order)],
+            "fallback_windows": [row for own in self.labelers for row in fallback_windows(own.order)],
             "peak_memory_bytes": max(self.memory.peak, _peak(path)),
         }
         write_json(path, summary)
@@ -315,7 +315,7 @@ class Run:
 
     def _result(self, job: Job) -> JobResult | None:
         done = job.checkpoints.latest()
-        return job.checkpoints.result(done) if done != START else None
+        return job.checkpoints.result(done) if done != BEGINNING else None
 
 
 def _peak(path: Path) -> int:

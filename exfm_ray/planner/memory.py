@@ -20,15 +20,15 @@ from exfm_ray.config.trainer import FMConfig
 from exfm_ray.models.flops import training_flops
 from exfm_ray.models.layout import Layout
 from exfm_ray.models.network import Network
-from exfm_ray.planner.table_placement import deal
+from exfm_ray.planner.table_placement import place_tables
 from exfm_ray.schema import Schema
 
 FLOAT_BYTES = 4
-BUCKET = 500_000_000
+REDUCE_BUCKET = 500_000_000
 """Numbers in DeepSpeed's reduce bucket by default. On a GPU it is allocated whole, of a CPU's memory only what is written to."""
-LIVE = 1_000_000_000
+MAX_LIVE_PARAMETERS = 1_000_000_000
 """Most gathered weights that ZeRO stage 3 keeps by default (stage3_max_live_parameters)."""
-UTILISATION = 0.3
+UTILIZATION = 0.3
 """Share of a worker's peak that its matrix products are assumed to reach. An assumption: nothing here measures it."""
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -75,7 +75,7 @@ class DenseState:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """A training on paper. Suffix W: one number for each worker; all sizes in bytes."""
 
     fm: FMConfig
@@ -119,13 +119,13 @@ class Plan:
         return (self.table_bytes_W + FLOAT_BYTES * self.dense.parameters) * used
 
     @cached_property
-    def kept_bytes_W(self) -> Ints:
+    def resident_bytes_W(self) -> Ints:
         """From one step to the next."""
         dense = self.dense.weights + self.dense.masters + self.dense.adam
         return self.table_bytes_W + self.adagrad_bytes_W + self.average_bytes_W + dense + self.last_use_bytes
 
     @cached_property
-    def passing_bytes_W(self) -> Ints:
+    def transient_bytes_W(self) -> Ints:
         """Most at once beside what is kept: in a step, or in an evaluation, where the moving average takes the weights' place and
         these are set aside."""
         step_W = self.dense.gradients + self.dense.gathered + self.activation_bytes + self.lookup_bytes_W
@@ -135,33 +135,33 @@ class Plan:
     @cached_property
     def bytes_W(self) -> Ints:
         """All of it."""
-        return self.kept_bytes_W + self.passing_bytes_W
+        return self.resident_bytes_W + self.transient_bytes_W
 
     @property
-    def largest(self) -> int:
+    def peak_worker(self) -> int:
         """The worker that needs most; the first of several."""
         return int(self.bytes_W.argmax())
 
     def examples_per_s(self, peak_tflops: float) -> float:
-        """Of all workers, at `peak_tflops` each and `UTILISATION` of it, with nothing else to wait for: not for look-ups, network or data."""
-        return self.fm.workers * peak_tflops * 1e12 * UTILISATION / self.training_flops
+        """Of all workers, at `peak_tflops` each and `UTILIZATION` of it, with nothing else to wait for: not for look-ups, network or data."""
+        return self.fm.workers * peak_tflops * 1e12 * UTILIZATION / self.training_flops
 
-    def misfits(self, limit_bytes: int) -> list[str]:
+    def violations(self, limit_bytes: int) -> list[str]:
         """What does not fit, in words. `limit_bytes`: of each worker's GPU; with device cpu, of the machine that all workers share."""
-        most = int(self.bytes_W[self.largest])
+        most = int(self.bytes_W[self.peak_worker])
         if self.fm.device == "cpu":
             total, what = int(self.bytes_W.sum()), f"all {self.fm.workers} worker(s) together need"
-            return [f"{what} {gib(total)} of the machine's {gib(limit_bytes)}; most of it: {self._greatest()}"] if total > limit_bytes else []
+            return [f"{what} {format_bytes(total)} of the machine's {format_bytes(limit_bytes)}; most of it: {self._greatest()}"] if total > limit_bytes else []
         over = int((self.bytes_W > limit_bytes).sum())
         if not over:
             return []
-        found = [f"{over} of {self.fm.workers} worker(s) need more than {gib(limit_bytes)}, worker {self.largest} most: {gib(most)}"]
+        found = [f"{over} of {self.fm.workers} worker(s) need more than {format_bytes(limit_bytes)}, worker {self.peak_worker} most: {format_bytes(most)}"]
         found += [
-            f"table '{s.name}' ({s.sharding}) alone takes {gib(s.largest_bytes)} of a worker, its Adagrad state included"
+            f"table '{s.name}' ({s.sharding}) alone takes {format_bytes(s.largest_bytes)} of a worker, its Adagrad state included"
             for s in self.shards
             if s.largest_bytes > limit_bytes
         ]
-        return [*found, f"most of worker {self.largest}: {self._greatest()}"]
+        return [*found, f"most of worker {self.peak_worker}: {self._greatest()}"]
 
     def parts(self, worker: int) -> dict[str, int]:
         """What a worker's bytes are for."""
@@ -180,29 +180,29 @@ class Plan:
         }
 
     def _greatest(self) -> str:
-        parts = self.parts(self.largest)
+        parts = self.parts(self.peak_worker)
         part = max(parts, key=lambda name: parts[name])
-        return f"{part}, {gib(parts[part])}"
+        return f"{part}, {format_bytes(parts[part])}"
 
     def _over_workers(self, row_bytes: Mapping[str, int]) -> Ints:
         none_W = np.zeros(self.fm.workers, np.int64)
         return sum((shard.rows_W * row_bytes[shard.name] for shard in self.shards), start=none_W)
 
 
-def gib(size_bytes: int) -> str:
+def format_bytes(size_bytes: int) -> str:
     """Bytes as GiB; MiB where they are few."""
     return f"{size_bytes / 2**30:,.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:,.1f} MiB"
 
 
-def plan_fm(config: Config, schema: Schema) -> Plan:
+def plan_fm(config: Config, schema: Schema) -> MemoryPlan:
     """The plan of `config.fm` over a schema that its tasks and sizes fit (`pipeline.check_models`)."""
     fm = config.fm
-    layout = Layout.of(fm.model, schema)
+    layout = Layout.from_config(fm.model, schema)
     with torch.device("meta"):
         network = Network(fm.model, schema, len(fm.tasks or schema.tasks))
     share = -(-fm.batch_size // fm.workers)
     shards = table_shards(schema, layout, fm)
-    return Plan(
+    return MemoryPlan(
         fm=fm,
         shards=shards,
         dense=dense_state(network, fm),
@@ -220,7 +220,7 @@ def table_shards(schema: Schema, layout: Layout, fm: FMConfig) -> tuple[TableSha
     Row-wise, TorchRec gives every worker ceil(rows / workers) rows, as long as there are any.
     """
     found, worker_W = [], np.arange(fm.workers, dtype=np.int64)
-    for name, worker in deal(schema.tables, fm.sharding, fm.workers).items():
+    for name, worker in place_tables(schema.tables, fm.sharding, fm.workers).items():
         rows = schema.tables[name]
         block = -(-rows // fm.workers)
         rows_W = np.clip(rows - block * worker_W, 0, block) if worker is None else rows * (worker_W == worker)
@@ -232,10 +232,10 @@ def dense_state(network: nn.Module, fm: FMConfig) -> DenseState:
     """The dense part in DeepSpeed 0.19 with torch's AdamW; the flat buffers of stages 1 and 2 are padded to two numbers a worker."""
     sizes, workers = [parameter.numel() for parameter in network.parameters()], fm.workers
     total, low = sum(sizes), 2 if fm.precision == "bf16" else FLOAT_BYTES
-    bucket = low * (BUCKET if fm.device == "cuda" else min(total, BUCKET))
+    bucket = low * (REDUCE_BUCKET if fm.device == "cuda" else min(total, REDUCE_BUCKET))
     if fm.zero_stage == 0:
         masters = FLOAT_BYTES * total if fm.precision == "bf16" else 0
-        beside = FLOAT_BYTES * total if fm.precision == "bf16" else FLOAT_BYTES * min(total, BUCKET) * (workers > 1)
+        beside = FLOAT_BYTES * total if fm.precision == "bf16" else FLOAT_BYTES * min(total, REDUCE_BUCKET) * (workers > 1)
         return DenseState(total, low * total, masters, 2 * FLOAT_BYTES * total, low * total + beside, 0)
     if fm.zero_stage < 3:
         part = 2 * -(-total // (2 * workers))
@@ -243,7 +243,7 @@ def dense_state(network: nn.Module, fm: FMConfig) -> DenseState:
         return DenseState(total, low * part * workers, FLOAT_BYTES * part, 2 * FLOAT_BYTES * part, gradients, 0)
     part = sum(-(-size // workers) for size in sizes)
     gradients = low * part + bucket + FLOAT_BYTES * part
-    return DenseState(total, low * part, FLOAT_BYTES * part, 2 * FLOAT_BYTES * part, gradients, low * min(total, LIVE) * (workers > 1))
+    return DenseState(total, low * part, FLOAT_BYTES * part, 2 * FLOAT_BYTES * part, gradients, low * min(total, MAX_LIVE_PARAMETERS) * (workers > 1))
 
 
 def activation_bytes(network: nn.Module, layout: Layout, fm: FMConfig, dense_features: int, examples: int) -> int:

@@ -10,16 +10,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from exfm_ray.errors import UserError
 
-ANSWER_S = 600.0
+RPC_TIMEOUT_S = 600.0
 """Longest wait for an actor that has nothing long to do."""
 
 
-def beside_driver() -> NodeAffinitySchedulingStrategy:
+def pin_to_driver_node() -> NodeAffinitySchedulingStrategy:
     """For an actor whose loss would end the run: it lives on the driver's node, whose loss ends the run anyway."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def answer(ref: Any, who: str, what: str, seconds: float = ANSWER_S) -> Any:
+def get_with_timeout(ref: Any, who: str, what: str, seconds: float = RPC_TIMEOUT_S) -> Any:
     """What `ref` holds; UserError where `who` has waited for `what` for so many seconds."""
     try:
         return ray.get(ref, timeout=seconds)

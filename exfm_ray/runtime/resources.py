@@ -11,7 +11,7 @@ DATA_CPUS = 2
 """Logical CPUs left to Ray Data's read tasks; with none left the run would hang."""
 
 
-def lacking(config: Config, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+def missing_resources(config: Config, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a run will wait for, in words: CPUs, or nodes with the labels of `placement`. `nodes`: the living ones, of `ray.nodes()`."""
     asked, there = logical_cpus(config), _cpus(nodes)
     found = [f"the cluster has {there:g} CPUs and this run asks for {asked}: it waits until nodes join"] if there < asked else []

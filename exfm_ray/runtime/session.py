@@ -18,8 +18,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from exfm_ray.config.root import Config
 from exfm_ray.errors import UserError
-from exfm_ray.runtime.actors import answer
-from exfm_ray.runtime.resources import _written, lacking, logical_cpus
+from exfm_ray.runtime.actors import get_with_timeout
+from exfm_ray.runtime.resources import _written, logical_cpus, missing_resources
 
 NODES_S = 120.0
 """Longest wait for all nodes of a cluster to answer."""
@@ -46,7 +46,7 @@ def ray_session(config: Config) -> Iterator[None]:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     try:
         if not options:
-            _knock()
+            _check_reachable()
         with _stderr_to(logs / "driver.log"):  # Ray's C++ core does not log, it prints
             ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
     except (OSError, RuntimeError, ValueError) as error:
@@ -57,7 +57,7 @@ def ray_session(config: Config) -> Iterator[None]:
             f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}, and no Ray could be joined there ({told}); correct it, start that cluster, or unset it: "
             "the run then starts Ray on this machine"
         ) from None
-    tighten_token()
+    restrict_token_file()
     try:
         if not options:
             _check_cluster(config)
@@ -83,20 +83,20 @@ def running_ray() -> Iterator[None]:
         yield
         return
     try:
-        _knock()
+        _check_reachable()
         with _stderr_to(Path(os.devnull)):
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
     except (OSError, RuntimeError, ValueError) as error:
         told = str(error).strip().splitlines()[0]
         raise UserError(f"no running Ray to connect to ({told}); set RAY_ADDRESS, or start one here with `ray start --head`") from None
-    tighten_token()
+    restrict_token_file()
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _knock() -> None:
+def _check_reachable() -> None:
     """OSError where nobody listens at RAY_ADDRESS; Ray itself would try for minutes."""
     host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
     if host and port.isdigit() and "/" not in host:
@@ -106,7 +106,7 @@ def _knock() -> None:
 def _check_cluster(config: Config) -> None:
     """Say what the run will wait for; UserError where one of the cluster's nodes does not see the run's folder."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    for line in lacking(config, nodes):
+    for line in missing_resources(config, nodes):
         print(line, file=sys.stderr)
     here = ray.get_runtime_context().get_node_id()
     others = [node for node in nodes if node["NodeID"] != here]
@@ -115,7 +115,7 @@ def _check_cluster(config: Config) -> None:
     try:
         tasks = [ray.remote(_exists).options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], False)) for n in others]
         where = ", ".join(node["NodeManagerAddress"] for node in others)
-        seen = answer([task.remote(marker) for task in tasks], "the run", f"the nodes {where} to look for {config.folder}", NODES_S)
+        seen = get_with_timeout([task.remote(marker) for task in tasks], "the run", f"the nodes {where} to look for {config.folder}", NODES_S)
     finally:
         marker.unlink()
     blind = [node["NodeManagerAddress"] for node, sees in zip(others, seen, strict=True) if not sees]
@@ -163,7 +163,7 @@ def _stderr_to(path: Path) -> Iterator[None]:
         os.close(saved)
 
 
-def tighten_token() -> None:
+def restrict_token_file() -> None:
     """Ray writes its token file for everyone on the machine to read."""
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if token.exists() and token.stat().st_uid == os.getuid():

@@ -21,13 +21,13 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from exfm_ray.base import Model
+from exfm_ray.base import FrozenModel
 from exfm_ray.errors import UserError
-from exfm_ray.models.user_features import HISTORY, Past
+from exfm_ray.models.user_features import HISTORY, UserFeatures
 from exfm_ray.serving.folder import (
     MANIFEST,
     SCHEMA,
-    Served,
+    ExportManifest,
     check_file,
     hashes,
     new_folder,
@@ -43,7 +43,7 @@ from exfm_ray.storage.atomic import read_json, sha256
 DELTA = "delta.safetensors"
 
 
-class Delta(Model):
+class Delta(FrozenModel):
     """The manifest. `since`: hash of the tables that the rows are put into; `since_history`: that of the feature store; `changed`: table to
     number of rows; `changed_users`: of the feature store; `target`: the result's."""
 
@@ -51,7 +51,7 @@ class Delta(Model):
     since_history: str | None = None
     changed: dict[str, int]
     changed_users: int = 0
-    target: Served
+    target: ExportManifest
     files: dict[str, str]
 
 
@@ -82,7 +82,7 @@ def apply(tables: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> dict[str
     return result
 
 
-def check_same_student(base: Path, old: Served, new: Served) -> None:
+def check_same_student(base: Path, old: ExportManifest, new: ExportManifest) -> None:
     """UserError where two served folders are not of one student over one schema."""
     for key in ("vm", "arm"):
         if not {key} <= old.student.keys() & new.student.keys():
@@ -98,7 +98,7 @@ def check_same_student(base: Path, old: Served, new: Served) -> None:
             raise UserError(f"{base}: another {said} ({before}, now {now}); a delta needs two exports of one student: export it whole")
 
 
-def write_delta(folder: Path, base: Path, full: Path, target: Served) -> None:
+def write_delta(folder: Path, base: Path, full: Path, target: ExportManifest) -> None:
     """Fill `folder` with what changed between the served folders `base` and `full`, whose manifest is `target`."""
     old = read_served(base)
     check_same_student(base, old, target)
@@ -117,16 +117,16 @@ def write_delta(folder: Path, base: Path, full: Path, target: Served) -> None:
     write_manifest(folder, Delta(**since, changed=changed, changed_users=users, target=result, files=hashes(folder)))
 
 
-def _write_users(folder: Path, before: Past | None, after: Past | None) -> int:
+def _write_users(folder: Path, before: UserFeatures | None, after: UserFeatures | None) -> int:
     """Write the users whose history has changed; how many they are."""
     if not (before and after):
         return 0
-    changed = after.since(before)
+    changed = after.changed_since(before)
     changed.write(folder)
     return len(changed.users_U)
 
 
-def _of(target: Served, files: Mapping[str, str]) -> dict[str, float]:
+def _of(target: ExportManifest, files: Mapping[str, str]) -> dict[str, float]:
     return {name: largest for name, largest in target.checked["largest_difference"].items() if name in files}
 
 
@@ -150,7 +150,7 @@ def apply_folder(base: Path, delta: Path, folder: Path) -> None:
     with new_folder(folder) as new:
         write_tables(new, apply(read_tables(base, old), load_file(delta / DELTA)))
         if past:
-            past.put(Past.read(delta)).write(new)
+            past.updated(UserFeatures.read(delta)).write(new)
         for name in (ONNX, SCHEMA):
             shutil.copyfile(delta / name, new / name)
         for name in (TABLES, *([HISTORY] if past else [])):

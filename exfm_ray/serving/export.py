@@ -15,10 +15,10 @@ from exfm_ray.data.batch import Batch, to_batch
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.models.serialization import MANIFEST as MODEL_MANIFEST
-from exfm_ray.models.serialization import PlainModel, StoredModel, load_model
-from exfm_ray.models.user_features import Past
+from exfm_ray.models.serialization import LocalModel, StoredModel, load_model
+from exfm_ray.models.user_features import UserFeatures
 from exfm_ray.serving.delta import check_same_student, write_delta
-from exfm_ray.serving.folder import SCHEMA, Port, Served, hashes, new_folder, read_served, write_manifest, write_tables
+from exfm_ray.serving.folder import SCHEMA, ExportManifest, TensorSpec, hashes, new_folder, read_served, write_manifest, write_tables
 from exfm_ray.serving.graph import ServedGraph, input_names, inputs_of
 from exfm_ray.serving.input_schema import served_schema
 from exfm_ray.serving.program import (
@@ -29,14 +29,14 @@ from exfm_ray.serving.program import (
     PROGRAM,
     Predict,
     check_tools,
-    quiet,
+    silence_output,
     trace,
     write_compiled,
     write_onnx,
     write_program,
 )
 from exfm_ray.storage.atomic import write_json
-from exfm_ray.storage.paths import stores_of
+from exfm_ray.storage.paths import store_root_of_run
 
 CHECKED_ROWS = 300
 TOLERANCE = 1e-5
@@ -61,12 +61,12 @@ def export_student(run: Path, vm: str, arm: str, to: Path | None = None, since: 
         raise UserError("--aot and --since do not go together: a delta holds no compiled program; leave one of them out")
     check_tools(aot)
     model, stored = load_model(source)
-    stream = EventStream.open(stores_of(run) / "stream")
-    if Arm(arm).remembers and not stored.remembered:
+    stream = EventStream.open(store_root_of_run(run) / "stream")
+    if Arm(arm).uses_history and not stored.remembered:
         raise UserError(f"{source}: arm '{arm}' was stored without its feature store, by an earlier version; train it again under another --name")
     if stream.schema.digest != stored.stream.digest:
         raise UserError(f"{source}: trained on another schema than {stream.root} has; export from the run that trained it")
-    past = Past.read(source) if stored.remembered else None
+    past = UserFeatures.read(source) if stored.remembered else None
     rows = check_rows(stream, stored, past)
     if not since:
         with new_folder(folder) as new:
@@ -94,7 +94,7 @@ def find_student(run: Path, vm: str, arm: str) -> Path:
     return run / "exported" / f"{vm}-{arm}"
 
 
-def check_rows(stream: EventStream, stored: StoredModel, past: Past | None) -> Batch:
+def check_rows(stream: EventStream, stored: StoredModel, past: UserFeatures | None) -> Batch:
     """The first rows of the last window that has some, with their history; UserError for a stream without events."""
     for window in reversed(stream.windows()):
         for fragment in stream.window(window).fragments:
@@ -104,15 +104,15 @@ def check_rows(stream: EventStream, stored: StoredModel, past: Past | None) -> B
     raise UserError(f"{stream.root}: no events to check the written model with")
 
 
-def remembered(rows: Batch, stored: StoredModel, past: Past) -> Batch:
+def remembered(rows: Batch, stored: StoredModel, past: UserFeatures) -> Batch:
     """Rows with what their users' history holds behind their dense features."""
     column = [feature.name for feature in stored.example.single].index(stored.facts["history"]["key"])
     return replace(rows, dense_BD=torch.cat([rows.dense_BD, past.of(rows.sparse_BS[:, column])], dim=1))
 
 
 def write_served(
-    folder: Path, run: str, model: PlainModel, stored: StoredModel, stream: EventStream, past: Past | None, rows: Batch, aot: bool, program: bool
-) -> Served:
+    folder: Path, run: str, model: LocalModel, stored: StoredModel, stream: EventStream, past: UserFeatures | None, rows: Batch, aot: bool, program: bool
+) -> ExportManifest:
     """Fill `folder` with the student and its manifest.
 
     Args:
@@ -126,8 +126,8 @@ def write_served(
         past.write(folder)
     # Traced with values in every bag: torch.export takes a size of 0 or 1 for a constant.
     example = inputs_of(stored.example, _full_bags(rows))
-    with quiet():
-        traced = trace(ServedGraph.of(model, stored), example)
+    with silence_output():
+        traced = trace(ServedGraph.from_model(model, stored), example)
         written: dict[str, Predict] = {PROGRAM: write_program(traced, folder)} if program else {}
         written[ONNX] = write_onnx(traced, example, folder)
         if aot:
@@ -151,7 +151,7 @@ def check_batches(rows: Batch) -> list[Batch]:
     return [rows, next(rows.split(1)), three, emptied]
 
 
-def compare(model: PlainModel, stored: StoredModel, written: Mapping[str, Predict], batches: Sequence[Batch]) -> dict[str, float]:
+def compare(model: LocalModel, stored: StoredModel, written: Mapping[str, Predict], batches: Sequence[Batch]) -> dict[str, float]:
     """File to the largest difference of its probabilities from the trained model's; UserError for more than TOLERANCE."""
     found = {}
     for name, predict in written.items():
@@ -167,16 +167,16 @@ def compare(model: PlainModel, stored: StoredModel, written: Mapping[str, Predic
     return found
 
 
-def _described(run: str, stored: StoredModel, checked: Mapping[str, object], files: dict[str, str]) -> Served:
+def _described(run: str, stored: StoredModel, checked: Mapping[str, object], files: dict[str, str]) -> ExportManifest:
     """The manifest of a student."""
     schema = stored.example
     sizes = {"sparse_BS": len(schema.single), "dense_BD": len(schema.dense), "bag_values_V": 0, "bag_lengths_MB": len(schema.bags)}
     ports = []
     for name in input_names(schema):
         shape = tuple(AXES[name].get(axis, sizes[name]) for axis in range(1 if name == "bag_values_V" else 2))
-        ports.append(Port(name=name, dtype="float32" if name == "dense_BD" else "int64", shape=shape))
-    return Served(
+        ports.append(TensorSpec(name=name, dtype="float32" if name == "dense_BD" else "int64", shape=shape))
+    return ExportManifest(
         run=run, student=stored.facts, network=stored.network, schema_digest=schema.digest, tasks=stored.tasks, inputs=tuple(ports),
-        output=Port(name=OUTPUT, dtype="float32", shape=("B", len(stored.tasks))), checked=dict(checked),
+        output=TensorSpec(name=OUTPUT, dtype="float32", shape=("B", len(stored.tasks))), checked=dict(checked),
         versions={package: version(package) for package in ("torch", "onnx", "onnxruntime")}, files=files,
     )  # fmt: skip

@@ -21,17 +21,17 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from exfm_ray.base import Model
+from exfm_ray.base import FrozenModel
 from exfm_ray.config.models import ModelConfig
 from exfm_ray.errors import UserError
-from exfm_ray.models.user_features import HISTORY, Past
+from exfm_ray.models.user_features import HISTORY, UserFeatures
 from exfm_ray.serving.program import TABLES
 from exfm_ray.storage.atomic import read_json, sha256, write_json
 
 MANIFEST, SCHEMA = "manifest.json", "schema.json"
 
 
-class Port(Model):
+class TensorSpec(FrozenModel):
     """An input or the output: sizes are numbers, or the letter of an axis whose size a call chooses."""
 
     name: str
@@ -39,7 +39,7 @@ class Port(Model):
     shape: tuple[int | str, ...]
 
 
-class Served(Model):
+class ExportManifest(FrozenModel):
     """The manifest. `student`: VM, arm, windows learnt and seed; `checked`: rows compared, and file to largest difference."""
 
     run: str
@@ -47,8 +47,8 @@ class Served(Model):
     network: ModelConfig
     schema_digest: str
     tasks: tuple[str, ...]
-    inputs: tuple[Port, ...]
-    output: Port
+    inputs: tuple[TensorSpec, ...]
+    output: TensorSpec
     checked: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, str]
@@ -80,19 +80,19 @@ def write_tables(folder: Path, tables: Mapping[str, Tensor]) -> None:
     save_file({name: table.contiguous() for name, table in tables.items()}, folder / TABLES)
 
 
-def read_tables(folder: Path, manifest: Served) -> dict[str, Tensor]:
+def read_tables(folder: Path, manifest: ExportManifest) -> dict[str, Tensor]:
     """The tables of a served folder; UserError where the file is not the manifest's."""
     check_file(folder, TABLES, manifest.files)
     tables: dict[str, Tensor] = load_file(folder / TABLES)
     return tables
 
 
-def read_past(folder: Path, manifest: Served) -> Past | None:
+def read_past(folder: Path, manifest: ExportManifest) -> UserFeatures | None:
     """The feature store of a served folder, where its arm has one; UserError where the file is not the manifest's."""
     if HISTORY not in manifest.files:
         return None
     check_file(folder, HISTORY, manifest.files)
-    return Past.read(folder)
+    return UserFeatures.read(folder)
 
 
 def check_file(folder: Path, name: str, files: Mapping[str, str]) -> None:
@@ -106,14 +106,14 @@ def hashes(folder: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in sorted(folder.iterdir())}
 
 
-def write_manifest(folder: Path, manifest: Model) -> None:
+def write_manifest(folder: Path, manifest: FrozenModel) -> None:
     """Write the manifest."""
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
 
 
-def read_served(folder: Path) -> Served:
+def read_served(folder: Path) -> ExportManifest:
     """The manifest of a served folder; UserError where there is none or it is no such manifest."""
     try:
-        return Served.model_validate(read_json(folder / MANIFEST))
+        return ExportManifest.model_validate(read_json(folder / MANIFEST))
     except ValidationError as error:
         raise UserError(f"{folder / MANIFEST}: not the manifest of a served student ({error.errors()[0]['msg']})") from None

@@ -1,6 +1,6 @@
 """The served graph: a student's tables and network as one module made of operators that torch.export and ONNX both have.
 
-It computes what `PlainModel.score` computes. Only the lookup is written anew: `embedding_bag` has no ONNX form, and `expand_bags`
+It computes what `LocalModel.score` computes. Only the lookup is written anew: `embedding_bag` has no ONNX form, and `expand_bags`
 makes tensors whose size depends on what is in others. Here every size follows from the inputs' shapes.
 
 Shape suffixes as in `exfm_ray.data.batch`; X = M * B, P embedded rows that are means of bags, U those of single positions of
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from exfm_ray.data.batch import Batch
 from exfm_ray.models.layout import POOLED, Layout
 from exfm_ray.models.network import Network
-from exfm_ray.models.serialization import PlainModel, StoredModel
+from exfm_ray.models.serialization import LocalModel, StoredModel
 from exfm_ray.schema import Schema
 
 
@@ -72,7 +72,7 @@ class ServedTables(nn.Module):
         self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
 
     def forward(self, sparse_BS: Tensor, bag_values_V: Tensor | None, bag_lengths_MB: Tensor | None) -> Tensor:
-        """The tensors of a `Batch` to embedded_BRE, as `PlainTables.embed`; the bags are None where the schema has none."""
+        """The tensors of a `Batch` to embedded_BRE, as `LocalTables.embed`; the bags are None where the schema has none."""
         single_BRE = F.embedding(sparse_BS[:, self.single_S] * self.single_scale_S + self.single_offset_S, self.weight)
         if bag_values_V is None or bag_lengths_MB is None:
             return single_BRE
@@ -120,10 +120,10 @@ class ServedGraph(nn.Module):
         self.network = network
 
     @classmethod
-    def of(cls, model: PlainModel, stored: StoredModel) -> ServedGraph:
+    def from_model(cls, model: LocalModel, stored: StoredModel) -> ServedGraph:
         """The served form of a loaded model; its network is shared, and frozen; its tables are copied."""
         schema, config = stored.example, stored.network
-        tables = ServedTables(Layout.of(config, schema), schema, model.tables.tables(), config.dim)
+        tables = ServedTables(Layout.from_config(config, schema), schema, model.tables.tables(), config.dim)
         return cls(tables, model.network).eval().requires_grad_(False)
 
     def forward(

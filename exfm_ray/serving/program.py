@@ -108,7 +108,7 @@ def write_compiled(program: ExportedProgram, folder: Path) -> Predict:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_output() -> Iterator[None]:
     """Keep what torch's exporters say of other packages and of their own future off the screen."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level

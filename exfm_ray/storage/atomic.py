@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from exfm_ray.errors import UserError
-from exfm_ray.storage.remote import Place, RemotePath
+from exfm_ray.storage.remote import AnyPath, RemotePath
 
 
 @contextmanager
-def atomic_path(path: Place) -> Iterator[Path]:
+def atomic_path(path: AnyPath) -> Iterator[Path]:
     """Yield a temporary path in `path`'s folder; rename it to `path` when the block ends without an error. Of a remote file the temporary
     one lies on this machine."""
     if isinstance(path, RemotePath):
         with tempfile.TemporaryDirectory(prefix="exfm-ray.") as folder:
             yield Path(folder) / path.name
-            path.put(Path(folder) / path.name)
+            path.upload(Path(folder) / path.name)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # threads, and other nodes, may write the same file
@@ -37,18 +37,18 @@ def atomic_path(path: Place) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Place, text: str) -> None:
+def write_text(path: AnyPath, text: str) -> None:
     """Write `text` to `path` atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text)
 
 
-def write_json(path: Place, value: Any) -> None:
+def write_json(path: AnyPath, value: Any) -> None:
     """Write `value` as JSON to `path` atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Place) -> Any:
+def read_json(path: AnyPath) -> Any:
     """The JSON value in `path`; UserError where the file is missing or damaged."""
     try:
         return json.loads(path.read_text())
@@ -58,7 +58,7 @@ def read_json(path: Place) -> Any:
         raise UserError(f"{path}: not valid JSON ({error}); remove it and run the step that writes it again") from None
 
 
-def readable(path: Place) -> Any:
+def parquet_source(path: AnyPath) -> Any:
     """What pyarrow reads a Parquet file from: a local one where it lies, a remote one from memory, fetched whole in one go."""
     if isinstance(path, Path):
         return path
@@ -67,7 +67,7 @@ def readable(path: Place) -> Any:
     return pa.BufferReader(path.read_bytes())
 
 
-def remove_tree(folder: Place) -> None:
+def remove_tree(folder: AnyPath) -> None:
     """Delete all below a folder, and a local one itself. What is not there is no error."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
@@ -75,7 +75,7 @@ def remove_tree(folder: Place) -> None:
         folder.remove_tree()
 
 
-def append_lines(path: Path, rows: Sequence[Any]) -> None:
+def append_jsonl(path: Path, rows: Sequence[Any]) -> None:
     """Append a line of JSON for each row, in one write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -91,7 +91,7 @@ def append_text(path: Path, line: str) -> None:
         file.write(line + "\n")
 
 
-def read_lines(path: Path) -> list[Any]:
+def read_jsonl(path: Path) -> list[Any]:
     """The rows of a file of JSON lines; a last line that is not whole (being written, or cut short by a kill) is left out.
 
     UserError where a line before it is damaged.
@@ -111,7 +111,7 @@ def read_lines(path: Path) -> list[Any]:
     return rows
 
 
-def cut_torn_line(path: Path) -> None:
+def truncate_partial_line(path: Path) -> None:
     """Cut off a last line that a kill cut short, or the next row would be glued to it."""
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
@@ -123,6 +123,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def digest(value: Any) -> str:
+def short_hash(value: Any) -> str:
     """A short stable digest of a JSON-able value: 16 hex digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

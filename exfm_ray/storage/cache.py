@@ -1,6 +1,6 @@
 """Remote files on this machine: one copy for all processes of the node, checked by its hash.
 
-A local file is its own copy. The copies lie below the folder for temporary files (TMPDIR); one that nobody has asked for within `KEPT_S` goes
+A local file is its own copy. The copies lie below the folder for temporary files (TMPDIR); one that nobody has asked for within `CACHE_TTL_S` goes
 when the next comes.
 """
 
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import IO
 
 from exfm_ray.errors import UserError
-from exfm_ray.storage.atomic import digest, sha256
-from exfm_ray.storage.remote import Place, RemotePath
+from exfm_ray.storage.atomic import sha256, short_hash
+from exfm_ray.storage.remote import AnyPath, RemotePath
 
-KEPT_S = 3600.0
+CACHE_TTL_S = 3600.0
 FETCH_S, LOOK_S = 3600.0, 0.1
 """Longest wait for another process of this node that fetches the same file, and the pause between two looks."""
 
 
-def intact(path: Place, expected: str) -> bool:
+def verify_sha256(path: AnyPath, expected: str) -> bool:
     """True when the file is there and has this SHA-256. A remote one is fetched for that."""
     if isinstance(path, Path):
         return path.exists() and sha256(path) == expected
@@ -38,7 +38,7 @@ def intact(path: Place, expected: str) -> bool:
         return False
 
 
-def fetched(path: Place, expected: str) -> Path:
+def local_copy(path: AnyPath, expected: str) -> Path:
     """The file on this machine. One that is fetched for this has the SHA-256 `expected`, or it is a UserError; a local one is not looked at."""
     if isinstance(path, Path):
         return path
@@ -52,15 +52,15 @@ def _copy(path: RemotePath, expected: str) -> Path:
     """The copy of a remote file as it is now, by its time (S3's are whole seconds) and size. A new one that has not this SHA-256 is not kept,
     and `sha256` of it finds no file."""
     there = path.stat()
-    copy = _folder() / digest([path.root, *path.parts, there.st_mtime_ns, there.st_size, expected])
-    with _alone(copy.with_suffix(".lock")):
+    copy = _folder() / short_hash([path.root, *path.parts, there.st_mtime_ns, there.st_size, expected])
+    with _exclusive(copy.with_suffix(".lock")):
         if copy.exists():
             os.utime(copy)
             return copy
         _forget_old()
         with tempfile.TemporaryDirectory(dir=copy.parent) as folder:
             fresh = Path(folder) / "copy"
-            path.fetch(fresh)
+            path.download(fresh)
             if sha256(fresh) == expected:
                 fresh.replace(copy)
     return copy
@@ -75,7 +75,7 @@ def _folder() -> Path:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _exclusive(path: Path) -> Iterator[None]:
     with path.open("w") as lock:
         deadline = time.monotonic() + FETCH_S
         while not _locked(lock):
@@ -97,5 +97,5 @@ def _forget_old() -> None:
     """Copies out of use, with their locks."""
     for path in _folder().iterdir():
         with suppress(OSError):
-            if path.is_file() and path.stat().st_mtime < time.time() - KEPT_S:
+            if path.is_file() and path.stat().st_mtime < time.time() - CACHE_TTL_S:
                 path.unlink()

@@ -14,7 +14,7 @@ from exfm_ray.errors import UserError
 _held: dict[Path, IO[str]] = {}
 
 
-def hold(folder: Path, roles: Iterable[str]) -> None:
+def acquire_role_lock(folder: Path, roles: Iterable[str]) -> None:
     """Be the one process that drives these roles of the run in `folder`, until this process ends; the kernel frees them at any kill.
 
     A file system without locks holds nobody back. UserError where another process drives one of them.

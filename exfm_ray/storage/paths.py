@@ -11,36 +11,36 @@ from pydantic import TypeAdapter, ValidationError
 
 from exfm_ray.base import Name
 from exfm_ray.errors import UserError
-from exfm_ray.storage.remote import Place, RemotePath, check_url
+from exfm_ray.storage.remote import AnyPath, RemotePath, check_url
 
 UPLOADS = "working_dir_files"
 """The folder of a Ray node in which uploaded code lies, one folder for each upload. Ray removes them when jobs or its session end."""
 
 
-def placed() -> bool:
+def uses_home_dir() -> bool:
     """Whether relative folders lie elsewhere than below the working folder."""
     return bool(os.environ.get("EXFM_HOME")) or UPLOADS in Path.cwd().parts
 
 
-def base() -> Path:
+def home_dir() -> Path:
     """The folder that relative paths start from: EXFM_HOME, where it is not set ~/exfm-ray in a job's uploaded code, else the working
     folder. It does not depend on the code uploaded, so that a run goes on where it stopped."""
-    if placed():
+    if uses_home_dir():
         return Path(os.environ.get("EXFM_HOME") or Path.home() / "exfm-ray").absolute()
     return Path.cwd()
 
 
-def lasting(path: str | Path) -> Path:
+def absolute(path: str | Path) -> Path:
     """`path` made absolute."""
-    return base() / path
+    return home_dir() / path
 
 
-def stores(folder: Path, name: str, storage: str | None) -> Place:
+def store_root(folder: Path, name: str, storage: str | None) -> AnyPath:
     """Where the run `name` in `folder` has its stores: stream, snapshots, supervision, and what students are given beside it."""
     return folder if storage is None else RemotePath(storage) / name
 
 
-def stores_of(run: Path) -> Place:
+def store_root_of_run(run: Path) -> AnyPath:
     """The same of a run that is there, as the config in its folder says. UserError where that says what no config of ours could."""
     try:
         settings = next(iter(yaml.safe_load_all((run / "config.yaml").read_text())))
@@ -50,7 +50,7 @@ def stores_of(run: Path) -> Place:
     if storage is None:
         return run
     try:
-        return stores(run, TypeAdapter(Name).validate_python(name), check_url(TypeAdapter(str).validate_python(storage)))
+        return store_root(run, TypeAdapter(Name).validate_python(name), check_url(TypeAdapter(str).validate_python(storage)))
     except ValidationError as error:
         told = error.errors()[0]["msg"]
     except ValueError as error:

@@ -20,11 +20,11 @@ from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from exfm_ray.errors import UserError
 
-OBJECTS = {"s3": "S3 (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)", "gs": "Google Cloud (GOOGLE_APPLICATION_CREDENTIALS)"}
+OBJECT_STORES = {"s3": "S3 (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)", "gs": "Google Cloud (GOOGLE_APPLICATION_CREDENTIALS)"}
 """Schemes whose files are objects, put in one step; and where their credentials come from."""
 OPTIONS = {"s3": {"region", "endpoint_override", "scheme"}, "gs": {"endpoint_override", "scheme"}}
 """What may follow the `?` of their URLs."""
-DOOR_TRIES, TRIES = 3, 8
+PROBE_ATTEMPTS, TRIES = 3, 8
 """Tries of a request, with pauses that double from half a second: at the first look, where a mistake is likely; then some 40 s in all."""
 CONNECT_S, GCS_S = 10.0, 60.0
 POLL_S = 1.0
@@ -40,10 +40,10 @@ def check_url(url: str) -> str:
     parts = urlsplit(url)
     if "://" not in url or not parts.scheme:
         raise ValueError("is no URL; write it as s3://bucket/prefix, or remove it: without it all lies below run.dir")
-    if parts.password or (parts.username and parts.scheme in OBJECTS):
+    if parts.password or (parts.username and parts.scheme in OBJECT_STORES):
         raise ValueError(
             "holds credentials, which would be written into the run's folder; put them into the environment of all nodes"
-            + (f", for {OBJECTS[parts.scheme]}" if parts.scheme in OBJECTS else "")
+            + (f", for {OBJECT_STORES[parts.scheme]}" if parts.scheme in OBJECT_STORES else "")
         )
     options = parse_qs(parts.query)
     allowed = OPTIONS.get(parts.scheme, set())
@@ -51,9 +51,9 @@ def check_url(url: str) -> str:
         raise ValueError(f"has the option '{unknown[0]}'; known for '{parts.scheme}': {', '.join(sorted(allowed)) or 'none'}")
     if any("@" in value for values in options.values() for value in values):
         raise ValueError("holds credentials in an option; put them into the environment of all nodes")
-    if parts.scheme in OBJECTS and not parts.netloc:
+    if parts.scheme in OBJECT_STORES and not parts.netloc:
         raise ValueError(f"names no bucket; write it as {parts.scheme}://bucket/prefix")
-    if parts.scheme not in OBJECTS:
+    if parts.scheme not in OBJECT_STORES:
         import fsspec
 
         try:
@@ -63,22 +63,22 @@ def check_url(url: str) -> str:
     return url
 
 
-def without_credentials(url: str) -> str:
+def redact_url(url: str) -> str:
     """A URL as it may be shown: without user, password and options."""
     head, separator, rest = url.partition("://")
     return f"{head}://{rest.partition('?')[0].rpartition('@')[2]}" if separator else url
 
 
 @lru_cache(maxsize=8)
-def connected(url: str) -> tuple[Any, str]:
+def open_filesystem(url: str) -> tuple[Any, str]:
     """The file system of a checked URL, and the URL's path on it. It is looked at once: UserError where it cannot be used."""
     from pyarrow import fs
 
-    parts, shown = urlsplit(url), without_credentials(url)
+    parts, shown = urlsplit(url), redact_url(url)
     base = f"{parts.netloc}{parts.path}".rstrip("/")
     try:
         if parts.scheme == "s3":
-            door, system = (_s3(parts, tries) for tries in (DOOR_TRIES, TRIES))
+            door, system = (_s3(parts, tries) for tries in (PROBE_ATTEMPTS, TRIES))
         elif parts.scheme == "gs":
             door = system = fs.GcsFileSystem(retry_time_limit=timedelta(seconds=GCS_S), **_options(parts))
         else:
@@ -86,14 +86,14 @@ def connected(url: str) -> tuple[Any, str]:
 
             other, base = fsspec.url_to_fs(url, use_listings_cache=False)
             door = system = fs.PyFileSystem(fs.FSSpecHandler(other))
-        found = door.get_file_info(parts.netloc if parts.scheme in OBJECTS else base)
+        found = door.get_file_info(parts.netloc if parts.scheme in OBJECT_STORES else base)
     except OSError as error:
-        place = OBJECTS.get(parts.scheme, parts.scheme)
+        place = OBJECT_STORES.get(parts.scheme, parts.scheme)
         raise StorageError(
             f"setting 'run.storage': {shown} cannot be reached ({_plain(error)}); does the environment of this process hold credentials for "
             f"{place}, may they list the bucket, and is the address right?"
         ) from None
-    if parts.scheme in OBJECTS and found.type is fs.FileType.NotFound:
+    if parts.scheme in OBJECT_STORES and found.type is fs.FileType.NotFound:
         raise UserError(f"setting 'run.storage': {shown}: there is no bucket '{parts.netloc}'; create it, or correct the name")
     return system, base
 
@@ -143,7 +143,7 @@ class RemotePath:
     parts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "/".join([without_credentials(self.root).rstrip("/"), *self.parts])
+        return "/".join([redact_url(self.root).rstrip("/"), *self.parts])
 
     def __truediv__(self, below: str) -> RemotePath:
         parts = below.split("/")
@@ -168,7 +168,7 @@ class RemotePath:
     @contextmanager
     def _at(self) -> Iterator[tuple[Any, str]]:
         """The file system and the path on it, for one operation."""
-        system, base = connected(self.root)
+        system, base = open_filesystem(self.root)
         try:
             yield system, "/".join([base, *self.parts])
         except FileNotFoundError:
@@ -203,17 +203,17 @@ class RemotePath:
         """The whole file, UTF-8."""
         return self.read_bytes().decode()
 
-    def fetch(self, target: Path) -> None:
+    def download(self, target: Path) -> None:
         """Copy the file to this machine."""
         with self._at() as (system, path), system.open_input_stream(path, compression=None) as file, target.open("wb") as copy:
             while piece := file.read(1 << 24):
                 copy.write(piece)
 
-    def put(self, source: Path) -> None:
+    def upload(self, source: Path) -> None:
         """Make this file a copy of a local one, in one step for all who read it."""
         import pyarrow as pa
 
-        objects = urlsplit(self.root).scheme in OBJECTS
+        objects = urlsplit(self.root).scheme in OBJECT_STORES
         with self._at() as (system, path):
             target = path if objects else f"{path}.{uuid.uuid4().hex}.tmp"
             if not objects:
@@ -242,16 +242,16 @@ class RemotePath:
         """What lies below, as deep as the pattern and matching it part by part: for a pattern of one part files and prefixes, for a longer one
         files. A request for each thousand files below."""
         wanted = pattern.split("/")
-        for path in self._below(recursive=len(wanted) > 1):
+        for path in self._relative(recursive=len(wanted) > 1):
             names = path.parts[len(self.parts) :]
             if len(names) == len(wanted) and all(map(fnmatchcase, names, wanted)):
                 yield path
 
     def rglob(self, pattern: str) -> Iterator[RemotePath]:
         """All files below whose name matches."""
-        return (path for path in self._below(recursive=True) if fnmatchcase(path.name, pattern))
+        return (path for path in self._relative(recursive=True) if fnmatchcase(path.name, pattern))
 
-    def _below(self, recursive: bool) -> Iterator[RemotePath]:
+    def _relative(self, recursive: bool) -> Iterator[RemotePath]:
         from pyarrow.fs import FileSelector
 
         with self._at() as (system, path):
@@ -261,10 +261,10 @@ class RemotePath:
                 yield self / info.path[len(path) :].strip("/")
 
 
-Place = Path | RemotePath
+AnyPath = Path | RemotePath
 """Where a store lies."""
 
 
-def pause_s(place: Place, local_s: float) -> float:
+def poll_interval(place: AnyPath, local_s: float) -> float:
     """Pause between two looks at a place: `local_s`, where a look is a request longer."""
     return local_s if isinstance(place, Path) else max(local_s, POLL_S)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from exfm_ray.models.user_features import Past
+from exfm_ray.models.user_features import UserFeatures
 
 Array = np.ndarray[Any, Any]
 
@@ -30,7 +30,7 @@ class FeatureStore:
         return cls(none, none, np.empty((0, dim), np.float32), np.empty((0, last, dim), np.float32))
 
     @classmethod
-    def of(cls, arrays: Mapping[str, Array], dim: int, last: int) -> FeatureStore:
+    def from_arrays(cls, arrays: Mapping[str, Array], dim: int, last: int) -> FeatureStore:
         """From `arrays()`; those without an element may be left out."""
         if not arrays:
             return cls.empty(dim, last)
@@ -40,11 +40,11 @@ class FeatureStore:
         """By their names in the file."""
         return {"users": self.users_U, "count": self.count_U, "total": self.total_UD, "last": self.last_ULD}
 
-    def mapped(self, map_DD: Array) -> FeatureStore:
+    def transformed(self, map_DD: Array) -> FeatureStore:
         """In another space."""
         return FeatureStore(self.users_U, self.count_U, (self.total_UD @ map_DD).astype(np.float32), (self.last_ULD @ map_DD).astype(np.float32))
 
-    def after(self, user_N: Array, value_ND: Array) -> FeatureStore:
+    def updated(self, user_N: Array, value_ND: Array) -> FeatureStore:
         """With a window's examples, in order. Id 0, the missing value, is nobody and is not kept."""
         user_N, value_ND = user_N[user_N > 0], value_ND[user_N > 0]
         order_N = np.argsort(user_N, kind="stable")
@@ -86,12 +86,12 @@ class FeatureStore:
         summary_NF[known_N] = np.concatenate([np.log1p(self.count_U[at_K, None]), values_KX], axis=1)
         return summary_NF
 
-    def past(self) -> Past:
+    def to_user_features(self) -> UserFeatures:
         """What examples of each user are given, in the order of the users."""
-        return Past(torch.from_numpy(self.users_U), torch.from_numpy(self.summary(self.users_U)))
+        return UserFeatures(torch.from_numpy(self.users_U), torch.from_numpy(self.summary(self.users_U)))
 
 
-def space_map(old_ND: Array, new_ND: Array) -> Array:
+def ridge_alignment(old_ND: Array, new_ND: Array) -> Array:
     """The linear map M, float64 (D, D), of what one snapshot says of examples to what the next one says of the same ones.
 
     argmin |X M - Y|^2 + l |M - I|^2 over M, which is (X'X + l I)^-1 (X'Y + l I): ridge regression (Hoerl and Kennard, 1970) towards the
@@ -100,5 +100,5 @@ def space_map(old_ND: Array, new_ND: Array) -> Array:
     """
     x_ND, y_ND, identity_DD = old_ND.astype(np.float64), new_ND.astype(np.float64), np.eye(old_ND.shape[1])
     weight = (float(np.square(x_ND).mean()) if x_ND.size else 0.0) or 1.0
-    mapped: Array = np.linalg.solve(x_ND.T @ x_ND + weight * identity_DD, x_ND.T @ y_ND + weight * identity_DD)
-    return mapped
+    transformed: Array = np.linalg.solve(x_ND.T @ x_ND + weight * identity_DD, x_ND.T @ y_ND + weight * identity_DD)
+    return transformed

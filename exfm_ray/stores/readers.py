@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from exfm_ray.data.labels.corrections import learnt_fragments, with_corrections
-from exfm_ray.data.labels.releases import is_released, labelled
-from exfm_ray.data.readers import Pass
+from exfm_ray.data.labels.releases import is_released, with_released_labels
+from exfm_ray.data.readers import WindowPass
 from exfm_ray.data.stream import EventStream, Fragment, window_name
 from exfm_ray.errors import UserError
-from exfm_ray.storage.remote import Place
+from exfm_ray.storage.remote import AnyPath
 from exfm_ray.stores.shared_rows import SharedStore
-from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.supervision import SupervisionStore
 from exfm_ray.stores.user_history import HistoryStore
 
@@ -29,19 +29,19 @@ class AugmentedReader:
     `history`, its rows are joined with the feature store as it was before the window, to learn and to evaluate.
     """
 
-    stream_root: Place
+    stream_root: AnyPath
     store: SupervisionStore | None
-    policy: Policy
+    policy: SnapshotPolicy
     domains: tuple[int, ...]
     tasks: tuple[str, ...]
     shared: SharedStore | None = None
     history: HistoryStore | None = None
 
-    def supervised(self, work: Pass) -> bool:
+    def supervised(self, work: WindowPass) -> bool:
         """True when a teacher exists for this pass and the job wants one."""
         return work.purpose == "learn" and self.store is not None and self.policy.version(work.window) is not None
 
-    def ready(self, work: Pass) -> bool:
+    def ready(self, work: WindowPass) -> bool:
         if self._shared(work) and not (self.shared and self.shared.has(work.window)):
             return False
         if self.history and not self.history.ready(work.window):
@@ -49,11 +49,11 @@ class AugmentedReader:
         labels = is_released(self._stream, work.window, self.tasks)
         return labels and (self.store is None or not self.supervised(work) or self.store.has(work.window))
 
-    def _shared(self, work: Pass) -> bool:
+    def _shared(self, work: WindowPass) -> bool:
         """True when models are given table rows before this pass."""
         return work.purpose == "evaluate" and self.shared is not None and self.policy.version(work.window) is not None
 
-    def awaits(self, work: Pass) -> str:
+    def missing_input(self, work: WindowPass) -> str:
         if self._shared(work):
             return f"the shared table rows of window {work.window} (teacher '{self.shared.teacher if self.shared else None}')"
         if self.history and not self.history.ready(work.window):
@@ -66,15 +66,15 @@ class AugmentedReader:
     def _stream(self) -> EventStream:
         return EventStream.open(self.stream_root)
 
-    def fragments(self, work: Pass) -> Sequence[Fragment]:
+    def fragments(self, work: WindowPass) -> Sequence[Fragment]:
         """Fragments that hold a row of one of the domains; to learn, see `learnt_fragments`."""
         if work.purpose == "learn":
             return learnt_fragments(self._stream, work.window, self.tasks, self.domains)
         return [f for f in self._stream.window(work.window).fragments if any(f.domain_rows[d] for d in self.domains)]
 
-    def read(self, work: Pass, fragment: Fragment) -> pa.Table:
+    def read(self, work: WindowPass, fragment: Fragment) -> pa.Table:
         def own() -> pa.Table:
-            return self._augment(work, fragment, labelled(self._stream, work.window, fragment, self.tasks))
+            return self._augment(work, fragment, with_released_labels(self._stream, work.window, fragment, self.tasks))
 
         def origin(window: int, fragment: Fragment) -> pa.Table | None:
             return self._origin(work, window, fragment)
@@ -83,14 +83,14 @@ class AugmentedReader:
         events = with_corrections(self._stream, work.window, fragment, self.tasks, own, origin) if learns else own()
         return events.filter(pc.is_in(events["domain"], pa.array(self.domains, pa.int32())))
 
-    def _origin(self, work: Pass, window: int, fragment: Fragment) -> pa.Table | None:
+    def _origin(self, work: WindowPass, window: int, fragment: Fragment) -> pa.Table | None:
         """A fragment that corrections point to, with its own supervision; None where it had no teacher but `work`'s rows have one."""
-        origin = Pass(window, "learn")
+        origin = WindowPass(window, "learn")
         if self.supervised(work) and not self.supervised(origin):
             return None
         return self._augment(origin, fragment, self._stream.read(window, fragment))
 
-    def _augment(self, work: Pass, fragment: Fragment, events: pa.Table) -> pa.Table:
+    def _augment(self, work: WindowPass, fragment: Fragment, events: pa.Table) -> pa.Table:
         """With the window's supervision, and with what was remembered before it."""
         if self.supervised(work):
             assert self.store is not None

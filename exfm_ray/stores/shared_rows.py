@@ -22,17 +22,17 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from exfm_ray.base import Model
+from exfm_ray.base import FrozenModel
 from exfm_ray.config.root import Config
 from exfm_ray.data.stream import EventStream, Window, list_values, window_name
 from exfm_ray.errors import UserError
 from exfm_ray.models.serialization import MOMENTUM, table_parts
 from exfm_ray.schema import Schema
 from exfm_ray.storage.atomic import atomic_path, read_json, sha256, write_json
-from exfm_ray.storage.cache import fetched, intact
-from exfm_ray.storage.remote import Place
-from exfm_ray.stores.snapshot_policy import Policy
-from exfm_ray.stores.snapshots import SnapshotStore, made_again
+from exfm_ray.storage.cache import local_copy, verify_sha256
+from exfm_ray.storage.remote import AnyPath
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
+from exfm_ray.stores.snapshots import SnapshotStore, rebuild_hint
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -45,7 +45,7 @@ class TableRows(NamedTuple):
     momentum_X: Tensor | None
 
 
-class Part(Model):
+class DomainFile(FrozenModel):
     """One domain's file."""
 
     file: str
@@ -54,7 +54,7 @@ class Part(Model):
     bytes: int
 
 
-class Shared(Model):
+class SharedRowsManifest(FrozenModel):
     """The manifest of a window's rows. `widths`: W of each table; `momentum`: with the tables' Adagrad state; `asked`: the version that
     was to give them, where that one is damaged and an older one did in its place."""
 
@@ -64,7 +64,7 @@ class Shared(Model):
     schema_digest: str
     widths: dict[str, int]
     momentum: bool
-    domains: dict[str, Part]
+    domains: dict[str, DomainFile]
     asked: int | None = None
 
 
@@ -72,10 +72,10 @@ class Shared(Model):
 class SharedStore:
     """What one teacher gives."""
 
-    root: Place
+    root: AnyPath
     teacher: str
 
-    def folder(self, window: int) -> Place:
+    def folder(self, window: int) -> AnyPath:
         """Where a window's rows lie."""
         return self.root / self.teacher / window_name(window)
 
@@ -85,7 +85,7 @@ class SharedStore:
 
     def publish(
         self, stream: EventStream, window: Window, snapshots: SnapshotStore, version: int, domains: Sequence[str], tables: Sequence[str],
-        policy: Policy,
+        policy: SnapshotPolicy,
     ) -> None:  # fmt: skip
         """Write the rows that a window's examples of each domain read, with their Adagrad state where the snapshot holds it.
 
@@ -113,29 +113,29 @@ class SharedStore:
             with atomic_path(path) as temporary:
                 save_file(tensors, temporary)
                 size, hashed = temporary.stat().st_size, sha256(temporary)
-            parts[domain] = Part(file=path.name, sha256=hashed, rows=sum(len(id_X) for id_X in ids.values()), bytes=size)
-        manifest = Shared(
+            parts[domain] = DomainFile(file=path.name, sha256=hashed, rows=sum(len(id_X) for id_X in ids.values()), bytes=size)
+        manifest = SharedRowsManifest(
             window=window.index, teacher=self.teacher, snapshot=version, schema_digest=schema.digest, momentum=bool(state), domains=parts,
             widths={name: next(rows.shape[1] for table, _, rows in held if table == name) for name in own},
             asked=None if version == policy.version(window.index) else policy.version(window.index),
         )  # fmt: skip
         write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
 
-    def manifest(self, window: int) -> Shared:
+    def manifest(self, window: int) -> SharedRowsManifest:
         """The manifest of a committed window; UserError where it is missing or damaged."""
         folder = self.folder(window)
         path = folder / "manifest.json"
         if not path.exists():
             raise UserError(f"{path}: window {window} has no rows of teacher '{self.teacher}'; run the DAS on it")
         try:
-            return Shared.model_validate(read_json(path))
+            return SharedRowsManifest.model_validate(read_json(path))
         except ValidationError as error:
-            raise UserError(f"{path}: not a manifest of shared rows ({error.errors()[0]['msg']}); {made_again(folder)}") from None
+            raise UserError(f"{path}: not a manifest of shared rows ({error.errors()[0]['msg']}); {rebuild_hint(folder)}") from None
 
-    def read(self, window: int, domain: str, schema: Schema, policy: Policy) -> dict[str, TableRows]:
+    def read(self, window: int, domain: str, schema: Schema, policy: SnapshotPolicy) -> dict[str, TableRows]:
         """A domain's rows by table, checked: window, teacher, snapshot, schema and the file's hash."""
         manifest, folder = self.manifest(window), self.folder(window)
-        again = f"; {made_again(folder)}"
+        again = f"; {rebuild_hint(folder)}"
         if (manifest.window, manifest.teacher) != (window, self.teacher):
             raise UserError(f"{folder}: holds rows of window {manifest.window} and teacher '{manifest.teacher}'{again}")
         asked, wanted = manifest.snapshot if manifest.asked is None else manifest.asked, policy.version(window)
@@ -147,9 +147,9 @@ class SharedStore:
             raise UserError(f"{folder}: no rows for domain '{domain}', only for {', '.join(manifest.domains) or 'none'}{again}")
         part = manifest.domains[domain]
         path = folder / part.file
-        if PurePath(part.file).name != part.file or not intact(path, part.sha256):
+        if PurePath(part.file).name != part.file or not verify_sha256(path, part.sha256):
             raise UserError(f"{path}: missing or not the file that its manifest describes{again}")
-        tensors = load_file(fetched(path, part.sha256))
+        tensors = load_file(local_copy(path, part.sha256))
         return {
             name: TableRows(tensors[f"ids/{name}"].numpy(), tensors[f"rows/{name}"], tensors.get(f"momentum/{name}"))
             for name in manifest.widths if f"ids/{name}" in tensors
@@ -158,7 +158,7 @@ class SharedStore:
 
 def shared_store(config: Config, teacher: str | None = None) -> SharedStore | None:
     """Where the rows of a run's FM, or of another of its teachers, lie; None where no arm takes them."""
-    shares = any(arm.shares for arm in config.arms)
+    shares = any(arm.shares_tables for arm in config.arms)
     return SharedStore(config.stores / "shared", teacher or config.fm.name) if shares else None
 
 

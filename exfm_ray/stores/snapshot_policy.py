@@ -11,14 +11,14 @@ from typing import Self
 from exfm_ray.config.das import DASConfig
 
 
-def version_for(window: int, fm_lag: int) -> int | None:
+def newest_allowed_version(window: int, fm_lag: int) -> int | None:
     """The newest version that may supervise `window`: it has learned windows <= window - fm_lag. None while there is no such one."""
     version = window - fm_lag + 1
     return version if version >= 1 else None
 
 
 @dataclass(frozen=True)
-class Policy:
+class SnapshotPolicy:
     """Which of the versions that may supervise a window does: the newest, the newest of every k-th, or a pinned one."""
 
     fm_lag: int
@@ -26,7 +26,7 @@ class Policy:
     pinned: int | None = None
 
     @classmethod
-    def of(cls, das: DASConfig) -> Self:
+    def from_config(cls, das: DASConfig) -> Self:
         """What the settings say."""
         return cls(das.fm_lag, das.every, das.pinned)
 
@@ -37,12 +37,12 @@ class Policy:
 
     def version(self, window: int) -> int | None:
         """The version that supervises `window`; None for a window without a teacher."""
-        newest = version_for(window, self.fm_lag)
+        newest = newest_allowed_version(window, self.fm_lag)
         if newest is None or self.pinned is not None:
             return self.pinned if newest is not None and self.pinned is not None and self.pinned <= newest else None
         return newest - (newest - 1) % self.every
 
     def may_supervise(self, version: int, window: int) -> bool:
         """Rule 2: the version has learned no window later than window - fm_lag."""
-        newest = version_for(window, self.fm_lag)
+        newest = newest_allowed_version(window, self.fm_lag)
         return newest is not None and version <= newest

@@ -18,7 +18,7 @@ from exfm_ray.models.network import Network
 from exfm_ray.models.serialization import (
     MANIFEST,
     MOMENTUM,
-    PlainModel,
+    LocalModel,
     StoredModel,
     checked_manifest,
     load_model,
@@ -29,8 +29,8 @@ from exfm_ray.models.serialization import (
 )
 from exfm_ray.schema import Schema
 from exfm_ray.storage.atomic import remove_tree
-from exfm_ray.storage.paths import stores_of
-from exfm_ray.storage.remote import Place, StorageError
+from exfm_ray.storage.paths import store_root_of_run
+from exfm_ray.storage.remote import AnyPath, StorageError
 
 
 class SnapshotError(UserError):
@@ -41,17 +41,17 @@ class SnapshotError(UserError):
 class SnapshotStore:
     """The snapshots of one teacher."""
 
-    root: Place
+    root: AnyPath
     teacher: str
 
     @classmethod
-    def of(cls, config: Config, teacher: str | None = None) -> Self:
+    def from_config(cls, config: Config, teacher: str | None = None) -> Self:
         """Those of a run's FM, or of another of its teachers: another run's, or made in this one."""
         name = teacher or config.fm.name
         elsewhere = next((other.run for other in config.teachers if other.name == name), None)
-        return cls((stores_of(elsewhere) if elsewhere else config.stores) / "snapshots", name)
+        return cls((store_root_of_run(elsewhere) if elsewhere else config.stores) / "snapshots", name)
 
-    def folder(self, version: int) -> Place:
+    def folder(self, version: int) -> AnyPath:
         """Where a version lies."""
         return self.root / self.teacher / f"version={version:03d}"
 
@@ -82,7 +82,7 @@ class SnapshotStore:
         checked_manifest(self.folder(version))
         return table_parts(self.folder(version))
 
-    def load(self, version: int, schema_digest: str) -> tuple[PlainModel, tuple[str, ...]]:
+    def load(self, version: int, schema_digest: str) -> tuple[LocalModel, tuple[str, ...]]:
         """Model and its tasks, on the CPU; SnapshotError when it is damaged, not what its name says or of another schema."""
         folder = self._published(version)
         try:
@@ -106,7 +106,7 @@ class SnapshotStore:
         self._check(version, manifest, schema_digest)
         return load_network(folder, manifest).eval(), manifest
 
-    def _published(self, version: int) -> Place:
+    def _published(self, version: int) -> AnyPath:
         if not self.has(version):
             raise SnapshotError(f"{self.folder(version)}: snapshot {version} of teacher '{self.teacher}' is not published; train the FM further")
         return self.folder(version)
@@ -142,6 +142,6 @@ class SnapshotStore:
         remove_tree(self.folder(version))
 
 
-def made_again(folder: Place) -> str:
+def rebuild_hint(folder: AnyPath) -> str:
     """The way out of an error about a window's `folder`: only the snapshot that made it can make it again."""
     return f"with das.keep_snapshots=true from the start: remove {folder} and run the DAS again; without: start a run under another --name"

@@ -19,18 +19,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from exfm_ray.base import Model
+from exfm_ray.base import FrozenModel
 from exfm_ray.data.stream import Fragment, Window, list_values, read_parquet, window_name
 from exfm_ray.errors import UserError
 from exfm_ray.storage.atomic import atomic_path, read_json, write_json
-from exfm_ray.storage.remote import Place
-from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.storage.remote import AnyPath
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 
 if TYPE_CHECKING:  # they import torch, seconds that no process that only reads need spend
     pass
 
 TEACHER_COLUMN = "teacher_predictions"  # float32[tasks of the job], added to a fragment's packed columns
-LOOKS = 8
+IO_THREADS = 8
 """Fragments that are looked at side by side before a window is committed: of a remote store each is a request."""
 
 
@@ -47,7 +47,7 @@ def prediction_column(task: str) -> str:
     return f"prediction:{task}"
 
 
-class Supervised(Model):
+class SupervisionManifest(FrozenModel):
     """The manifest of a window's supervision. `asked`: the version that was to supervise it, where that one is damaged and an older
     one did in its place."""
 
@@ -65,10 +65,10 @@ class Supervised(Model):
 class SupervisionStore:
     """What one teacher wrote."""
 
-    root: Place
+    root: AnyPath
     teacher: str
 
-    def path(self, window: int, fragment: Fragment) -> Place:
+    def path(self, window: int, fragment: Fragment) -> AnyPath:
         """The supervision of one fragment: the fragment's own file name."""
         return self.root / self.teacher / window_name(window) / PurePath(fragment.file).name
 
@@ -76,16 +76,16 @@ class SupervisionStore:
         """True when a window's supervision is committed."""
         return self._manifest(window).exists()
 
-    def _manifest(self, window: int) -> Place:
+    def _manifest(self, window: int) -> AnyPath:
         return self.root / self.teacher / window_name(window) / "manifest.json"
 
-    def manifest(self, window: int) -> Supervised:
+    def manifest(self, window: int) -> SupervisionManifest:
         """The manifest of a committed window; UserError where it is missing or damaged."""
         path = self._manifest(window)
         if not path.exists():
             raise UserError(f"{path}: window {window} has no committed supervision of teacher '{self.teacher}'; run the DAS on it")
         try:
-            manifest = Supervised.model_validate(read_json(path))
+            manifest = SupervisionManifest.model_validate(read_json(path))
         except ValidationError as error:
             raise UserError(f"{path}: not a supervision manifest ({error.errors()[0]['msg']}); remove the window's folder") from None
         if (manifest.window, manifest.teacher) != (window, self.teacher):
@@ -118,7 +118,7 @@ class SupervisionStore:
                 write_page_checksum=True,
             )  # fmt: skip
 
-    def scored(self, window: int, fragment: Fragment, snapshot: int) -> bool:
+    def is_written(self, window: int, fragment: Fragment, snapshot: int) -> bool:
         """True when this fragment's supervision by this snapshot is on disk, whole: an interrupted window goes on from there."""
         path = self.path(window, fragment)
         if not path.exists():
@@ -129,7 +129,7 @@ class SupervisionStore:
             return False
         return table.num_rows == fragment.rows and pc.all(pc.equal(table["snapshot"], snapshot)).as_py() is not False
 
-    def commit(self, window: Window, snapshot: int, tasks: Sequence[str], policy: Policy) -> None:
+    def commit(self, window: Window, snapshot: int, tasks: Sequence[str], policy: SnapshotPolicy) -> None:
         """Make a window's supervision visible. Refuses a snapshot that may have learned from the window (rule 2).
 
         NotScoredError where this snapshot has not scored all fragments: one is missing, or an actor that was thought lost has come late
@@ -141,14 +141,14 @@ class SupervisionStore:
                 f"windows up to {snapshot - 1}: with das.fm_lag = {policy.fm_lag} it takes one that has learned none after "
                 f"{window.index - policy.fm_lag}"
             )
-        with ThreadPoolExecutor(LOOKS) as threads:
-            whole = list(threads.map(lambda fragment: self.scored(window.index, fragment, snapshot), window.fragments))
+        with ThreadPoolExecutor(IO_THREADS) as threads:
+            whole = list(threads.map(lambda fragment: self.is_written(window.index, fragment, snapshot), window.fragments))
         if lacking := [fragment for fragment, there in zip(window.fragments, whole, strict=True) if not there]:
             path = self.path(window.index, lacking[0])
             raise NotScoredError(f"{path}: not scored by snapshot {snapshot}; the window cannot be committed", lacking)
         for torn in self._manifest(window.index).parent.glob(".*.tmp"):  # of actors that were killed
             torn.unlink(missing_ok=True)
-        manifest = Supervised(
+        manifest = SupervisionManifest(
             window=window.index, teacher=self.teacher, snapshot=snapshot, tasks=tuple(tasks), rows=window.rows,
             schema_digest=window.schema_digest, fragments=tuple(f.file for f in window.fragments),
             asked=None if snapshot == policy.version(window.index) else policy.version(window.index),
@@ -194,7 +194,7 @@ class SupervisionStore:
         return events.append_column(TEACHER_COLUMN, pa.FixedSizeListArray.from_arrays(pa.array(p_NT.ravel()), len(tasks)))
 
     @staticmethod
-    def _check_column(path: Place, equal: pa.ChunkedArray, found: pa.ChunkedArray, expected: object, column: str) -> None:
+    def _check_column(path: AnyPath, equal: pa.ChunkedArray, found: pa.ChunkedArray, expected: object, column: str) -> None:
         wrong = pc.index(pc.fill_null(equal, False), False).as_py()
         if wrong >= 0:
             wanted = expected[wrong].as_py() if isinstance(expected, pa.ChunkedArray) else expected

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from exfm_ray.base import Model
+from exfm_ray.base import FrozenModel
 from exfm_ray.config.distillation import HistoryConfig
 from exfm_ray.config.root import Config
 from exfm_ray.data.batch import to_batch
@@ -34,20 +34,20 @@ from exfm_ray.data.stream import EventStream, Fragment, Window, list_values, win
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.models.layout import Layout
 from exfm_ray.models.network import Network
-from exfm_ray.models.serialization import MANIFEST, PlainModel, copy_model, load_model
+from exfm_ray.models.serialization import MANIFEST, LocalModel, copy_model, load_model
 from exfm_ray.schema import Schema
 from exfm_ray.storage.atomic import atomic_path, read_json, sha256, write_json
-from exfm_ray.storage.cache import fetched, intact
-from exfm_ray.storage.remote import Place
-from exfm_ray.stores.feature_store import Array, FeatureStore, space_map
-from exfm_ray.stores.snapshot_policy import Policy
-from exfm_ray.stores.snapshots import SnapshotStore, made_again
+from exfm_ray.storage.cache import local_copy, verify_sha256
+from exfm_ray.storage.remote import AnyPath
+from exfm_ray.stores.feature_store import Array, FeatureStore, ridge_alignment
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
+from exfm_ray.stores.snapshots import SnapshotStore, rebuild_hint
 
 HISTORY_COLUMN = "history"  # float32[F], added to a fragment's packed columns
 LEVELS = 127
 
 
-class Remembered(Model):
+class HistoryManifest(FrozenModel):
     """The manifest of a window's representations.
 
     Attributes:
@@ -71,12 +71,12 @@ class Remembered(Model):
 class HistoryStore:
     """What one teacher's representations have become."""
 
-    root: Place
+    root: AnyPath
     teacher: str
     settings: HistoryConfig
-    policy: Policy
+    policy: SnapshotPolicy
 
-    def folder(self, window: int) -> Place:
+    def folder(self, window: int) -> AnyPath:
         """Where a window's representations lie."""
         return self.root / self.teacher / window_name(window)
 
@@ -88,18 +88,18 @@ class HistoryStore:
         """True when all that the examples of a window may be given is there."""
         return window <= self.policy.first or self.has(window - 1)
 
-    def manifest(self, window: int) -> Remembered:
+    def manifest(self, window: int) -> HistoryManifest:
         """Of a committed window; UserError where it is missing or damaged."""
         folder = self.folder(window)
         path = folder / "manifest.json"
         if not path.exists():
             raise UserError(f"{folder}: window {window} is not represented by teacher '{self.teacher}'; run the DAS on it")
         try:
-            return Remembered.model_validate(read_json(path))
+            return HistoryManifest.model_validate(read_json(path))
         except ValidationError as error:
-            raise UserError(f"{path}: not a manifest of representations ({error.errors()[0]['msg']}); {made_again(folder)}") from None
+            raise UserError(f"{path}: not a manifest of representations ({error.errors()[0]['msg']}); {rebuild_hint(folder)}") from None
 
-    def before(self, window: int, schema: Schema) -> FeatureStore:
+    def state_before(self, window: int, schema: Schema) -> FeatureStore:
         """What was known before a window; UserError where it is not there, damaged, or not what it says: see `_checked`."""
         if window <= self.policy.first:
             return FeatureStore.empty(self.settings.dim, self.settings.last)
@@ -109,11 +109,11 @@ class HistoryStore:
         except FileNotFoundError:
             raise _damaged(path) from None
 
-    def _checked(self, window: int, schema: Schema) -> Remembered:
+    def _checked(self, window: int, schema: Schema) -> HistoryManifest:
         """The manifest of a window: of this teacher and schema, these settings, and of snapshots that have not learned the window (rule 2)."""
         manifest, folder, policy = self.manifest(window), self.folder(window), self.policy
         if (manifest.window, manifest.teacher) != (window, self.teacher):
-            raise UserError(f"{folder}: of window {manifest.window} and teacher '{manifest.teacher}'; {made_again(folder)}")
+            raise UserError(f"{folder}: of window {manifest.window} and teacher '{manifest.teacher}'; {rebuild_hint(folder)}")
         if manifest.settings != self.settings:
             raise UserError(f"{folder}: made with other settings of distillation.history; start a run under another --name")
         if manifest.schema_digest != schema.digest:
@@ -121,7 +121,7 @@ class HistoryStore:
         if not policy.may_supervise(max(manifest.snapshot, manifest.space), window):
             raise UserError(
                 f"{folder}: represented by snapshot {manifest.snapshot} in the space of {manifest.space}, but with das.fm_lag = {policy.fm_lag} it "
-                f"takes one that has learned no window after {window - policy.fm_lag}; {made_again(folder)}"
+                f"takes one that has learned no window after {window - policy.fm_lag}; {rebuild_hint(folder)}"
             )
         return manifest
 
@@ -133,8 +133,8 @@ class HistoryStore:
 
     def join(self, window: int, events: pa.Table, schema: Schema) -> pa.Table:
         """Add `HISTORY_COLUMN` to a window's rows."""
-        column, width = user_column(schema, self.settings), len(schema.single)
-        summary_NF = self.before(window, schema).summary(list_values(events["sparse"], width)[:, column].astype(np.int64))
+        column, width = key_column(schema, self.settings), len(schema.single)
+        summary_NF = self.state_before(window, schema).summary(list_values(events["sparse"], width)[:, column].astype(np.int64))
         return events.append_column(HISTORY_COLUMN, pa.FixedSizeListArray.from_arrays(summary_NF.ravel(), summary_NF.shape[1]))
 
     def publish(self, stream: EventStream, window: Window, snapshots: SnapshotStore, version: int, seed: int) -> None:
@@ -146,10 +146,10 @@ class HistoryStore:
             )
         settings, schema, folder = self.settings, stream.schema, self.folder(window.index)
         model, space = self._model(snapshots, version, schema)
-        store = self.before(window.index, schema)
+        store = self.state_before(window.index, schema)
         held = self.space_before(window.index)
         earlier = None if held is None else snapshots.load(held, schema.digest)[0]
-        column = user_column(schema, settings)
+        column = key_column(schema, settings)
         users, values, old = [], [], []
         for fragment in window.fragments:
             table = stream.read(window.index, fragment)
@@ -161,21 +161,21 @@ class HistoryStore:
             if earlier:
                 old.append(self._represent(earlier, table, schema, seed))
         if old:
-            store = store.mapped(space_map(np.concatenate(old), np.concatenate(values)))
+            store = store.transformed(ridge_alignment(np.concatenate(old), np.concatenate(values)))
         elif held is not None:  # a window without examples: the store stays where it is
             space = held
         if users:
-            store = store.after(np.concatenate(users), np.concatenate(values))
+            store = store.updated(np.concatenate(users), np.concatenate(values))
         with atomic_path(folder / "after.safetensors") as temporary:
             save_file({name: np.ascontiguousarray(array) for name, array in store.arrays().items() if array.size}, temporary)
             size, hashed = temporary.stat().st_size, sha256(temporary)
-        facts = Remembered(
+        facts = HistoryManifest(
             window=window.index, teacher=self.teacher, snapshot=version, space=space, schema_digest=schema.digest, settings=settings,
             users=len(store.users_U), sha256=hashed, bytes=size,
         )  # fmt: skip
         write_json(folder / "manifest.json", facts.model_dump(mode="json"))
 
-    def _model(self, snapshots: SnapshotStore, version: int, schema: Schema) -> tuple[PlainModel, int]:
+    def _model(self, snapshots: SnapshotStore, version: int, schema: Schema) -> tuple[LocalModel, int]:
         """What represents: the snapshot itself, or the first one, of which a copy is kept; and its version."""
         if self.settings.drift != "pinned":
             return snapshots.load(version, schema.digest)[0], version
@@ -188,8 +188,8 @@ class HistoryStore:
             raise UserError(f"{kept}: this snapshot was trained on another schema than the stream's; start a run under another --name")
         return model, first
 
-    def _represent(self, model: PlainModel, table: pa.Table, schema: Schema, seed: int) -> Array:
-        parts = [represent(model, batch, self.settings.layer) for batch in to_batch(table, schema).split(512)]
+    def _represent(self, model: LocalModel, table: pa.Table, schema: Schema, seed: int) -> Array:
+        parts = [extract_features(model, batch, self.settings.layer) for batch in to_batch(table, schema).split(512)]
         x_NH = torch.cat(parts)
         return (x_NH @ projection(x_NH.shape[1], self.settings.dim, seed)).numpy()
 
@@ -200,15 +200,15 @@ class HistoryStore:
 
 
 @lru_cache(maxsize=2)
-def _read_store(path: Place, written_ns: int, expected: str, dim: int, last: int) -> FeatureStore:
+def _read_store(path: AnyPath, written_ns: int, expected: str, dim: int, last: int) -> FeatureStore:
     """Read, and its hash checked, once per process: all fragments of a window look into the same one."""
-    if not intact(path, expected):
+    if not verify_sha256(path, expected):
         raise _damaged(path)
-    return FeatureStore.of(load_file(fetched(path, expected)), dim, last)
+    return FeatureStore.from_arrays(load_file(local_copy(path, expected)), dim, last)
 
 
-def _damaged(path: Place) -> UserError:
-    return UserError(f"{path}: missing or not the file that its manifest describes; {made_again(path.parent)}")
+def _damaged(path: AnyPath) -> UserError:
+    return UserError(f"{path}: missing or not the file that its manifest describes; {rebuild_hint(path.parent)}")
 
 
 def quantised(value_ND: Array) -> tuple[Array, Array]:
@@ -226,7 +226,7 @@ def projection(width: int, dim: int, seed: int) -> Tensor:
 
 
 @torch.inference_mode()
-def represent(model: PlainModel, batch: Any, layer: str) -> Tensor:
+def extract_features(model: LocalModel, batch: Any, layer: str) -> Tensor:
     """float32 (B, H): what a module of the network puts out, flattened."""
     found: list[Tensor] = []
     hook = model.network.get_submodule(layer).register_forward_hook(lambda module, inputs, output: found.append(output))
@@ -237,7 +237,7 @@ def represent(model: PlainModel, batch: Any, layer: str) -> Tensor:
     return found[-1].float().flatten(1)
 
 
-def user_column(schema: Schema, settings: HistoryConfig) -> int:
+def key_column(schema: Schema, settings: HistoryConfig) -> int:
     """Which single-valued feature tells whose examples belong together; UserError where there is none."""
     key, names = settings.key or schema.group_by, [feature.name for feature in schema.single]
     if key not in names:
@@ -256,9 +256,9 @@ def with_history(schema: Schema, settings: HistoryConfig) -> Schema:
 def check_history(config: Config, schema: Schema) -> None:
     """UserError where the config's arms remember by a feature, or a layer of the FM, that is not there."""
     settings = config.distillation.history
-    if not any(arm.remembers for arm in config.arms):
+    if not any(arm.uses_history for arm in config.arms):
         return
-    user_column(schema, settings)
+    key_column(schema, settings)
     with torch.device("meta"):
         network = Network(config.fm.model, schema, tasks=1)
         known = [name for name, _ in network.named_modules() if name]
@@ -268,7 +268,7 @@ def check_history(config: Config, schema: Schema) -> None:
         found: list[object] = []
         hook = network.get_submodule(settings.layer).register_forward_hook(lambda module, inputs, output: found.append(output))
         examples = 3
-        network(torch.zeros(examples, Layout.of(config.fm.model, schema).rows, config.fm.model.dim), torch.zeros(examples, len(schema.dense)))
+        network(torch.zeros(examples, Layout.from_config(config.fm.model, schema).rows, config.fm.model.dim), torch.zeros(examples, len(schema.dense)))
         hook.remove()
     if not any(isinstance(output, Tensor) and output.ndim > 1 and len(output) == examples for output in found[-1:]):
         raise UserError(
@@ -279,5 +279,5 @@ def check_history(config: Config, schema: Schema) -> None:
 
 def history_store(config: Config) -> HistoryStore | None:
     """A run's; None where no arm remembers."""
-    remembers = any(arm.remembers for arm in config.arms)
-    return HistoryStore(config.stores / "history", config.fm.name, config.distillation.history, Policy.of(config.das)) if remembers else None
+    remembers = any(arm.uses_history for arm in config.arms)
+    return HistoryStore(config.stores / "history", config.fm.name, config.distillation.history, SnapshotPolicy.from_config(config.das)) if remembers else None

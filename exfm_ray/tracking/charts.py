@@ -9,7 +9,7 @@ import numpy as np
 
 from exfm_ray.schema import ALL_DOMAINS
 from exfm_ray.tracking.html_page import LAYOUT, Part
-from exfm_ray.tracking.plot_styles import PHASES, Mark, mark_of, numbered
+from exfm_ray.tracking.plot_styles import PHASES, PlotStyle, mark_of, numbered
 from exfm_ray.tracking.run_files import Panel, Row
 from exfm_ray.tracking.timeline import Bar
 
@@ -83,7 +83,7 @@ def _by_domain(told: Mapping[str, Mapping[int, Row]], drawn: Sequence[str], figu
     return _lines(data, title, "window", figure, None)
 
 
-def _curve(name: str, rows: Sequence[Row], figure: str, mark: Mark) -> Part:
+def _curve(name: str, rows: Sequence[Row], figure: str, mark: PlotStyle) -> Part:
     return {
         "type": "scatter", "mode": "lines+markers", "name": name,
         "x": [row.get("pass", row["window"]) for row in rows], "y": [row[figure] for row in rows],

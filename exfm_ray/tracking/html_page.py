@@ -51,12 +51,12 @@ def place_figure(figure: Part, place: str, height: int) -> str:
     return f'<div style="height: {height}px">{shown}</div>'
 
 
-def lacking(summary: Mapping[str, Any]) -> list[str]:
+def missing_supervision(summary: Mapping[str, Any]) -> list[str]:
     """A line for each fragment or window that is parked, and for each window that another snapshot scored than the one asked for."""
     lines = []
     for row in summary.get("parked", ()):
         what = f"window {row['window']}" + (f", {row['fragment']}" if row["fragment"] else "")
         lines.append(f"{what}: no supervision by '{row['teacher']}', parked: {row['cause']}")
-    for row in summary.get("stood_in", ()):
+    for row in summary.get("fallback_windows", ()):
         lines.append(f"window {row['window']}: supervised by snapshot {row['snapshot']} of '{row['teacher']}', snapshot {row['asked']} is left out")
     return lines

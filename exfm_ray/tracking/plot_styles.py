@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Mark(NamedTuple):
+class PlotStyle(NamedTuple):
     """A colour and what tells it from the others without colour, in plotly's words."""
 
     colour: str
@@ -18,11 +18,11 @@ class Mark(NamedTuple):
 INK, ORANGE, SKY, GREEN, VERMILION, BLUE, YELLOW, PURPLE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#F0E442", "#CC79A7"
 
 MARKS = {
-    "fm": Mark(INK, "solid", "star", ""),
-    "labels": Mark(ORANGE, "dash", "circle", ""),
-    "kd": Mark(SKY, "dot", "square", "/"),
-    "ah": Mark(GREEN, "longdashdot", "diamond", "x"),
-    "ah_sa": Mark(VERMILION, "dashdot", "triangle-up", "."),
+    "fm": PlotStyle(INK, "solid", "star", ""),
+    "labels": PlotStyle(ORANGE, "dash", "circle", ""),
+    "kd": PlotStyle(SKY, "dot", "square", "/"),
+    "ah": PlotStyle(GREEN, "longdashdot", "diamond", "x"),
+    "ah_sa": PlotStyle(VERMILION, "dashdot", "triangle-up", "."),
 }
 """Of the FM and of the arms' objectives, in the order in which they are listed everywhere."""
 
@@ -35,12 +35,12 @@ _LINES_WITH = {"share": ("12px,3px", "-"), "history": ("3px,6px", "|"), "share+h
 """Options of an arm -> dash and pattern."""
 
 
-def mark_of(arm: str) -> Mark:
+def mark_of(arm: str) -> PlotStyle:
     """The mark of an arm, or of the FM: with options the objective's colour, and a symbol, a dash and a pattern of their own."""
     objective, _, options = arm.partition("+")
     if not options:
         return MARKS[objective]
-    return Mark(MARKS[objective].colour, _LINES_WITH[options][0], _SYMBOLS_WITH[options][objective], _LINES_WITH[options][1])
+    return PlotStyle(MARKS[objective].colour, _LINES_WITH[options][0], _SYMBOLS_WITH[options][objective], _LINES_WITH[options][1])
 
 
 def at_serving(arm: str) -> str:
@@ -55,10 +55,10 @@ def listing(arm: str) -> tuple[int, str]:
 
 
 PHASES = {
-    "waiting": Mark("rgba(128,128,128,0.15)", "solid", "circle", ""),
-    "evaluate": Mark(YELLOW, "solid", "circle", ""),
-    "learn": Mark(BLUE, "solid", "square", "/"),
-    "score": Mark(PURPLE, "solid", "diamond", "x"),
+    "waiting": PlotStyle("rgba(128,128,128,0.15)", "solid", "circle", ""),
+    "evaluate": PlotStyle(YELLOW, "solid", "circle", ""),
+    "learn": PlotStyle(BLUE, "solid", "square", "/"),
+    "score": PlotStyle(PURPLE, "solid", "diamond", "x"),
 }
 """Of what a role does with a window."""
 
@@ -67,6 +67,6 @@ _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon")
 
 
-def numbered(number: int) -> Mark:
+def numbered(number: int) -> PlotStyle:
     """The mark of the domain of this number; no two of the first 280 are alike."""
-    return Mark(_COLOURS[number % len(_COLOURS)], _DASHES[number % len(_DASHES)], _SYMBOLS[number % len(_SYMBOLS)], "")
+    return PlotStyle(_COLOURS[number % len(_COLOURS)], _DASHES[number % len(_DASHES)], _SYMBOLS[number % len(_SYMBOLS)], "")

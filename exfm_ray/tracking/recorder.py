@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from exfm_ray.errors import UserError
-from exfm_ray.storage.atomic import append_lines, cut_torn_line, read_lines
+from exfm_ray.storage.atomic import append_jsonl, read_jsonl, truncate_partial_line
 
 IDENTITY = ("window", "role", "model", "arm", "domain", "task", "seed")
 FIELDS = {*IDENTITY, "ne", "auc", "gauc", "log_loss", "calibration", "label_rate", "examples"}
@@ -31,7 +31,7 @@ class Recorder:
         self._known = {self._identity(row) for row in read_metrics(path)}
         self._timeline = path.with_name(TIMELINE)
         for file in (path, self._timeline):
-            cut_torn_line(file)
+            truncate_partial_line(file)
         self._progress: dict[str, tuple[int, int]] = {}
 
     @staticmethod
@@ -43,12 +43,12 @@ class Recorder:
         new = [row for row in rows if self._identity(row) not in self._known]
         if not new:
             return
-        append_lines(self._path, new)
+        append_jsonl(self._path, new)
         self._known.update(self._identity(row) for row in new)
 
     def timeline(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append what a job did when. A window that is done again after a kill has rows of both times."""
-        append_lines(self._timeline, rows)
+        append_jsonl(self._timeline, rows)
 
     def progress(self, job: str, window: int, examples: int) -> None:
         """`examples` more were learnt (or scored) by `job`, which is at `window`."""
@@ -70,7 +70,7 @@ def read_timeline(path: Path) -> list[dict[str, Any]]:
 
 
 def _rows(path: Path, fields: set[str]) -> list[dict[str, Any]]:
-    rows = read_lines(path)
+    rows = read_jsonl(path)
     for number, row in enumerate(rows, start=1):
         if not row.keys() >= fields:
             raise UserError(f"{path}: line {number} has no {sorted(fields - row.keys())[0]}; remove the line")

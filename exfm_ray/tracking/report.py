@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exfm_ray.tracking import charts
-from exfm_ray.tracking.html_page import STYLE, Part, lacking, place_figure, write_page
+from exfm_ray.tracking.html_page import STYLE, Part, missing_supervision, place_figure, write_page
 from exfm_ray.tracking.plot_styles import at_serving
 from exfm_ray.tracking.run_files import Row, RunFiles, panels
 from exfm_ray.tracking.timeline import PAUSE_S, bars, seconds
@@ -56,12 +56,12 @@ td:nth-child(-n+4), th:nth-child(-n+4) { text-align: left } tr.best td { font-we
 def write_report(folder: Path) -> Path:
     """Write <folder>/report.html from the run's files; returns its path. UserError where the folder holds no run."""
     run = RunFiles.open(folder)
-    body = _told(run) + _figures(run) + _windows(run) + _times(run) + _drift(run)
+    body = run_facts(run) + _figures(run) + _windows(run) + _times(run) + _drift(run)
     write_page(folder / "report.html", run.name, body, STYLE + DARK + TABLES)
     return folder / "report.html"
 
 
-def _told(run: RunFiles) -> str:
+def run_facts(run: RunFiles) -> str:
     """What was run."""
     data, fm, vm = (run.setting(name, {}) for name in ("data", "fm", "vm"))
     worked = [at for span in run.spans for at in (span["started_s"], span["ended_s"])]
@@ -82,7 +82,7 @@ def _told(run: RunFiles) -> str:
         "seed": f"{run.setting('seed', 0)}",
         "versions": ", ".join(run.versions),
     }
-    lacks = "".join(f"<p class=lacks>{escape(line)}</p>" for line in lacking(run.summary or {}))
+    lacks = "".join(f"<p class=lacks>{escape(line)}</p>" for line in missing_supervision(run.summary or {}))
     return lacks + "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items() if fact) + "</dl>"
 
 

@@ -16,7 +16,7 @@ from exfm_ray.metrics.gain import ne_gain, transfer_ratio
 from exfm_ray.metrics.state import entropy
 from exfm_ray.schema import ALL_DOMAINS
 from exfm_ray.storage.atomic import read_json
-from exfm_ray.storage.paths import stores_of
+from exfm_ray.storage.paths import store_root_of_run
 from exfm_ray.tracking.plot_styles import listing
 from exfm_ray.tracking.recorder import TIMELINE, read_metrics, read_timeline
 
@@ -120,7 +120,7 @@ class RunFiles:
     @cached_property
     def windows(self) -> int:
         """Windows of the stream."""
-        return len(list((stores_of(self.folder) / "stream").glob("window=*/manifest.json")))
+        return len(list((store_root_of_run(self.folder) / "stream").glob("window=*/manifest.json")))
 
     @cached_property
     def done(self) -> dict[str, int]:
@@ -144,7 +144,7 @@ class RunFiles:
         if self.static:
             return list(summed)
         told = {tuple(row[key] for key in KEY): row for row in summed}
-        rows = pooled([row for row in self.rows if row["window"] >= self.setting("metrics.warmup_windows", 0)])
+        rows = combine_windows([row for row in self.rows if row["window"] >= self.setting("metrics.warmup_windows", 0)])
         for row in rows:
             same = told.get(tuple(row[key] for key in KEY), {})
             if same.get("examples") == row["examples"]:  # or the summary is of fewer windows
@@ -152,7 +152,7 @@ class RunFiles:
         return with_gains(rows)
 
 
-def pooled(rows: Sequence[Row]) -> list[Row]:
+def combine_windows(rows: Sequence[Row]) -> list[Row]:
     """The rows of each model, arm, domain and task as one: sums of log loss, labels and predictions add up over windows."""
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:

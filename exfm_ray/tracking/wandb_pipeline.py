@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from exfm_ray.config.root import Config
 from exfm_ray.schema import ALL_DOMAINS
-from exfm_ray.storage.atomic import digest, read_json, write_json
-from exfm_ray.storage.remote import Place, RemotePath
+from exfm_ray.storage.atomic import read_json, short_hash, write_json
+from exfm_ray.storage.remote import AnyPath, RemotePath
 from exfm_ray.tracking.recorder import TIMELINE, read_metrics, read_timeline
 from exfm_ray.tracking.wandb_session import close_wandb, open_run
 
@@ -31,7 +31,7 @@ MODEL = "model.json"
 """The manifest of a snapshot or an exported student, with its files' hashes."""
 
 
-class Learner(NamedTuple):
+class RunKey(NamedTuple):
     """What has a run of its own."""
 
     role: str
@@ -61,8 +61,8 @@ class PipelineRuns:
     def __init__(self, config: Config, summarise: Callable[[], Mapping[str, Any]]) -> None:
         """`summarise` is asked at the end for what `summary.json` holds."""
         self._config, self._ledger = config, config.folder / "wandb" / "pipeline.json"
-        self._runs: dict[Learner, wandb.Run] = {}
-        self._seen: dict[Learner, int] = {}
+        self._runs: dict[RunKey, wandb.Run] = {}
+        self._seen: dict[RunKey, int] = {}
         self._read = {"metrics": 0, "das": 0}
         self._over, self._summarise = Event(), summarise
         self._thread = Thread(target=self._follow, daemon=True, name="wandb")
@@ -106,7 +106,7 @@ class PipelineRuns:
         for span in new:
             self._log_scored(span)
 
-    def _log_window(self, learner: Learner, rows: list[dict[str, Any]]) -> None:
+    def _log_window(self, learner: RunKey, rows: list[dict[str, Any]]) -> None:
         """A window's figures, at the number of examples that the model had seen before it (or after a pass over a static set)."""
         step = {"pass": rows[0]["pass"]} if "pass" in rows[0] else {"examples": self._seen.get(learner, 0)}
         told = {figure_name(key, row["task"], row["domain"]): row[key] for row in rows for key in FIGURES if row[key] is not None}
@@ -117,22 +117,22 @@ class PipelineRuns:
     def _log_scored(self, span: Mapping[str, Any]) -> None:
         """A window that the DAS has scored, at the number of examples scored so far; freshness_lag: windows from the last one that the
         snapshot has learnt to this one."""
-        learner = Learner("das", "das", self._config.fm.name)
+        learner = RunKey("das", "das", self._config.fm.name)
         self._seen[learner] = self._seen.get(learner, 0) + span["examples"]
         told = {"window": span["window"], "snapshot": span["snapshot"], "freshness_lag": span["window"] - span["snapshot"] + 1}
         speed = span["examples"] / (span["ended_s"] - span["started_s"] - span["waited_s"])
         self._run(learner).log({"examples": self._seen[learner], **told, "examples_per_s": speed, "waited_s": span["waited_s"]})
 
-    def _run(self, learner: Learner) -> wandb.Run:
+    def _run(self, learner: RunKey) -> wandb.Run:
         if learner not in self._runs:
             config = self._config
             settings = config.model_dump(mode="json", exclude={"run", "wandb"})
-            identity = digest([settings, *learner])
+            identity = short_hash([settings, *learner])
             step = "pass" if config.fm.static else "examples"
             self._runs[learner] = open_run(config, identity, str(learner), config.name, learner.role, {**settings, **learner._asdict()}, step)
         return self._runs[learner]
 
-    def _end(self, learner: Learner, run: wandb.Run, summary: Mapping[str, Any]) -> None:
+    def _end(self, learner: RunKey, run: wandb.Run, summary: Mapping[str, Any]) -> None:
         for row in summary["figures"]:
             if _learner(row) == learner:
                 told = {overall_name(key, row["task"], row["domain"]): row.get(key) for key in OVERALL}
@@ -144,20 +144,20 @@ class PipelineRuns:
             run.log_artifact(_reference(folder, name, "snapshot" if learner.role == "fm" else "export"))
         run.finish()
 
-    def _made(self, learner: Learner) -> Place | None:
+    def _made(self, learner: RunKey) -> AnyPath | None:
         """The folder of the model as it stands, whole: the last snapshot, the exported student."""
         if learner.role == "fm":
-            whole: Iterable[Place] = (self._config.stores / "snapshots" / learner.model).glob(f"version=*/{MODEL}")
+            whole: Iterable[AnyPath] = (self._config.stores / "snapshots" / learner.model).glob(f"version=*/{MODEL}")
             return max((path.parent for path in whole), key=lambda path: int(path.name.removeprefix("version=")), default=None)
         folder = self._config.folder / "exported" / f"{learner.model}-{learner.arm}"
         return folder if (folder / MODEL).exists() else None
 
 
-def _learner(row: Mapping[str, Any]) -> Learner:
-    return Learner(row["role"], row["model"], row["arm"])
+def _learner(row: Mapping[str, Any]) -> RunKey:
+    return RunKey(row["role"], row["model"], row["arm"])
 
 
-def _reference(folder: Place, name: str, kind: str) -> wandb.Artifact:
+def _reference(folder: AnyPath, name: str, kind: str) -> wandb.Artifact:
     """A stored model as an artifact that holds no bytes of it, only where its files lie and their SHA-256.
 
     wandb hashes the manifest alone, which changes with every file: reading tables again would take long. It would need libraries and

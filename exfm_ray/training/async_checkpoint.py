@@ -20,7 +20,7 @@ from torch import Tensor
 
 from exfm_ray.errors import UserError
 from exfm_ray.storage.atomic import atomic_path, read_json, sha256, write_json
-from exfm_ray.training.checkpoint import MANIFEST, Checkpoints, Manifest, Mark, rank_file, state_of, timings_as_json
+from exfm_ray.training.checkpoint import MANIFEST, Checkpoints, Cursor, Manifest, rank_file, state_of, timings_as_json
 from exfm_ray.training.loop import Loop
 from exfm_ray.training.nan_check import not_finite
 
@@ -30,7 +30,7 @@ POLL_S = 0.02
 
 
 @dataclass
-class Saver:
+class AsyncCheckpointer:
     """One worker's writer; all workers call its methods in step.
 
     Attributes:
@@ -47,7 +47,7 @@ class Saver:
     _thread: threading.Thread | None = field(default=None, init=False)
     _error: BaseException | None = field(default=None, init=False)
 
-    def take(self, loop: Loop) -> None:
+    def stage(self, loop: Loop) -> None:
         """Copy the state, once the checkpoint before is written: what the next `save` writes, whatever happens to the model until then.
 
         UserError where the one before could not be written: the disk is full, or the model's weights are no longer numbers.
@@ -57,10 +57,10 @@ class Saver:
         self._taken = state_of(loop)
         self.seconds += time.perf_counter() - begun
 
-    def save(self, mark: Mark, loop: Loop, teacher: int | None = None, stopping: dict[str, Any] | None = None) -> None:
+    def save(self, mark: Cursor, loop: Loop, teacher: int | None = None, stopping: dict[str, Any] | None = None) -> None:
         """Begin to write the state at `mark`: the one taken, or else as it is now. UserError as `take`."""
         if self._taken is None:
-            self.take(loop)
+            self.stage(loop)
         assert self._taken is not None
         begun, folder = time.perf_counter(), self.checkpoints.folder(mark)
         state, self._taken = self._taken, None

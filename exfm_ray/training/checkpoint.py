@@ -24,18 +24,18 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from exfm_ray.base import Model
-from exfm_ray.engine.tensor_store import Parts, kept
+from exfm_ray.base import FrozenModel
+from exfm_ray.engine.tensor_store import ShardedTensors, cpu_copy
 from exfm_ray.errors import UserError
 from exfm_ray.metrics.state import MetricState
-from exfm_ray.storage.atomic import digest, read_json, sha256
-from exfm_ray.training.loop import Key, Loop, Timing, Underway
+from exfm_ray.storage.atomic import read_json, sha256, short_hash
+from exfm_ray.training.loop import Key, Loop, LoopProgress, Timing
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"windows=(\d+)(?:\.examples=(\d+))?")
 
 
-class Mark(NamedTuple):
+class Cursor(NamedTuple):
     """How far a job has come.
 
     Attributes:
@@ -49,10 +49,10 @@ class Mark(NamedTuple):
     work: int = 0
 
 
-START = Mark(0)
+BEGINNING = Cursor(0)
 
 
-class Manifest(Model):
+class Manifest(FrozenModel):
     """What a checkpoint says of itself.
 
     Attributes:
@@ -75,12 +75,12 @@ class Manifest(Model):
 
     def sealed(self) -> Manifest:
         """With the digest of all the rest."""
-        return self.model_copy(update={"digest": digest(self.model_dump(mode="json", exclude={"digest"}))})
+        return self.model_copy(update={"digest": short_hash(self.model_dump(mode="json", exclude={"digest"}))})
 
     @property
-    def mark(self) -> Mark:
+    def mark(self) -> Cursor:
         """How far the job was."""
-        return Mark(self.windows, self.examples, self.underway["work"] if self.underway else 0)
+        return Cursor(self.windows, self.examples, self.underway["work"] if self.underway else 0)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Checkpoints:
 
     root: Path
 
-    def folder(self, mark: Mark) -> Path:
+    def folder(self, mark: Cursor) -> Path:
         """Where a checkpoint lies."""
         inside = f".examples={mark.examples:08d}" if mark.examples else ""
         return self.root / f"windows={mark.windows:03d}{inside}"
@@ -116,10 +116,10 @@ class Checkpoints:
         """Folders of the whole checkpoints, the oldest first."""
         return sorted((path.parent for path in self.root.glob(f"windows=*/{MANIFEST}") if NAME.fullmatch(path.parent.name)), key=_order)
 
-    def latest(self) -> Mark:
-        """How far the job was at the newest whole checkpoint; `START` without any."""
+    def latest(self) -> Cursor:
+        """How far the job was at the newest whole checkpoint; `BEGINNING` without any."""
         found = self.committed()
-        return _manifest(found[-1]).mark if found else START
+        return _manifest(found[-1]).mark if found else BEGINNING
 
     def set_aside_damaged(self) -> Iterator[str]:
         """Rename the newest checkpoints as long as they are damaged, so that the one before is gone on from; says which and why.
@@ -167,33 +167,33 @@ class Checkpoints:
             told = f"{what} could not be written ({cause[0] if cause else type(error).__name__}); {self.last_good()}"
             raise UserError(f"{told}. Make room, or mend what is named, and give the command again") from error
 
-    def load(self, mark: Mark, loop: Loop) -> None:
+    def load(self, mark: Cursor, loop: Loop) -> None:
         """Restore the state of a checkpoint of any number of workers; every worker calls it."""
         folder = self.folder(mark)
         manifest = _manifest(folder)
         parts = _parts(folder, manifest)
         for lane in loop.lanes:
-            lane.restore(parts.below(f"lanes/{lane.name}"))
+            lane.restore(parts.with_prefix(f"lanes/{lane.name}"))
         for group in loop.groups:
             if group.sharing and group.sharing.uses:
-                own = parts.below(f"uses/{group.lanes[0].model}")
+                own = parts.with_prefix(f"uses/{group.lanes[0].model}")
                 group.sharing.uses.restore({name: own[name].numpy() for name in own})
             if group.usage:
-                own = parts.below(f"usage/{group.lanes[0].model}")
+                own = parts.with_prefix(f"usage/{group.lanes[0].model}")
                 group.usage.restore({name: own[name].numpy() for name in own})
-        own = parts.below(f"random/{dist.get_rank() % manifest.workers}")  # dropout draws from it
+        own = parts.with_prefix(f"random/{dist.get_rank() % manifest.workers}")  # dropout draws from it
         torch.set_rng_state(own["cpu"])
         if "cuda" in own and torch.cuda.is_available():
             torch.cuda.set_rng_state(own["cuda"])
         loop.states, loop.timings = _states(parts), _timings(manifest)
-        loop.underway = Underway(**manifest.underway) if manifest.underway else None
+        loop.underway = LoopProgress(**manifest.underway) if manifest.underway else None
 
     def stopping(self) -> dict[str, Any] | None:
         """The state of early stopping at the newest whole checkpoint; None without any."""
         mark = self.latest()
-        return _manifest(self.folder(mark)).stopping if mark != START else None
+        return _manifest(self.folder(mark)).stopping if mark != BEGINNING else None
 
-    def result(self, mark: Mark) -> JobResult:
+    def result(self, mark: Cursor) -> JobResult:
         """The figures at a checkpoint."""
         manifest = _manifest(self.folder(mark))
         return JobResult(_states(_parts(self.folder(mark), manifest)), _timings(manifest))
@@ -221,7 +221,7 @@ def state_of(loop: Loop) -> dict[str, Tensor]:
                 arrays = group.usage.state()
                 state |= {f"usage/{group.lanes[0].model}/{name}": torch.from_numpy(array) for name, array in arrays.items()}
         for key, metric in loop.states.items():
-            state |= {f"metrics/{json.dumps(key)}/{name}": kept(torch.from_numpy(np.asarray(a))) for name, a in metric.to_arrays().items()}
+            state |= {f"metrics/{json.dumps(key)}/{name}": cpu_copy(torch.from_numpy(np.asarray(a))) for name, a in metric.to_arrays().items()}
     return state
 
 
@@ -264,17 +264,17 @@ def _difference(folder: Path, manifest: Manifest) -> str | None:
     return None
 
 
-def _parts(folder: Path, manifest: Manifest) -> Parts:
-    return Parts.open([folder / rank_file(rank) for rank in range(manifest.workers)])
+def _parts(folder: Path, manifest: Manifest) -> ShardedTensors:
+    return ShardedTensors.open([folder / rank_file(rank) for rank in range(manifest.workers)])
 
 
 def _timings(manifest: Manifest) -> list[Timing]:
     return [Timing(**{**t, "window": int(t["window"]), "examples": int(t["examples"])}) for t in manifest.timings]  # type: ignore[arg-type]
 
 
-def _states(parts: Parts) -> dict[Key, MetricState]:
+def _states(parts: ShardedTensors) -> dict[Key, MetricState]:
     found: dict[Key, dict[str, Any]] = {}
-    metrics = parts.below("metrics")
+    metrics = parts.with_prefix("metrics")
     for name in metrics:
         text, _, part = name.rpartition("/")
         model, arm, domain, task = json.loads(text)

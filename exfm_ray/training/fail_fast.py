@@ -8,10 +8,10 @@ from typing import Any
 from ray.train import UserCallback
 
 from exfm_ray.errors import UserError
-from exfm_ray.runtime.actors import answer
+from exfm_ray.runtime.actors import get_with_timeout
 
 
-class EndAtMistake(UserCallback):  # type: ignore[misc]  # ray has no types
+class FailFastCallback(UserCallback):  # type: ignore[misc]  # ray has no types
     """Asks the job's feed, whenever a worker has failed, whether one has met a UserError. An error in here is one that Ray Train tries not again."""
 
     def __init__(self, feed: Any) -> None:
@@ -19,6 +19,6 @@ class EndAtMistake(UserCallback):  # type: ignore[misc]  # ray has no types
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
         """UserError with what the worker has told."""
-        told = answer(self._feed.failed.remote(), "the job", "its feed to tell why a worker has failed")
+        told = get_with_timeout(self._feed.failed.remote(), "the job", "its feed to tell why a worker has failed")
         if told:
             raise UserError(told)

@@ -15,19 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exfm_ray.data.batch import Batch, to_batch
-from exfm_ray.data.feed import Share, share
+from exfm_ray.data.feed import WorkerSlice, worker_slice
 from exfm_ray.data.stream import list_values
-from exfm_ray.engine.row_weight_decay import Repeats
+from exfm_ray.engine.row_weight_decay import RowCounts
 from exfm_ray.schema import Schema
 from exfm_ray.stores.supervision import teacher_values
 from exfm_ray.stores.user_history import HISTORY_COLUMN
-from exfm_ray.training.model_trainer import Lane
-from exfm_ray.training.row_usage import Usage
-from exfm_ray.training.table_sharing import Sharing
+from exfm_ray.training.model_trainer import ModelTrainer
+from exfm_ray.training.row_usage import RowLastUse
+from exfm_ray.training.table_sharing import TableSharing
 
 
 @dataclass
-class Evaluated:
+class Predictions:
     """Rows of a window in order, with what each lane says of them.
 
     Attributes:
@@ -42,7 +42,7 @@ class Evaluated:
     group_N: np.ndarray
 
     @classmethod
-    def join(cls, parts: Sequence[Evaluated]) -> Evaluated:
+    def join(cls, parts: Sequence[Predictions]) -> Predictions:
         """One after the other."""
         return cls(
             {name: np.concatenate([p.logits[name] for p in parts]) for name in parts[0].logits},
@@ -51,7 +51,7 @@ class Evaluated:
 
 
 @dataclass
-class Group:
+class BatchGroup:
     """Lanes that see the same rows: one domain's, or all (`domain` None).
 
     Attributes:
@@ -62,22 +62,22 @@ class Group:
     """
 
     schema: Schema
-    lanes: Sequence[Lane]
+    lanes: Sequence[ModelTrainer]
     domain: int | None
     batch_size: int
     device: torch.device
     teacher_columns: Sequence[int] | Sequence[Sequence[int]] = ()
     teacher_tasks: int = 0
     reset_unused: int | None = None
-    sharing: Sharing | None = None
-    _usage: Usage | None = field(init=False)
+    sharing: TableSharing | None = None
+    _usage: RowLastUse | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._usage = Usage(self.schema, self.reset_unused) if self.reset_unused else None
+        self._usage = RowLastUse(self.schema, self.reset_unused) if self.reset_unused else None
         names = [f.name for f in self.schema.single]
         self._group_column = names.index(self.schema.group_by) if self.schema.group_by else None
         self._worker, self._workers = dist.get_rank(), dist.get_world_size()
-        self._repeats = Repeats(self.schema) if any(lane.engine.decays for lane in self.lanes) else None
+        self._repeats = RowCounts(self.schema) if any(lane.engine.decays for lane in self.lanes) else None
 
     def select(self, table: pa.Table) -> pa.Table:
         """The group's rows of a fragment."""
@@ -85,7 +85,7 @@ class Group:
 
     def begin_window(self, window: int) -> None:
         """A window is going to be evaluated: give the arms with +share the rows of its ids."""
-        lanes = [lane for lane in self.lanes if lane.arm and lane.arm.shares]
+        lanes = [lane for lane in self.lanes if lane.arm and lane.arm.shares_tables]
         if self.sharing and lanes:
             rows = self.sharing.rows(window)
             for lane in lanes:
@@ -93,9 +93,9 @@ class Group:
 
     def refresh(self, windows: int) -> None:
         """So many windows are learnt: give the arms with +share all of the teacher's rows that are known now, to be served with."""
-        lanes = [lane for lane in self.lanes if lane.arm and lane.arm.shares]
+        lanes = [lane for lane in self.lanes if lane.arm and lane.arm.shares_tables]
         if self.sharing and lanes:
-            for rows in self.sharing.after(windows):
+            for rows in self.sharing.rows_after(windows):
                 for lane in lanes:
                     lane.engine.give_rows(rows, self.sharing.weight)
 
@@ -116,46 +116,46 @@ class Group:
                 lane.engine.reset_rows(stale)
 
     @property
-    def usage(self) -> Usage | None:
+    def usage(self) -> RowLastUse | None:
         """When rows were last used, where unused ones are reset; the same on all workers."""
         return self._usage
 
     def learn(self, rows: pa.Table) -> None:
         """One step of every lane on a global batch."""
-        mine = share(rows, self._worker, self._workers)
+        mine = worker_slice(rows, self._worker, self._workers)
         batches = self._batches(mine)
         repeats_BS = self._share_of(self._repeats.count(list_values(rows["sparse"], len(self.schema.single))), mine) if self._repeats else None
         weight_B = torch.zeros(mine.length, device=self.device)
         weight_B[: mine.table.num_rows] = self._workers / mine.total
         teacher_BT = self._teacher(mine)
         for lane in self.lanes:
-            lane.learn(batches[lane.remembers], weight_B, teacher_BT, repeats_BS)
+            lane.learn(batches[lane.uses_history], weight_B, teacher_BT, repeats_BS)
 
-    def evaluate(self, rows: pa.Table) -> Evaluated:
+    def evaluate(self, rows: pa.Table) -> Predictions:
         """What the models, as they are, say of this worker's rows of a global batch."""
-        mine = share(rows, self._worker, self._workers)
+        mine = worker_slice(rows, self._worker, self._workers)
         batches, count = self._batches(mine), mine.table.num_rows
         predicted: dict[str, Tensor] = {}
         for lane in self.lanes:
-            predicted |= lane.predict(batches[lane.remembers])
+            predicted |= lane.predict(batches[lane.uses_history])
         sparse_NS = list_values(mine.table["sparse"], len(self.schema.single))
-        return Evaluated(
+        return Predictions(
             logits={name: logits_BT[:count].cpu().numpy() for name, logits_BT in predicted.items()},
             labels_NT=list_values(mine.table["labels"], len(self.schema.tasks)),
             domain_N=mine.table["domain"].to_numpy(),
             group_N=np.zeros(count, np.int32) if self._group_column is None else sparse_NS[:, self._group_column],
         )
 
-    def gather(self, mine: Sequence[Evaluated]) -> Evaluated | None:
+    def gather(self, mine: Sequence[Predictions]) -> Predictions | None:
         """All workers' parts together on rank 0; None elsewhere, and where the window has no row for this group."""
         if self._workers == 1:
-            return Evaluated.join(mine) if mine else None
+            return Predictions.join(mine) if mine else None
         everyone: list[Any] | None = [None] * self._workers if self._worker == 0 else None
         dist.gather_object(mine, everyone)
         parts = [part for worker in everyone or [] for part in worker]
-        return Evaluated.join(parts) if parts else None
+        return Predictions.join(parts) if parts else None
 
-    def _batches(self, mine: Share) -> tuple[Batch, Batch]:
+    def _batches(self, mine: WorkerSlice) -> tuple[Batch, Batch]:
         """This worker's examples; and the same with their history among the dense features, where they have one."""
         batch = to_batch(mine.table, self.schema)
         remembered = batch
@@ -166,12 +166,12 @@ class Group:
         first = pad(batch, mine.length).to(self.device)
         return first, first if remembered is batch else pad(remembered, mine.length).to(self.device)
 
-    def _share_of(self, values_NS: Tensor, mine: Share) -> Tensor:
+    def _share_of(self, values_NS: Tensor, mine: WorkerSlice) -> Tensor:
         """This worker's rows of what belongs to a global batch, filled up with zeros."""
         own_BS = values_NS[self._worker * mine.length :][: mine.length]
         return F.pad(own_BS, (0, 0, 0, mine.length - len(own_BS))).to(self.device)
 
-    def _teacher(self, mine: Share) -> Tensor | None:
+    def _teacher(self, mine: WorkerSlice) -> Tensor | None:
         values = teacher_values(mine.table, self.teacher_tasks)
         if values is None:
             return None

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from exfm_ray.config.arms import Arm
 from exfm_ray.config.root import Config
 from exfm_ray.config.trainer import StudentConfig, TrainerConfig
-from exfm_ray.data.readers import FragmentReader, Pass, ShuffledReader, StreamReader
+from exfm_ray.data.readers import FragmentReader, ShuffledReader, StreamReader, WindowPass
 from exfm_ray.schema import Schema
-from exfm_ray.storage.remote import Place
+from exfm_ray.storage.remote import AnyPath
 from exfm_ray.stores.readers import AugmentedReader
 from exfm_ray.stores.shared_rows import shared_store
-from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.stores.supervision import SupervisionStore
 from exfm_ray.stores.user_history import history_store
-from exfm_ray.training.checkpoint import Checkpoints, Mark
+from exfm_ray.training.checkpoint import Checkpoints, Cursor
 from exfm_ray.training.static import EarlyStopping, StaticSet
 
 
@@ -39,9 +39,9 @@ class Job:
         """Settings of this job's training."""
         return self.config.vm if self.students else self.config.fm
 
-    def trainer_of(self, arm: Arm | None) -> TrainerConfig:
+    def trainer_for(self, arm: Arm | None) -> TrainerConfig:
         """The same of one arm (None: the FM): tables that are given rows have a rate of their own."""
-        if arm is None or not arm.shares:
+        if arm is None or not arm.shares_tables:
             return self.trainer
         optimizer = self.trainer.optimizer.model_copy(update={"table_lr": self.config.distillation.share.table_lr})
         return self.trainer.model_copy(update={"optimizer": optimizer})
@@ -52,7 +52,7 @@ class Job:
         return self.config.placement.vm if self.students else self.config.placement.fm
 
     @property
-    def stream_root(self) -> Place:
+    def stream_root(self) -> AnyPath:
         """Where the stream lies."""
         return self.config.stores / "stream"
 
@@ -76,35 +76,35 @@ class Job:
             return ShuffledReader(self.stream_root, seed=self.config.seed)
         if not self.students:
             return StreamReader(self.stream_root, fm_tasks(self.config, schema))
-        taught = any(arm.taught for arm in self.config.vm.arms)
+        taught = any(arm.uses_supervision for arm in self.config.vm.arms)
         store = SupervisionStore(self.config.stores / "supervision", self.teacher) if taught else None
         domains = tuple(sorted({schema.domain_index(student.domain) for student in self.students}))
         given = shared_store(self.config, self.teacher), history_store(self.config)
-        return AugmentedReader(self.stream_root, store, Policy.of(self.config.das), domains, self.tasks(), *given)
+        return AugmentedReader(self.stream_root, store, SnapshotPolicy.from_config(self.config.das), domains, self.tasks(), *given)
 
     def static(self, windows: Sequence[int]) -> StaticSet | None:
         """The windows as a static set, where the config says so."""
         return StaticSet(self.config.fm.static, tuple(windows)) if self.config.fm.static else None
 
-    def passes(self, windows: Sequence[int], done: Mark) -> list[Pass]:
+    def passes(self, windows: Sequence[int], done: Cursor) -> list[WindowPass]:
         """What is read, in order, from a mark on: each window to evaluate, then to learn; over a static set, each pass."""
         static = self.static(windows)
         if static:
-            works = [work for number in range(done.windows + 1, static.config.passes + 1) for work in static.works(number)]
+            works = [work for number in range(done.windows + 1, static.config.passes + 1) for work in static.passes(number)]
         else:
-            works = [work for window in windows[done.windows :] for work in (Pass(window, "evaluate"), Pass(window, "learn"))]
+            works = [work for window in windows[done.windows :] for work in (WindowPass(window, "evaluate"), WindowPass(window, "learn"))]
         return works[done.work :]
 
-    def beaten(self, best: int) -> list[int]:
+    def superseded(self, best: int) -> list[int]:
         """Published passes over a static set that are not the best one: a kill may leave one behind."""
-        return [version for version in SnapshotStore.of(self.config).versions() if version != best]
+        return [version for version in SnapshotStore.from_config(self.config).versions() if version != best]
 
     def finished(self, windows: Sequence[int]) -> bool:
         """True when nothing is left to do."""
         if self.config.fm.static:
             before = self.checkpoints.stopping()
             stopping = EarlyStopping.restore(self.config.fm.static, before) if before else None
-            return stopping is not None and stopping.over and not self.beaten(stopping.best)
+            return stopping is not None and stopping.over and not self.superseded(stopping.best)
         return self.checkpoints.latest().windows >= len(windows)
 
 

@@ -13,10 +13,10 @@ import ray
 from exfm_ray.data.feed import FEED_WAIT_S, LOOK_S, Feed
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
-from exfm_ray.runtime.actors import answer, beside_driver
+from exfm_ray.runtime.actors import get_with_timeout, pin_to_driver_node
 from exfm_ray.runtime.session import user_error
-from exfm_ray.storage.remote import pause_s
-from exfm_ray.training.checkpoint import START, Mark
+from exfm_ray.storage.remote import poll_interval
+from exfm_ray.training.checkpoint import BEGINNING, Cursor
 from exfm_ray.training.job import Job
 
 COLLECTIVE_WAIT_S = 4 * FEED_WAIT_S
@@ -38,14 +38,14 @@ class _RecorderReport:
         self._recorder, self._job = recorder, job
 
     def metrics(self, rows: Sequence[dict[str, Any]]) -> None:
-        answer(self._recorder.metrics.remote(list(rows)), f"worker 0 of {self._job}", "the recorder to write its figures")
+        get_with_timeout(self._recorder.metrics.remote(list(rows)), f"worker 0 of {self._job}", "the recorder to write its figures")
 
     def progress(self, window: int, examples: int) -> None:
         self._recorder.progress.remote(self._job, window, examples)
 
     def timeline(self, rows: Sequence[dict[str, Any]]) -> None:
         told = [{"role": self._job, **row} for row in rows]
-        answer(self._recorder.timeline.remote(told), f"worker 0 of {self._job}", "the recorder to write its timeline")
+        get_with_timeout(self._recorder.timeline.remote(told), f"worker 0 of {self._job}", "the recorder to write its timeline")
 
 
 def start_feed(job: Job, windows: Sequence[int]) -> Any:
@@ -53,9 +53,9 @@ def start_feed(job: Job, windows: Sequence[int]) -> Any:
     workers, reader = job.trainer.workers, job.reader(EventStream.open(job.stream_root).schema)
     passes = job.passes(windows, job.checkpoints.latest())
     labels = job.config.placement.data
-    place: dict[str, Any] = {"label_selector": labels} if labels else {"scheduling_strategy": beside_driver()}
+    place: dict[str, Any] = {"label_selector": labels} if labels else {"scheduling_strategy": pin_to_driver_node()}
     actor = Feed.options(max_concurrency=2 * workers + 2, **place)  # type: ignore[attr-defined]
-    return actor.remote(reader, passes, workers, FEED_WAIT_S, labels, pause_s(job.stream_root, LOOK_S))
+    return actor.remote(reader, passes, workers, FEED_WAIT_S, labels, poll_interval(job.stream_root, LOOK_S))
 
 
 def run_job(job: Job, windows: Sequence[int], recorder: Any, feed: Any) -> None:
@@ -67,7 +67,7 @@ def run_job(job: Job, windows: Sequence[int], recorder: Any, feed: Any) -> None:
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from exfm_ray.training.fail_fast import EndAtMistake
+    from exfm_ray.training.fail_fast import FailFastCallback
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more at each start, for a notice that nothing here uses
@@ -84,7 +84,7 @@ def run_job(job: Job, windows: Sequence[int], recorder: Any, feed: Any) -> None:
         ),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout_s=int(COLLECTIVE_WAIT_S)),
         run_config=RunConfig(
-            name=job.name, storage_path=str(logs / "ray_train"), callbacks=[EndAtMistake(feed)],
+            name=job.name, storage_path=str(logs / "ray_train"), callbacks=[FailFastCallback(feed)],
             failure_config=FailureConfig(max_failures=RESTARTS if elastic else 0, controller_failure_limit=tries),
         ),
     )  # fmt: skip
@@ -105,14 +105,14 @@ def _train(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     job: Job = settings["job"]
     rank = ray.train.get_context().get_world_rank()
-    with chatter_to(job.config.folder / "logs" / f"{job.name}.rank{rank}.log"):
+    with redirect_output(job.config.folder / "logs" / f"{job.name}.rank{rank}.log"):
         try:
             _work(job, rank, settings)
         except Exception as error:
             mistake = user_error(error)
             if mistake:
                 told = str(mistake).partition(ADVICE)[0]
-                answer(settings["feed"].fail.remote(told), f"worker {rank} of {job.name}", "the feed to take its error")
+                get_with_timeout(settings["feed"].report_failure.remote(told), f"worker {rank} of {job.name}", "the feed to take its error")
             raise
 
 
@@ -126,19 +126,19 @@ def _work(job: Job, rank: int, settings: dict[str, Any]) -> None:
     device = torch.device("cpu")
     if job.trainer.device == "cuda":
         device = ray.train.torch.get_device()
-    begun: list[Mark | None] = [None]
+    begun: list[Cursor | None] = [None]
     if rank == 0:
         begun = [job.checkpoints.latest()]
-        passes = job.passes(settings["windows"], begun[0] or START)
-        answer(settings["feed"].begin.remote(passes, torch.distributed.get_world_size()), f"worker 0 of {job.name}", "its feed")
+        passes = job.passes(settings["windows"], begun[0] or BEGINNING)
+        get_with_timeout(settings["feed"].restart.remote(passes, torch.distributed.get_world_size()), f"worker 0 of {job.name}", "its feed")
     torch.distributed.broadcast_object_list(begun)  # all go on from the same checkpoint, and none asks the feed before it has begun
     report = _RecorderReport(settings["recorder"], job.name) if rank == 0 else None
-    Worker(job, settings["feed"], report, device).run(settings["windows"], begun[0] or START)
+    Worker(job, settings["feed"], report, device).run(settings["windows"], begun[0] or BEGINNING)
     torch.distributed.barrier()  # a worker that leaves first may abort the others
 
 
 @contextmanager
-def chatter_to(path: Path) -> Iterator[None]:
+def redirect_output(path: Path) -> Iterator[None]:
     """Send this process's output, logging and that of its libraries to a file."""
     import logging
 

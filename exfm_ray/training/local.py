@@ -12,11 +12,11 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from exfm_ray.data.readers import FragmentReader, Pass
+from exfm_ray.data.readers import FragmentReader, WindowPass
 from exfm_ray.data.stream import EventStream
-from exfm_ray.stores.snapshot_policy import Policy
-from exfm_ray.training.checkpoint import START
-from exfm_ray.training.group import Group
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
+from exfm_ray.training.checkpoint import BEGINNING
+from exfm_ray.training.group import BatchGroup
 from exfm_ray.training.job import Job
 from exfm_ray.training.loop import Loop
 from exfm_ray.training.worker import build_groups
@@ -25,7 +25,7 @@ from exfm_ray.training.worker import build_groups
 class LocalClient:
     """The passes' fragments in order, read here when they are asked for. `waited`: seconds that reading took."""
 
-    def __init__(self, reader: FragmentReader, passes: Sequence[Pass]) -> None:
+    def __init__(self, reader: FragmentReader, passes: Sequence[WindowPass]) -> None:
         self.waited = 0.0
         self._tables = (reader.read(work, fragment) for work in passes for fragment in reader.fragments(work))
 
@@ -38,7 +38,7 @@ class LocalClient:
             yield table
 
 
-class KeptRows:
+class InMemoryReport:
     """A report that keeps the rows of metrics.jsonl in memory."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class KeptRows:
         """Nobody looks."""
 
 
-def one_process() -> None:
+def init_single_process() -> None:
     """Make a process group of this process alone, where there is none."""
     if dist.is_initialized():
         return
@@ -67,21 +67,21 @@ def one_process() -> None:
 
 
 def local_loop(
-    job: Job, windows: Sequence[int], reader: FragmentReader | None = None, groups: Sequence[Group] | None = None
-) -> tuple[Loop, KeptRows]:
+    job: Job, windows: Sequence[int], reader: FragmentReader | None = None, groups: Sequence[BatchGroup] | None = None
+) -> tuple[Loop, InMemoryReport]:
     """The job's loop, ready to run `windows` from fresh models.
 
     Args:
         reader: of the job's rows, where they are not read from the run's folder.
         groups: what learns, where it is not the job's own lanes.
     """
-    one_process()
+    init_single_process()
     schema = EventStream.open(job.stream_root).schema
     torch.manual_seed(job.config.seed)
-    report, reader = KeptRows(), reader or job.reader(schema)
-    client: Any = LocalClient(reader, job.passes(windows, START))
+    report, reader = InMemoryReport(), reader or job.reader(schema)
+    client: Any = LocalClient(reader, job.passes(windows, BEGINNING))
     loop = Loop(
         role=job.role, seed=job.config.seed, groups=groups or build_groups(job, schema, torch.device("cpu")), reader=reader, client=client,
-        report=report, policy=Policy.of(job.config.das), warmup_windows=job.config.metrics.warmup_windows,
+        report=report, policy=SnapshotPolicy.from_config(job.config.das), warmup_windows=job.config.metrics.warmup_windows,
     )  # fmt: skip
     return loop, report

@@ -17,15 +17,15 @@ from exfm_ray.data.batch import Batch
 from exfm_ray.distillation.adapter import target_BT
 from exfm_ray.distillation.objective import Weights, labels_objective_B, objective_B
 from exfm_ray.engine.engine import Engine
-from exfm_ray.engine.replica import Replica
+from exfm_ray.engine.replica import ReplicatedModule
 from exfm_ray.engine.stacked import StackedModule
-from exfm_ray.engine.tensor_store import Parts
+from exfm_ray.engine.tensor_store import ShardedTensors
 
 LOSSES_KEPT = 64
 """How many losses, of this worker's shares, a lane remembers on the device."""
 
 
-class Learner(NamedTuple):
+class ModelName(NamedTuple):
     """A model that a lane teaches: its name in files, its name in figures."""
 
     name: str
@@ -33,7 +33,7 @@ class Learner(NamedTuple):
 
 
 @dataclass
-class Lane:
+class ModelTrainer:
     """One model: its engine, the arm it learns by, the positions of its tasks in the stream's."""
 
     model: str
@@ -41,7 +41,7 @@ class Lane:
     tasks: tuple[int, ...]
     engine: Engine
     weights: Weights
-    adapter: Replica | StackedModule | None = None
+    adapter: ReplicatedModule | StackedModule | None = None
     seconds: float = 0.0
     losses: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LOSSES_KEPT), init=False)
 
@@ -51,14 +51,14 @@ class Lane:
         return f"{self.model}-{self.arm}" if self.arm else self.model
 
     @property
-    def remembers(self) -> bool:
+    def uses_history(self) -> bool:
         """True when it reads examples with their history."""
-        return self.arm is not None and self.arm.remembers
+        return self.arm is not None and self.arm.uses_history
 
     @property
-    def learners(self) -> Sequence[Learner]:
+    def learners(self) -> Sequence[ModelName]:
         """The model that it teaches."""
-        return (Learner(self.name, self.model),)
+        return (ModelName(self.name, self.model),)
 
     def predict(self, batch: Batch) -> Mapping[str, Tensor]:
         """Serving logits_BT, float32, of each learner by name."""
@@ -97,15 +97,15 @@ class Lane:
     def state(self) -> dict[str, Tensor]:
         """This worker's part of the lane's state, copied to the CPU."""
         state = self.engine.state()
-        if isinstance(self.adapter, Replica) and dist.get_rank() == 0:
+        if isinstance(self.adapter, ReplicatedModule) and dist.get_rank() == 0:
             state |= {f"adapter/{name}": tensor for name, tensor in self.adapter.state().items()}
         return state
 
-    def restore(self, parts: Parts) -> None:
+    def restore(self, parts: ShardedTensors) -> None:
         """From what all workers' `state()` gave."""
         self.engine.restore(parts)
-        if isinstance(self.adapter, Replica):
-            self.adapter.restore(parts.below("adapter"))
+        if isinstance(self.adapter, ReplicatedModule):
+            self.adapter.restore(parts.with_prefix("adapter"))
 
 
 

@@ -16,7 +16,7 @@ from exfm_ray.training.model_trainer import LOSSES_KEPT
 NONE = 2**62
 
 
-class LossWatch:
+class FiniteCheck:
     """Checks the losses of all lanes every `LOSSES_KEPT` batches, and whenever it is asked to; all workers call it in step."""
 
     def __init__(self, loop: Loop, checkpoints: Checkpoints, section: str) -> None:
@@ -24,7 +24,7 @@ class LossWatch:
         self._loop, self._checkpoints, self._section = loop, checkpoints, section
         self._learnt: list[tuple[int, int, int]] = []  # window, batch and group of the batches since the last check
 
-    def after(self, window: int, batch: int, group: int) -> None:
+    def observe(self, window: int, batch: int, group: int) -> None:
         """A batch of a group was learnt."""
         self._learnt.append((window, batch, group))
         if len(self._learnt) == LOSSES_KEPT:

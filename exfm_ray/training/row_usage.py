@@ -34,8 +34,8 @@ class _AllRows:
             yield rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) + first
 
 
-class Uses(_AllRows):
-    """How often examples of finished windows have read each row. All workers hold the same, as with `Usage`."""
+class RowUseCounts(_AllRows):
+    """How often examples of finished windows have read each row. All workers hold the same, as with `RowLastUse`."""
 
     def __init__(self, schema: Schema) -> None:
         super().__init__(schema)
@@ -65,7 +65,7 @@ class Uses(_AllRows):
         self._count_R = np.array(state["count"], np.int32)
 
 
-class Usage(_AllRows):
+class RowLastUse(_AllRows):
     """The last window in which an example used a row.
 
     Only windows with examples count, from 0 on: a silence of the stream makes no row stale. Every worker marks the rows of

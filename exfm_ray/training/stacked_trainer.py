@@ -20,15 +20,15 @@ from exfm_ray.engine.stacked import StackedEngine, StackedModule, dense_rates
 from exfm_ray.errors import UserError
 from exfm_ray.models.network import build_network
 from exfm_ray.schema import Schema
-from exfm_ray.training.group import Group
+from exfm_ray.training.group import BatchGroup
 from exfm_ray.training.job import Job
-from exfm_ray.training.model_trainer import Lane, Learner
-from exfm_ray.training.table_sharing import Sharing
+from exfm_ray.training.model_trainer import ModelName, ModelTrainer
+from exfm_ray.training.table_sharing import TableSharing
 from exfm_ray.training.worker import arm_schema
 
 
 @dataclass
-class Stack(Lane):
+class Stack(ModelTrainer):
     """Lanes of one structure as one.
 
     Attributes:
@@ -39,12 +39,12 @@ class Stack(Lane):
     failed: set[int] = field(default_factory=set)
 
     @property
-    def everyone(self) -> list[Learner]:
+    def everyone(self) -> list[ModelName]:
         """All learners, in the order of the jobs: the student's name with a number."""
-        return [Learner(f"{self.name}#{number}", f"{self.model}#{number}") for number in range(len(self.jobs))]
+        return [ModelName(f"{self.name}#{number}", f"{self.model}#{number}") for number in range(len(self.jobs))]
 
     @property
-    def learners(self) -> Sequence[Learner]:
+    def learners(self) -> Sequence[ModelName]:
         """Those that have not failed."""
         return [learner for number, learner in enumerate(self.everyone) if number not in self.failed]
 
@@ -64,13 +64,13 @@ class Stack(Lane):
         students.set_rates(target, dense_rates(job.trainer))
         students.beta_K[target] = job.config.distillation.ah.beta
         tables.copy(source, target)
-        tables.rate_K[target] = job.trainer_of(self.arm).optimizer.table_lr
+        tables.rate_K[target] = job.trainer_for(self.arm).optimizer.table_lr
         if isinstance(self.adapter, StackedModule):
             self.adapter.copy(source, target)
             self.adapter.set_rates(target, {"lr": job.config.distillation.sa.lr})
 
 
-def stacked(jobs: Sequence[Job], schema: Schema, teachers: Sequence[int]) -> tuple[Stack, Group]:
+def stacked(jobs: Sequence[Job], schema: Schema, teachers: Sequence[int]) -> tuple[Stack, BatchGroup]:
     """The stack of `jobs` and its group; each is of one student and one arm, the same for all.
 
     Args:
@@ -90,19 +90,19 @@ def stacked(jobs: Sequence[Job], schema: Schema, teachers: Sequence[int]) -> tup
     if arm.objective is Objective.AH_SA:
         adapters = [Adapter(c.sa, len(tasks), s) for s, c in zip(seeds, configs, strict=True)]
         adapter = StackedModule(adapters, torch.optim.Adam, [{"lr": c.sa.lr} for c in configs])
-    engine = StackedEngine(schema, [job.trainer_of(arm) for job in jobs], students, network, seeds)
+    engine = StackedEngine(schema, [job.trainer_for(arm) for job in jobs], students, network, seeds)
     stack = Stack(student.name, arm, tasks, engine, stacked_weights([job.config for job in jobs]), adapter, jobs=list(jobs))
     columns = [[teacher * len(tasks) + task for task in range(len(tasks))] for teacher in teachers]
     width = (max(teachers) + 1) * len(tasks)
-    return stack, Group(
+    return stack, BatchGroup(
         plain, [stack], schema.domain_index(student.domain), first.config.vm.batch_size, engine.device, columns, width,
-        sharing=Sharing.of(first.config, student, plain),
+        sharing=TableSharing.from_config(first.config, student, plain),
     )  # fmt: skip
 
 
 def stacked_weights(configs: Sequence[Config]) -> Weights:
     """The weights of all, float32 (K, 1, 1) each."""
-    each = zip(*(Weights.of(config.distillation) for config in configs), strict=True)
+    each = zip(*(Weights.from_config(config.distillation) for config in configs), strict=True)
     return Weights(*(torch.tensor(values).view(-1, 1, 1) for values in each))
 
 

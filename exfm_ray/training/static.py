@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from exfm_ray.config.trainer import StaticConfig
-from exfm_ray.data.readers import Pass
+from exfm_ray.data.readers import WindowPass
 from exfm_ray.schema import ALL_DOMAINS
 
 
@@ -34,11 +34,11 @@ class StaticSet:
         """The validation window and the tests."""
         return tuple(window for window in self.windows if window >= self.config.validation_window)
 
-    def works(self, number: int) -> list[Pass]:
+    def passes(self, number: int) -> list[WindowPass]:
         """What pass `number`, counted from 1, reads: the training windows to learn, then the others to evaluate."""
         return [
-            *(Pass(window, "learn", number) for window in self.learnt),
-            *(Pass(window, "evaluate", number) for window in self.held_out),
+            *(WindowPass(window, "learn", number) for window in self.learnt),
+            *(WindowPass(window, "evaluate", number) for window in self.held_out),
         ]  # fmt: skip
 
 

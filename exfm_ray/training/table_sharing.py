@@ -13,20 +13,20 @@ from torch import Tensor
 
 from exfm_ray.config.root import Config
 from exfm_ray.config.trainer import StudentConfig
-from exfm_ray.engine.tensor_store import GivenRows
+from exfm_ray.engine.tensor_store import RowUpdate
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.models.layout import Layout
 from exfm_ray.schema import Schema
 from exfm_ray.stores.shared_rows import SharedStore, TableRows, shared_store
-from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.snapshots import SnapshotStore
-from exfm_ray.training.row_usage import Uses
+from exfm_ray.training.row_usage import RowUseCounts
 
 
 def widths(config: Config, student: StudentConfig | None, schema: Schema) -> dict[str, int]:
     """Width of each table's rows in a student, or in the FM (None)."""
     model = config.fm.model if student is None else student.model or config.vm.model
-    embeddings = Layout.of(model, schema).embeddings
+    embeddings = Layout.from_config(model, schema).embeddings
     return {table: number * model.dim for table, number in embeddings.items()}
 
 
@@ -36,17 +36,17 @@ def teachers_widths(config: Config, teacher: str | None, schema: Schema) -> dict
     if teacher in (None, config.fm.name):
         return widths(config, None, schema)
     if any(other.name == teacher and other.run for other in config.teachers):
-        snapshots = SnapshotStore.of(config, teacher)
+        snapshots = SnapshotStore.from_config(config, teacher)
         first = snapshots.versions()[:1]
         stored = snapshots.manifest(first[0], schema) if first else None
-        return {name: number * stored.network.dim for name, number in Layout.of(stored.network, schema).embeddings.items()} if stored else None
+        return {name: number * stored.network.dim for name, number in Layout.from_config(stored.network, schema).embeddings.items()} if stored else None
     return widths(config, next(student for student in config.vm.models if student.name == teacher), schema)
 
 
 def check_sharing(config: Config, schema: Schema) -> None:
     """UserError where the config's arms share tables that are not there, or rows that do not fit and have no projection."""
     share = config.distillation.share
-    if not any(arm.shares for arm in config.arms):
+    if not any(arm.shares_tables for arm in config.arms):
         return
     searched = config.tune.space["distillation.share.tables"].choice if config.tune and "distillation.share.tables" in config.tune.space else ()
     for setting, names in (("distillation.share.tables", share.tables), *(("tune.space", choice) for choice in searched)):
@@ -71,7 +71,7 @@ def misfit(student: StudentConfig, table: str, given: int, width: int) -> UserEr
 
 
 @dataclass
-class Sharing:
+class TableSharing:
     """The rows for one student, window by window.
 
     Attributes:
@@ -84,14 +84,14 @@ class Sharing:
     schema: Schema
     student: StudentConfig
     widths: Mapping[str, int]
-    uses: Uses | None = field(init=False)
+    uses: RowUseCounts | None = field(init=False)
 
     def __post_init__(self) -> None:
         self._share = self.config.distillation.share
-        self.uses = Uses(self.schema) if self._share.mode == "unseen" else None
+        self.uses = RowUseCounts(self.schema) if self._share.mode == "unseen" else None
 
     @classmethod
-    def of(cls, config: Config, student: StudentConfig, schema: Schema) -> Sharing | None:
+    def from_config(cls, config: Config, student: StudentConfig, schema: Schema) -> TableSharing | None:
         """None where no arm takes rows."""
         store = shared_store(config, student.teacher)
         return cls(config, store, schema, student, widths(config, student, schema)) if store else None
@@ -101,20 +101,20 @@ class Sharing:
         """How far a row is moved to the given one."""
         return self._share.weight if self._share.mode == "average" else 1.0
 
-    def rows(self, window: int) -> dict[str, GivenRows]:
+    def rows(self, window: int) -> dict[str, RowUpdate]:
         """What is written before a window is evaluated; nothing in windows without a teacher."""
-        policy = Policy.of(self.config.das)
+        policy = SnapshotPolicy.from_config(self.config.das)
         if policy.version(window) is None:
             return {}
         given = self.store.read(window, self.student.domain, self.schema, policy)
         return {name: self._fit(name, rows) for name, rows in given.items() if self._takes(name)}
 
-    def after(self, windows: int) -> Iterator[dict[str, GivenRows]]:
+    def rows_after(self, windows: int) -> Iterator[dict[str, RowUpdate]]:
         """What a student is served with after so many windows: all rows of the snapshot that is to supervise the next one, in parts."""
-        version = Policy.of(self.config.das).version(windows)
+        version = SnapshotPolicy.from_config(self.config.das).version(windows)
         if version is None:
             return
-        snapshots = SnapshotStore.of(self.config, self.store.teacher)
+        snapshots = SnapshotStore.from_config(self.config, self.store.teacher)
         for name, first_row, row_XW in snapshots.tables(version, self.schema):
             if self._takes(name):
                 id_X = np.arange(first_row, first_row + len(row_XW))
@@ -134,7 +134,7 @@ class Sharing:
         """The DAS may give rows of more tables than a sweep's trial takes."""
         return table in self._share.tables or not self._share.tables
 
-    def _fit(self, name: str, rows: TableRows) -> GivenRows:
+    def _fit(self, name: str, rows: TableRows) -> RowUpdate:
         """The student's rows from the teacher's."""
         id_X, row_XW, momentum_X = rows
         if self.uses:
@@ -147,20 +147,20 @@ class Sharing:
                 raise misfit(self.student, name, given, width)
             row_XW = row_XW @ self._maps[name]
         if self._share.optimizer == "keep":
-            return GivenRows(id_X, row_XW, None)
+            return RowUpdate(id_X, row_XW, None)
         if self._share.optimizer == "reset":
-            return GivenRows(id_X, row_XW, torch.zeros(len(id_X)))
+            return RowUpdate(id_X, row_XW, torch.zeros(len(id_X)))
         if momentum_X is None:
             raise UserError(
                 f"{self.store.root}: the teacher's rows come without optimizer state, which distillation.share.optimizer=teacher needs; train the FM "
                 "anew in a run whose arms share tables, or choose keep or reset"
             )
-        return GivenRows(id_X, row_XW, momentum_X)
+        return RowUpdate(id_X, row_XW, momentum_X)
 
     @cached_property
     def _maps(self) -> dict[str, Tensor]:
         """(W of the teacher, W of the student) for each table of another width, from the first rows that were given."""
-        policy = Policy.of(self.config.das)
+        policy = SnapshotPolicy.from_config(self.config.das)
         window = policy.first
         domain = self.student.domain
         while self.store.has(window) and not self.store.manifest(window).domains[domain].rows:

@@ -15,42 +15,42 @@ from exfm_ray.config.arms import Arm, Objective
 from exfm_ray.config.models import ModelConfig
 from exfm_ray.config.root import Config
 from exfm_ray.data.feed import FEED_WAIT_S, FeedClient
-from exfm_ray.data.readers import Pass
+from exfm_ray.data.readers import WindowPass
 from exfm_ray.data.stream import EventStream
 from exfm_ray.distillation.adapter import Adapter
 from exfm_ray.distillation.objective import Weights
 from exfm_ray.distillation.student import Student
 from exfm_ray.engine.engine import Engine
-from exfm_ray.engine.replica import Replica
+from exfm_ray.engine.replica import ReplicatedModule
 from exfm_ray.errors import UserError
 from exfm_ray.models.network import build_network
 from exfm_ray.models.serialization import MOMENTUM, commit_model, remove_model, write_tables
-from exfm_ray.models.user_features import Past
+from exfm_ray.models.user_features import UserFeatures
 from exfm_ray.schema import Schema
-from exfm_ray.storage.remote import Place, pause_s
-from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.storage.remote import AnyPath, poll_interval
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.snapshots import SnapshotStore
-from exfm_ray.stores.user_history import history_store, user_column, with_history
-from exfm_ray.training.async_checkpoint import Saver
-from exfm_ray.training.checkpoint import START, Mark
-from exfm_ray.training.group import Group
+from exfm_ray.stores.user_history import history_store, key_column, with_history
+from exfm_ray.training.async_checkpoint import AsyncCheckpointer
+from exfm_ray.training.checkpoint import BEGINNING, Cursor
+from exfm_ray.training.group import BatchGroup
 from exfm_ray.training.job import Job, fm_tasks
-from exfm_ray.training.loop import Loop, Report, Underway
-from exfm_ray.training.model_trainer import Lane
-from exfm_ray.training.nan_check import LossWatch
+from exfm_ray.training.loop import Loop, LoopProgress, Report
+from exfm_ray.training.model_trainer import ModelTrainer
+from exfm_ray.training.nan_check import FiniteCheck
 from exfm_ray.training.static import EarlyStopping, StaticSet
-from exfm_ray.training.table_sharing import Sharing
+from exfm_ray.training.table_sharing import TableSharing
 
 POLL_S = 0.2
 
 
-def build_groups(job: Job, schema: Schema, device: torch.device) -> list[Group]:
+def build_groups(job: Job, schema: Schema, device: torch.device) -> list[BatchGroup]:
     """The job's lanes: one for the FM over all domains; else a group for each student, with a lane for each arm."""
     config = job.config
     if job.role == "fm":
         tasks = tuple(schema.task_index(task) for task in fm_tasks(config, schema))
         lane = _lane(job, config.fm.name, config.fm.model, None, tasks, schema, device)
-        return [Group(schema, [lane], None, config.fm.batch_size, device, reset_unused=config.fm.reset_unused)]
+        return [BatchGroup(schema, [lane], None, config.fm.batch_size, device, reset_unused=config.fm.reset_unused)]
     groups = []
     for student in job.students:
         tasks = tuple(schema.task_index(task) for task in student.tasks)
@@ -58,25 +58,25 @@ def build_groups(job: Job, schema: Schema, device: torch.device) -> list[Group]:
         lanes = [_lane(job, student.name, network, arm, tasks, schema, device) for arm in config.vm.arms]
         teacher = tuple(job.tasks().index(task) for task in student.tasks)
         domain, trainer = schema.domain_index(student.domain), config.vm
-        sharing = Sharing.of(config, student, schema)
-        groups.append(Group(schema, lanes, domain, trainer.batch_size, device, teacher, len(job.tasks()), trainer.reset_unused, sharing))
+        sharing = TableSharing.from_config(config, student, schema)
+        groups.append(BatchGroup(schema, lanes, domain, trainer.batch_size, device, teacher, len(job.tasks()), trainer.reset_unused, sharing))
     return groups
 
 
 def arm_schema(arm: Arm | None, schema: Schema, config: Config) -> Schema:
     """What an arm reads of an example."""
-    return with_history(schema, config.distillation.history) if arm and arm.remembers else schema
+    return with_history(schema, config.distillation.history) if arm and arm.uses_history else schema
 
 
 def _lane(
     job: Job, model: str, network: ModelConfig, arm: Arm | None, tasks: tuple[int, ...], schema: Schema, device: torch.device
-) -> Lane:
+) -> ModelTrainer:
     """All arms of a student start from the same tables and the same serving network."""
     seed, distillation = job.config.seed, job.config.distillation
     schema = arm_schema(arm, schema, job.config)
     student = Student(build_network(network, schema, len(tasks), seed), arm.objective if arm else Objective.LABELS, distillation, seed)
-    adapter = Replica(Adapter(distillation.sa, len(tasks), seed), distillation.sa.lr, device) if arm and arm.objective is Objective.AH_SA else None
-    return Lane(model, arm, tasks, Engine(schema, job.trainer_of(arm), student, network, seed, device), Weights.of(distillation), adapter)
+    adapter = ReplicatedModule(Adapter(distillation.sa, len(tasks), seed), distillation.sa.lr, device) if arm and arm.objective is Objective.AH_SA else None
+    return ModelTrainer(model, arm, tasks, Engine(schema, job.trainer_for(arm), student, network, seed, device), Weights.from_config(distillation), adapter)
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Worker:
     report: Report | None
     device: torch.device
     loop: Loop = field(init=False)
-    saver: Saver = field(init=False)
+    saver: AsyncCheckpointer = field(init=False)
     _stopping: EarlyStopping | None = field(default=None, init=False)
     _windows: int = field(default=0, init=False)
     _saved: int = field(default=0, init=False)
@@ -98,21 +98,21 @@ class Worker:
         self.stream = EventStream.open(self.job.stream_root)
         torch.manual_seed(config.seed)
         groups = build_groups(self.job, self.stream.schema, self.device)
-        self.saver = Saver(self.job.checkpoints, config.checkpoint.keep)
+        self.saver = AsyncCheckpointer(self.job.checkpoints, config.checkpoint.keep)
         self.loop = Loop(
             role=self.job.role, seed=config.seed, groups=groups, reader=self.job.reader(self.stream.schema),
-            client=FeedClient(self.feed, dist.get_rank()), report=self.report, policy=Policy.of(config.das),
+            client=FeedClient(self.feed, dist.get_rank()), report=self.report, policy=SnapshotPolicy.from_config(config.das),
             warmup_windows=config.metrics.warmup_windows,
         )  # fmt: skip
 
-    def run(self, windows: Sequence[int], done: Mark) -> None:
-        """Go on from a checkpoint's mark, or from `START`."""
-        if done != START:
+    def run(self, windows: Sequence[int], done: Cursor) -> None:
+        """Go on from a checkpoint's mark, or from `BEGINNING`."""
+        if done != BEGINNING:
             self.job.checkpoints.load(done, self.loop)
         self._windows, self._saved = done.windows, done.examples
-        self.loop.between = self._between
-        self.loop.telling = lambda: self.job.checkpoints.writing(f"{self.job.config.folder / 'metrics.jsonl'}, or timeline.jsonl beside it,")
-        self._watch = LossWatch(self.loop, self.job.checkpoints, self.job.role)
+        self.loop.on_batch_end = self._between
+        self.loop.report_guard = lambda: self.job.checkpoints.writing(f"{self.job.config.folder / 'metrics.jsonl'}, or timeline.jsonl beside it,")
+        self._watch = FiniteCheck(self.loop, self.job.checkpoints, self.job.role)
         static = self.job.static(windows)
         if static:
             self.run_static(static)
@@ -129,7 +129,7 @@ class Worker:
         for position, window in list(enumerate(windows))[done:]:
             self.loop.run(window)
             self._watch.check()
-            self.saver.take(self.loop)
+            self.saver.stage(self.loop)
             self.publish(window + 1)
             if self.job.role == "vm" and position + 1 == len(windows):
                 self.export(len(windows))
@@ -142,7 +142,7 @@ class Worker:
         self._remove_beaten()
         while not self._stopping.over:
             number, worse = self._stopping.last + 1, self._stopping.best
-            rows = self.loop.run_passes(static.works(number), number)
+            rows = self.loop.run_passes(static.passes(number), number)
             self._watch.check()
             decided: list[Any] = [self._stopping.take(rows) if dist.get_rank() == 0 else None, self._stopping.state()]
             dist.broadcast_object_list(decided)  # only rank 0 knows the figures
@@ -157,27 +157,27 @@ class Worker:
     def _remove_beaten(self) -> None:
         assert self._stopping
         if dist.get_rank() == 0:
-            for version in self.job.beaten(self._stopping.best):
+            for version in self.job.superseded(self._stopping.best):
                 self._snapshots(self.job.config.fm.name).remove(version)
 
-    def _between(self, work: Pass, under: Underway, group: int) -> None:
+    def _between(self, work: WindowPass, under: LoopProgress, group: int) -> None:
         """After a batch: a checkpoint, where it is time for one."""
-        self._watch.after(work.window, under.batches - 1, group)
+        self._watch.observe(work.window, under.batches - 1, group)
         every, examples = self.job.config.checkpoint.every_examples, sum(under.learnt)
         if every and examples - self._saved >= every:
             self.loop.stop_clock(work, under)
             self._watch.check()
-            self._save(Mark(self._windows, examples, under.work), work.window)
+            self._save(Cursor(self._windows, examples, under.work), work.window)
             self._saved = examples
             self.loop.start_clock()
 
     def _save_window(self, windows: int, window: int | None = None) -> None:
         """A checkpoint at the end of a window, or of a pass."""
-        self._save(Mark(windows), window)
+        self._save(Cursor(windows), window)
         self._windows, self._saved = windows, 0
 
-    def _save(self, mark: Mark, window: int | None) -> None:
-        teacher = Policy.of(self.job.config.das).version(window) if self.job.role == "vm" and window is not None else None
+    def _save(self, mark: Cursor, window: int | None) -> None:
+        teacher = SnapshotPolicy.from_config(self.job.config.das).version(window) if self.job.role == "vm" and window is not None else None
         self.saver.save(mark, self.loop, teacher, self._stopping.state() if self._stopping else None)
 
     def _snapshots(self, teacher: str) -> SnapshotStore:
@@ -195,7 +195,7 @@ class Worker:
             if network:
                 facts, folder = {"teacher": lane.model, "version": version, "seed": config.seed}, self._snapshots(lane.model).folder(version)
                 when = f"pass {version}" if self._stopping else f"window {version - 1}"
-                self._store(folder, lane, network, facts, when, momentum=any(arm.shares for arm in config.arms))
+                self._store(folder, lane, network, facts, when, momentum=any(arm.shares_tables for arm in config.arms))
 
     def export(self, windows: int) -> None:
         """Export each VM as it is served: tables, network and serving head; no auxiliary head, no adapter.
@@ -204,8 +204,8 @@ class Worker:
         stored with what it reads of each user.
         """
         config = self.job.config
-        if any(arm.shares for arm in config.vm.arms):
-            snapshots, version = SnapshotStore.of(config, self.job.teacher), Policy.of(config.das).version(windows)
+        if any(arm.shares_tables for arm in config.vm.arms):
+            snapshots, version = SnapshotStore.from_config(config, self.job.teacher), SnapshotPolicy.from_config(config.das).version(windows)
             if version is not None:
                 _await(lambda: snapshots.has(version), snapshots.root, f"{snapshots.folder(version)}: not published", "train its teacher further")
         for group in self.loop.groups:
@@ -214,25 +214,25 @@ class Worker:
         for lane in self.loop.lanes:
             folder, facts = config.folder / "exported" / lane.name, {"vm": lane.model, "arm": str(lane.arm), "windows": windows, "seed": config.seed}
             past = None
-            if lane.remembers:
+            if lane.uses_history:
                 past, facts["history"] = self._past(windows)
             self._store(folder, lane, networks[lane.model], facts, f"window {windows - 1}", past=past)
 
-    def _past(self, windows: int) -> tuple[Past, dict[str, Any]]:
+    def _past(self, windows: int) -> tuple[UserFeatures, dict[str, Any]]:
         """What an arm with +history reads of each user after so many windows; what is to be said of it."""
         history, schema = history_store(self.job.config), self.stream.schema
         assert history
         _await(lambda: history.ready(windows), history.root, f"{history.folder(windows - 1)}: not represented", "run the DAS")
-        past = history.before(windows, schema).past()
-        return past, {"key": schema.single[user_column(schema, history.settings)].name, "inputs": past.inputs_UF.shape[1]}
+        past = history.state_before(windows, schema).to_user_features()
+        return past, {"key": schema.single[key_column(schema, history.settings)].name, "inputs": past.inputs_UF.shape[1]}
 
     def _store(
-        self, folder: Place, lane: Lane, network: ModelConfig, facts: dict[str, Any], when: str, momentum: bool = False,
-        past: Past | None = None,
+        self, folder: AnyPath, lane: ModelTrainer, network: ModelConfig, facts: dict[str, Any], when: str, momentum: bool = False,
+        past: UserFeatures | None = None,
     ) -> None:  # fmt: skip
         """Store a lane's model in the place of what the folder holds. UserError where a weight is not finite: then that stays."""
         rank, written = dist.get_rank(), self.job.checkpoints.writing(f"{folder}: the model after {when}")
-        with lane.engine.evaluated(), written:
+        with lane.engine.ema_weights(), written:
             tables, dense = lane.engine.table_shards(), lane.engine.dense_state()
             moments = lane.engine.momentum_shards() if momentum else {}
             self._watch.check_weights(when, lane.name, {**tables, **dense, **{f"momentum of {name}": tensor for name, tensor in moments.items()}})
@@ -253,10 +253,10 @@ class Worker:
             dist.barrier()
 
 
-def _await(done: Callable[[], bool], root: Place, lacking: str, remedy: str) -> None:
+def _await(done: Callable[[], bool], root: AnyPath, lacking: str, remedy: str) -> None:
     """Wait for what another role of the run leaves below `root`; UserError where it does not come."""
     deadline = time.monotonic() + FEED_WAIT_S
     while not done():
         if time.monotonic() > deadline:
             raise UserError(f"{lacking} within {FEED_WAIT_S:.0f} s; {remedy}")
-        time.sleep(pause_s(root, POLL_S))
+        time.sleep(poll_interval(root, POLL_S))

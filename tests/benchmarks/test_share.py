@@ -17,7 +17,7 @@ from benchmarks.share_runs import GRID, JUDGED, SCORED, Variant, judge, variants
 from exfm_ray.config.checks import with_settings
 from exfm_ray.pipeline.preflight import prepare_stream
 from exfm_ray.stores.shared_rows import SharedStore
-from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.stores.user_history import history_store
 from exfm_ray.training.job import Job
@@ -61,7 +61,7 @@ def test_permuted_rows_are_anothers(groups: dict[int, Workers], tmp_path: Path, 
     monkeypatch.setattr(share_teach, "WINDOWS", range(WINDOWS))
     share_teach.permute_rows(config, tmp_path / "permuted", stream)
     own, other = (SharedStore(folder / "shared", config.fm.name) for folder in (config.folder, tmp_path / "permuted"))
-    policy, snapshots = Policy.of(config.das), SnapshotStore.of(config, config.fm.name)
+    policy, snapshots = SnapshotPolicy.from_config(config.das), SnapshotStore.from_config(config, config.fm.name)
     anothers: dict[tuple[str, int], int] = {}
     for window in (window for window in stream.windows() if own.has(window)):
         tables = snapshots.load(own.manifest(window).snapshot, stream.schema.digest)[0].tables.tables()
@@ -89,7 +89,7 @@ def test_mixed_users_have_anothers_past(groups: dict[int, Workers], tmp_path: Pa
     assert own and other
     whose: dict[int, int] = {}
     for window in range(2, WINDOWS + 1):
-        store, renamed = own.before(window, stream.schema), other.before(window, stream.schema)
+        store, renamed = own.state_before(window, stream.schema), other.before(window, stream.schema)
         np.testing.assert_array_equal(store.users_U, renamed.users_U)
         past = {tuple(row): user for user, row in zip(store.users_U.tolist(), store.total_UD.tolist(), strict=True)}
         found = {user: past[tuple(row)] for user, row in zip(renamed.users_U.tolist(), renamed.total_UD.tolist(), strict=True)}

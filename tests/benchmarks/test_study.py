@@ -22,10 +22,10 @@ from benchmarks.study_variants import MOST_TOGETHER, calls, variants
 from exfm_ray.config.root import Config
 from exfm_ray.config.trainer import StudentConfig
 from exfm_ray.data.prepare.prepare import prepare
-from exfm_ray.data.readers import Pass
+from exfm_ray.data.readers import WindowPass
 from exfm_ray.data.stream import EventStream, list_values
 from exfm_ray.stores.readers import AugmentedReader
-from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.supervision import TEACHER_COLUMN, SupervisionStore
 from exfm_ray.training.job import Job
 from tuning.trial import Figures
@@ -57,10 +57,10 @@ def test_the_base_teacher_says_what_the_das_writes(config: Config, groups: dict[
     (said,) = groups[1].run(teach, config, Teacher(FM, {}, config.vm.models, LAGS), config.seed, WINDOWS)
     store = SupervisionStore(config.folder / "supervision", config.fm.name)
     for number, student in enumerate(config.vm.models):
-        reader = AugmentedReader(config.folder / "stream", store, Policy(1), (number,), student.tasks)
+        reader = AugmentedReader(config.folder / "stream", store, SnapshotPolicy(1), (number,), student.tasks)
         assert sorted(said[student.name, "lag 1"]) == [1, 2, 3] and sorted(said[student.name, "lag 2"]) == [2, 3]
         for window, p_N in said[student.name, "lag 1"].items():
-            work = Pass(window, "learn")
+            work = WindowPass(window, "learn")
             written_N = np.concatenate([list_values(reader.read(work, f)[TEACHER_COLUMN], 1)[:, 0] for f in reader.fragments(work)])
             np.testing.assert_allclose(p_N, written_N, rtol=1e-5)  # other batches: float32 sums in another order
             assert p_N.dtype == np.float32 and not np.allclose(np.roll(p_N, 1), written_N, rtol=1e-5)  # they would show it
@@ -133,10 +133,10 @@ def test_rows_line_up_with_the_stream(config: Config) -> None:
     names = ("lag 1", "lag 2", *CONTROL_TEACHERS)
     assert columns == [(seed, name) for seed in (0, 1) for name in names]
     for window, part in parts.items():
-        (fragment,) = rows.fragments(Pass(window, "learn"))
-        table = rows.read(Pass(window, "learn"), fragment)
+        (fragment,) = rows.fragments(WindowPass(window, "learn"))
+        table = rows.read(WindowPass(window, "learn"), fragment)
         assert table.drop_columns([TEACHER_COLUMN]).equals(part.combine_chunks())
-        assert TEACHER_COLUMN not in rows.read(Pass(window, "evaluate"), fragment).column_names
+        assert TEACHER_COLUMN not in rows.read(WindowPass(window, "evaluate"), fragment).column_names
         p_NC = list_values(table[TEACHER_COLUMN], len(columns))
         for number, (seed, name) in enumerate(columns):
             first = 2 if name == "lag 2" else 1
@@ -147,7 +147,7 @@ def test_rows_line_up_with_the_stream(config: Config) -> None:
     chosen = [columns.index((1, "lag 2")), columns.index((0, "lag 1"))]
     late = supervised(rows, chosen, 2)
     for window in range(WINDOWS):
-        (table,) = (late.read(Pass(window, "learn"), f) for f in late.fragments(Pass(window, "learn")))
+        (table,) = (late.read(WindowPass(window, "learn"), f) for f in late.fragments(WindowPass(window, "learn")))
         assert (TEACHER_COLUMN in table.column_names) == (window >= 2)
         if window >= 2:
             np.testing.assert_array_equal(list_values(table[TEACHER_COLUMN], 2), np.stack([marks[window] + 1, marks[window]], axis=1))

@@ -16,9 +16,9 @@ from exfm_ray.cli.inspect import export
 from exfm_ray.cli.main import COMMANDS, main
 from exfm_ray.config.load import load_config
 from exfm_ray.pipeline.preflight import prepare_stream
-from exfm_ray.pipeline.run_dir import claim
+from exfm_ray.pipeline.run_dir import initialize_run_dir
 from exfm_ray.storage.atomic import write_json
-from exfm_ray.storage.locks import hold
+from exfm_ray.storage.locks import acquire_role_lock
 
 
 @pytest.fixture
@@ -99,8 +99,8 @@ def test_a_run_folder_that_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_
     """Wrong: a run is mixed with another one's, or a role waits for ever for what nobody makes."""
     config = load_config(file)
     prepare_stream(config)
-    claim(config)
-    hold(config.folder, ["fm", "das", "vm"])
+    initialize_run_dir(config)
+    acquire_role_lock(config.folder, ["fm", "das", "vm"])
     spoil, arguments, told = BROKEN[name]
     spoil(config.folder)
     assert told in refused(capsys, tmp_path, *arguments, "--config", file)

@@ -99,7 +99,7 @@ def test_kubernetes_clusters_ask_for_the_token_and_stay_inside(name: str) -> Non
     assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
     text = (CLUSTER / name).read_text()
     assert not re.search(r"hostPort|hostNetwork|NodePort|LoadBalancer|[iI]ngress|RAY_AUTH_TOKEN|privileged: true", text)
-    policy, claim = yaml.safe_load_all((CLUSTER / "base.yaml").read_text())
+    policy, initialize_run_dir = yaml.safe_load_all((CLUSTER / "base.yaml").read_text())
     label = policy["spec"]["podSelector"]["matchLabels"]
     assert policy["spec"]["policyTypes"] == ["Ingress"] and label
     among, operator = policy["spec"]["ingress"]
@@ -110,8 +110,8 @@ def test_kubernetes_clusters_ask_for_the_token_and_stay_inside(name: str) -> Non
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
         assert all(container["securityContext"]["allowPrivilegeEscalation"] is False for container in pod["spec"]["containers"])
         for volume in pod["spec"].get("volumes", []):
-            assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+            assert volume["persistentVolumeClaim"]["claimName"] == initialize_run_dir["metadata"]["name"]
+    assert initialize_run_dir["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
 @pytest.mark.parametrize("name", RAY)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from exfm_ray.config.arms import LABELS, PLAIN, Arm, Objective, Option
+from exfm_ray.config.arms import ALL_OBJECTIVES, LABELS, Arm, Objective, Option
 
 
 class Holder(BaseModel):
@@ -20,9 +20,9 @@ class Holder(BaseModel):
 def test_parts_of_an_arm(objective: Objective) -> None:
     """Wrong: an option is lost, or a plain arm is given something."""
     plain, shared = Arm(objective), Arm(f"{objective}+share")
-    assert plain in PLAIN and plain == objective and not plain.options and not plain.shares
-    assert (shared.objective, shared.options, shared.shares) == (objective, {Option.SHARE}, True)
-    assert shared.taught == plain.taught == (objective != "labels")
+    assert plain in ALL_OBJECTIVES and plain == objective and not plain.options and not plain.shares_tables
+    assert (shared.objective, shared.options, shared.shares_tables) == (objective, {Option.SHARE}, True)
+    assert shared.uses_supervision == plain.uses_supervision == (objective != "labels")
     assert LABELS == "labels" and shared != plain
 
 

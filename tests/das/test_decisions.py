@@ -14,7 +14,7 @@ from publish_snapshots import publish
 from specs import make_order, make_place, undisturbed, written
 
 from exfm_ray.das.client import out_of_reach
-from exfm_ray.das.spec import Order, parked, stood_in
+from exfm_ray.das.spec import LabelingSpec, failed_items, fallback_windows
 from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.errors import UserError
 from exfm_ray.models.serialization import MANIFEST
@@ -29,7 +29,7 @@ def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:
         yield start
 
 
-def windows_of(order: Order) -> list[int]:
+def windows_of(order: LabelingSpec) -> list[int]:
     return EventStream.open(order.stream_root).windows()
 
 
@@ -37,7 +37,7 @@ def test_follows_a_stream_that_grows(local: Local, tmp_path: Path) -> None:
     """Wrong: windows that are prepared, or snapshots that are published, while the service runs are not seen."""
     make_place(tmp_path, windows=2)
     order = make_order(tmp_path)
-    service = local(order, lasting=True, follow=True)
+    service = local(order, detached=True, follow=True)
     until(lambda: order.store.has(1))
     writer = StreamWriter(order.stream_root, SCHEMA, {"made": "by the tests"}, 400)
     writer.write_window(2, 2000, 3000, 0, [make_rows(1000, seed=2, first_id=2000)])
@@ -68,11 +68,11 @@ def test_a_fragment_that_cannot_be_read_is_parked(local: Local, tmp_path: Path) 
     assert [order.store.has(w) for w in range(4)] == [False, True, False, True]
     (listed,) = read_json(order.store.root / "fm" / "parked.json")
     assert (listed["window"], listed["fragment"], listed["snapshot"], listed["tries"]) == (2, path.name, 2, 2)
-    (told,) = parked(order)
+    (told,) = failed_items(order)
     assert told["teacher"] == "fm" and told["cause"].startswith(f"{path}: "), "for summary and report"
     path.write_bytes(whole)
     assert finish(local(order), order, windows_of(order)) == {2: 400}, "the other fragments of the window were scored before"
-    assert read_json(order.store.root / "fm" / "parked.json") == [] == parked(order)
+    assert read_json(order.store.root / "fm" / "parked.json") == [] == failed_items(order)
     assert written(order) == undisturbed(order)
 
 
@@ -85,7 +85,7 @@ def test_a_damaged_snapshot_is_never_taken(local: Local, tmp_path: Path) -> None
     ((_, fault),) = service.state()["faults"]
     assert fault.startswith("snapshot 2 is left out") and "dense.safetensors: missing or not the file" in fault
     assert [(order.store.manifest(w).snapshot, order.store.manifest(w).asked) for w in (1, 2, 3)] == [(1, None), (1, 2), (3, None)]
-    assert stood_in(order) == [{"teacher": "fm", "window": 2, "asked": 2, "snapshot": 1}]
+    assert fallback_windows(order) == [{"teacher": "fm", "window": 2, "asked": 2, "snapshot": 1}]
 
 
 @pytest.mark.parametrize("fault", ["half published", "another schema", "pinned"])
@@ -134,7 +134,7 @@ def test_holds_back_when_readers_fall_behind(local: Local, tmp_path: Path) -> No
     """Wrong: supervision runs further ahead of the slowest reader than das.ahead says, or stops for good."""
     readers = (tmp_path / "fast", tmp_path / "slow")
     order = replace(make_order(make_place(tmp_path, windows=6), ahead=2), readers=readers)
-    service = local(order, lasting=True)
+    service = local(order, detached=True)
 
     def learnt(reader: Path, windows: int, inside: str = ".examples=00000100") -> None:
         write_json(reader / f"windows={windows:03d}{inside}" / "manifest.json", {})
@@ -181,10 +181,10 @@ def test_a_parked_window_holds_back_those_that_wait_for_its_readers(local: Local
     full.parent.mkdir(parents=True)
     full.touch()  # no folder can be made here
     write_json(tmp_path / "reader" / "windows=002" / "manifest.json", {})  # it can learn no more
-    service = local(order, lasting=True)
+    service = local(order, detached=True)
     until(lambda: "window 4 is das.ahead = 2 windows ahead" in service.state()["held_back"])
     until(lambda: order.store.has(3))
-    assert {row["window"] for row in parked(order)} == {2}
+    assert {row["window"] for row in failed_items(order)} == {2}
     lacking = {window for window in windows_of(order)[1:] if not order.store.has(window)}
     assert lacking == {2, 4, 5} and out_of_reach(order, lacking, {2}) == {4, 5}
     assert not out_of_reach(replace(order, readers=()), lacking, {2}) and not out_of_reach(order, lacking, set())

@@ -10,9 +10,9 @@ import pytest
 import ray
 
 from exfm_ray.das import pool as pool_module
-from exfm_ray.das.pool import Member, Pool
-from exfm_ray.das.queue import Work
-from exfm_ray.das.scorer import CALLS
+from exfm_ray.das.pool import ActorSlot, Pool
+from exfm_ray.das.queue import ScoreTask
+from exfm_ray.das.scorer import MAX_IN_FLIGHT
 from exfm_ray.data.stream import Fragment
 
 
@@ -25,8 +25,8 @@ def start() -> Any:
     return SimpleNamespace(ready=SimpleNamespace(remote=call), score=SimpleNamespace(remote=call))
 
 
-def work(version: int, alone: bool = False, number: int = 0) -> Work:
-    return Work(version, Fragment(file=f"{number}.parquet", rows=1, bytes=1, domain_rows=(1,)), version, alone=alone)
+def work(version: int, isolate: bool = False, number: int = 0) -> ScoreTask:
+    return ScoreTask(version, Fragment(file=f"{number}.parquet", rows=1, bytes=1, domain_rows=(1,)), version, isolate=isolate)
 
 
 def make_pool(actors: int, rollover: int = 1, held: tuple[int, ...] = ()) -> Pool:
@@ -46,22 +46,22 @@ def in_hand(pool: Pool) -> list[list[int]]:
 def test_spreads_work_and_keeps_no_more_than_calls_in_hand() -> None:
     """Wrong: one actor gets all fragments while another idles, or so many that the end of a window waits for one actor."""
     pool = make_pool(2)
-    given = [pool.give(work(1, number=number)) for number in range(2 * CALLS + 1)]
-    assert given == [True] * 2 * CALLS + [False]
-    assert in_hand(pool) == [[1] * CALLS] * 2
+    given = [pool.submit(work(1, number=number)) for number in range(2 * MAX_IN_FLIGHT + 1)]
+    assert given == [True] * 2 * MAX_IN_FLIGHT + [False]
+    assert in_hand(pool) == [[1] * MAX_IN_FLIGHT] * 2
 
 
 @pytest.mark.parametrize("rollover", [1, 2])
 def test_rolls_over_a_few_at_a_time(rollover: int) -> None:
     """Wrong: all actors load the next snapshot at once and none scores; or none may ever begin."""
     pool = make_pool(3, rollover, held=(1,))
-    while pool.give(work(2)):
+    while pool.submit(work(2)):
         pass
     assert sum(bool(versions) for versions in in_hand(pool)) == rollover
-    assert pool.give(work(1)), "the others go on with the snapshot that they hold"
+    assert pool.submit(work(1)), "the others go on with the snapshot that they hold"
     for member in pool.members:  # the first ones have it now
-        member.held += [2] if 2 in member.coming else []
-    assert pool.give(work(2))
+        member.held += [2] if 2 in member.loading_versions else []
+    assert pool.submit(work(2))
     assert sum(2 in versions for versions in in_hand(pool)) == min(rollover + 1, 3)
 
 
@@ -69,23 +69,23 @@ def test_fresh_actors_hold_up_nobody() -> None:
     """Wrong: at the start actors load their first snapshot one after the other."""
     pool = make_pool(3)
     for _ in range(3):
-        assert pool.give(work(1))
+        assert pool.submit(work(1))
     assert in_hand(pool) == [[1], [1], [1]]
 
 
 def test_a_suspect_gets_an_actor_by_itself() -> None:
     """Wrong: a fragment that kills its actor takes innocent ones with it again and again, until they are parked, too."""
     pool = make_pool(1, held=(1,))
-    assert pool.give(work(1)) and not pool.give(work(1, alone=True))
+    assert pool.submit(work(1)) and not pool.submit(work(1, isolate=True))
     pool.members[0].running.clear()
-    assert pool.give(work(1, alone=True)) and not pool.give(work(1))
+    assert pool.submit(work(1, isolate=True)) and not pool.submit(work(1))
 
 
 def test_an_actor_that_is_not_up_gets_nothing() -> None:
     """Wrong: on a cluster with too few CPUs, fragments wait for actors that cannot start while others are idle."""
     pool = make_pool(2)
     pool.members[1].up = False
-    assert [pool.give(work(1)) for _ in range(CALLS + 1)] == [True] * CALLS + [False]
+    assert [pool.submit(work(1)) for _ in range(MAX_IN_FLIGHT + 1)] == [True] * MAX_IN_FLIGHT + [False]
     assert in_hand(pool)[1] == []
 
 
@@ -112,7 +112,7 @@ def test_a_window_that_actors_have_in_hand() -> None:
     """Wrong: a window is taken for free of writers while an actor has a fragment of it."""
     pool = make_pool(1)
     assert not pool.has(1)
-    pool.give(work(1))
+    pool.submit(work(1))
     assert pool.has(1) and not pool.has(2)
 
 
@@ -136,8 +136,8 @@ def test_an_actor_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPat
 
 def test_what_an_actor_holds_and_takes_up() -> None:
     """Wrong: an actor that scores with one snapshot while it loads the next counts as idle, or as one that holds both."""
-    member = Member(start(), 1, held=[1])
-    assert not member.loading
+    member = ActorSlot(start(), 1, held=[1])
+    assert not member.is_loading
     member.running[object()] = work(2)
-    assert member.loading and member.coming == {2}
-    assert not Member(start(), 2, running={object(): work(1)}).loading
+    assert member.is_loading and member.loading_versions == {2}
+    assert not ActorSlot(start(), 2, running={object(): work(1)}).is_loading

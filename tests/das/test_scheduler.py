@@ -14,7 +14,7 @@ from local_service import CLIENT, Local, LocalPool, finish, local_services, unti
 from safetensors import SafetensorError
 from specs import make_order, make_place, undisturbed, written
 
-from exfm_ray.das.scheduler import Scoring
+from exfm_ray.das.scheduler import Scheduler
 from exfm_ray.das.scorer import Scorer
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
@@ -55,7 +55,7 @@ class Histories:
 
 
 def causes(order: Any) -> dict[int, str]:
-    return {row["window"]: row["cause"] for row in read_json(order.parked_list)}
+    return {row["window"]: row["cause"] for row in read_json(order.failed_list)}
 
 
 @pytest.mark.parametrize("where", ["commit", "gifts"])
@@ -77,7 +77,7 @@ def test_whatever_fails_of_one_window_parks_that_window(local: Local, tmp_path: 
         finish(service, order, range(4))
     assert not service.state()["error"]
     assert [order.store.has(w) for w in (1, 2, 3)] == [w != bad for w in (1, 2, 3)]
-    (listed,) = read_json(order.parked_list)
+    (listed,) = read_json(order.failed_list)
     assert (listed["window"], listed["fragment"], listed["tries"]) == (bad, None, 2)
 
 
@@ -102,7 +102,7 @@ def test_an_outage_parks_no_window(
 
     monkeypatch.setattr(kind, name, fails)
     finish(service, order, range(3))
-    assert not left and not order.parked_list.exists()
+    assert not left and not order.failed_list.exists()
     assert any("no answer" in told for _, told in service.state()["faults"])
     assert written(order) == undisturbed(order)
 
@@ -129,8 +129,8 @@ def test_a_window_waits_for_actors_that_may_still_write(local: Local, tmp_path: 
     """Wrong: a window is committed while an actor still has one of its fragments in hand, by a version that was left out since."""
     order, free = make_order(make_place(tmp_path, windows=2)), threading.Event()
     monkeypatch.setattr(LocalPool, "has", lambda self, window: not free.is_set())
-    service = local(order, lasting=True)
-    until(lambda: service._scoring._backlog.finished())
+    service = local(order, detached=True)
+    until(lambda: service._scheduler._queue.finished())
     time.sleep(0.2)
     assert not order.store.has(1)
     free.set()
@@ -149,7 +149,7 @@ def test_histories_wait_for_a_window_that_is_opened_anew(local: Local, tmp_path:
     dense = order.snapshots.folder(2) / "dense.safetensors"
     dense.write_bytes(dense.read_bytes()[:-3])
     finish(local(order), order, range(4))
-    assert made.made == [1, 2, 3] and not order.parked_list.exists()
+    assert made.made == [1, 2, 3] and not order.failed_list.exists()
     assert [order.store.manifest(window).snapshot for window in (1, 2, 3)] == [1, 1, 3]
 
 
@@ -182,7 +182,7 @@ def test_a_committed_window_is_not_parked(local: Local, tmp_path: Path) -> None:
     service = local(order)
     finish(service, order, range(3))
     told = service.progress(CLIENT)
-    assert told and told["parked"] == {} and not order.parked_list.exists()
+    assert told and told["parked"] == {} and not order.failed_list.exists()
     faults = [fault.partition(" failed: ")[0] for _, fault in service.state()["faults"]]
     assert faults == [f"window {w} is committed, but what follows" for w in (1, 2)]
 
@@ -191,11 +191,11 @@ def test_clients_are_told_that_the_service_has_failed(local: Local, tmp_path: Pa
     """Wrong: `das start` says that windows are labelled while the thread that would do it is dead."""
     order = make_order(make_place(tmp_path))
 
-    def fails(self: Scoring) -> None:
+    def fails(self: Scheduler) -> None:
         raise RuntimeError("no actor starts")
 
-    monkeypatch.setattr(Scoring, "give_out", fails)
-    service = local(order, lasting=True)
+    monkeypatch.setattr(Scheduler, "dispatch", fails)
+    service = local(order, detached=True)
     until(lambda: service.state()["error"])
     calls: list[Callable[[], Any]] = [lambda: service.ask(CLIENT, [1]), lambda: service.follow(False), lambda: service.progress(CLIENT)]
     for call in calls:
@@ -209,7 +209,7 @@ def test_speed_in_the_first_half_minute(local: Local, tmp_path: Path) -> None:
     order = make_order(make_place(tmp_path))
     service = local(order)
     finish(service, order, range(3))
-    service._scoring._started_s = time.monotonic() - 4
+    service._scheduler._started_s = time.monotonic() - 4
     assert 2000 / 10 < service.state()["examples_per_s"] <= 2000 / 4, "of 2,000 examples; the test may be slow"
 
 
@@ -217,20 +217,20 @@ def test_follows_when_it_is_started_again(local: Local, tmp_path: Path, monkeypa
     """Wrong: a service that was told to follow after its start stops to do so when Ray starts it again; or a new one follows untold."""
     order = make_order(make_place(tmp_path))
     monkeypatch.setattr("exfm_ray.das.service._me", lambda: "one")
-    first = local(order, lasting=True)
+    first = local(order, detached=True)
     first.follow(False)
-    assert not local(order, lasting=True).state()["follow"]
+    assert not local(order, detached=True).state()["follow"]
     first.follow(True)
     first.follow(False)
-    assert first.state()["follow"] and local(order, lasting=True).state()["follow"]
+    assert first.state()["follow"] and local(order, detached=True).state()["follow"]
     monkeypatch.setattr("exfm_ray.das.service._me", lambda: "another, after `das stop`")
-    assert not local(order, lasting=True).state()["follow"]
+    assert not local(order, detached=True).state()["follow"]
 
 
 def test_clients_that_were_killed_are_forgotten(local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong: a pipeline that was killed is counted for ever, or one that is at work is forgotten."""
     monkeypatch.setattr("exfm_ray.das.service.SILENT_S", 1.0)
-    service = local(make_order(make_place(tmp_path, versions=0)), lasting=True)
+    service = local(make_order(make_place(tmp_path, versions=0)), detached=True)
     service.ask("killed", [1])
     service.ask("at work", [1])
     assert service.state()["clients"] == 2

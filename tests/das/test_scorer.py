@@ -13,7 +13,7 @@ from example import SCHEMA
 from publish_snapshots import publish
 from specs import make_order
 
-from exfm_ray.das.scorer import Scored, Scorer, score_rows
+from exfm_ray.das.scorer import Scorer, ScoreResult, score_rows
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.errors import UserError
@@ -64,7 +64,7 @@ def test_interrupted_between_fragments_and_manifest(stream: EventStream, snapsho
     assert not stores["killed"].has(1)
     again = make_scorer(snapshots, "killed")
     assert score_all(again, 1, window.fragments, 1) == [0, 400, 200]
-    assert again.score(1, window.fragments[0], 1) == Scored(0, 0.0)
+    assert again.score(1, window.fragments[0], 1) == ScoreResult(0, 0.0)
     for fragment in window.fragments:
         assert stores["killed"].path(1, fragment).read_bytes() == stores["whole"].path(1, fragment).read_bytes()
 

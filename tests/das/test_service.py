@@ -17,15 +17,15 @@ from specs import make_order, make_place, scored, undisturbed, written
 
 from exfm_ray.das import client
 from exfm_ray.das.client import connect, end, label, services
-from exfm_ray.das.spec import Order
+from exfm_ray.das.spec import LabelingSpec
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
-from exfm_ray.storage.atomic import read_lines, write_json
+from exfm_ray.storage.atomic import read_jsonl, write_json
 
 WAIT_S = 60
 
 
-def run(order: Order, windows: list[int] | None = None, watch: Callable[[], None] = lambda: None) -> dict[int, int]:
+def run(order: LabelingSpec, windows: list[int] | None = None, watch: Callable[[], None] = lambda: None) -> dict[int, int]:
     """Have windows labelled; the rows that were told as progress."""
     rows: dict[int, int] = {}
 
@@ -41,8 +41,8 @@ def serving(cluster: None) -> Iterator[Callable[..., Any]]:
     """Starts lasting services, which are ended after the test."""
     started = []
 
-    def start(order: Order, follow: bool = False) -> Any:
-        started.append(connect(order, lasting=True, follow=follow))
+    def start(order: LabelingSpec, follow: bool = False) -> Any:
+        started.append(connect(order, detached=True, follow=follow))
         return started[-1]
 
     yield start
@@ -55,7 +55,7 @@ def test_writes_what_one_process_writes(cluster: None, tmp_path: Path) -> None:
     order = make_order(make_place(tmp_path, windows=4), max_actors=2)
     assert run(order) == {1: 1000, 2: 1000, 3: 1000}
     assert written(order) == undisturbed(order)
-    lines = sorted(read_lines(order.log), key=lambda line: line["window"])
+    lines = sorted(read_jsonl(order.log), key=lambda line: line["window"])
     assert [(line["window"], line["snapshot"], line["examples"]) for line in lines] == [(w, w, 1000) for w in (1, 2, 3)]
     assert all(line["started_s"] + line["waited_s"] <= line["ended_s"] and line["snapshot_s"] <= line["ended_s"] for line in lines)
     assert order.name not in services()
@@ -70,7 +70,7 @@ def test_two_clients_share_the_work(cluster: None, tmp_path: Path, monkeypatch: 
     with ThreadPoolExecutor(2) as clients:
         one, two = clients.map(run, [order, order])
     assert written(order) == undisturbed(order)
-    lines = sorted(read_lines(order.log), key=lambda line: line["window"])
+    lines = sorted(read_jsonl(order.log), key=lambda line: line["window"])
     assert [line["window"] for line in lines] == [1, 2]
     assert sum(one.values()) == 4000 or sum(two.values()) == 4000
 
@@ -108,7 +108,7 @@ def test_killed_actors_and_services(serving: Any, tmp_path: Path) -> None:
     assert len(kills) == 5
     assert written(order) == undisturbed(order)
     assert not (order.store.root / "fm" / "parked.json").exists()
-    assert sorted(line["window"] for line in read_lines(order.log)) == [1, 2, 3]
+    assert sorted(line["window"] for line in read_jsonl(order.log)) == [1, 2, 3]
 
 
 def test_the_client_tells_of_a_service_that_has_failed(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from specs import make_order, make_place, undisturbed, written
 from exfm_ray.config.models import DINConfig, ModelConfig, WukongConfig
 from exfm_ray.das import sharded_teacher as shards_module
 from exfm_ray.das.client import label
-from exfm_ray.das.sharded_teacher import Holder, ShardedModel, share
+from exfm_ray.das.sharded_teacher import ShardedModel, TableShard, row_range
 from exfm_ray.data.batch import to_batch
 from exfm_ray.models.serialization import load_model
 from exfm_ray.stores.snapshots import SnapshotError
@@ -28,7 +28,7 @@ MODELS: list[ModelConfig] = [MODEL, DINConfig(dim=4, sequence_length=3, attentio
 class Here:
     """A holder in this process, which answers like an actor."""
 
-    def __init__(self, holder: Holder) -> None:
+    def __init__(self, holder: TableShard) -> None:
         self.rows = self
         self._holder = holder
 
@@ -44,7 +44,7 @@ def test_the_same_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, m
     store = publish(tmp_path, 1, model=model)
     whole, _ = load_model(store.folder(1))
     network, manifest = store.load_dense(1, SCHEMA.digest)
-    sharded = ShardedModel(network, manifest, 1, [Here(Holder(store, shard, shards)) for shard in range(shards)])
+    sharded = ShardedModel(network, manifest, 1, [Here(TableShard(store, shard, shards)) for shard in range(shards)])
     batch = to_batch(make_rows(300, seed=5), SCHEMA)
     part = sharded.with_rows_of(batch)
     for piece in batch.split(70):
@@ -54,14 +54,14 @@ def test_the_same_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, m
 @pytest.mark.parametrize(("rows", "shards"), [(10, 1), (10, 3), (2, 5), (7, 7)])
 def test_shares_cover_a_table_once(rows: int, shards: int) -> None:
     """Wrong: a row has no holder, or two."""
-    assert [row for shard in range(shards) for row in share(rows, shard, shards)] == list(range(rows))
+    assert [row for shard in range(shards) for row in row_range(rows, shard, shards)] == list(range(rows))
 
 
 def test_a_holder_takes_up_the_next_version(tmp_path: Path) -> None:
     """Wrong: after a rollover the rows are still the last snapshot's."""
     for version in (1, 2, 3):
         store = publish(tmp_path, version)
-    holder = Holder(store, 0, 1)
+    holder = TableShard(store, 0, 1)
     for version in (1, 2, 3, 1):
         expected = load_model(store.folder(version))[0].tables.weight.detach().numpy()
         np.testing.assert_array_equal(holder.rows(version, np.array([0, 5])), expected[[0, 5]])
@@ -72,7 +72,7 @@ def test_a_holder_that_was_started_again_checks_what_it_loads(tmp_path: Path) ->
     store = publish(tmp_path, 1)
     (path,) = store.folder(1).glob("tables.*.safetensors")
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
-    holder = Holder(store, 0, 1)
+    holder = TableShard(store, 0, 1)
     holder._restarted = True
     with pytest.raises(SnapshotError, match="missing or not the file"):
         holder.rows(1, np.array([0]))
@@ -82,10 +82,10 @@ def test_a_holder_that_does_not_answer_is_started_again(tmp_path: Path, monkeypa
     """Wrong: a scorer waits for ever for a holder that hangs, or has the one that answers started again."""
     store = publish(tmp_path, 1)
     network, manifest = store.load_dense(1, SCHEMA.digest)
-    holders, killed = [Here(Holder(store, shard, 2)) for shard in range(2)], []
+    holders, killed = [Here(TableShard(store, shard, 2)) for shard in range(2)], []
 
     def late(refs: list[object], timeout: float) -> None:
-        assert timeout == shards_module.ANSWER_S
+        assert timeout == shards_module.RPC_TIMEOUT_S
         raise GetTimeoutError
 
     monkeypatch.setattr(ray, "get", late)

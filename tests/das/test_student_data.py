@@ -15,8 +15,8 @@ from specs import make_order, make_place
 from uneven_streams import STREAMS, uneven_stream
 
 from exfm_ray.config.distillation import HistoryConfig
-from exfm_ray.das.spec import Order
-from exfm_ray.das.student_data import Gifts
+from exfm_ray.das.spec import LabelingSpec
+from exfm_ray.das.student_data import StudentData
 from exfm_ray.data.stream import EventStream
 from exfm_ray.stores.shared_rows import SharedStore
 from exfm_ray.stores.user_history import HistoryStore
@@ -29,13 +29,13 @@ def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:
         yield start
 
 
-def order_in(folder: Path, shared: bool = False, drift: str | None = None, **das: Any) -> Order:
+def order_in(folder: Path, shared: bool = False, drift: str | None = None, **das: Any) -> LabelingSpec:
     """With gifts, and snapshots that go when no window needs them."""
     order = make_order(folder, tries=1, **das)
     settings = HistoryConfig.model_validate({"dim": 3, "drift": drift}) if drift else None
     history = HistoryStore(folder / "history", "fm", settings, order.policy) if settings else None
     store = SharedStore(folder / "shared", "fm") if shared else None
-    return replace(order, owns_snapshots=True, gifts=Gifts(store, history, ("feed", "stories"), (), 0, order.policy))
+    return replace(order, owns_snapshots=True, gifts=StudentData(store, history, ("feed", "stories"), (), 0, order.policy))
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exfm_ray.data.batch import to_batch
-from exfm_ray.data.rebatch import Regroup
+from exfm_ray.data.rebatch import Rebatcher
 from exfm_ray.data.stream import EventStream
 from exfm_ray.training.group import pad
 
@@ -59,15 +59,15 @@ def test_padding_adds_rows_of_missing_values() -> None:
 @given(sizes=st.lists(st.integers(0, 20), max_size=12), rows=st.integers(1, 9))
 def test_regroup_keeps_rows_and_order(sizes: list[int], rows: int) -> None:
     """Wrong: a batch has another size than asked for, or rows are lost or swapped between tables."""
-    regroup, start, pieces = Regroup(rows), 0, []
+    regroup, start, pieces = Rebatcher(rows), 0, []
     for size in sizes:
         pieces += list(regroup.add(pa.table({"id": np.arange(start, start + size)})))
         start += size
     assert all(piece.num_rows == rows for piece in pieces)
-    rest = list(regroup.rest())
+    rest = list(regroup.flush())
     assert len(rest) <= 1 and all(0 < piece.num_rows < rows for piece in rest)
     assert [i for piece in pieces + rest for i in piece["id"].to_pylist()] == list(range(start))
-    assert not list(regroup.rest())
+    assert not list(regroup.flush())
 
 
 @pytest.mark.parametrize("size", [1, 7, 400, 1000])

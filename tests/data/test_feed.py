@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from exfm_ray.data.feed import Feed, FeedClient, share
-from exfm_ray.data.readers import FragmentReader, Pass, StreamReader
+from exfm_ray.data.feed import Feed, FeedClient, worker_slice
+from exfm_ray.data.readers import FragmentReader, StreamReader, WindowPass
 from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.errors import UserError
 from exfm_ray.runtime.session import user_error
 from exfm_ray.stores.readers import AugmentedReader
-from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.supervision import SupervisionStore
 
 
@@ -29,7 +29,7 @@ from exfm_ray.stores.supervision import SupervisionStore
 class Consumer:
     """A worker that reads passes from the feed and keeps the ids."""
 
-    def read(self, feed: Any, worker: int, reader: FragmentReader, passes: Sequence[Pass]) -> list[list[np.ndarray[Any, Any]]]:
+    def read(self, feed: Any, worker: int, reader: FragmentReader, passes: Sequence[WindowPass]) -> list[list[np.ndarray[Any, Any]]]:
         client = FeedClient(feed, worker)
         found = []
         for work in passes:
@@ -38,7 +38,7 @@ class Consumer:
         return found
 
 
-def consume(reader: FragmentReader, passes: Sequence[Pass], workers: int, wait_s: float = 20) -> list[list[list[np.ndarray[Any, Any]]]]:
+def consume(reader: FragmentReader, passes: Sequence[WindowPass], workers: int, wait_s: float = 20) -> list[list[list[np.ndarray[Any, Any]]]]:
     """What each worker gets of each pass, fragment by fragment."""
     feed = Feed.options(max_concurrency=workers + 2).remote(reader, passes, workers, wait_s)  # type: ignore[attr-defined]
     consumers = [Consumer.remote() for _ in range(workers)]
@@ -52,7 +52,7 @@ def consume(reader: FragmentReader, passes: Sequence[Pass], workers: int, wait_s
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_worker_gets_all_fragments_in_order(cluster: None, stream: EventStream, workers: int) -> None:
     """Wrong: rows are lost, repeated or out of order, or the workers' streams differ."""
-    passes = [Pass(window, purpose) for window in stream.windows() for purpose in ("evaluate", "learn")]  # type: ignore[arg-type]
+    passes = [WindowPass(window, purpose) for window in stream.windows() for purpose in ("evaluate", "learn")]  # type: ignore[arg-type]
     for found in consume(StreamReader(stream.root), passes, workers):
         for work, fragments in zip(passes, found, strict=True):
             assert [len(ids) for ids in fragments] == [400, 400, 200]
@@ -65,16 +65,16 @@ def test_empty_and_tiny_windows(cluster: None, tmp_path: Path) -> None:
     writer = StreamWriter(tmp_path / "stream", make_stream(tmp_path / "other", windows=1, rows=1).schema, {}, fragment_rows=2)
     for window, rows in enumerate(sizes):
         writer.write_window(window, window, window + 1, 0, [make_rows(rows, seed=window, first_id=window * 10)] if rows else [])
-    passes = [Pass(window, "learn") for window in range(len(sizes))]
+    passes = [WindowPass(window, "learn") for window in range(len(sizes))]
     for found in consume(StreamReader(tmp_path / "stream"), passes, 2):
         assert [[ids.tolist() for ids in fragments] for fragments in found] == [[], [[10]], [], [], [[40, 41], [42]]]
 
 
 def test_missing_supervision_is_named(cluster: None, stream: EventStream, tmp_path: Path) -> None:
     """Wrong: a job waits for ever, or does not say for what."""
-    reader = AugmentedReader(stream.root, SupervisionStore(tmp_path / "supervision", "fm"), Policy(1), (0,), ("click",))
+    reader = AugmentedReader(stream.root, SupervisionStore(tmp_path / "supervision", "fm"), SnapshotPolicy(1), (0,), ("click",))
     with pytest.raises(UserError, match=r"the feed waited 1 s for the supervision of window 1 \(teacher 'fm'\)"):
-        consume(reader, [Pass(0, "learn"), Pass(1, "evaluate"), Pass(1, "learn")], 1, wait_s=1)
+        consume(reader, [WindowPass(0, "learn"), WindowPass(1, "evaluate"), WindowPass(1, "learn")], 1, wait_s=1)
 
 
 def test_an_error_in_a_read_reaches_the_worker(cluster: None, stream: EventStream) -> None:
@@ -82,27 +82,27 @@ def test_an_error_in_a_read_reaches_the_worker(cluster: None, stream: EventStrea
     path = stream.path(1, stream.window(1).fragments[1])
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(Exception, match="fragment=0001.parquet") as caught:
-        consume(StreamReader(stream.root), [Pass(0, "learn"), Pass(1, "learn")], 2)
+        consume(StreamReader(stream.root), [WindowPass(0, "learn"), WindowPass(1, "learn")], 2)
     told = user_error(caught.value)
     assert isinstance(told, UserError) and str(told).startswith(f"{path}: 50 bytes where the manifest says")
 
 
 def test_begins_anew_for_other_workers(cluster: None, stream: EventStream) -> None:
     """Wrong: workers that are started again, in another number, get blocks of the reading before them, or wait for its workers."""
-    passes = [Pass(window, "learn") for window in (0, 1)]
+    passes = [WindowPass(window, "learn") for window in (0, 1)]
     feed = Feed.options(max_concurrency=6).remote(StreamReader(stream.root), passes, 2, 20)  # type: ignore[attr-defined]
     try:
         ray.get([feed.block.remote(worker, 0) for worker in range(2)], timeout=60)
         left = feed.block.remote(0, 5)  # worker 1 never takes its blocks, so this one is not read
-        ray.get(feed.begin.remote(passes[1:], 1), timeout=60)
+        ray.get(feed.restart.remote(passes[1:], 1), timeout=60)
         (ref,) = ray.get(feed.block.remote(0, 0), timeout=60)
         assert ray.get(ref)["example_id"][0].as_py() == 1000
         with pytest.raises(RuntimeError, match="begun anew for other workers"):
             ray.get(left, timeout=60)
-        ray.get(feed.fail.remote("the learning rate is wrong"), timeout=60)
+        ray.get(feed.report_failure.remote("the learning rate is wrong"), timeout=60)
         with pytest.raises(UserError, match="the learning rate is wrong"):
-            ray.get(feed.begin.remote(passes, 1), timeout=60)
-        ray.get(feed.fail.remote("the other workers are gone"), timeout=60)
+            ray.get(feed.restart.remote(passes, 1), timeout=60)
+        ray.get(feed.report_failure.remote("the other workers are gone"), timeout=60)
         assert ray.get(feed.failed.remote(), timeout=60) == "the learning rate is wrong"
     finally:
         ray.kill(feed)
@@ -111,10 +111,10 @@ def test_begins_anew_for_other_workers(cluster: None, stream: EventStream) -> No
 def test_reads_on_without_a_cpu_after_a_loss(cluster: None, stream: EventStream) -> None:
     """Wrong: workers that hold every CPU that is left after a loss wait an hour and a half for a read task that asks for one more."""
     every_cpu = placement_group([{"CPU": 1}] * int(ray.cluster_resources()["CPU"]))
-    feed = Feed.options(max_concurrency=4).remote(StreamReader(stream.root), [Pass(0, "learn")], 2, 20)  # type: ignore[attr-defined]
+    feed = Feed.options(max_concurrency=4).remote(StreamReader(stream.root), [WindowPass(0, "learn")], 2, 20)  # type: ignore[attr-defined]
     try:
         assert every_cpu.wait(60), "another test holds a CPU"
-        ray.get(feed.begin.remote([Pass(1, "learn")], 1), timeout=60)
+        ray.get(feed.restart.remote([WindowPass(1, "learn")], 1), timeout=60)
         (ref,) = ray.get(feed.block.remote(0, 0), timeout=60)
         assert ray.get(ref)["example_id"][0].as_py() == 1000
     finally:
@@ -126,6 +126,6 @@ def test_reads_on_without_a_cpu_after_a_loss(cluster: None, stream: EventStream)
 def test_shares_cover_a_batch(rows: int, workers: int) -> None:
     """Wrong: the workers' shares lose or repeat rows, or their lengths differ and a collective operation hangs."""
     batch = pa.table({"id": np.arange(rows)})
-    shares = [share(batch, worker, workers) for worker in range(workers)]
+    shares = [worker_slice(batch, worker, workers) for worker in range(workers)]
     assert len({s.length for s in shares}) == 1 and all(s.table.num_rows <= s.length and s.total == rows for s in shares)
     assert [i for s in shares for i in s.table["id"].to_pylist()] == list(range(rows))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from example import SCHEMA, make_rows
 
-from exfm_ray.data.new_ids import new_ids, watched, write_new_ids
+from exfm_ray.data.new_ids import new_ids, tracked_features, write_new_ids
 from exfm_ray.data.stream import EventStream, StreamWriter, list_values
 from exfm_ray.schema import Schema, SparseFeature
 from exfm_ray.storage.atomic import read_json
@@ -55,6 +55,6 @@ def test_shares_are_those_of_ids_not_seen_before(tmp_path: Path) -> None:
 def test_the_user_and_the_largest_table_are_watched() -> None:
     """Wrong: the report tells of the hour of the day and not of users and ads."""
     features = tuple(SparseFeature(name=name, rows=rows) for name, rows in (("hour", 25), ("ad", 900), ("user", 300), ("maker", 500)))
-    assert watched(Schema(features=features, tasks=("t",), group_by="user")) == ["user", "ad"]
-    assert watched(Schema(features=features, tasks=("t",))) == ["ad", "maker"]
-    assert watched(Schema(features=features[:1], tasks=("t",))) == ["hour"]
+    assert tracked_features(Schema(features=features, tasks=("t",), group_by="user")) == ["user", "ad"]
+    assert tracked_features(Schema(features=features, tasks=("t",))) == ["ad", "maker"]
+    assert tracked_features(Schema(features=features[:1], tasks=("t",))) == ["hour"]

@@ -16,7 +16,7 @@ from exfm_ray.data.labels.corrections import CORRECTED
 from exfm_ray.distillation.objective import Weights, bce_BT, labels_objective_B, objective_B
 from exfm_ray.distillation.student import Logits
 
-WEIGHTS = Weights.of(DistillationConfig(kd=KDConfig(w=0.5), ah=AHConfig(w=0.25, alpha=3.0, beta=7.0), sa=SAConfig(w=2.0)))
+WEIGHTS = Weights.from_config(DistillationConfig(kd=KDConfig(w=0.5), ah=AHConfig(w=0.25, alpha=3.0, beta=7.0), sa=SAConfig(w=2.0)))
 LOGITS = Logits(torch.tensor([[0.3], [-2.0]]), torch.tensor([[1.1], [-0.4]]), torch.tensor([[-1.7], [0.6]]))
 LABELS, TEACHER, TARGET = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.2], [0.8]]), torch.tensor([[0.35], [0.05]])
 

@@ -16,7 +16,7 @@ from exfm_ray.schema import Schema, SparseFeature
 
 SCHEMA = Schema(features=(SparseFeature(name="u", rows=9), SparseFeature(name="i", rows=9)), tasks=("click", "like"))
 DENSE = torch.empty(6, 0)
-WEIGHTS = Weights.of(DistillationConfig())
+WEIGHTS = Weights.from_config(DistillationConfig())
 
 
 def make(arm: Objective, beta: float = 4.0, own_head: bool = True, seed: int = 0, tasks: int = 2) -> Student:

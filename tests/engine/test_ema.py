@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from exfm_ray.engine.ema import EVERY, Average
-from exfm_ray.engine.tensor_store import Parts
+from exfm_ray.engine.ema import EMA, EVERY
+from exfm_ray.engine.tensor_store import ShardedTensors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -18,7 +18,7 @@ def test_follows_its_formula(dtype: torch.dtype) -> None:
     """Wrong: the average forgets at another speed, or is kept in the weights' own coarse dtype."""
     generator = torch.Generator().manual_seed(0)
     weight, decay = torch.zeros(5, dtype=dtype), 0.98
-    average, expected = Average({"w@0": weight}, decay), np.zeros(5)
+    average, expected = EMA({"w@0": weight}, decay), np.zeros(5)
     for step in range(1, 20 * EVERY + 1):
         weight.copy_(torch.randn(5, generator=generator))
         average.step()
@@ -32,7 +32,7 @@ def test_follows_its_formula(dtype: torch.dtype) -> None:
 def test_stands_in_and_goes_again() -> None:
     """Wrong: evaluating with the average changes what is trained, also after an error."""
     weight = torch.ones(3)
-    average = Average({"w@0": weight}, 0.5)
+    average = EMA({"w@0": weight}, 0.5)
     weight.fill_(2.0)
     with pytest.raises(RuntimeError, match="midway"), average.applied():
         assert weight.tolist() == [1.0] * 3
@@ -43,12 +43,12 @@ def test_stands_in_and_goes_again() -> None:
 def test_goes_through_a_checkpoint(tmp_path: Path) -> None:
     """Wrong: after a resume the average starts anew."""
     weight = torch.ones(3)
-    one, other = Average({"w@0": weight}, 0.9), Average({"w@0": weight}, 0.9)
+    one, other = EMA({"w@0": weight}, 0.9), EMA({"w@0": weight}, 0.9)
     for _ in range(2 * EVERY + 3):
         weight.add_(1.0)
         one.step()
     save_file(one.state(), tmp_path / "average.safetensors")
-    other.restore(Parts.open([tmp_path / "average.safetensors"]))
+    other.restore(ShardedTensors.open([tmp_path / "average.safetensors"]))
     for average in (one, other):
         for _ in range(EVERY):
             average.step()

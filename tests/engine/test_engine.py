@@ -23,7 +23,7 @@ from exfm_ray.distillation.adapter import Adapter
 from exfm_ray.distillation.objective import labels_objective_B
 from exfm_ray.distillation.student import Logits, Student
 from exfm_ray.engine.tables import ADAGRAD_EPS
-from exfm_ray.models.embeddings import PlainTables
+from exfm_ray.models.embeddings import LocalTables
 from exfm_ray.models.network import build_network
 from exfm_ray.stores.supervision import TEACHER_COLUMN
 
@@ -69,7 +69,7 @@ Loss = Callable[[Logits, Tensor, Tensor], Tensor]
 
 def plain_torch(case: Case, loss: Loss, adapter: nn.Module) -> dict[str, np.ndarray]:
     """The same training written down anew: autograd, AdamW, row-wise Adagrad by its formula."""
-    tables = PlainTables(SCHEMA, case.model, steps.SEED)
+    tables = LocalTables(SCHEMA, case.model, steps.SEED)
     network = build_network(case.model, SCHEMA, 2, steps.SEED)
     student = Student(network, case.arm or Objective.LABELS, DistillationConfig(), steps.SEED)
     adam = torch.optim.AdamW([{"params": student.parameters(), "weight_decay": 0.01}, {"params": adapter.parameters(), "weight_decay": 0}], lr=1e-3)
@@ -102,7 +102,7 @@ def test_learns_what_plain_torch_learns(groups: dict[int, Workers]) -> None:
     """Wrong: the tables stay as they are, or the optimizers are not row-wise Adagrad and AdamW at the set rates."""
     case = Case(trainer=OPTIMIZER, arm=None, batches=(64, 64, 64), model=steps.MLP)
     found = groups[1].run(steps.train, case)[0]
-    fresh = PlainTables(SCHEMA, case.model, steps.SEED).tables()
+    fresh = LocalTables(SCHEMA, case.model, steps.SEED).tables()
     for name in SCHEMA.tables:
         assert (found[f"momentum/{name}"] > 0).any(), name
         assert not np.array_equal(found[f"tables/{name}"], fresh[name].numpy()), name

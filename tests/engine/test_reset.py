@@ -31,7 +31,7 @@ def reset(case: Case) -> list[dict[str, np.ndarray]]:
     before = steps.state(group)
     engine.reset_rows(ROWS)
     after = steps.state(group)
-    with engine.evaluated():
+    with engine.ema_weights():
         return [before, after, steps.state(group)]
 
 

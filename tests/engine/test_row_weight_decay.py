@@ -14,8 +14,8 @@ from workers import Workers
 
 from exfm_ray.config.models import MLPConfig
 from exfm_ray.data.stream import list_values
-from exfm_ray.engine.row_weight_decay import Repeats, RowDecay
-from exfm_ray.models.embeddings import PlainTables
+from exfm_ray.engine.row_weight_decay import RowCounts, RowDecay
+from exfm_ray.models.embeddings import LocalTables
 from exfm_ray.models.layout import Layout
 
 
@@ -25,13 +25,13 @@ def test_repeats_count_rows_of_tables() -> None:
     tables = [f.table or f.name for f in SCHEMA.single]
     count = Counter((table, int(i)) for row in sparse_NS for table, i in zip(tables, row, strict=True))
     expected = [[count[table, int(i)] for table, i in zip(tables, row, strict=True)] for row in sparse_NS]
-    assert Repeats(SCHEMA).count(sparse_NS).tolist() == expected
+    assert RowCounts(SCHEMA).count(sparse_NS).tolist() == expected
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_adds_the_decay_once_for_each_row(workers: int) -> None:
     """Wrong: a row that many examples read decays more, a bag's row decays, or rows that only fill up a share do."""
-    layout = Layout.of(MLPConfig(dim=4, embeddings={SCHEMA.single[0].name: 2}), SCHEMA)
+    layout = Layout.from_config(MLPConfig(dim=4, embeddings={SCHEMA.single[0].name: 2}), SCHEMA)
     singles = sum(slot.width for slot in layout.single)
     rows_RE = torch.randn(layout.rows, 4, generator=torch.Generator().manual_seed(0))
     embedded_BRE = rows_RE.expand(6, -1, -1).clone().requires_grad_()  # five examples that read the same rows, and one to fill up
@@ -53,7 +53,7 @@ def test_a_step_with_decay_is_adagrad_on_the_decayed_gradient(groups: dict[int, 
     plain = groups[1].run(steps.train, case)[0]
     trainer = {"optimizer": {"table_lr": lr, "table_weight_decay": weight_decay}}
     decayed = groups[world].run(steps.train, replace(case, trainer=trainer))[0]
-    fresh = {name: table.numpy() for name, table in PlainTables(SCHEMA, case.model, steps.SEED).tables().items()}
+    fresh = {name: table.numpy() for name, table in LocalTables(SCHEMA, case.model, steps.SEED).tables().items()}
     checked = 0
     for table in {f.table or f.name for f in SCHEMA.single} - {f.table or f.name for f in SCHEMA.bags}:
         before, step, momentum = fresh[table], plain[f"tables/{table}"] - fresh[table], plain[f"momentum/{table}"]

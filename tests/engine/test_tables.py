@@ -12,7 +12,7 @@ from exfm_ray.config.models import DINConfig, MLPConfig, ModelConfig
 from exfm_ray.config.trainer import OptimizerConfig
 from exfm_ray.data.batch import to_batch
 from exfm_ray.engine.tables import ADAGRAD_EPS
-from exfm_ray.models.embeddings import PlainTables
+from exfm_ray.models.embeddings import LocalTables
 from exfm_ray.models.layout import Layout
 
 MODELS: dict[str, ModelConfig] = {
@@ -29,7 +29,7 @@ MODELS: dict[str, ModelConfig] = {
 def test_sharded_tables_equal_plain_tables(groups: dict[int, Workers], world: int, sharding: str, model: ModelConfig) -> None:
     """Wrong: what is trained and what is exported or scores with the same weights see different embeddings, or a gradient goes to another row."""
     sizes = (1, 5, 64)
-    plain, singles = PlainTables(SCHEMA, model, seed=steps.SEED), sum(slot.width for slot in Layout.of(model, SCHEMA).single)
+    plain, singles = LocalTables(SCHEMA, model, seed=steps.SEED), sum(slot.width for slot in Layout.from_config(model, SCHEMA).single)
     for rank, (found, learnt) in enumerate(groups[world].run(steps.embed, sharding, model, sizes)):
         for size, embedded in zip(sizes, found, strict=True):
             expected = plain(to_batch(make_rows(size, seed=size + rank), SCHEMA)).detach().numpy()
@@ -44,7 +44,7 @@ def test_sharded_tables_equal_plain_tables(groups: dict[int, Workers], world: in
 
 def after_a_step(model: ModelConfig, world: int, size: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Plain tables and momentum after a step of row-wise Adagrad on the mean of the workers' losses."""
-    plain, fresh = PlainTables(SCHEMA, model, seed=None), PlainTables(SCHEMA, model, seed=steps.SEED)
+    plain, fresh = LocalTables(SCHEMA, model, seed=None), LocalTables(SCHEMA, model, seed=steps.SEED)
     for rank in range(world):
         (steps.some_loss(fresh(to_batch(make_rows(size, seed=size + rank), SCHEMA))) / world).backward()
     assert fresh.weight.grad is not None

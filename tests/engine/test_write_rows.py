@@ -25,9 +25,9 @@ def given() -> dict[str, np.ndarray]:
     return {name: rng.normal(size=(len(ids), WIDTHS[name])).astype(np.float32) for name, ids in IDS.items()}
 
 
-def give(case: Case, weight: float, momentum: bool) -> list[dict[str, np.ndarray]]:
+def write_rows(case: Case, weight: float, momentum: bool) -> list[dict[str, np.ndarray]]:
     """The state before and after rows are given, and the tables that are evaluated after it."""
-    from exfm_ray.engine.tensor_store import GivenRows
+    from exfm_ray.engine.tensor_store import RowUpdate
 
     group = steps.make_group(case)
     for rows in steps.global_batches(case):
@@ -35,9 +35,9 @@ def give(case: Case, weight: float, momentum: bool) -> list[dict[str, np.ndarray
     engine = group.lanes[0].engine
     before = steps.state(group)
     state = {name: torch.arange(len(ids), dtype=torch.float32) if momentum else None for name, ids in IDS.items()}
-    engine.give_rows({n: GivenRows(np.array(IDS[n], np.int64), torch.from_numpy(r), state[n]) for n, r in given().items()}, weight)
+    engine.give_rows({n: RowUpdate(np.array(IDS[n], np.int64), torch.from_numpy(r), state[n]) for n, r in given().items()}, weight)
     after = steps.state(group)
-    with engine.evaluated():
+    with engine.ema_weights():
         return [before, after, steps.state(group)]
 
 
@@ -52,7 +52,7 @@ def test_given_rows_are_written_and_no_others(
     old average is what is evaluated."""
     trainer: dict[str, Any] = {"sharding": sharding, "optimizer": {"ema": ema}}
     case = Case(trainer=trainer, arm=None, model=MODEL, batches=(64,) * 9)
-    for before, after, evaluated in groups[world].run(give, case, weight, momentum):
+    for before, after, evaluated in groups[world].run(write_rows, case, weight, momentum):
         for name, array in before.items():
             kind, _, table = name.partition("/")
             expected = array.copy()
@@ -69,23 +69,23 @@ def test_given_rows_are_written_and_no_others(
     assert set(IDS) < set(SCHEMA.tables)
 
 
-def give_stacked(weight: float, momentum: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+def write_stacked(weight: float, momentum: bool) -> list[tuple[np.ndarray, np.ndarray]]:
     """Weights and momentum of three models' tables side by side before and after rows are given."""
     from exfm_ray.engine.stacked import StackedTables
-    from exfm_ray.engine.tensor_store import GivenRows
+    from exfm_ray.engine.tensor_store import RowUpdate
 
     tables = StackedTables(SCHEMA, MODEL, [1, 2, 3], [0.1] * 3)
     tables.momentum_K += 0.5
     found = [(tables.weight_XKE.numpy().copy(), tables.momentum_K.numpy().copy())]
     state = {name: torch.arange(len(ids), dtype=torch.float32) if momentum else None for name, ids in IDS.items()}
-    tables.give({n: GivenRows(np.array(IDS[n], np.int64), torch.from_numpy(r), state[n]) for n, r in given().items()}, weight)
+    tables.write_rows({n: RowUpdate(np.array(IDS[n], np.int64), torch.from_numpy(r), state[n]) for n, r in given().items()}, weight)
     return [*found, (tables.weight_XKE.numpy(), tables.momentum_K.numpy())]
 
 
 @pytest.mark.parametrize(("weight", "momentum"), [(1.0, False), (0.25, True)])
 def test_models_side_by_side_are_all_given_the_rows(groups: dict[int, Workers], weight: float, momentum: bool) -> None:
     """Wrong: a model of a stack is left out, or rows of tables with several embeddings for an id are misplaced."""
-    (before, state), (after, state_after) = groups[1].run(give_stacked, weight, momentum)[0]
+    (before, state), (after, state_after) = groups[1].run(write_stacked, weight, momentum)[0]
     expected, expected_state, first, first_id = before.astype(np.float64), state.copy(), 0, 0
     for name, rows in SCHEMA.tables.items():
         several = MODEL.embeddings.get(name, 1)

@@ -47,10 +47,10 @@ def logged(runs: Iterable[OfflineRun]) -> set[str]:
 
 def _paths(config: Any) -> set[str]:
     """Settings as wandb keeps them: below each one of the first level stands `value`."""
-    return {f"{first}.value{rest}" for first, section in config.items() for rest in _below(section)}
+    return {f"{first}.value{rest}" for first, section in config.items() for rest in _relative(section)}
 
 
-def _below(node: Any) -> set[str]:
+def _relative(node: Any) -> set[str]:
     if not isinstance(node, dict):
         return {""}
-    return {""} | {f".{key}{rest}" for key, child in node.items() for rest in _below(child)}
+    return {""} | {f".{key}{rest}" for key, child in node.items() for rest in _relative(child)}

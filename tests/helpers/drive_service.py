@@ -10,11 +10,11 @@ import ray
 from specs import make_order
 
 from exfm_ray.das.client import label
-from exfm_ray.das.spec import Order
+from exfm_ray.das.spec import LabelingSpec
 from exfm_ray.data.stream import EventStream
 
 
-def order_in(folder: Path) -> Order:
+def order_in(folder: Path) -> LabelingSpec:
     """Two actors; no fragment is parked for deaths that it has not brought about."""
     return make_order(folder, min_actors=2, max_actors=2, tries=50)
 

@@ -54,19 +54,19 @@ def make_group(case: Case) -> Any:
     from exfm_ray.distillation.objective import Weights
     from exfm_ray.distillation.student import Student
     from exfm_ray.engine.engine import Engine
-    from exfm_ray.engine.replica import Replica
+    from exfm_ray.engine.replica import ReplicatedModule
     from exfm_ray.models.network import build_network
-    from exfm_ray.training.group import Group
-    from exfm_ray.training.model_trainer import Lane
+    from exfm_ray.training.group import BatchGroup
+    from exfm_ray.training.model_trainer import ModelTrainer
 
     config, distillation = VMConfig(**case.trainer), DistillationConfig()
     tasks = (0, 1) if case.arm is None else case.tasks
     device = torch.device("cpu")
     student = Student(build_network(case.model, SCHEMA, len(tasks), SEED), case.arm or Objective.LABELS, distillation, SEED)
     engine = Engine(SCHEMA, config, student, case.model, SEED, device)
-    adapter = Replica(Adapter(distillation.sa, len(tasks), SEED), distillation.sa.lr, device) if case.arm is Objective.AH_SA else None
-    lane = Lane("m", Arm(case.arm) if case.arm else None, tasks, engine, Weights.of(distillation), adapter)
-    return Group(SCHEMA, [lane], None, 64, device, tasks, len(SCHEMA.tasks))
+    adapter = ReplicatedModule(Adapter(distillation.sa, len(tasks), SEED), distillation.sa.lr, device) if case.arm is Objective.AH_SA else None
+    lane = ModelTrainer("m", Arm(case.arm) if case.arm else None, tasks, engine, Weights.from_config(distillation), adapter)
+    return BatchGroup(SCHEMA, [lane], None, 64, device, tasks, len(SCHEMA.tasks))
 
 
 def state(group: Any) -> dict[str, np.ndarray]:
@@ -119,9 +119,9 @@ def write_state(group: Any, folder: Path) -> None:
 
 def saved_parts(folder: Path) -> Any:
     """What `write_state` wrote, of however many workers."""
-    from exfm_ray.engine.tensor_store import Parts
+    from exfm_ray.engine.tensor_store import ShardedTensors
 
-    return Parts.open(sorted(folder.glob("*.safetensors")))
+    return ShardedTensors.open(sorted(folder.glob("*.safetensors")))
 
 
 def resume(case: Case, folder: Path, cut: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.schema import DenseFeature, Kind, Schema, SparseFeature
-from exfm_ray.storage.remote import Place
+from exfm_ray.storage.remote import AnyPath
 
 SCHEMA = Schema(
     features=(
@@ -48,7 +48,7 @@ def make_rows(rows: int, seed: int, first_id: int = 0, schema: Schema = SCHEMA) 
     )
 
 
-def make_stream(root: Place, windows: int = 3, rows: int = 1000, fragment_rows: int = 400) -> EventStream:
+def make_stream(root: AnyPath, windows: int = 3, rows: int = 1000, fragment_rows: int = 400) -> EventStream:
     """A committed stream of random rows."""
     writer = StreamWriter(root, SCHEMA, {"made": "by the tests"}, fragment_rows)
     for window in range(windows):

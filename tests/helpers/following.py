@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from exfm_ray.config.root import Config
-from exfm_ray.storage.remote import Place
+from exfm_ray.storage.remote import AnyPath
 
 HOUR_MS = 3_600_000
 SPEC: dict[str, Any] = {
@@ -85,7 +85,7 @@ def followed(folder: Path, name: str = "run", storage: str | None = None, **data
     return Config.model_validate({"name": name, "run": {"dir": folder / "runs", "storage": storage}, "data": settings})
 
 
-def contents(root: Place) -> dict[str, bytes]:
+def contents(root: AnyPath) -> dict[str, bytes]:
     """All files of a stream."""
     files = [path for path in root.rglob("*") if not isinstance(path, Path) or path.is_file()]
     return {"/".join(path.parts[len(root.parts) :]): path.read_bytes() for path in files}

@@ -19,11 +19,11 @@ from small_runs import small_config
 from workers import Workers
 
 from exfm_ray.config.root import Config
-from exfm_ray.das.labeler import DAS
+from exfm_ray.das.labeler import Labeler
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream
 from exfm_ray.pipeline.preflight import prepare_stream
-from exfm_ray.pipeline.runner import Run
+from exfm_ray.pipeline.runner import PipelineRunner
 from exfm_ray.pipeline.schedule import vm_jobs
 from exfm_ray.tracking.recorder import Recorder
 from exfm_ray.training.job import Job
@@ -63,7 +63,7 @@ def train(job: Job, windows: Sequence[int], dies_at: int | None, batches: int | 
     dist.barrier()
     worker = Worker(job, None, report, torch.device("cpu"))
     worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, done))  # type: ignore[assignment]
-    save, between = worker._save, worker._between
+    save, on_batch_end = worker._save, worker._between
 
     def dying_save(mark: Any, window: int | None) -> None:
         if window == dies_at and not mark.examples:
@@ -71,7 +71,7 @@ def train(job: Job, windows: Sequence[int], dies_at: int | None, batches: int | 
         save(mark, window)
 
     def dying_between(work: Any, under: Any, group: int) -> None:
-        between(work, under, group)
+        on_batch_end(work, under, group)
         if work.window == dies_at and under.batches == batches:
             raise DiedError
 
@@ -85,7 +85,7 @@ def train(job: Job, windows: Sequence[int], dies_at: int | None, batches: int | 
 def score(config: Config, windows: Sequence[int] | None = None) -> int:
     """The DAS of a run, in this process, over all windows or over `windows`; rows scored."""
     stream = EventStream.open(config.folder / "stream")
-    return DAS(config, stream).run_here(stream.windows() if windows is None else windows)
+    return Labeler(config, stream).label_locally(stream.windows() if windows is None else windows)
 
 
 def predictions(config: Config, rows: int) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def run_locally(groups: dict[int, Workers], config: Config) -> dict[str, Any]:
     groups[1].run(score, config)
     for job in vm_jobs(config):
         groups[config.vm.workers].run(train, job, stream.windows(), None)
-    return Run(config, stream).summarise()
+    return PipelineRunner(config, stream).summarise()
 
 
 def with_inputs(base: Config, folder: Path, name: str, *parts: str, **changes: Any) -> Config:

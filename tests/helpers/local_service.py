@@ -11,12 +11,12 @@ import pytest
 
 from exfm_ray.das import scheduler as scoring
 from exfm_ray.das import snapshot_selector as versions
-from exfm_ray.das.client import parked_message
-from exfm_ray.das.pool import Came
-from exfm_ray.das.queue import Work
+from exfm_ray.das.client import failure_message
+from exfm_ray.das.pool import Completion
+from exfm_ray.das.queue import ScoreTask
 from exfm_ray.das.scorer import Scorer
 from exfm_ray.das.service import Service
-from exfm_ray.das.spec import Order
+from exfm_ray.das.spec import LabelingSpec
 from exfm_ray.errors import UserError
 
 WAIT_S = 30
@@ -27,18 +27,18 @@ Local = Callable[..., Service]
 class LocalPool:
     """One scorer that has done what it is given at once."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: LabelingSpec) -> None:
         self._scorer, self._came, self.members = Scorer(order), [], []
 
     def resize(self, fragments: int) -> None:
         """There is one."""
 
-    def give(self, work: Work) -> bool:
+    def give(self, work: ScoreTask) -> bool:
         """Score it here; errors come back as they do from an actor."""
         try:
-            self._came.append(Came(work, self._scorer.score(work.window, work.fragment, work.version)))
+            self._came.append(Completion(work, self._scorer.score(work.window, work.fragment, work.version)))
         except Exception as error:
-            self._came.append(Came(work, error=error))
+            self._came.append(Completion(work, error=error))
         return True
 
     def has(self, window: int) -> bool:
@@ -50,7 +50,7 @@ class LocalPool:
         time.sleep(0.0 if self._came else 0.01)
         return []
 
-    def collect(self, ready: Sequence[Any]) -> list[Came]:
+    def collect(self, ready: Sequence[Any]) -> list[Completion]:
         """All that is done."""
         came, self._came = self._came, []
         return came
@@ -60,10 +60,10 @@ class LocalPool:
 def local_services(patch: pytest.MonkeyPatch) -> Iterator[Local]:
     """Starts services whose threads run in this process, looking often; they end with the block."""
     started: list[Service] = []
-    patch.setattr(versions, "APART_S", 0.0)
+    patch.setattr(versions, "DEBOUNCE_S", 0.0)
     patch.setattr(scoring, "LOOK_S", 0.02)
 
-    def start(order: Order, **options: bool) -> Service:
+    def start(order: LabelingSpec, **options: bool) -> Service:
         patch.setattr(scoring, "Pool", lambda *arguments: LocalPool(order))
         started.append(Service(order, **options))
         return started[-1]
@@ -82,7 +82,7 @@ def until(holds: Callable[[], Any]) -> Any:
     return value
 
 
-def finish(asked: Service, order: Order, windows: Sequence[int]) -> dict[int, int]:
+def finish(asked: Service, order: LabelingSpec, windows: Sequence[int]) -> dict[int, int]:
     """Ask for windows and wait for them as a client does; the rows that were scored of each."""
     before = (asked.progress(CLIENT) or {"rows": {}})["rows"]
     asked.ask(CLIENT, windows)
@@ -101,5 +101,5 @@ def finish(asked: Service, order: Order, windows: Sequence[int]) -> dict[int, in
     told = asked.progress(CLIENT)
     assert told
     if left():
-        raise UserError(parked_message(order, {window: told["parked"][window] for window in left()}))
+        raise UserError(failure_message(order, {window: told["parked"][window] for window in left()}))
     return {window: rows - before.get(window, 0) for window, rows in told["rows"].items() if rows > before.get(window, 0)}

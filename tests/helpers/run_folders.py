@@ -45,7 +45,7 @@ def write_run(folder: Path, name: str, windows: int = WINDOWS, roles: tuple[str,
             examples[key].append((logits_N, labels_N))
             role, model, arm, domain, task = key
             identity = {"window": window, "role": role, "model": model, "arm": arm, "domain": domain, "task": task, "seed": 0, "snapshot": None}
-            rows.append({**identity, **MetricState.of(logits_N, labels_N).figures(), "examples_per_s": 1000.0})
+            rows.append({**identity, **MetricState.from_logits(logits_N, labels_N).figures(), "examples_per_s": 1000.0})
     (config.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     spans = [span(role, window, phase, 100.0 + 3 * window + i) for window in range(windows) for role in roles for i, phase in PHASES.items()]
     (config.folder / "timeline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spans))

@@ -55,9 +55,9 @@ def small_config(folder: Path, name: str, **changes: Any) -> Config:
 def run(config: Config, fm: bool = True, das: bool = True, vm: bool = True) -> dict[str, Any]:
     """Run roles to the end of the stream; the summary."""
     from exfm_ray.pipeline.preflight import prepare_stream
-    from exfm_ray.pipeline.runner import Run
+    from exfm_ray.pipeline.runner import PipelineRunner
 
-    whole = Run(config, prepare_stream(config))
+    whole = PipelineRunner(config, prepare_stream(config))
     whole.execute(fm, das, vm)
     return whole.summarise()
 

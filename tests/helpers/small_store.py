@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray
 
 from exfm_ray.data.feed import Feed, FeedClient
-from exfm_ray.data.readers import Pass
+from exfm_ray.data.readers import WindowPass
 from exfm_ray.data.stream import Fragment
 
 STORE = 80_000_000
@@ -25,22 +25,22 @@ class Blocks:
 
     bytes: int
 
-    def ready(self, work: Pass) -> bool:
+    def ready(self, work: WindowPass) -> bool:
         return True
 
-    def awaits(self, work: Pass) -> str:
+    def missing_input(self, work: WindowPass) -> str:
         return "nothing"
 
-    def fragments(self, work: Pass) -> Sequence[Fragment]:
+    def fragments(self, work: WindowPass) -> Sequence[Fragment]:
         numbers = range(work.window * FRAGMENTS, (work.window + 1) * FRAGMENTS)
         return [Fragment(file=str(number), rows=self.bytes // 8, bytes=self.bytes, domain_rows=()) for number in numbers]
 
-    def read(self, work: Pass, fragment: Fragment) -> pa.Table:
+    def read(self, work: WindowPass, fragment: Fragment) -> pa.Table:
         return pa.table({"number": np.full(fragment.rows, int(fragment.file))})
 
 
 @ray.remote(num_cpus=0)
-def consume(feed: object, worker: int, reader: Blocks, passes: Sequence[Pass]) -> list[tuple[int, int, int]]:
+def consume(feed: object, worker: int, reader: Blocks, passes: Sequence[WindowPass]) -> list[tuple[int, int, int]]:
     """First and last value and rows of every block, the last few blocks kept as a training loop may keep them."""
     client, found, kept = FeedClient(feed, worker), [], list[pa.Table]()
     for work in passes:
@@ -53,7 +53,7 @@ def consume(feed: object, worker: int, reader: Blocks, passes: Sequence[Pass]) -
 
 def main() -> None:
     ray.init(num_cpus=3, object_store_memory=STORE, include_dashboard=False, log_to_driver=False)
-    reader, passes = Blocks(int(sys.argv[1])), [Pass(window, "learn") for window in range(WINDOWS)]
+    reader, passes = Blocks(int(sys.argv[1])), [WindowPass(window, "learn") for window in range(WINDOWS)]
     feed = Feed.options(max_concurrency=WORKERS + 2).remote(reader, passes, WORKERS, 60)  # type: ignore[attr-defined]
     print(json.dumps(ray.get([consume.remote(feed, worker, reader, passes) for worker in range(WORKERS)])))
 

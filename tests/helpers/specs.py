@@ -11,23 +11,23 @@ from publish_snapshots import publish
 
 from exfm_ray.config.das import DASConfig
 from exfm_ray.das.scorer import Scorer
-from exfm_ray.das.spec import Order
+from exfm_ray.das.spec import LabelingSpec
 from exfm_ray.data.stream import EventStream
-from exfm_ray.storage.remote import Place
+from exfm_ray.storage.remote import AnyPath
 from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.stores.supervision import SupervisionStore
 
 BATCH = 150
 
 
-def make_order(folder: Place, store: str = "supervision", log: Path | None = None, **das: Any) -> Order:
+def make_order(folder: AnyPath, store: str = "supervision", log: Path | None = None, **das: Any) -> LabelingSpec:
     """The order over <folder>/stream with the snapshots in <folder>/snapshots. `log`: for a remote folder."""
     settings = DASConfig(batch_size=BATCH, threads=1, **das)
     supervision, log = SupervisionStore(folder / store, "fm"), log or Path(str(folder)) / store / "timeline.jsonl"
-    return Order(folder / "stream", SnapshotStore(folder / "snapshots", "fm"), supervision, settings, log, False)
+    return LabelingSpec(folder / "stream", SnapshotStore(folder / "snapshots", "fm"), supervision, settings, log, False)
 
 
-def make_place(folder: Place, windows: int = 3, rows: int = 1000, fragment_rows: int = 400, versions: int | None = None) -> Place:
+def make_place(folder: AnyPath, windows: int = 3, rows: int = 1000, fragment_rows: int = 400, versions: int | None = None) -> AnyPath:
     """A folder with a stream and a snapshot for each of its windows (or `versions`)."""
     make_stream(folder / "stream", windows, rows, fragment_rows)
     for version in range(1, (windows if versions is None else versions + 1)):
@@ -35,18 +35,18 @@ def make_place(folder: Place, windows: int = 3, rows: int = 1000, fragment_rows:
     return folder
 
 
-def written(order: Order) -> dict[str, bytes]:
+def written(order: LabelingSpec) -> dict[str, bytes]:
     """All files of the supervision, by their paths; the list of parked ones and the log left out."""
     root = order.store.root / order.store.teacher
     return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in sorted(root.glob("window=*/*"), key=str)}
 
 
-def scored(order: Order) -> list[Place]:
+def scored(order: LabelingSpec) -> list[AnyPath]:
     """Files that are whole by now, while actors write."""
     return sorted((order.store.root / order.store.teacher).glob("window=*/[!.]*"), key=str)
 
 
-def undisturbed(order: Order) -> dict[str, bytes]:
+def undisturbed(order: LabelingSpec) -> dict[str, bytes]:
     """What one scorer in this process writes into a store beside, window by window."""
     other = replace(order, store=replace(order.store, root=order.store.root.with_name("undisturbed")))
     stream, scorer = EventStream.open(order.stream_root), Scorer(other)

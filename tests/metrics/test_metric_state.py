@@ -31,7 +31,7 @@ def draw(size: int, seed: int = 0, groups: int = 50) -> tuple[np.ndarray, np.nda
 def test_against_scikit_learn() -> None:
     """Wrong: a figure is not what its name says."""
     logits, labels, groups = draw(20_000)
-    figures = MetricState.of(logits, labels, groups).figures()
+    figures = MetricState.from_logits(logits, labels, groups).figures()
     p, rate = sigmoid(logits), labels.mean(dtype=np.float64)
     # Bins can misjudge only pairs that share one, and count half of each: at most half the share of such pairs.
     bins = np.floor((logits.astype(np.float64) + LOGIT_RANGE) / (2 * LOGIT_RANGE) * BINS).astype(int)
@@ -49,7 +49,7 @@ def test_against_torchmetrics() -> None:
     """Wrong: AUC disagrees with a second, independent implementation."""
     logits, labels, _ = draw(5_000, seed=1)
     expected = binary_auroc(torch.from_numpy(logits), torch.from_numpy(labels).long())
-    assert MetricState.of(logits, labels).figures()["auc"] == pytest.approx(float(expected), abs=2e-4)
+    assert MetricState.from_logits(logits, labels).figures()["auc"] == pytest.approx(float(expected), abs=2e-4)
 
 
 def test_grouped_auc_against_a_loop() -> None:
@@ -63,7 +63,7 @@ def test_grouped_auc_against_a_loop() -> None:
             total += mask.sum() * roc_auc_score(labels[mask], logits[mask])
             weight += mask.sum()
     assert weight < len(labels), "the case must hold one-class groups"
-    state = MetricState.of(logits, labels, groups * 1_000_003 - 7)
+    state = MetricState.from_logits(logits, labels, groups * 1_000_003 - 7)
     assert (state.group_weight, state.group_auc) == (weight, pytest.approx(total, rel=1e-12))
     assert state.figures()["gauc"] == pytest.approx(total / weight, rel=1e-12)
 
@@ -71,7 +71,7 @@ def test_grouped_auc_against_a_loop() -> None:
 def test_by_hand() -> None:
     """Wrong: ties do not get half credit, or groups are not weighted by their examples."""
     logits, labels, groups = np.array([1.0, 1.0, 0.0, 3.0, 2.0]), np.array([1, 0, 0, 0, 1]), np.array([5, 5, 5, 8, 8])
-    figures = MetricState.of(logits, labels, groups).figures()
+    figures = MetricState.from_logits(logits, labels, groups).figures()
     assert figures["auc"] == pytest.approx((0.5 + 1 + 0 + 1 + 1 + 0) / 6)  # 1 against 1, 0, 3; 2 against 1, 0, 3
     assert figures["gauc"] == pytest.approx((3 * 0.75 + 2 * 0.0) / 5)
 
@@ -89,8 +89,8 @@ examples = st.integers(0, 30).flatmap(
 @given(examples, examples)
 def test_states_add_up(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> None:
     """Wrong: figures of a window depend on how it was cut into batches and workers."""
-    summed = MetricState.of(*a) + MetricState.of(*b)
-    whole = MetricState.of(*(np.concatenate(parts) for parts in zip(a, b, strict=True)))
+    summed = MetricState.from_logits(*a) + MetricState.from_logits(*b)
+    whole = MetricState.from_logits(*(np.concatenate(parts) for parts in zip(a, b, strict=True)))
     for name, value in whole.figures().items():
         if name != "gauc":
             assert summed.figures()[name] == (None if value is None else pytest.approx(value, rel=1e-9, abs=1e-12)), name
@@ -101,7 +101,7 @@ def test_states_add_up(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> 
 @given(examples)
 def test_figures_stay_in_their_bounds(a: tuple[np.ndarray, ...]) -> None:
     """Wrong: a corner case (one class, one group, equal or extreme logits) gives NaN or an impossible figure."""
-    figures = MetricState.of(*a).figures()
+    figures = MetricState.from_logits(*a).figures()
     assert all(v is None or np.isfinite(v) for v in figures.values())
     for name in ("auc", "gauc", "label_rate"):
         assert figures[name] is None or 0 <= figures[name] <= 1
@@ -111,7 +111,7 @@ def test_figures_stay_in_their_bounds(a: tuple[np.ndarray, ...]) -> None:
 
 def test_saved_and_read() -> None:
     """Wrong: a resumed run goes on from other sums than it stopped with."""
-    state, file = MetricState.of(*draw(1_000)), io.BytesIO()
+    state, file = MetricState.from_logits(*draw(1_000)), io.BytesIO()
     np.savez(file, **state.to_arrays())
     file.seek(0)
     with np.load(file, allow_pickle=False) as arrays:
@@ -125,13 +125,13 @@ def test_empty_is_neutral_and_undefined() -> None:
     """Wrong: a window without examples of a domain breaks the report or shifts the totals."""
     figures = MetricState().figures()
     assert figures.pop("examples") == 0 and set(figures.values()) == {None}
-    state = MetricState.of(*draw(100))
+    state = MetricState.from_logits(*draw(100))
     assert (MetricState() + state).figures() == state.figures()
 
 
 def test_extreme_logits() -> None:
     """Wrong: a sure prediction gives log(0), and one example spoils the window."""
-    figures = MetricState.of(np.array([800.0, -800.0, 800.0], np.float32), np.array([1, 0, 0])).figures()
+    figures = MetricState.from_logits(np.array([800.0, -800.0, 800.0], np.float32), np.array([1, 0, 0])).figures()
     assert figures["log_loss"] == pytest.approx(800 / 3) and figures["auc"] == 0.75
 
 
@@ -139,4 +139,4 @@ def test_a_diverged_model_is_named() -> None:
     """Wrong: NaN logits are ranked as if they were numbers, or an infinite one gives figures that JSON has no words for."""
     for logit in (np.nan, np.inf, -np.inf):
         with pytest.raises(ValueError, match="1 of 2 logits are not finite: the model has diverged"):
-            MetricState.of(np.array([logit, 0.0]), np.array([1, 0]))
+            MetricState.from_logits(np.array([logit, 0.0]), np.array([1, 0]))

@@ -31,7 +31,7 @@ from exfm_ray.models.dcnv2 import DCNv2
 from exfm_ray.models.deepfm import DeepFM
 from exfm_ray.models.din import DIN
 from exfm_ray.models.dlrm import DLRM
-from exfm_ray.models.embeddings import PlainTables
+from exfm_ray.models.embeddings import LocalTables
 from exfm_ray.models.finalmlp import FinalMLP
 from exfm_ray.models.layers import mlp_to, relu_mlp, seeded
 from exfm_ray.models.layout import Inputs, SequenceRows
@@ -237,11 +237,11 @@ def test_dropout(config: ModelConfig) -> None:
 def test_every_arm_trains_every_model(config: ModelConfig, arm: Objective) -> None:
     """Wrong: a model does not fit an arm's heads, or the arm's loss does not reach all of its weights and its tables."""
     batch, distillation = to_batch(make_rows(64, seed=1), SCHEMA), DistillationConfig()
-    tables = PlainTables(SCHEMA, config, seed=0)
+    tables = LocalTables(SCHEMA, config, seed=0)
     student = Student(build_network(config, SCHEMA, 1, seed=0), arm, distillation)
     logits = student(tables(batch), batch.dense_BD)
     teacher_BT = torch.rand(64, 1, generator=torch.Generator().manual_seed(0))
-    loss_B = objective_B(arm, Weights.of(distillation), logits, batch.labels_BT[:, :1], teacher_BT, 1 - teacher_BT)
+    loss_B = objective_B(arm, Weights.from_config(distillation), logits, batch.labels_BT[:, :1], teacher_BT, 1 - teacher_BT)
     assert logits.serving_BT.shape == (64, 1) and loss_B.shape == (64,) and loss_B.isfinite().all()
     loss_B.mean().backward()
     parameters = [*tables.named_parameters(), *student.named_parameters()]

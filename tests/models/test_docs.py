@@ -26,11 +26,11 @@ from example import SCHEMA, make_rows
 from exfm_ray.config.root import load_config
 from exfm_ray.data.batch import to_batch
 from exfm_ray.distillation.objective import labels_objective_B
-from exfm_ray.models.embeddings import PlainTables
+from exfm_ray.models.embeddings import LocalTables
 from exfm_ray.models.network import build_network
 
 config = load_config(Path("try.yaml")).vm.model
-tables, network = PlainTables(SCHEMA, config, seed=0), build_network(config, SCHEMA, 2, seed=0)
+tables, network = LocalTables(SCHEMA, config, seed=0), build_network(config, SCHEMA, 2, seed=0)
 batch = to_batch(make_rows(256, seed=0), SCHEMA)
 optimizer = torch.optim.Adam([*tables.parameters(), *network.parameters()], lr=0.01)
 for _ in range(10):

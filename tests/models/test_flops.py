@@ -129,7 +129,7 @@ def test_wukong_presets_fit_the_embedded_stream_with_the_override_of_their_comme
     path, stream = PRESET_FOLDER / f"{preset}.yaml", schema(EmbeddedConfig())
     override = re.search(r"on the embedded stream: --set (fm.model.k=\d+)\.", path.read_text())
     assert override
-    inputs = Layout.of(load_config(path).fm.model, stream).inputs(len(stream.dense))
+    inputs = Layout.from_config(load_config(path).fm.model, stream).inputs(len(stream.dense))
     with pytest.raises(ValueError, match=f"set {override[1].removeprefix('fm.model.').replace('=', ' to ')} or less"):
         forward_flops(load_config(path).fm.model, inputs)
     assert forward_flops(load_config(path, [override[1]]).fm.model, inputs) > 0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from exfm_ray.config.models import DINConfig, MLPConfig, ModelConfig
 from exfm_ray.data.batch import Batch
-from exfm_ray.models.embeddings import PlainTables
+from exfm_ray.models.embeddings import LocalTables
 from exfm_ray.models.layout import POOLED, Inputs, Layout, SequenceRows, expand_bags
 from exfm_ray.schema import Kind, Schema, SparseFeature
 
@@ -70,15 +70,15 @@ def one_by_one(tables: dict[str, Tensor], config: ModelConfig, ids: dict[str, li
 @pytest.mark.parametrize("size", [1, 40])
 def test_plain_tables_equal_one_embedding_per_slot(config: ModelConfig, size: int) -> None:
     """Wrong: an id's second embedding is another id's first, positions are counted from the oldest, or slots are out of order."""
-    tables, (batch, ids) = PlainTables(SCHEMA, config, seed=3), make_batch(size)
+    tables, (batch, ids) = LocalTables(SCHEMA, config, seed=3), make_batch(size)
     expected = one_by_one(tables.tables(), config, ids, size)
-    assert expected.shape[1] == Layout.of(config, SCHEMA).rows
+    assert expected.shape[1] == Layout.from_config(config, SCHEMA).rows
     torch.testing.assert_close(tables(batch).detach(), expected)
 
 
 def test_rows_are_in_the_order_of_the_features() -> None:
     """Wrong: a model reads one feature's rows as another's, or a sequence's target is not the feature that it is a history of."""
-    layout = Layout.of(CONFIGS["both"], SCHEMA)
+    layout = Layout.from_config(CONFIGS["both"], SCHEMA)
     slots = [(slot.key, slot.first, slot.width) for slot in (*layout.single, *layout.bags)]
     assert slots == [
         ("user", 0, 3), ("item", 3, 2), ("domain", 5, 1), ("genres", 6, 1),
@@ -86,7 +86,7 @@ def test_rows_are_in_the_order_of_the_features() -> None:
     ]  # fmt: skip
     sequences = (SequenceRows(first=7, length=3, width=2, target=3), SequenceRows(first=13, length=2, width=2, target=3))
     assert layout.inputs(5) == Inputs(17, 5, sequences)
-    assert Layout.of(CONFIGS["pooled"], SCHEMA).inputs(0) == Inputs(1 + 2 + 1 + 3 + 2 + 2, 0)
+    assert Layout.from_config(CONFIGS["pooled"], SCHEMA).inputs(0) == Inputs(1 + 2 + 1 + 3 + 2 + 2, 0)
 
 
 BAGS = st.integers(1, 3).flatmap(lambda bags: st.lists(st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=bags, max_size=bags), max_size=4))
@@ -117,14 +117,14 @@ def test_expand_bags(examples: list[list[list[int]]], data: st.DataObject) -> No
 def test_an_unknown_table_is_refused_with_the_nearest_name() -> None:
     """Wrong: a typing error in `embeddings` leaves a table with one embedding without a word."""
     with pytest.raises(ValueError, match=r"embeddings: no table is named 'itm'.*'item'"):
-        Layout.of(MLPConfig(embeddings={"itm": 2}), SCHEMA)
+        Layout.from_config(MLPConfig(embeddings={"itm": 2}), SCHEMA)
     with pytest.raises(ValueError, match=r"embeddings: no table is named 'clicked'. There are user, item, domain, genres"):
-        Layout.of(MLPConfig(embeddings={"clicked": 2}), SCHEMA)
+        Layout.from_config(MLPConfig(embeddings={"clicked": 2}), SCHEMA)
 
 
 def test_a_sequence_without_target_is_refused() -> None:
     """Wrong: a history is weighed against a feature of other ids."""
     alone = Schema(features=(SparseFeature(name="queries", kind=Kind.SEQUENCE, rows=9, max_length=3),), tasks=("click",))
-    assert Layout.of(MLPConfig(), alone).inputs(0) == Inputs(2, 0)
+    assert Layout.from_config(MLPConfig(), alone).inputs(0) == Inputs(2, 0)
     with pytest.raises(ValueError, match="sequence feature 'queries' has no target: .* give it the `table`"):
-        Layout.of(DINConfig(), alone).inputs(0)
+        Layout.from_config(DINConfig(), alone).inputs(0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from exfm_ray.config.models import MLPConfig
 from exfm_ray.data.batch import Batch
 from exfm_ray.models import embeddings
-from exfm_ray.models.embeddings import INIT_STD, PlainTables, initial_rows, initial_table
+from exfm_ray.models.embeddings import INIT_STD, LocalTables, initial_rows, initial_table
 from exfm_ray.schema import Kind, Schema, SparseFeature
 
 SCHEMA = Schema(
@@ -52,7 +52,7 @@ def per_feature(tables: dict[str, Tensor], batch: Batch) -> Tensor:
 @pytest.mark.parametrize("size", [0, 1, 64])
 def test_equals_one_embedding_bag_per_feature(size: int) -> None:
     """Wrong: an offset points into another table, the order of the features differs, or a bag is not averaged."""
-    tables, batch = PlainTables(SCHEMA, CONFIG, seed=3), make_batch(size)
+    tables, batch = LocalTables(SCHEMA, CONFIG, seed=3), make_batch(size)
     embedded = tables(batch)
     assert embedded.shape == (size, len(SCHEMA.single) + len(SCHEMA.bags), 4)
     if size:
@@ -61,14 +61,14 @@ def test_equals_one_embedding_bag_per_feature(size: int) -> None:
 
 def test_empty_bags_are_zero() -> None:
     """Wrong: a missing list takes a neighbour's values or NaN."""
-    tables, batch = PlainTables(SCHEMA, CONFIG, seed=3), make_batch(3)
+    tables, batch = LocalTables(SCHEMA, CONFIG, seed=3), make_batch(3)
     nothing = torch.zeros(len(SCHEMA.bags), 3, dtype=torch.int64)
     assert not tables.embed(batch.sparse_BS, batch.bag_values_V[:0], nothing)[:, len(SCHEMA.single) :].any()
 
 
 def test_gradients_reach_the_rows_that_were_read_only() -> None:
     """Wrong: learning one id moves another."""
-    tables, batch = PlainTables(SCHEMA, CONFIG, seed=3), make_batch(2)
+    tables, batch = LocalTables(SCHEMA, CONFIG, seed=3), make_batch(2)
     tables(batch).sum().backward()
     touched = {int(i) for i in tables.weight.grad.abs().sum(1).nonzero()}
     rows = {tables.first_row[f.table or f.name] + int(i) for f, ids in zip(SCHEMA.single, batch.sparse_BS.T, strict=True) for i in ids}
@@ -79,7 +79,7 @@ def test_gradients_reach_the_rows_that_were_read_only() -> None:
 
 def test_tables_go_out_and_in() -> None:
     """Wrong: a snapshot's tables come back in other places."""
-    full, empty = PlainTables(SCHEMA, CONFIG, seed=3), PlainTables(SCHEMA, CONFIG, seed=None)
+    full, empty = LocalTables(SCHEMA, CONFIG, seed=3), LocalTables(SCHEMA, CONFIG, seed=None)
     assert not empty.weight.any()
     assert {n: len(t) for n, t in full.tables().items()} == dict(SCHEMA.tables)
     empty.load_tables(full.tables())
@@ -88,8 +88,8 @@ def test_tables_go_out_and_in() -> None:
 
 def test_tables_that_do_not_fit_are_refused_and_nothing_is_changed() -> None:
     """Wrong: part of another schema's tables is loaded before the mistake is found."""
-    tables = PlainTables(SCHEMA, CONFIG, seed=None)
-    good = PlainTables(SCHEMA, CONFIG, seed=1).tables()
+    tables = LocalTables(SCHEMA, CONFIG, seed=None)
+    good = LocalTables(SCHEMA, CONFIG, seed=1).tables()
     for bad, message in [
         ({n: t for n, t in good.items() if n != "item"}, "table 'item' is missing"),
         (good | {"item": torch.zeros(8, 4)}, r"'item' has shape \(8, 4\), the schema and dim say \(7, 4\)"),
@@ -140,7 +140,7 @@ def test_exports_with_any_batch_size() -> None:
     class Graph(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.tables = PlainTables(SCHEMA, CONFIG, seed=3)
+            self.tables = LocalTables(SCHEMA, CONFIG, seed=3)
 
         def forward(self, sparse: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
             return self.tables.embed(sparse, values, lengths)

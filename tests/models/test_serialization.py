@@ -11,9 +11,9 @@ from example import SCHEMA, make_rows
 from exfm_ray.config.models import DCNv2Config, DLRMConfig, MLPConfig, ModelConfig, WukongConfig
 from exfm_ray.data.batch import to_batch
 from exfm_ray.errors import UserError
-from exfm_ray.models.embeddings import PlainTables
+from exfm_ray.models.embeddings import LocalTables
 from exfm_ray.models.network import build_network
-from exfm_ray.models.serialization import MANIFEST, PlainModel, commit_model, load_model, load_rows, read_manifest, remove_model, write_tables
+from exfm_ray.models.serialization import MANIFEST, LocalModel, commit_model, load_model, load_rows, read_manifest, remove_model, write_tables
 from exfm_ray.storage.atomic import read_json, write_json
 
 MODELS: list[ModelConfig] = [
@@ -22,9 +22,9 @@ MODELS: list[ModelConfig] = [
 ]  # fmt: skip
 
 
-def store(folder: Path, config: ModelConfig, cuts: int) -> PlainModel:
+def store(folder: Path, config: ModelConfig, cuts: int) -> LocalModel:
     """Write a model whose tables `cuts` workers hold, rows of each table in turn."""
-    model = PlainModel(PlainTables(SCHEMA, config, seed=1), build_network(config, SCHEMA, 2, seed=1)).eval()
+    model = LocalModel(LocalTables(SCHEMA, config, seed=1), build_network(config, SCHEMA, 2, seed=1)).eval()
     for rank in reversed(range(cuts)):
         shards = {}
         for name, table in model.tables.tables().items():

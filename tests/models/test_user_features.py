@@ -9,19 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exfm_ray.models.user_features import Past
+from exfm_ray.models.user_features import UserFeatures
 
 BITS = st.sampled_from([0x00000000, 0x80000000, 0x3F800000, 0x3F800001, 0xC0000000])  # 0, -0, 1, the next number, -2
 STORES = st.dictionaries(st.integers(1, 9), st.tuples(BITS, BITS), max_size=6)
 
 
-def past(store: dict[int, tuple[int, ...]]) -> Past:
+def past(store: dict[int, tuple[int, ...]]) -> UserFeatures:
     users = sorted(store)
     bits = np.array([store[user] for user in users], np.uint32).reshape(len(users), 2)
-    return Past(torch.tensor(users, dtype=torch.int64), torch.from_numpy(bits.view(np.float32).copy()))
+    return UserFeatures(torch.tensor(users, dtype=torch.int64), torch.from_numpy(bits.view(np.float32).copy()))
 
 
-def as_dict(found: Past) -> dict[int, tuple[int, ...]]:
+def as_dict(found: UserFeatures) -> dict[int, tuple[int, ...]]:
     return dict(zip(found.users_U.tolist(), map(tuple, found.inputs_UF.numpy().view(np.uint32).tolist()), strict=True))
 
 
@@ -29,9 +29,9 @@ def as_dict(found: Past) -> dict[int, tuple[int, ...]]:
 def test_changes_lead_to_the_new_store(old: dict[int, tuple[int, ...]], new: dict[int, tuple[int, ...]]) -> None:
     """Wrong: a changed or new user is left out, an unchanged one is carried along, or users are no longer in order."""
     new = {**old, **new}  # nobody leaves a store
-    changed = past(new).since(past(old))
+    changed = past(new).changed_since(past(old))
     assert as_dict(changed) == {user: inputs for user, inputs in new.items() if old.get(user) != inputs}
-    assert as_dict(past(old).put(changed)) == new and past(old).put(changed).users_U.tolist() == sorted(new)
+    assert as_dict(past(old).updated(changed)) == new and past(old).put(changed).users_U.tolist() == sorted(new)
 
 
 @given(store=STORES, asked=st.lists(st.integers(0, 10), max_size=5))
@@ -45,4 +45,4 @@ def test_files_hold_what_was_written(tmp_path: Path) -> None:
     """Wrong: a store is another one when it is read, or one of nobody cannot be written."""
     for store in ({}, {3: (1, 2), 7: (0, 5)}):
         past(store).write(tmp_path)
-        assert as_dict(Past.read(tmp_path)) == store
+        assert as_dict(UserFeatures.read(tmp_path)) == store

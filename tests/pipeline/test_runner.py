@@ -26,9 +26,9 @@ from exfm_ray.data.prepare.prepare import source_schema
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
 from exfm_ray.pipeline.preflight import prepare_stream
-from exfm_ray.pipeline.runner import Run
+from exfm_ray.pipeline.runner import PipelineRunner
 from exfm_ray.runtime.session import user_error
-from exfm_ray.storage.atomic import read_json, read_lines
+from exfm_ray.storage.atomic import read_json, read_jsonl
 from exfm_ray.tracking.dashboard import parts
 from exfm_ray.tracking.run_files import RunFiles
 from exfm_ray.training.job import Job
@@ -93,7 +93,7 @@ def assert_dashboard(config: Config) -> None:
 
 def assert_timeline(config: Config) -> None:
     """Every pass of every role is there once, and the DAS waited for its teacher."""
-    spans = {(span["role"], span["window"], span["phase"]): span for span in read_lines(config.folder / "timeline.jsonl")}
+    spans = {(span["role"], span["window"], span["phase"]): span for span in read_jsonl(config.folder / "timeline.jsonl")}
     passes = {(role, window, phase) for role in ("fm", "vm") for window in range(WINDOWS) for phase in ("evaluate", "learn")}
     assert spans.keys() == passes | {("das", window, "score") for window in range(1, WINDOWS)}
     for window in range(1, WINDOWS):
@@ -122,7 +122,7 @@ def test_stores_on_s3_equal_local_ones(cluster: None, base: Config, s3: S3, tmp_
     assert not any("hidden-in-the-tests" in path.read_text(errors="ignore") for path in config.folder.rglob("*") if path.is_file())
     other = config_of(tmp_path, "base", run={"dir": tmp_path / "others", "storage": storage}, seed=1)
     with pytest.raises(UserError, match=r"s3://.*/base/config.yaml: a run with other settings has its stores there; choose another --name"):
-        Run(other, EventStream.open(config.stores / "stream")).execute()
+        PipelineRunner(other, EventStream.open(config.stores / "stream")).execute()
 
 
 def test_two_workers_on_ray_equal_one(cluster: None, base: Config, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_damaged_fragment_ends_the_run_and_it_goes_on_when_repaired(cluster: N
     path.write_bytes(whole[:100])
     started = time.monotonic()
     with pytest.raises(Exception, match=r".*") as caught:
-        Run(config, stream).execute()
+        PipelineRunner(config, stream).execute()
     told = user_error(caught.value)
     assert told is not None and f"{path}: 100 bytes where the manifest says {len(whole)}" in str(told)
     assert time.monotonic() - started < 100, "the other roles did not end"

@@ -13,7 +13,7 @@ from small_runs import small_config
 
 from exfm_ray.data.stream import EventStream, list_values, window_name
 from exfm_ray.metrics.state import MetricState
-from exfm_ray.pipeline.summary import best_nes, summary_rows
+from exfm_ray.pipeline.summary import oracle_ne, summary_rows
 from exfm_ray.training.checkpoint import JobResult
 
 
@@ -41,7 +41,7 @@ def test_best_ne_is_that_of_the_truth(stream: EventStream) -> None:
     tables = [stream.read(window, fragment) for window in (1, 2) for fragment in stream.window(window).fragments]
     labels = np.concatenate([list_values(table["labels"], 2) for table in tables])
     domain = np.concatenate([table["domain"].to_numpy() for table in tables])
-    found = best_nes(stream, [1, 2])
+    found = oracle_ne(stream, [1, 2])
     for i, task in enumerate(stream.schema.tasks):
         assert found["all", task] == pytest.approx(ne_of(truth[:, i], labels[:, i]), rel=1e-9)
         for j, name in enumerate(stream.schema.domains):
@@ -52,12 +52,12 @@ def test_best_ne_is_that_of_the_truth(stream: EventStream) -> None:
 
 def test_without_truth_there_is_no_bound(tmp_path: Path) -> None:
     """Wrong: real data sets, whose truth nobody knows, fail or get a bound."""
-    assert best_nes(make_stream(tmp_path, windows=1), [0]) == {}
+    assert oracle_ne(make_stream(tmp_path, windows=1), [0]) == {}
 
 
 def state(quality: float) -> MetricState:
     labels = np.tile([0.0, 1.0], 500)
-    return MetricState.of((labels - 0.5) * quality, labels)
+    return MetricState.from_logits((labels - 0.5) * quality, labels)
 
 
 def test_gains_compare_the_same_examples(stream: EventStream, tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from workers import Workers
 
 from exfm_ray.config.distillation import DistillationConfig, ShareConfig
 from exfm_ray.config.root import Config
-from exfm_ray.das.labeler import DAS
+from exfm_ray.das.labeler import Labeler
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
 from exfm_ray.models.serialization import load_model
 from exfm_ray.pipeline.preflight import check_models, prepare_stream
-from exfm_ray.pipeline.runner import Run
+from exfm_ray.pipeline.runner import PipelineRunner
 from exfm_ray.pipeline.schedule import vm_jobs
 from exfm_ray.schema import Schema
 from exfm_ray.stores.shared_rows import SharedStore
@@ -46,7 +46,7 @@ def score(config: Config, number: int) -> int:
     """The DAS of the FM (0) or of a teacher beside it, in a worker; rows."""
     stream = EventStream.open(config.folder / "stream")
     teacher = (None, *config.teachers)[number]
-    return DAS(config, stream, teacher).run_here(stream.windows())
+    return Labeler(config, stream, teacher).label_locally(stream.windows())
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_jobs_are_of_one_teacher_each(chain: Config) -> None:
 def test_a_vertical_model_is_a_teacher(chain: Config) -> None:
     """Wrong: the domain FM publishes another arm's weights or misses a window, or its supervision is of a snapshot that knows (rule 2)."""
     stream = EventStream.open(chain.folder / "stream")
-    das = DAS(chain, stream, chain.teachers[0])
+    das = Labeler(chain, stream, chain.teachers[0])
     assert das.snapshots.versions() == list(range(1, WINDOWS + 1))
     last, exported = (load_model(folder)[0] for folder in (das.snapshots.folder(WINDOWS), chain.folder / "exported" / "feed_fm-ah"))
     for one, other in zip(last.parameters(), exported.parameters(), strict=True):
@@ -88,7 +88,7 @@ def test_a_vertical_model_is_a_teacher(chain: Config) -> None:
 
 def test_a_student_learns_from_the_teacher_it_names(chain: Config) -> None:
     """Wrong: `feed` learns from the FM's supervision although it names another teacher."""
-    summary = Run(chain, EventStream.open(chain.folder / "stream")).summarise()
+    summary = PipelineRunner(chain, EventStream.open(chain.folder / "stream")).summarise()
     ne = {(row["model"], row["arm"]): row["ne"] for row in summary["figures"] if row["role"] == "vm"}
     assert ne["feed", "labels"] == ne["feed_fm", "labels"], "the same model and rows, and no teacher"
     assert ne["feed", "ah"] != ne["feed_fm", "ah"], "the same model and rows, and two teachers"

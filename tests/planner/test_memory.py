@@ -16,7 +16,7 @@ from exfm_ray.cli.main import main
 from exfm_ray.config.models import MLPConfig, WukongConfig
 from exfm_ray.config.root import Config
 from exfm_ray.config.trainer import FMConfig
-from exfm_ray.planner.memory import BUCKET, plan_fm
+from exfm_ray.planner.memory import REDUCE_BUCKET, plan_fm
 from exfm_ray.schema import DenseFeature, Kind, Schema, SparseFeature
 
 BIG = Schema(
@@ -92,17 +92,17 @@ def test_a_trillion_parameters_by_hand() -> None:
         "activations": 4 * 1024 * (9 * 64 + 1024 + 512),
         "looked-up rows": 4 * 64 * (2 * 1024 * 9 + 65_536 * 9),
     }
-    assert plan.kept_bytes_W[2] == part * 65 * 4 + 12 * DENSE
+    assert plan.resident_bytes_W[2] == part * 65 * 4 + 12 * DENSE
     assert plan.training_flops == 3 * 2 * (9 * 64 * 1024 + 1024 * 512 + 512)
     assert plan.examples_per_s(1000.0) == pytest.approx(64 * 1e15 * 0.3 / plan.training_flops)
-    assert plan.misfits(80 * 2**30) == []
+    assert plan.violations(80 * 2**30) == []
 
 
 @pytest.mark.parametrize(
     ("stage", "weights", "masters", "adam", "gradients"),
     [
         (0, 2 * DENSE, 4 * DENSE, 8 * DENSE, 6 * DENSE),
-        (2, 2 * (DENSE + 15), (DENSE + 15) // 2, DENSE + 15, (DENSE + 15) // 4 + 2 * BUCKET),
+        (2, 2 * (DENSE + 15), (DENSE + 15) // 2, DENSE + 15, (DENSE + 15) // 4 + 2 * REDUCE_BUCKET),
     ],
 )
 def test_dense_state_by_hand(stage: int, weights: int, masters: int, adam: int, gradients: int) -> None:
@@ -114,13 +114,13 @@ def test_dense_state_by_hand(stage: int, weights: int, masters: int, adam: int, 
 
 def test_what_does_not_fit_is_named() -> None:
     """Wrong: a plan that cannot run says that it fits, or leaves the user to search for the table."""
-    rows = plan_fm(trillion(workers=8), TRILLION).misfits(80 * 2**30)
+    rows = plan_fm(trillion(workers=8), TRILLION).violations(80 * 2**30)
     assert rows[0].startswith("8 of 8 worker(s) need more than 80.0 GiB, worker 0 most: 48")
     assert rows[1:] == ["most of worker 0: tables, 476.8 GiB"]
-    tables = plan_fm(trillion(workers=9, sharding="table_wise"), TRILLION).misfits(80 * 2**30)
+    tables = plan_fm(trillion(workers=9, sharding="table_wise"), TRILLION).violations(80 * 2**30)
     assert tables[0].startswith("8 of 9 worker(s)")
     assert tables[1] == "table 't0' (table_wise) alone takes 484.3 GiB of a worker, its Adagrad state included" and len(tables) == 1 + 8 + 1
-    (machine,) = plan_fm(trillion(workers=2, device="cpu"), TRILLION).misfits(2**40)
+    (machine,) = plan_fm(trillion(workers=2, device="cpu"), TRILLION).violations(2**40)
     assert machine.startswith("all 2 worker(s) together need 3,8") and "of the machine's 1,024.0 GiB; most of it: tables, 1,907.3 GiB" in machine
 
 
@@ -129,7 +129,7 @@ def test_a_trillion_rows_are_planned_at_once() -> None:
     many = Schema(features=tuple(SparseFeature(name=f"t{i}", rows=2_147_483_647) for i in range(500)), tasks=("click",))
     began = time.process_time()
     plan = plan_fm(Config(fm=FMConfig(model=WukongConfig(dim=128, l=8, n_F=64, n_L=64, k=64), workers=1024, device="cuda")), many)
-    assert plan.table_parameters > 130e12 and plan.misfits(80 * 2**30)
+    assert plan.table_parameters > 130e12 and plan.violations(80 * 2**30)
     assert time.process_time() - began < 10
 
 

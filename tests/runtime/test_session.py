@@ -14,9 +14,10 @@ import ray
 from small_runs import small_config
 
 from exfm_ray.errors import UserError
+from exfm_ray.runtime import resources
 from exfm_ray.runtime import session as runtime
 from exfm_ray.runtime.resources import DATA_CPUS, logical_cpus
-from exfm_ray.runtime.session import tighten_token, user_error
+from exfm_ray.runtime.session import restrict_token_file, user_error
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -87,16 +88,16 @@ def test_the_token_is_for_its_owner_only(tmp_path: Path, monkeypatch: pytest.Mon
     """Wrong: others on the machine read the token that Ray wrote."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
-    tighten_token()  # none there
+    restrict_token_file()  # none there
     default, named = tmp_path / ".ray" / "auth_token", tmp_path / "token"
     default.parent.mkdir()
     for path in (default, named):
         path.write_text("x")
         path.chmod(0o644)
-    tighten_token()
+    restrict_token_file()
     assert [path.stat().st_mode & 0o777 for path in (default, named)] == [0o600, 0o644]
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(named))
-    tighten_token()
+    restrict_token_file()
     assert named.stat().st_mode & 0o777 == 0o600
 
 
@@ -126,13 +127,13 @@ def test_says_which_labelled_nodes_a_run_will_wait_for(tmp_path: Path) -> None:
     config = small_config(tmp_path, "x", placement=placement, fm={"workers": 3}, das={"max_actors": 4})
     told = "what is to run there waits until such nodes join"
     cpu = node(8, group="cpu")
-    assert runtime.lacking(config, [cpu, node(2, group="fm", disk="ssd"), node(9, group="fm")]) == [
+    assert resources.missing_resources(config, [cpu, node(2, group="fm", disk="ssd"), node(9, group="fm")]) == [
         f"setting 'placement.fm': the nodes with group=fm,disk=ssd have 2 CPUs, 3 CPUs are asked for; {told}"
     ]
-    assert runtime.lacking(config, [cpu, node(9, disk="ssd")]) == [
+    assert resources.missing_resources(config, [cpu, node(9, disk="ssd")]) == [
         f"setting 'placement.fm': no node has group=fm,disk=ssd, 3 CPUs are asked for; {told}"
     ]
-    assert runtime.lacking(config, [cpu, node(2, group="fm", disk="ssd", more="x"), node(1, group="fm", disk="ssd")]) == []
+    assert resources.missing_resources(config, [cpu, node(2, group="fm", disk="ssd", more="x"), node(1, group="fm", disk="ssd")]) == []
 
 
 def test_labels_without_a_cluster_are_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from exfm_ray.errors import UserError
 from exfm_ray.serving.delta import apply, check_same_student, difference
-from exfm_ray.serving.folder import Served
+from exfm_ray.serving.folder import ExportManifest
 
 WIDTHS = {"user": 1, "ad": 3}
 # Bit patterns, not numbers: 0 and -0 (sign bit alone), a subnormal, infinity, two NaNs, 1
@@ -58,7 +58,7 @@ def test_other_tables_are_refused() -> None:
 def test_a_manifest_without_its_student_is_told(lost: str) -> None:
     """Wrong: a served folder whose manifest has lost the student's name ends in a traceback."""
     student = {"vm": "feed", "arm": "labels"}
-    whole, damaged = Served.model_construct(student=student), Served.model_construct(student={k: v for k, v in student.items() if k != lost})
+    whole, damaged = ExportManifest.model_construct(student=student), ExportManifest.model_construct(student={k: v for k, v in student.items() if k != lost})
     for old, new in ((damaged, whole), (whole, damaged)):
         with pytest.raises(UserError, match=f"served/manifest.json, or the manifest to go with it: its `student` has no '{lost}'; export"):
             check_same_student(Path("served"), old, new)

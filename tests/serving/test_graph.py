@@ -24,14 +24,14 @@ from exfm_ray.config.models import (
     WukongConfig,
 )
 from exfm_ray.data.batch import Batch, to_batch
-from exfm_ray.models.embeddings import PlainTables
+from exfm_ray.models.embeddings import LocalTables
 from exfm_ray.models.network import build_network
-from exfm_ray.models.serialization import PlainModel, StoredModel
+from exfm_ray.models.serialization import LocalModel, StoredModel
 from exfm_ray.schema import DenseFeature, Schema, SparseFeature
 from exfm_ray.serving.export import _full_bags, check_batches, compare
 from exfm_ray.serving.folder import write_tables
 from exfm_ray.serving.graph import ServedGraph, inputs_of
-from exfm_ray.serving.program import ONNX, quiet, trace, write_onnx
+from exfm_ray.serving.program import ONNX, silence_output, trace, write_onnx
 
 WIDE = {"ad": 3, "keywords": 2}
 CONFIGS: tuple[ModelConfig, ...] = (
@@ -48,22 +48,22 @@ CONFIGS: tuple[ModelConfig, ...] = (
 BARE = Schema(features=(SparseFeature(name="user", rows=9), SparseFeature(name="ad", rows=7)), tasks=("click",))
 
 
-def built(config: ModelConfig, schema: Schema = SCHEMA) -> tuple[PlainModel, StoredModel]:
+def built(config: ModelConfig, schema: Schema = SCHEMA) -> tuple[LocalModel, StoredModel]:
     """A fresh model whose rows and biases are large enough to tell one from the other."""
-    tables = PlainTables(schema, config.model_copy(update={"init_std": 1.0}), seed=1)
-    model = PlainModel(tables, build_network(config, schema, len(schema.tasks), seed=1)).eval()
+    tables = LocalTables(schema, config.model_copy(update={"init_std": 1.0}), seed=1)
+    model = LocalModel(tables, build_network(config, schema, len(schema.tasks), seed=1)).eval()
     with torch.no_grad():
         for parameter in model.network.parameters():
             parameter += 0.1
     return model, StoredModel(network=config, example=schema, tasks=schema.tasks, files={}, facts={})
 
 
-def exported(folder: Path, model: PlainModel, stored: StoredModel, rows: Batch) -> dict[str, float]:
+def exported(folder: Path, model: LocalModel, stored: StoredModel, rows: Batch) -> dict[str, float]:
     """Largest differences of the torch.export program and of ONNX Runtime from the model."""
     write_tables(folder, model.tables.tables())
     example = inputs_of(stored.example, _full_bags(rows))
-    with quiet():
-        program = trace(ServedGraph.of(model, stored), example)
+    with silence_output():
+        program = trace(ServedGraph.from_model(model, stored), example)
         onnx = write_onnx(program, example, folder)
     module = program.module()
     return compare(model, stored, {"program": lambda inputs: module(**inputs), ONNX: onnx}, check_batches(rows))
@@ -97,7 +97,7 @@ def test_a_schema_without_bags(tmp_path: Path, dense: tuple[DenseFeature, ...]) 
 
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=8)
-GRAPHS = [(model, ServedGraph.of(model, stored)) for model, stored in (built(CONFIGS[2]), built(CONFIGS[8]))]
+GRAPHS = [(model, ServedGraph.from_model(model, stored)) for model, stored in (built(CONFIGS[2]), built(CONFIGS[8]))]
 
 
 @settings(max_examples=60)

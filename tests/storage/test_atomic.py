@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from exfm_ray.errors import UserError
-from exfm_ray.storage.atomic import atomic_path, digest, read_json, sha256, write_json, write_text
+from exfm_ray.storage.atomic import atomic_path, read_json, sha256, short_hash, write_json, write_text
 
 
 def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
@@ -50,6 +50,6 @@ def test_missing_and_damaged_json_is_named(tmp_path: Path) -> None:
 
 def test_digests_are_stable(tmp_path: Path) -> None:
     """Wrong: the order of keys, or the machine, changes a digest, and everything seems to be of another schema."""
-    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) == "ae8a9a5052464275"
+    assert short_hash({"a": 1, "b": [2]}) == short_hash({"b": [2], "a": 1}) == "ae8a9a5052464275"
     (tmp_path / "f").write_bytes(b"abc")
     assert sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

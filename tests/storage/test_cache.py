@@ -16,7 +16,7 @@ from s3_server import S3
 from exfm_ray.errors import UserError
 from exfm_ray.storage import cache as copies
 from exfm_ray.storage.atomic import sha256, write_text
-from exfm_ray.storage.cache import fetched, intact
+from exfm_ray.storage.cache import local_copy, verify_sha256
 from exfm_ray.storage.remote import RemotePath, StorageError
 
 TEXT = "rows"
@@ -27,8 +27,8 @@ HASH = hashlib.sha256(TEXT.encode()).hexdigest()
 def fetches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What is fetched, into a folder of the test's own."""
     found: list[str] = []
-    fetch = RemotePath.fetch
-    monkeypatch.setattr(RemotePath, "fetch", lambda self, target: (found.append(self.name), fetch(self, target))[1])
+    fetch = RemotePath.download
+    monkeypatch.setattr(RemotePath, "download", lambda self, target: (found.append(self.name), fetch(self, target))[1])
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     yield found
 
@@ -38,38 +38,38 @@ def test_fetched_once_for_a_node(s3: S3, tmp_path: Path, fetches: list[str]) -> 
     path = RemotePath(s3.url(tmp_path.name)) / "a"
     write_text(path, TEXT)
     with ThreadPoolExecutor(4) as threads:
-        found = set(threads.map(lambda _: fetched(path, HASH), range(8)))
-    assert fetches == ["a"] and intact(path, HASH)
+        found = set(threads.map(lambda _: local_copy(path, HASH), range(8)))
+    assert fetches == ["a"] and verify_sha256(path, HASH)
     (copy,) = found
     assert copy.read_text() == TEXT and copy.parent.stat().st_mode & 0o77 == 0
     write_text(path, "other rows")
-    assert fetched(path, hashlib.sha256(b"other rows").hexdigest()).read_text() == "other rows" and fetches == ["a", "a"]
+    assert local_copy(path, hashlib.sha256(b"other rows").hexdigest()).read_text() == "other rows" and fetches == ["a", "a"]
 
 
 def test_damage_is_seen_and_not_kept(s3: S3, tmp_path: Path, fetches: list[str]) -> None:
     """Wrong: a damaged file is used, or stays in use after its repair; or a local one is copied."""
     for path in (RemotePath(s3.url(tmp_path.name)) / "a", tmp_path / "a"):
         write_text(path, TEXT)
-        assert intact(path, HASH) and sha256(fetched(path, HASH)) == HASH
+        assert verify_sha256(path, HASH) and sha256(local_copy(path, HASH)) == HASH
         write_text(path, "row")
-        assert not intact(path, HASH)
+        assert not verify_sha256(path, HASH)
         write_text(path, TEXT)
-        assert intact(path, HASH) and fetched(path, HASH).read_text() == TEXT
+        assert verify_sha256(path, HASH) and local_copy(path, HASH).read_text() == TEXT
         path.unlink()
-        assert not intact(path, HASH)
+        assert not verify_sha256(path, HASH)
     write_text(RemotePath(s3.url(tmp_path.name)) / "a", "row")
     with pytest.raises(UserError, match=r"s3://tests/.*a: not the file that its manifest describes; it is damaged"):
-        fetched(RemotePath(s3.url(tmp_path.name)) / "a", HASH)
-    assert fetched(tmp_path / "b", HASH) == tmp_path / "b", "a local file is not looked at"
+        local_copy(RemotePath(s3.url(tmp_path.name)) / "a", HASH)
+    assert local_copy(tmp_path / "b", HASH) == tmp_path / "b", "a local file is not looked at"
 
 
 def test_a_copy_that_was_spoilt_is_seen(s3: S3, tmp_path: Path, fetches: list[str]) -> None:
     """Wrong: a copy that a full or failing disk has spoilt is taken for the snapshot."""
     path = RemotePath(s3.url(tmp_path.name)) / "a"
     write_text(path, TEXT)
-    fetched(path, HASH).write_text("rowz")
-    assert not intact(path, HASH) or fetched(path, HASH).read_text() == TEXT
-    assert intact(path, HASH) and fetches == ["a", "a"]
+    local_copy(path, HASH).write_text("rowz")
+    assert not verify_sha256(path, HASH) or local_copy(path, HASH).read_text() == TEXT
+    assert verify_sha256(path, HASH) and fetches == ["a", "a"]
 
 
 def test_an_outage_is_no_damage(s3: S3, tmp_path: Path, fetches: list[str]) -> None:
@@ -77,19 +77,19 @@ def test_an_outage_is_no_damage(s3: S3, tmp_path: Path, fetches: list[str]) -> N
     path = RemotePath(s3.url(tmp_path.name)) / "a"
     write_text(path, TEXT)
     with s3.refusing(), pytest.raises(StorageError):
-        intact(path, HASH)
+        verify_sha256(path, HASH)
 
 
 def test_a_fetch_that_hangs_elsewhere_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong: processes wait for ever for one that hangs while it fetches, or do not wait for it at all."""
     monkeypatch.setattr(copies, "FETCH_S", 0.3)
     path = tmp_path / "a.lock"
-    with copies._alone(path):
+    with copies._exclusive(path):
         started = time.monotonic()
-        with pytest.raises(UserError, match=r"a.lock: waited 0 s for another process of this node"), copies._alone(path):
+        with pytest.raises(UserError, match=r"a.lock: waited 0 s for another process of this node"), copies._exclusive(path):
             pass
         assert time.monotonic() - started > 0.3
-    with copies._alone(path):
+    with copies._exclusive(path):
         pass
 
 
@@ -98,9 +98,9 @@ def test_what_is_out_of_use_goes(s3: S3, tmp_path: Path, fetches: list[str]) -> 
     folder = RemotePath(s3.url(tmp_path.name))
     for name in ("old", "used", "new"):
         write_text(folder / name, TEXT)
-    old, used = fetched(folder / "old", HASH), fetched(folder / "used", HASH)
+    old, used = local_copy(folder / "old", HASH), local_copy(folder / "used", HASH)
     for copy in (old, used):
-        os.utime(copy, (0, time.time() - copies.KEPT_S - 1))
-    fetched(folder / "used", HASH)
-    fetched(folder / "new", HASH)
+        os.utime(copy, (0, time.time() - copies.CACHE_TTL_S - 1))
+    local_copy(folder / "used", HASH)
+    local_copy(folder / "new", HASH)
     assert used.exists() and not old.exists()

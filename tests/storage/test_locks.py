@@ -17,11 +17,11 @@ def test_a_role_is_held_until_its_process_is_killed(tmp_path: Path) -> None:
     process, or the other roles' own commands, are held back."""
     with held(tmp_path, "fm", "vm") as other:
         with pytest.raises(UserError, match=rf"{tmp_path}: process {other.pid} on .* is at work on vm of this run; .*--name"):
-            sole.hold(tmp_path, ["das", "vm"])
-        sole.hold(tmp_path, ["das"])
+            sole.acquire_role_lock(tmp_path, ["das", "vm"])
+        sole.acquire_role_lock(tmp_path, ["das"])
         other.kill()
         other.wait()
-        sole.hold(tmp_path, ["fm", "vm"])
+        sole.acquire_role_lock(tmp_path, ["fm", "vm"])
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,4 +31,4 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(sole, "flock", none)
-    sole.hold(tmp_path, ["fm"])
+    sole.acquire_role_lock(tmp_path, ["fm"])

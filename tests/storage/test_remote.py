@@ -17,8 +17,8 @@ from small_runs import SETTINGS, merged
 
 from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.errors import UserError
-from exfm_ray.storage.atomic import atomic_path, read_json, readable, remove_tree, write_json, write_text
-from exfm_ray.storage.remote import Place, RemotePath, StorageError, connected, without_credentials
+from exfm_ray.storage.atomic import atomic_path, parquet_source, read_json, remove_tree, write_json, write_text
+from exfm_ray.storage.remote import AnyPath, RemotePath, StorageError, open_filesystem, redact_url
 
 SECRET = "wJalrXUtnFEMI"
 
@@ -29,7 +29,7 @@ def remote(request: pytest.FixtureRequest, s3: S3, tmp_path: Path) -> RemotePath
     return RemotePath(s3.url(tmp_path.name)) if request.param == "s3" else RemotePath(f"memory:///{tmp_path.name}")
 
 
-def told(place: Place) -> dict[str, Any]:
+def told(place: AnyPath) -> dict[str, Any]:
     """What a store can learn of a place."""
 
     def names(paths: Any) -> list[str]:
@@ -61,7 +61,7 @@ def test_a_path_stays_below_its_root() -> None:
             place / name
 
 
-def lay_out(place: Place) -> None:
+def lay_out(place: AnyPath) -> None:
     write_json(place / "window=000" / "a.json", {"a": "ä"})
     write_text(place / "window=000" / "deep" / "c.txt", "")
     write_json(place / "window=001" / "b.json", [1])
@@ -101,8 +101,8 @@ def test_a_large_file_is_whole(s3: S3, tmp_path: Path) -> None:
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
     assert path.stat().st_size == len(data) and abs(path.stat().st_mtime - time.time()) < 60
-    assert path.read_bytes() == data and readable(path).size() == len(data)
-    path.fetch(tmp_path / "copy")
+    assert path.read_bytes() == data and parquet_source(path).size() == len(data)
+    path.download(tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == data
 
 
@@ -113,7 +113,7 @@ def test_a_path_carries_no_secret(s3: S3, tmp_path: Path) -> None:
     assert ENVIRONMENT["AWS_SECRET_ACCESS_KEY"].encode() not in pickle.dumps(path)
     assert str(path) == f"s3://tests/{tmp_path.name}/stream/schema.json"
     assert read_json(pickle.loads(pickle.dumps(path))) == {}
-    assert without_credentials("s3://a:b@c/d?e=f") == "s3://c/d" and without_credentials("a@b?c") == "a@b?c"
+    assert redact_url("s3://a:b@c/d?e=f") == "s3://c/d" and redact_url("a@b?c") == "a@b?c"
 
 
 BAD_URLS = {
@@ -170,11 +170,11 @@ def test_the_environment_names_the_server(s3: S3, tmp_path: Path, monkeypatch: p
     """Wrong: AWS_ENDPOINT_URL, which other tools follow, is passed over, and a run goes to Amazon's servers."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{s3.address}/")
     monkeypatch.delenv("AWS_REGION", raising=False)
-    connected.cache_clear()
+    open_filesystem.cache_clear()
     path = RemotePath(f"s3://tests/{tmp_path.name}/") / "a.json"
     write_json(path, 1)
     assert read_json(RemotePath(s3.url(tmp_path.name)) / "a.json") == 1
-    connected.cache_clear()
+    open_filesystem.cache_clear()
 
 
 def test_looks_are_few(s3: S3, tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from s3_server import S3
 from specs import make_order, make_place, scored, undisturbed, written
 
 from exfm_ray.das.client import connect, label
-from exfm_ray.das.sharded_teacher import share
+from exfm_ray.das.sharded_teacher import row_range
 from exfm_ray.data.stream import EventStream
 from exfm_ray.models.serialization import copy_model, load_model, load_rows, read_manifest
-from exfm_ray.storage.atomic import read_json, read_lines
+from exfm_ray.storage.atomic import read_json, read_jsonl
 from exfm_ray.storage.remote import RemotePath, StorageError
 
 
@@ -67,7 +67,7 @@ def test_killed_on_s3_it_goes_on(cluster: None, place: RemotePath, tmp_path: Pat
     label(order, EventStream.open(order.stream_root).windows(), lambda window, rows: None, watch)
     assert len(kills) == 2
     assert written(order) == on_disk(tmp_path / "disk", **sizes)
-    assert sorted(line["window"] for line in read_lines(order.log)) == [1, 2]
+    assert sorted(line["window"] for line in read_jsonl(order.log)) == [1, 2]
 
 
 def test_a_damaged_snapshot_is_never_taken(local: Local, place: RemotePath, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_an_outage_ends_no_service(local: Local, s3: S3, place: RemotePath, tmp_
     service = local(order, lasting=True, follow=True)
     until(lambda: order.store.has(1))
     with s3.refusing():
-        until(lambda: "the same command goes on when the storage can be used again" in service._scoring._held_back)
+        until(lambda: "the same command goes on when the storage can be used again" in service._scheduler._held_back)
     publish(place / "snapshots", 2)
     until(lambda: order.store.has(2))
     assert order.store.manifest(2).snapshot == 2
@@ -105,7 +105,7 @@ def test_an_outage_damages_no_snapshot(place: RemotePath, tmp_path: Path, monkey
     def fails(self: RemotePath, target: Path) -> None:
         raise StorageError("no answer")
 
-    monkeypatch.setattr(RemotePath, "fetch", fails)
+    monkeypatch.setattr(RemotePath, "download", fails)
     for load in (snapshots.load, snapshots.load_dense):
         with pytest.raises(StorageError, match="no answer"):
             load(1, SCHEMA.digest)
@@ -115,13 +115,13 @@ def test_parts_and_copies_of_a_model(place: RemotePath, tmp_path: Path, monkeypa
     """Wrong: a holder of a share of the tables, or the first snapshot's copy for histories, has other rows than on a local disk; or the
     trainer fetches the tables that it has written, to hash them."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(RemotePath, "fetch", lambda self, target: pytest.fail(f"{self} was fetched"))
+    monkeypatch.setattr(RemotePath, "download", lambda self, target: pytest.fail(f"{self} was fetched"))
     here, there = (publish(root / "snapshots", 1).folder(1) for root in (tmp_path, place))
     monkeypatch.undo()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert read_json(here / "model.json") == read_json(there / "model.json")
     copy_model(there, place / "copy")
-    ranges = {name: share(rows, 1, 3) for name, rows in SCHEMA.tables.items()}
+    ranges = {name: row_range(rows, 1, 3) for name, rows in SCHEMA.tables.items()}
     wanted = load_rows(here, read_manifest(here), ranges)
     for folder in (there, place / "copy"):
         found = load_rows(folder, read_manifest(folder), ranges)

@@ -15,7 +15,7 @@ from exfm_ray.models.serialization import load_model
 from exfm_ray.schema import Schema
 from exfm_ray.storage.atomic import read_json, write_json
 from exfm_ray.stores.shared_rows import SharedStore
-from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.snapshots import SnapshotStore
 
 
@@ -28,7 +28,7 @@ def snapshots(tmp_path: Path) -> SnapshotStore:
 
 def give(stream: EventStream, snapshots: SnapshotStore, window: int = 2, version: int = 2, tables: tuple[str, ...] = (), lag: int = 1) -> SharedStore:
     store = SharedStore(snapshots.root.parent / "shared", "fm")
-    store.publish(stream, stream.window(window), snapshots, version, ["feed", "stories"], tables, Policy(lag))
+    store.publish(stream, stream.window(window), snapshots, version, ["feed", "stories"], tables, SnapshotPolicy(lag))
     return store
 
 
@@ -53,7 +53,7 @@ def test_rows_are_the_snapshots_of_the_windows_ids(stream: EventStream, snapshot
     store = give(stream, snapshots, tables=tables)
     model, _ = load_model(snapshots.folder(2))
     for domain in ("feed", "stories"):
-        rows, expected = store.read(2, domain, SCHEMA, Policy(1)), ids_by_hand(stream, 2, domain)
+        rows, expected = store.read(2, domain, SCHEMA, SnapshotPolicy(1)), ids_by_hand(stream, 2, domain)
         assert set(rows) == set(tables or SCHEMA.tables)
         for name, (id_X, row_XW, momentum_X) in rows.items():
             assert id_X.tolist() == sorted(expected[name]) and momentum_X is None
@@ -84,10 +84,10 @@ def test_rows_that_are_not_what_they_say_are_refused(stream: EventStream, snapsh
     store = give(stream, snapshots)
     other = Schema.model_validate(SCHEMA.model_dump() | {"tasks": ("click", "like")})
     for arguments, told in (
-        ((1, "feed", SCHEMA, Policy(1)), "window 1 has no rows of teacher 'fm'; run the DAS"),
-        ((2, "search", SCHEMA, Policy(1)), "no rows for domain 'search', only for feed, stories"),
-        ((2, "feed", other, Policy(1)), "numbered by another schema"),
-        ((2, "feed", SCHEMA, Policy(2)), "rows of snapshot 2, das.fm_lag = 2 asks for 1"),
+        ((1, "feed", SCHEMA, SnapshotPolicy(1)), "window 1 has no rows of teacher 'fm'; run the DAS"),
+        ((2, "search", SCHEMA, SnapshotPolicy(1)), "no rows for domain 'search', only for feed, stories"),
+        ((2, "feed", other, SnapshotPolicy(1)), "numbered by another schema"),
+        ((2, "feed", SCHEMA, SnapshotPolicy(2)), "rows of snapshot 2, das.fm_lag = 2 asks for 1"),
     ):
         with pytest.raises(UserError, match=told):
             store.read(*arguments)
@@ -95,9 +95,9 @@ def test_rows_that_are_not_what_they_say_are_refused(stream: EventStream, snapsh
     manifest = read_json(path)
     write_json(path, manifest | {"teacher": "other"})
     with pytest.raises(UserError, match="holds rows of window 2 and teacher 'other'"):
-        store.read(2, "feed", SCHEMA, Policy(1))
+        store.read(2, "feed", SCHEMA, SnapshotPolicy(1))
     write_json(path, manifest)
     file = store.folder(2) / "feed.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
     with pytest.raises(UserError, match="feed.safetensors: missing or not the file that its manifest describes"):
-        store.read(2, "feed", SCHEMA, Policy(1))
+        store.read(2, "feed", SCHEMA, SnapshotPolicy(1))

@@ -21,7 +21,7 @@ from exfm_ray.errors import UserError
 from exfm_ray.models.serialization import load_model
 from exfm_ray.schema import Schema
 from exfm_ray.storage.atomic import read_json, write_json
-from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.user_history import HistoryStore, projection, quantised
 
 DIM, SEED = 3, 7
@@ -33,7 +33,7 @@ def store_of(folder: Path, stream: EventStream, windows: int = WINDOWS, **settin
     """Windows 1 and later represented, each by its own snapshot."""
     for version in range(1, WINDOWS):
         snapshots = publish(folder / "snapshots", version)
-    store = HistoryStore(folder / "history", "fm", HistoryConfig(dim=DIM, **settings), Policy(1))
+    store = HistoryStore(folder / "history", "fm", HistoryConfig(dim=DIM, **settings), SnapshotPolicy(1))
     for window in range(1, windows):
         store.publish(stream, stream.window(window), snapshots, window, SEED)
     return store
@@ -128,19 +128,19 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="window 1 must not be represented by snapshot 2: with das.fm_lag = 1 it takes one"):
         store.publish(stream, stream.window(1), publish(tmp_path / "snapshots", 2), 2, SEED)
     with pytest.raises(UserError, match="window 2 is not represented by teacher 'fm'; run the DAS"):
-        store.before(3, SCHEMA)
+        store.state_before(3, SCHEMA)
     with pytest.raises(UserError, match="other settings of distillation.history"):
-        HistoryStore(store.root, "fm", HistoryConfig(dim=DIM, last=1), Policy(1)).before(2, SCHEMA)
+        HistoryStore(store.root, "fm", HistoryConfig(dim=DIM, last=1), SnapshotPolicy(1)).state_before(2, SCHEMA)
 
 
 def test_a_store_that_is_not_what_it_says_is_refused(tmp_path: Path) -> None:
     """Wrong: a damaged store, or one of another teacher, window, schema or of a snapshot that knows the window, is read as what is known."""
     stream = uneven_stream(tmp_path / "stream", STREAMS["even"])
     store = store_of(tmp_path, stream, windows=3)
-    assert store.before(2, SCHEMA) is store.before(2, SCHEMA), "read once, not for each fragment"
+    assert store.state_before(2, SCHEMA) is store.state_before(2, SCHEMA), "read once, not for each fragment"
     other = Schema.model_validate(SCHEMA.model_dump() | {"tasks": ("click", "like")})
     with pytest.raises(UserError, match="another schema .*another --name"):
-        store.before(2, other)
+        store.state_before(2, other)
     path = store.folder(1) / "manifest.json"
     manifest = read_json(path)
     for change, told in (
@@ -152,16 +152,16 @@ def test_a_store_that_is_not_what_it_says_is_refused(tmp_path: Path) -> None:
     ):
         write_json(path, manifest | change)
         with pytest.raises(UserError, match=told):
-            store.before(2, SCHEMA)
+            store.state_before(2, SCHEMA)
     write_json(path, manifest)
     file = store.folder(1) / "after.safetensors"
     whole = file.read_bytes()
     for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-1], None):
         file.write_bytes(damaged) if damaged else file.unlink()
         with pytest.raises(UserError, match="after.safetensors: missing or not the file that its manifest describes; with das.keep_snapshots=true"):
-            store.before(2, SCHEMA)
+            store.state_before(2, SCHEMA)
     file.write_bytes(whole)
-    assert len(store.before(2, SCHEMA).users_U)
+    assert len(store.state_before(2, SCHEMA).users_U)
 
 
 def test_values_of_nothing_stay_nothing() -> None:

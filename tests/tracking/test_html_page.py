@@ -29,7 +29,7 @@ def test_what_is_not_supervised_is_shown(capsys: pytest.CaptureFixture[str], tmp
     write_json(config.folder / "summary.json", summary)
     show(config)
     assert "supervision by" not in capsys.readouterr().out and "class=lacks" not in write_report(config.folder).read_text()
-    write_json(config.folder / "summary.json", summary | {"parked": [PARKED, whole], "stood_in": [STOOD_IN]})
+    write_json(config.folder / "summary.json", summary | {"parked": [PARKED, whole], "fallback_windows": [STOOD_IN]})
     show(config)
     out, page = capsys.readouterr().out, write_report(config.folder).read_text()
     assert [line for line in out.splitlines() if line.startswith("window")] == list(LINES)

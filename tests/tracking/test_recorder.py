@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from exfm_ray.errors import UserError
-from exfm_ray.storage.atomic import append_lines, read_lines
+from exfm_ray.storage.atomic import append_jsonl, read_jsonl
 from exfm_ray.tracking.recorder import Recorder, read_metrics, read_timeline
 
 
@@ -65,7 +65,7 @@ def test_the_timeline_keeps_what_was_done_twice(tmp_path: Path) -> None:
     Recorder(path).timeline(rows)
     timeline.write_bytes(timeline.read_bytes()[:-9])
     Recorder(path).timeline(rows)
-    assert read_lines(timeline) == [rows[0], *rows]
+    assert read_jsonl(timeline) == [rows[0], *rows]
 
 
 def test_a_row_that_is_none_is_told(tmp_path: Path) -> None:
@@ -73,6 +73,6 @@ def test_a_row_that_is_none_is_told(tmp_path: Path) -> None:
     path = tmp_path / "timeline.jsonl"
     assert read_timeline(path) == []
     span = {"role": "das", "window": 1, "phase": "score", "started_s": 1.0, "ended_s": 2.0, "waited_s": 0.5, "examples": 3}
-    append_lines(path, [span, {}])
+    append_jsonl(path, [span, {}])
     with pytest.raises(UserError, match=r"timeline.jsonl: line 2 has no ended_s; remove the line"):
         read_timeline(path)

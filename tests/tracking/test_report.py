@@ -158,12 +158,12 @@ class Texts(HTMLParser):
     def __init__(self, page: Path) -> None:
         super().__init__()
         self.texts: list[str] = []
-        self.fetched: list[str] = []
+        self.local_copy: list[str] = []
         self._open: list[str] = []
         self.feed(page.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.fetched += [value or "" for key, value in attrs if key in ("src", "href")]
+        self.local_copy += [value or "" for key, value in attrs if key in ("src", "href")]
         if tag != "meta":
             self._open.append(tag)
 
@@ -179,7 +179,7 @@ def test_what_was_run(folder: Path) -> None:
     """Wrong: names are taken for markup, or the page does not say what was run, that there is no interval, or which windows count."""
     page = Texts(folder / "report.html")
     text = " ".join(page.texts)
-    assert not page._open and not page.fetched
+    assert not page._open and not page.local_copy
     for told in ("<a&b>", "done: fm 4 of 4 windows", "embedded, 4 windows; the first 1 are warm-up", "wukong (dim 4, ", "alpha 1.0, beta 4.0",
                  "feed (feed, click, mlp), stories (stories, conversion, dcnv2)", "one seed, so no figure here has an interval"):  # fmt: skip
         assert told in text, told

@@ -15,8 +15,8 @@ from workers import Workers
 
 from exfm_ray.errors import UserError
 from exfm_ray.pipeline.preflight import prepare_stream
-from exfm_ray.pipeline.run_dir import claim
-from exfm_ray.storage.atomic import read_json, read_lines
+from exfm_ray.pipeline.run_dir import initialize_run_dir
+from exfm_ray.storage.atomic import read_json, read_jsonl
 from exfm_ray.tracking.run_files import KEY, RunFiles, panels
 
 FIGURES = ["ne", "calibration", "label_rate", "log_loss", "examples", "auc", "gauc", "best_ne", "ne_gain", "fm_ne_gain", "transfer_ratio"]
@@ -62,7 +62,7 @@ def test_a_whole_run(groups: dict[int, Workers], tmp_path: Path) -> None:
     """Wrong: the page's figures are others than summary.json's, or the timeline lacks a pass of a job."""
     config = small_config(tmp_path, "whole")
     prepare_stream(config)
-    claim(config)
+    initialize_run_dir(config)
     summary = run_locally(groups, config)
     run = RunFiles.open(config.folder)
     told = {tuple(row[key] for key in KEY): row for row in summary["figures"]}
@@ -72,7 +72,7 @@ def test_a_whole_run(groups: dict[int, Workers], tmp_path: Path) -> None:
         for figure in FIGURES:
             assert row.get(figure) == (None if other.get(figure) is None else pytest.approx(other[figure], rel=1e-9)), (row, figure)
     assert run.state == "done" and run.done == {"fm": WINDOWS, "feed": WINDOWS, "stories": WINDOWS}
-    spans = read_lines(config.folder / "timeline.jsonl")
+    spans = read_jsonl(config.folder / "timeline.jsonl")
     assert [(s["role"], s["window"], s["phase"]) for s in spans] == [
         (role, window, phase) for role in ("fm", "vm") for window in range(WINDOWS) for phase in ("evaluate", "learn")
     ]

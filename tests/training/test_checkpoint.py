@@ -11,7 +11,7 @@ from ray.exceptions import RayTaskError
 
 from exfm_ray.errors import UserError
 from exfm_ray.storage.atomic import write_json
-from exfm_ray.training.checkpoint import Checkpoints, Manifest, Mark
+from exfm_ray.training.checkpoint import Checkpoints, Cursor, Manifest
 
 FILE = "state.rank0000.safetensors"
 
@@ -47,7 +47,7 @@ def test_a_checkpoint_that_cannot_be_read_is_damaged(tmp_path: Path, spoil: Call
     spoil(write(tmp_path, 2))
     (told,) = Checkpoints(tmp_path).set_aside_damaged()
     assert "windows=002 is damaged (it cannot be read: [Errno " in told and "windows=001, is gone on from" in told
-    assert Checkpoints(tmp_path).latest() == Mark(1) and (tmp_path / "damaged.windows=002").is_dir()
+    assert Checkpoints(tmp_path).latest() == Cursor(1) and (tmp_path / "damaged.windows=002").is_dir()
 
 
 def test_a_lost_manifest_is_told(tmp_path: Path) -> None:
@@ -59,14 +59,14 @@ def test_a_lost_manifest_is_told(tmp_path: Path) -> None:
     assert [line.partition(" has no manifest.json and is not used: ")[0].rpartition("/")[2] for line in told] == [
         "windows=002.examples=00000064", "windows=1000",
     ]  # fmt: skip
-    assert all("windows=002 is gone on from" in line for line in told) and Checkpoints(tmp_path).latest() == Mark(2)
+    assert all("windows=002 is gone on from" in line for line in told) and Checkpoints(tmp_path).latest() == Cursor(2)
 
 
 def test_without_any_manifest_the_job_begins_anew(tmp_path: Path) -> None:
     """Wrong: the first checkpoint's folder, as a kill leaves it, is taken for a checkpoint."""
     (tmp_path / "windows=001").mkdir()
     (told,) = Checkpoints(tmp_path).set_aside_damaged()
-    assert "this job begins anew" in told and Checkpoints(tmp_path).latest() == Mark(0)
+    assert "this job begins anew" in told and Checkpoints(tmp_path).latest() == Cursor(0)
     assert not list(Checkpoints(tmp_path / "none").set_aside_damaged())
 
 

@@ -18,7 +18,7 @@ from exfm_ray.config.root import Config
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.stream import EventStream
 from exfm_ray.models.serialization import load_model
-from exfm_ray.models.user_features import Past
+from exfm_ray.models.user_features import UserFeatures
 from exfm_ray.pipeline.preflight import prepare_stream
 from exfm_ray.pipeline.schedule import vm_jobs
 from exfm_ray.serving.export import export_student, remembered
@@ -70,8 +70,8 @@ def test_rows_and_histories_reach_every_model(trained: Config, kind: str) -> Non
         assert all(equal) if "share" in arm else not any(equal)
         assert stored.remembered == (5 if "history" in arm else 0) and stored.stream.digest == stream.schema.digest
         if "history" in arm:
-            past = Past.read(folder)
-            nobody = Past(past.users_U[:0], past.inputs_UF[:0])
+            past = UserFeatures.read(folder)
+            nobody = UserFeatures(past.users_U[:0], past.inputs_UF[:0])
             with_it, without = (model.score(remembered(plain, stored, known)) for known in (past, nobody))
             assert (with_it - without).abs().max() > 1e-4, arm
     ne = {(row["arm"], row["window"]): row["ne"] for row in metrics(trained).values() if row["model"] == kind}
@@ -84,7 +84,7 @@ def test_a_model_that_reads_sequences_is_served_with_its_history(trained: Config
     served = export_student(trained.folder, "din", "ah_sa+share+history", tmp_path / "served")
     model, stored = load_model(trained.folder / "exported" / "din-ah_sa+share+history")
     stream = EventStream.open(trained.folder / "stream")
-    batch = remembered(to_batch(stream.read(1, stream.window(1).fragments[0]), stream.schema), stored, Past.read(served))
+    batch = remembered(to_batch(stream.read(1, stream.window(1).fragments[0]), stream.schema), stored, UserFeatures.read(served))
     inputs = {name: getattr(batch, name).numpy() for name in ("sparse_BS", "dense_BD", "bag_values_V", "bag_lengths_MB")}
     (found,) = onnxruntime.InferenceSession(served / "model.onnx").run(None, inputs)
     np.testing.assert_allclose(found, model.score(batch).numpy(), rtol=0, atol=1e-5)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small_runs import WINDOWS, assert_close, figures, metrics, small_config
 from workers import Workers
 
-from exfm_ray.config.arms import PLAIN
+from exfm_ray.config.arms import ALL_OBJECTIVES
 from exfm_ray.config.root import Config
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.sources.synthetic_world import DOMAINS
@@ -22,7 +22,7 @@ from exfm_ray.models.serialization import load_model
 from exfm_ray.pipeline.preflight import prepare_stream
 from exfm_ray.pipeline.schedule import vm_jobs
 from exfm_ray.storage.atomic import read_json, write_json
-from exfm_ray.training.checkpoint import START, Checkpoints, Mark
+from exfm_ray.training.checkpoint import BEGINNING, Checkpoints, Cursor
 from exfm_ray.training.job import Job
 
 KEYS = {
@@ -46,7 +46,7 @@ def test_metrics_have_the_promised_rows(base: Config) -> None:
     for window in range(WINDOWS):
         for domain in ("all", *DOMAINS):
             expected |= {(window, "fm", "fm", domain, task) for task in ("click", "conversion")}
-        for arm in PLAIN:
+        for arm in ALL_OBJECTIVES:
             expected |= {(window, "feed", str(arm), "feed", "click"), (window, "stories", str(arm), "stories", "conversion")}
     assert found == expected
     for row in rows:
@@ -57,16 +57,16 @@ def test_metrics_have_the_promised_rows(base: Config) -> None:
 
 def test_every_arm_learns_in_its_own_way(base: Config) -> None:
     """Wrong: what the teacher says does not reach the arms, or all arms learn the same."""
-    for window, different in ((1, 1), (2, len(PLAIN))):  # window 0 has no supervision, so all arms learn the same from it
+    for window, different in ((1, 1), (2, len(ALL_OBJECTIVES))):  # window 0 has no supervision, so all arms learn the same from it
         rows = [row for row in metrics(base).values() if row["window"] == window and row["model"] == "feed"]
-        assert len(rows) == len(PLAIN) and len({row["log_loss"] for row in rows}) == different
+        assert len(rows) == len(ALL_OBJECTIVES) and len({row["log_loss"] for row in rows}) == different
 
 
 def test_summary_has_the_promised_keys(base: Config) -> None:
     """Wrong: summary.json lacks a figure, counts warm-up windows, or compares with the wrong baseline."""
     summary = read_json(base.folder / "summary.json")
-    assert set(summary) == {"name", "seed", "windows", "figures", "roles", "peak_memory_bytes", "parked", "stood_in"}
-    assert summary["parked"] == summary["stood_in"] == []
+    assert set(summary) == {"name", "seed", "windows", "figures", "roles", "peak_memory_bytes", "parked", "fallback_windows"}
+    assert summary["parked"] == summary["fallback_windows"] == []
     assert summary["windows"] == [1, 2, 3]
     assert set(summary["roles"]) == {"fm", "das", "vm"}
     assert summary["roles"]["fm"]["examples"] == WINDOWS * 900
@@ -159,7 +159,7 @@ def test_serving_pays_nothing(base: Config) -> None:
     schema = EventStream.open(base.folder / "stream").schema
     for vm in ("feed", "stories"):
         seen = set()
-        for arm in PLAIN:
+        for arm in ALL_OBJECTIVES:
             folder = base.folder / "exported" / f"{vm}-{arm}"
             files = {path.name: path.stat().st_size for path in folder.iterdir()}
             files["model.json"] -= len(arm)  # the arm's name in the facts is all that may differ
@@ -179,7 +179,7 @@ def test_exported_models_say_what_the_trained_ones_say(base: Config, groups: dic
     stream = EventStream.open(base.folder / "stream")
     batch = to_batch(stream.read(0, stream.window(0).fragments[0]).slice(0, 100), stream.schema)
     trained = groups[1].run(predictions, base, 100)[0]
-    assert len(trained) == 2 * len(PLAIN)
+    assert len(trained) == 2 * len(ALL_OBJECTIVES)
     for name, logits in trained.items():
         model, _ = load_model(base.folder / "exported" / name)
         # the same float32 weights; fbgemm and torch add the rows of a bag in their own ways
@@ -193,25 +193,25 @@ def test_old_checkpoints_go_and_the_newest_stays(groups: dict[int, Workers], tmp
 
 def save_some(root: Path, numbers: list[int]) -> list[str]:
     """Save checkpoints without lanes; the folders that are left."""
-    from exfm_ray.training.async_checkpoint import Saver
+    from exfm_ray.training.async_checkpoint import AsyncCheckpointer
     from exfm_ray.training.loop import Loop
 
     loop: Any = Loop("fm", 0, [], None, None, None, 1, 0)  # type: ignore[arg-type]
-    saver = Saver(Checkpoints(root), 2)
+    saver = AsyncCheckpointer(Checkpoints(root), 2)
     for number in numbers:
-        saver.save(Mark(number), loop)
+        saver.save(Cursor(number), loop)
     saver.finish()
     return sorted(path.name for path in root.iterdir())
 
 
 def test_a_checkpoint_without_manifest_is_none(tmp_path: Path) -> None:
     """Wrong: a checkpoint that a kill left half-written is gone on from (rule 5)."""
-    assert Checkpoints(tmp_path).latest() == START
+    assert Checkpoints(tmp_path).latest() == BEGINNING
     (tmp_path / "windows=002").mkdir()
     (tmp_path / "windows=001").mkdir()
     facts = {"windows": 1, "examples": 0, "workers": 1, "files": {}, "teacher": None, "timings": [], "underway": None, "stopping": None}
     write_json(tmp_path / "windows=001" / "manifest.json", facts)
-    assert Checkpoints(tmp_path).latest() == Mark(1)
+    assert Checkpoints(tmp_path).latest() == Cursor(1)
 
 
 def test_workers_belong_on_their_roles_nodes(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from workers import Workers
 from exfm_ray.config.root import Config
 from exfm_ray.data.labels.releases import release, release_folder
 from exfm_ray.pipeline.preflight import prepare_stream
-from exfm_ray.pipeline.runner import Run
+from exfm_ray.pipeline.runner import PipelineRunner
 from exfm_ray.pipeline.schedule import vm_jobs
-from exfm_ray.storage.atomic import read_lines
+from exfm_ray.storage.atomic import read_jsonl
 from exfm_ray.stores.supervision import SupervisionStore
 from exfm_ray.training.job import Job
 
@@ -41,17 +41,17 @@ def test_the_das_is_ahead_of_the_labels_and_a_run_goes_on(tmp_path: Path, groups
     kept = [path.read_bytes() for path in hidden]
     for path in hidden:  # as a followed stream stands before two deadlines
         path.unlink()
-    run = Run(config, stream)
+    run = PipelineRunner(config, stream)
     assert run.windows == [0, 1]
     groups[1].run(train, Job("fm", config), run.windows, None)
-    assert run.unscored(run.dases[0], fm=True) == [1, 2], "window 2 waits for its conversions, its supervision does not"
-    groups[1].run(score, config, run.unscored(run.dases[0], fm=True))
+    assert run.scorable_windows(run.labelers[0], fm=True) == [1, 2], "window 2 waits for its conversions, its supervision does not"
+    groups[1].run(score, config, run.scorable_windows(run.labelers[0], fm=True))
     (job,) = vm_jobs(config)
-    assert run.reachable(job, fm=True, das=True) == [0, 1], "the models of a shared pass wait for conversions"
+    assert run.learnable_windows(job, fm=True, das=True) == [0, 1], "the models of a shared pass wait for conversions"
     clicks = Job("vm-feed", config, config.vm.models[:1])
-    assert run.reachable(clicks, fm=False, das=False) == [0, 1, 2], "clicks are all there, supervision up to window 2"
-    shared = Run(late_config(tmp_path, "waiting", arms=["labels", "ah+share"]), stream)
-    assert shared.reachable(clicks, fm=True, das=True) == [0, 1], "an export after window 2 would wait for snapshot 3"
+    assert run.learnable_windows(clicks, fm=False, das=False) == [0, 1, 2], "clicks are all there, supervision up to window 2"
+    shared = PipelineRunner(late_config(tmp_path, "waiting", arms=["labels", "ah+share"]), stream)
+    assert shared.learnable_windows(clicks, fm=True, das=True) == [0, 1], "an export after window 2 would wait for snapshot 3"
     groups[1].run(train, job, [0, 1], None)
     assert SupervisionStore(config.folder / "supervision", "fm").has(2)
     for path, content in zip(hidden, kept, strict=True):
@@ -69,7 +69,7 @@ def test_corrections_are_learnt_and_not_evaluated(tmp_path: Path, groups: dict[i
     stream = prepare_stream(config)
     late = [sum(found.rows for task in LATE["attribution_s"] if (found := release(stream, w, task).corrections)) for w in range(WINDOWS)]
     assert sum(late) > 3
-    spans = [line for line in read_lines(config.folder / "timeline.jsonl") if line["role"] == "fm" and line["phase"] == "learn"]
+    spans = [line for line in read_jsonl(config.folder / "timeline.jsonl") if line["role"] == "fm" and line["phase"] == "learn"]
     assert [span["examples"] for span in spans] == [ROWS + more for more in late]
     fm = [row for row in metrics(config).values() if row["role"] == "fm" and row["domain"] == "all"]
     assert {row["examples"] for row in fm} == {ROWS} and all(np.isfinite(row["ne"]) for row in fm if row["label_rate"])

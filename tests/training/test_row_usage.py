@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exfm_ray.data.stream import list_values
-from exfm_ray.training.row_usage import Usage
+from exfm_ray.training.row_usage import RowLastUse
 
 Ids = set[tuple[str, int]]
 
@@ -42,7 +42,7 @@ def test_stale_rows_are_those_out_of_use_for_so_long(
 ) -> None:
     """Wrong: a row is reset too early, too late, twice or never; row 0 is reset; a follower's or a bag's use does not count; a window
     without examples counts; or saving and loading changes any of this."""
-    usage = Usage(SCHEMA, after)
+    usage = RowLastUse(SCHEMA, after)
     last: dict[tuple[str, int], int] = {}
     number = 0
     for position, sizes in enumerate(windows):
@@ -57,13 +57,13 @@ def test_stale_rows_are_those_out_of_use_for_so_long(
         number += bool(now)
         if position == saved:
             state = usage.state()
-            usage = Usage(SCHEMA, after)
+            usage = RowLastUse(SCHEMA, after)
             usage.restore(state)
 
 
 def test_a_silence_resets_nothing() -> None:
     """Wrong: a model whose domain is silent for some windows forgets all it has learnt."""
-    usage = Usage(SCHEMA, 1)
+    usage = RowLastUse(SCHEMA, 1)
     usage.mark(make_rows(20, 0))
     assert usage.end_window() == {}
     usage.mark(make_rows(0, 0))

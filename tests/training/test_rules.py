@@ -12,7 +12,7 @@ from small_runs import WINDOWS, flip_labels, metrics, rewrite, small_config
 from workers import Workers
 
 from exfm_ray.config.root import Config
-from exfm_ray.das.labeler import DAS
+from exfm_ray.das.labeler import Labeler
 from exfm_ray.data.stream import EventStream, window_name
 from exfm_ray.pipeline.preflight import prepare_stream
 
@@ -73,7 +73,7 @@ def test_every_example_is_scored_once(runs: Runs, groups: dict[int, Workers]) ->
 
     config = runs[0]
     stream = EventStream.open(config.folder / "stream")
-    das = DAS(config, stream)
+    das = Labeler(config, stream)
     for window in range(config.das.fm_lag, WINDOWS):
         manifest = stream.window(window)
         events = np.concatenate([stream.read(window, f, ["example_id"])["example_id"].to_numpy() for f in manifest.fragments])

@@ -18,15 +18,15 @@ from exfm_ray.config.checks import with_settings
 from exfm_ray.config.root import Config
 from exfm_ray.config.trainer import StaticConfig
 from exfm_ray.data.batch import to_batch
-from exfm_ray.data.readers import Pass, ShuffledReader
+from exfm_ray.data.readers import ShuffledReader, WindowPass
 from exfm_ray.data.stream import EventStream, list_values
 from exfm_ray.errors import UserError
 from exfm_ray.metrics.state import MetricState
 from exfm_ray.pipeline.preflight import prepare_stream
-from exfm_ray.pipeline.runner import Run
+from exfm_ray.pipeline.runner import PipelineRunner
 from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.tracking.recorder import read_metrics
-from exfm_ray.training.checkpoint import Mark
+from exfm_ray.training.checkpoint import Cursor
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import LocalClient
 from exfm_ray.training.static import EarlyStopping, StaticSet
@@ -97,7 +97,7 @@ def test_each_pass_is_evaluated_on_the_held_out_windows(base: Config) -> None:
     passes = Job("fm", base).checkpoints.latest().windows
     found = {(row["pass"], row["window"]) for row in rows}
     assert found == {(number, window) for number in range(1, passes + 1) for window in (VALIDATION, TEST)}
-    (timing,) = {t.examples for t in Job("fm", base).checkpoints.result(Mark(passes)).timings}
+    (timing,) = {t.examples for t in Job("fm", base).checkpoints.result(Cursor(passes)).timings}
     assert timing == 2 * 900
 
 
@@ -108,7 +108,7 @@ def test_the_best_pass_is_published_and_summed_up(base: Config) -> None:
     best = min(losses, key=lambda number: losses[number])
     store, stream = published(base), EventStream.open(base.folder / "stream")
     assert store.versions() == [best]
-    figures = Run(base, stream).summarise()["figures"]
+    figures = PipelineRunner(base, stream).summarise()["figures"]
     assert {row["pass"] for row in figures} == {best} and {row["window"] for row in figures} == {VALIDATION, TEST}
     model, tasks = store.load(best, stream.schema.digest)
     for window in (VALIDATION, TEST):
@@ -116,7 +116,7 @@ def test_the_best_pass_is_published_and_summed_up(base: Config) -> None:
         p_NT = np.concatenate([model.score(to_batch(table, stream.schema)).numpy() for table in tables]).astype(np.float64)
         labels_NT = np.concatenate([list_values(table["labels"], len(tasks)) for table in tables])
         for i, task in enumerate(tasks):
-            state = MetricState.of(np.log(p_NT[:, i] / (1 - p_NT[:, i])), labels_NT[:, i])
+            state = MetricState.from_logits(np.log(p_NT[:, i] / (1 - p_NT[:, i])), labels_NT[:, i])
             (row,) = (r for r in figures if (r["window"], r["domain"], r["task"]) == (window, "all", task))
             assert state.figures()["log_loss"] == pytest.approx(row["log_loss"], rel=1e-5)
 
@@ -139,7 +139,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(groups: dict[int, Workers],
     config = static_config(tmp_path, "killed")
     with pytest.raises(AssertionError, match="killed"):
         run(groups, config, dies_at=3)
-    assert Job("fm", config).checkpoints.latest() == Mark(2) and not Job("fm", config).finished([])
+    assert Job("fm", config).checkpoints.latest() == Cursor(2) and not Job("fm", config).finished([])
     rows = run(groups, config)
     assert_close(rows, [{k: v for k, v in r.items() if k != "examples_per_s"} for r in read_metrics(base.folder / "metrics.jsonl")], 0)
     assert Job("fm", config).finished([])
@@ -226,7 +226,7 @@ def test_a_kill_leaves_no_worse_snapshot(groups: dict[int, Workers], base: Confi
 def test_a_pass_learns_before_it_evaluates() -> None:
     """Wrong: a held-out window is among those learnt."""
     static = StaticSet(StaticConfig(validation_window=2), (0, 1, 2, 3))
-    assert static.works(5) == [Pass(0, "learn", 5), Pass(1, "learn", 5), Pass(2, "evaluate", 5), Pass(3, "evaluate", 5)]
+    assert static.passes(5) == [WindowPass(0, "learn", 5), WindowPass(1, "learn", 5), WindowPass(2, "evaluate", 5), WindowPass(3, "evaluate", 5)]
 
 
 def test_each_pass_has_its_own_order(base: Config) -> None:
@@ -234,22 +234,22 @@ def test_each_pass_has_its_own_order(base: Config) -> None:
     root = base.folder / "stream"
     stream, reader = EventStream.open(root), ShuffledReader(root, seed=1)
 
-    def ids(work: Pass) -> list[int]:
+    def ids(work: WindowPass) -> list[int]:
         return [i for fragment in reader.fragments(work) for i in reader.read(work, fragment)["example_id"].to_pylist()]
 
     straight = [i for fragment in stream.window(0).fragments for i in stream.read(0, fragment)["example_id"].to_pylist()]
-    first, again, second = ids(Pass(0, "learn", 1)), ids(Pass(0, "learn", 1)), ids(Pass(0, "learn", 2))
+    first, again, second = ids(WindowPass(0, "learn", 1)), ids(WindowPass(0, "learn", 1)), ids(WindowPass(0, "learn", 2))
     assert first == again != second and sorted(first) == sorted(second) == sorted(straight)
-    assert first != straight == ids(Pass(0, "evaluate", 1))
+    assert first != straight == ids(WindowPass(0, "evaluate", 1))
 
 
 def test_what_a_static_set_cannot_do_is_refused(base: Config, tmp_path: Path) -> None:
     """Wrong: a run without time waits for a DAS for ever, or starts without a window to learn or to validate."""
     with pytest.raises(UserError, match="no DAS; run train-fm"):
-        Run(base, EventStream.open(base.folder / "stream")).execute(fm=True, das=True, vm=False)
+        PipelineRunner(base, EventStream.open(base.folder / "stream")).execute(fm=True, das=True, vm=False)
     with pytest.raises(ValueError, match=r"no teacher is ignorant of its answers; remove vm.models"):
         small_config(tmp_path, "students", fm={"static": {}})
     for window in (4, 9):
         config = static_config(tmp_path, f"window{window}", static={"validation_window": window})
         with pytest.raises(UserError, match=rf"validation_window' is {window}, the stream has windows 0 to 3"):
-            Run(config, prepare_stream(config)).execute(fm=True, das=False, vm=False)
+            PipelineRunner(config, prepare_stream(config)).execute(fm=True, das=False, vm=False)

@@ -17,9 +17,9 @@ from exfm_ray.errors import UserError
 from exfm_ray.models.serialization import load_model
 from exfm_ray.pipeline.schedule import vm_jobs
 from exfm_ray.stores.snapshots import SnapshotStore
-from exfm_ray.training.checkpoint import Mark
+from exfm_ray.training.checkpoint import Cursor
 from exfm_ray.training.job import Job
-from exfm_ray.training.local import KeptRows, LocalClient
+from exfm_ray.training.local import InMemoryReport, LocalClient
 from exfm_ray.training.worker import Worker
 
 
@@ -29,12 +29,12 @@ def train_on_a_full_disk(job: Job, windows: list[int], whole: int, full: str) ->
     save, report = worker._save, worker.loop.report
     assert report
 
-    def save_then_fill(mark: Mark, window: int | None) -> None:
+    def save_then_fill(mark: Cursor, window: int | None) -> None:
         save(mark, window)
         if mark.windows == whole:
             worker.saver.finish()
             if full == "folder":
-                job.checkpoints.folder(Mark(whole + 1)).touch()
+                job.checkpoints.folder(Cursor(whole + 1)).touch()
             else:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
 
@@ -72,14 +72,14 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     (told,) = groups[1].run(train_on_a_full_disk, job, windows, 2, full)
     assert f"{named} could not be written (" in told and ("[Errno " in told or "os error" in told), told
     assert "; the last good checkpoint is" in told and "windows=002. Make room" in told
-    assert job.checkpoints.latest() == Mark(2)
+    assert job.checkpoints.latest() == Cursor(2)
     if full == "folder":
-        job.checkpoints.folder(Mark(3)).unlink()
+        job.checkpoints.folder(Cursor(3)).unlink()
     if full in ("snapshot", "checkpoint"):
         groups[1].run(train, job, windows, None)
         published = files(config, "snapshots")
         assert len(published) == 2 * (2 if full == "checkpoint" else WINDOWS) and published.items() <= files(base, "snapshots").items()
-        assert job.checkpoints.latest() == Mark(WINDOWS)
+        assert job.checkpoints.latest() == Cursor(WINDOWS)
     assert not list(config.folder.rglob(".*.tmp")), "a temporary file was left"
 
 
@@ -89,7 +89,7 @@ def train_to_nan(job: Job, windows: list[int], window: int, rank: int, what: str
     worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, job.checkpoints.latest()))  # type: ignore[assignment]
     between, run, (lane,) = worker._between, worker.loop.run, worker.loop.lanes
     predict, mine = lane.engine.predict, torch.distributed.get_rank() == rank
-    worker.loop.report = KeptRows()
+    worker.loop.report = InMemoryReport()
 
     def spoil(work: Any, under: Any, group: int) -> None:
         if (work.window, under.batches - 1) == (window, 5) and mine and what == "loss":
@@ -128,8 +128,8 @@ def test_nan_stops_and_keeps_the_last_good_state(
     for told in groups[workers].run(train_to_nan, job, list(range(WINDOWS)), 2, workers - 1, what):
         assert named in told, told
         assert "windows=002. Lower " in told and told.endswith("learning rates under another --name")
-    assert job.checkpoints.latest() == Mark(2)
-    assert SnapshotStore.of(config).versions() == ([1, 2, 3] if what == "momentum" else [1, 2])
+    assert job.checkpoints.latest() == Cursor(2)
+    assert SnapshotStore.from_config(config).versions() == ([1, 2, 3] if what == "momentum" else [1, 2])
 
 
 def test_infinite_logits_are_told(groups: dict[int, Workers], base: Config, tmp_path: Path) -> None:

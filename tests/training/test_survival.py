@@ -16,7 +16,7 @@ from exfm_ray.config.root import Config
 from exfm_ray.models.serialization import load_model
 from exfm_ray.pipeline.schedule import vm_jobs
 from exfm_ray.stores.snapshots import SnapshotStore
-from exfm_ray.training.checkpoint import Mark
+from exfm_ray.training.checkpoint import Cursor
 from exfm_ray.training.job import Job
 
 EVERY = {"checkpoint": {"every_examples": 150}}  # batches are of 64, so every third one
@@ -24,7 +24,7 @@ WORKERS_TOLERANCE = 1e-3
 """That of test_jobs.py: sums over two workers are rounded otherwise, and the optimizers carry it on."""
 
 
-def kill_and_go_on(groups: dict[int, Workers], config: Config, job: Job) -> list[Mark]:
+def kill_and_go_on(groups: dict[int, Workers], config: Config, job: Job) -> list[Cursor]:
     """Kill a job inside windows, where there is a checkpoint and where there is none, and before a window's checkpoint; let it end."""
     marks = []
     for window, batches in ((0, 2), (1, 3), (1, 7), (1, None), (2, 5), (3, 1)):
@@ -41,10 +41,10 @@ def test_the_fm_goes_on_inside_a_window_to_the_bit(groups: dict[int, Workers], b
     whole, killed = (with_inputs(base, tmp_path, name, fm=fm, **EVERY) for name in ("whole", "killed"))
     groups[workers].run(train, Job("fm", whole), list(range(WINDOWS)), None)
     marks = kill_and_go_on(groups, killed, Job("fm", killed))
-    assert marks == [Mark(0), Mark(1, 192, 1), Mark(1, 384, 1), Mark(1, 768, 1), Mark(2, 192, 1), Mark(3)]
+    assert marks == [Cursor(0), Cursor(1, 192, 1), Cursor(1, 384, 1), Cursor(1, 768, 1), Cursor(2, 192, 1), Cursor(3)]
     assert metrics(killed) == metrics(whole)
     assert files(killed, "snapshots") == files(whole, "snapshots")
-    states = [Job("fm", config).checkpoints.result(Mark(WINDOWS)) for config in (killed, whole)]
+    states = [Job("fm", config).checkpoints.result(Cursor(WINDOWS)) for config in (killed, whole)]
     assert [timing.examples for timing in states[0].timings] == [900] * WINDOWS
     assert {k: v.figures() for k, v in states[0].states.items()} == {k: v.figures() for k, v in states[1].states.items()}
 
@@ -70,7 +70,7 @@ def test_goes_on_with_another_number_of_workers(groups: dict[int, Workers], base
             config = with_inputs(base, tmp_path, "run", "supervision", fm=trainer, vm=trainer, **EVERY)
         for job in (Job("fm", config), *vm_jobs(config)):
             groups[count].run(train, job, list(range(WINDOWS)), *((None,) if number else (2, 5)))
-            assert job.checkpoints.latest() == (Mark(WINDOWS) if number else Mark(2, job.checkpoints.latest().examples, 1))
+            assert job.checkpoints.latest() == (Cursor(WINDOWS) if number else Cursor(2, job.checkpoints.latest().examples, 1))
     assert metrics(config).keys() == metrics(base).keys()
     assert_close(list(metrics(config).values()), [metrics(base)[key] for key in metrics(config)], WORKERS_TOLERANCE)
 
@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(groups: dict[int, Work
     for name, damage in zip(names, (flip, cut, os.remove), strict=True):
         damage(job.checkpoints.root / name / "state.rank0000.safetensors")
     told = list(job.checkpoints.set_aside_damaged())
-    assert len(told) == 3 and job.checkpoints.latest() == Mark(1)
+    assert len(told) == 3 and job.checkpoints.latest() == Cursor(1)
     assert "windows=004 is damaged (state.rank0000.safetensors is not the file that manifest.json describes)" in told[0]
     assert "is missing); the one before, windows=001, is gone on from" in told[2]
     assert list(job.checkpoints.set_aside_damaged()) == []
@@ -124,12 +124,12 @@ def test_fewer_workers_publish_over_what_more_have_left(groups: dict[int, Worker
     the one before stands while its files are replaced."""
     changes: dict[str, Any] = {"vm": {"arms": ["labels+share"]}}
     config = with_inputs(base, tmp_path, "run", fm={"workers": 2}, **changes)
-    windows, store = list(range(WINDOWS)), SnapshotStore.of(config)
+    windows, store = list(range(WINDOWS)), SnapshotStore.from_config(config)
     groups[2].run(train, Job("fm", config), windows, 2)
     assert store.has(3) and len(list(store.folder(3).glob("*.safetensors"))) == 2 * 2 + 1  # type: ignore[arg-type]
     job = Job("fm", small_config(tmp_path, "run", **changes))
     groups[1].run(die_in_commit, job, windows)
-    assert job.checkpoints.latest() == Mark(2) and not store.has(3)
+    assert job.checkpoints.latest() == Cursor(2) and not store.has(3)
     groups[1].run(train, job, windows, None)
     assert sorted(load_model(store.folder(3))[1].files) == ["dense.safetensors", "momentum.0000.safetensors", "tables.0000.safetensors"]
 

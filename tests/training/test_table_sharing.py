@@ -22,10 +22,10 @@ from exfm_ray.errors import UserError
 from exfm_ray.models.serialization import load_model
 from exfm_ray.pipeline.preflight import check_models, prepare_stream
 from exfm_ray.pipeline.schedule import vm_jobs
-from exfm_ray.training.checkpoint import START
+from exfm_ray.training.checkpoint import BEGINNING
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import LocalClient
-from exfm_ray.training.table_sharing import Sharing, principal_map
+from exfm_ray.training.table_sharing import TableSharing, principal_map
 from exfm_ray.training.worker import Worker, build_groups
 
 ARMS = ["labels", "labels+share", "ah_sa+share"]
@@ -66,7 +66,7 @@ def base(whole: Whole) -> Config:
 def tables_at(job: Job, windows: list[int]) -> list[dict[str, Any]]:
     """This worker's shards of every lane when each window is evaluated, before and after rows are given."""
     worker = Worker(job, None, LocalReport(job.config.folder / "other.jsonl", job.name), torch.device("cpu"))
-    worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, START))  # type: ignore[assignment]
+    worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, BEGINNING))  # type: ignore[assignment]
     seen: list[dict[str, Any]] = []
 
     def shards() -> dict[str, Any]:
@@ -282,9 +282,9 @@ def test_rows_of_another_width_are_projected(whole: Whole) -> None:
 def test_rows_are_not_projected_unasked(whole: Whole) -> None:
     """Wrong: rows of a teacher whose snapshots came after the config was checked are mixed though projection is none."""
     config = with_settings(whole("wide"), {"distillation.share.projection": "none"})
-    sharing = Sharing.of(config, config.vm.models[0], EventStream.open(config.folder / "stream").schema)
+    sharing = TableSharing.from_config(config, config.vm.models[0], EventStream.open(config.folder / "stream").schema)
     assert sharing
-    for rows in (lambda: sharing.rows(1), lambda: list(sharing.after(1))):
+    for rows in (lambda: sharing.rows(1), lambda: list(sharing.rows_after(1))):
         with pytest.raises(UserError, match="'feed' shares table '.*', whose rows have 8 numbers in the FM and 4 in the student; set .*=principal"):
             rows()
 

@@ -12,7 +12,7 @@ from exfm_ray.config.root import Config
 from exfm_ray.config.tune import Distribution, TuneConfig
 from exfm_ray.metrics.state import MetricState
 from tuning.analysis import best_config, compared, estimate, importance, pooled
-from tuning.holdout import Judged, best_trial
+from tuning.holdout import HoldoutResult, best_trial
 from tuning.results import Search, State, Trial
 from tuning.space import Space
 from tuning.trial import Figures
@@ -36,8 +36,8 @@ def test_confidence_interval_by_hand() -> None:
     assert estimate([]) is None and estimate([0.5]) == (0.5, None, None, 1)
 
 
-def judged(arm: str, nes: list[float | None]) -> list[Judged]:
-    return [Judged("s", arm, "tuned", seed, {}, ne, None if ne is None else 1.0, None if ne else "diverged") for seed, ne in enumerate(nes)]
+def judged(arm: str, nes: list[float | None]) -> list[HoldoutResult]:
+    return [HoldoutResult("s", arm, "tuned", seed, {}, ne, None if ne is None else 1.0, None if ne else "diverged") for seed, ne in enumerate(nes)]
 
 
 def test_gains_are_of_the_same_seed() -> None:
@@ -59,8 +59,8 @@ def test_pooled_windows() -> None:
     """Wrong: the FM's figures on the judge windows are a mean of the windows' ratios instead of those of their examples together."""
     rng = np.random.default_rng(0)
     parts = [(rng.normal(size=n) - 1, (rng.random(n) < 0.3).astype(float)) for n in (30, 200, 5)]
-    states = [MetricState.of(*part) for part in parts]
-    whole = MetricState.of(*(np.concatenate(column) for column in zip(*parts, strict=True))).figures()
+    states = [MetricState.from_logits(*part) for part in parts]
+    whole = MetricState.from_logits(*(np.concatenate(column) for column in zip(*parts, strict=True))).figures()
     np.testing.assert_allclose(pooled([state.figures() for state in states]), [whole["ne"], whole["calibration"]], rtol=1e-12)
 
 

@@ -65,11 +65,11 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.texts: list[str] = []
         self.scripts: list[str] = []
-        self.fetched: list[str] = []
+        self.local_copy: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.fetched += [value or "" for key, value in attrs if key in ("src", "href")]
+        self.local_copy += [value or "" for key, value in attrs if key in ("src", "href")]
         if tag != "meta":
             self.open.append(tag)
 
@@ -169,7 +169,7 @@ def test_importance_and_gains(figures: dict[str, Any]) -> None:
 
 def test_the_page_stands_alone(page: Page) -> None:
     """Wrong: the page is empty without a network, a name breaks it, or a student without trials does."""
-    assert not page.open and not page.fetched and max(len(script) for script in page.scripts) > 1_000_000
+    assert not page.open and not page.local_copy and max(len(script) for script in page.scripts) > 1_000_000
     texts = " ".join(page.texts)
     assert "<sweep>: trials scored on windows 2 to 5, judged on windows 6 to 9" in texts
     for told in ("No trial has an NE.", "Too few complete trials.", "Nothing to compare."):

@@ -8,8 +8,8 @@ import numpy as np
 from small_runs import small_config
 
 from exfm_ray.data.prepare.prepare import prepare
-from exfm_ray.data.readers import Pass
-from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.data.readers import WindowPass
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.supervision import SupervisionStore
 from exfm_ray.training.job import Job
 from tuning.rows import StudentRows
@@ -25,12 +25,12 @@ def test_corrections_are_learnt_and_not_evaluated(tmp_path: Path) -> None:
         for fragment in stream.window(window).fragments:
             ids = stream.read(window, fragment, ["example_id"])["example_id"]
             store.write(window, fragment, ids, window, {"click": np.full(len(ids), 0.5, np.float32)})
-        store.commit(stream.window(window), window, ("click",), Policy(1))
+        store.commit(stream.window(window), window, ("click",), SnapshotPolicy(1))
     rows, reader = StudentRows.read_from(config, student, stream.windows()), Job("vm-feed", config, (student,)).reader(stream.schema)
     more = 0
     for window in stream.windows():
         for purpose in ("evaluate", "learn"):
-            work = Pass(window, purpose)  # type: ignore[arg-type]
+            work = WindowPass(window, purpose)  # type: ignore[arg-type]
             assert list(rows.fragments(work)) == list(reader.fragments(work))
             for fragment in rows.fragments(work):
                 found, expected = rows.read(work, fragment), reader.read(work, fragment)

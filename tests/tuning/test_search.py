@@ -11,7 +11,7 @@ import pytest
 from exfm_ray.config.root import Config
 from exfm_ray.config.tune import Distribution, TuneConfig
 from tuning.results import Search, State, Trial
-from tuning.search import FAILED, MEMBERS, SCORE, Halving, Searches
+from tuning.search import FAILED, MEMBERS, SCORE, MultiSearch, PerSearchASHA
 from tuning.space import Space
 from tuning.trial import Figures
 
@@ -36,13 +36,13 @@ def running(search: Search, name: str, members: int = 1) -> Any:
     return SimpleNamespace(trial_id=name, config={"student": search.student, "arm": search.arm, MEMBERS: [{}] * members})
 
 
-def studies(searches: Searches) -> dict[Search, list[optuna.trial.FrozenTrial]]:
+def studies(searches: MultiSearch) -> dict[Search, list[optuna.trial.FrozenTrial]]:
     return {key: one._ot_study.trials for key, one in searches._searches.items()}
 
 
 def test_asks_in_turn_for_what_is_missing() -> None:
     """Wrong: a student gets all trials before another gets any, a finished trial is asked for again, trial 0 is not the config."""
-    searches = Searches(Config(), TUNE, SPACES, [finished(A, 1, 0.5, [0.9], "stopped"), finished(B, 0, 2.0, [0.8] * 4, "complete")])
+    searches = MultiSearch(Config(), TUNE, SPACES, [finished(A, 1, 0.5, [0.9], "stopped"), finished(B, 0, 2.0, [0.8] * 4, "complete")])
     assert searches.left == 6
     asked = [searches.suggest(str(i)) for i in range(6)]
     members = [(one["student"], member["number"]) for one in asked for member in one[MEMBERS]]
@@ -53,7 +53,7 @@ def test_asks_in_turn_for_what_is_missing() -> None:
 
 def test_what_a_search_learns() -> None:
     """Wrong: the score of a stopped trial, of fewer windows, counts as one of all; or a failed trial as good; or another student's."""
-    searches = Searches(Config(), TUNE, SPACES, [])
+    searches = MultiSearch(Config(), TUNE, SPACES, [])
     for name in "0123":  # a, b, a, b
         searches.suggest(name)
     for i in range(1, 5):
@@ -74,7 +74,7 @@ def test_what_a_search_learns() -> None:
 def test_a_resumed_search_knows_what_an_undisturbed_one_knows() -> None:
     """Wrong: a sweep that goes on searches from the beginning."""
     done = [finished(A, 0, 1.0, [0.9, 0.8, 0.7, 0.6], "complete"), finished(A, 1, 0.3, [0.95], "stopped"), finished(A, 2, 2.0, [], "failed")]
-    known = studies(Searches(Config(), TUNE, SPACES, done))
+    known = studies(MultiSearch(Config(), TUNE, SPACES, done))
     states = optuna.trial.TrialState
     assert [(t.state, t.params[W]) for t in known[A]] == [(states.COMPLETE, 1.0), (states.PRUNED, 0.3), (states.FAIL, 2.0)]
     assert known[A][0].value == 0.6 and known[A][1].intermediate_values == {1: 0.95}
@@ -85,7 +85,7 @@ def test_a_resumed_search_knows_what_an_undisturbed_one_knows() -> None:
 def test_each_search_halves_alone(resumed: bool) -> None:
     """Wrong: a student is stopped because another one is easier, or early stopping starts anew when a sweep goes on."""
     earlier = finished(A, 0, 1.0, [0.80, 0.80], "stopped")
-    halving = Halving(TUNE, SPACES, [earlier] if resumed else [])
+    halving = PerSearchASHA(TUNE, SPACES, [earlier] if resumed else [])
     if not resumed:
         first = running(A, "first")
         halving.on_trial_add(None, first)
@@ -107,7 +107,7 @@ def test_blocks() -> None:
     }  # fmt: skip
     tune = TUNE.model_copy(update={"trials": 30, "together": 4})
     config = Config.model_validate({"vm": {"batch_size": 64}, "distillation": {"ah": {"mlp": [8], "beta": 2}}})
-    searches = Searches(config, tune, {A: Space(space)}, [Trial(A, 5, {W: 1.0, MLP: (), BETA: 1.0}, "failed", None, (), 1.0)])
+    searches = MultiSearch(config, tune, {A: Space(space)}, [Trial(A, 5, {W: 1.0, MLP: (), BETA: 1.0}, "failed", None, (), 1.0)])
     assert searches.left == 8
     asked = [searches.suggest(str(i))[MEMBERS] for i in range(8)]
     assert [member["number"] for block in asked for member in block] == [n for n in range(30) if n != 5]
@@ -123,7 +123,7 @@ def test_blocks() -> None:
 
 def test_what_a_search_learns_of_a_block() -> None:
     """Wrong: a member's score is told of its sibling, or one member that fails takes the others with it."""
-    searches = Searches(Config(), TUNE.model_copy(update={"together": 3}), {A: SPACES[A]}, [])
+    searches = MultiSearch(Config(), TUNE.model_copy(update={"together": 3}), {A: SPACES[A]}, [])
     asked = [searches.suggest(name)[MEMBERS] for name in ("x_1", "x_11")]
     searches.on_trial_result("x_1", report(1, 0.9, 0.7, 0.8))
     for i in range(2, 5):
@@ -139,7 +139,7 @@ def test_what_a_search_learns_of_a_block() -> None:
 
 def test_a_block_is_stopped_as_a_whole() -> None:
     """Wrong: a good member is stopped for a poor sibling; or a block whose members are all poor or failed goes on."""
-    halving = Halving(TUNE, SPACES, [finished(A, 0, 1.0, [0.80], "stopped")])
+    halving = PerSearchASHA(TUNE, SPACES, [finished(A, 0, 1.0, [0.80], "stopped")])
     mixed, poor, broken = running(A, "mixed", 3), running(A, "poor", 2), running(A, "broken", 2)
     for block in (mixed, poor, broken):
         halving.on_trial_add(None, block)

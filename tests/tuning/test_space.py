@@ -75,14 +75,14 @@ def test_default_space(arm: str, sections: set[str]) -> None:
     names = list(space.distributions)
     assert {name.split(".")[1] for name in names if name.startswith("distillation.")} == sections
     assert {"vm.optimizer.table_lr", "vm.optimizer.dense_lr"} < set(default_space()) and "vm.optimizer.table_lr" in names
-    standing = space.standing(config)
-    assert standing is not None and list(standing) == names and standing["vm.optimizer.table_lr"] == 0.05
+    current_params = space.current_params(config)
+    assert current_params is not None and list(current_params) == names and current_params["vm.optimizer.table_lr"] == 0.05
     if sections == {"ah", "sa"}:
-        assert (standing["distillation.ah.mlp"], standing["distillation.ah.beta"], standing["distillation.sa.own_head"]) == ("[32]", 3, "false")
+        assert (current_params["distillation.ah.mlp"], current_params["distillation.ah.beta"], current_params["distillation.sa.own_head"]) == ("[32]", 3, "false")
 
 
 def test_a_config_outside_the_space_stands_for_nothing() -> None:
     """Wrong: trial 0 is said to be the config as it stands, but Optuna drew something else."""
     space = Space({"vm.optimizer.table_lr": Distribution(low=0.2, high=0.3)})
-    assert space.standing(Config()) is None
-    assert Space({"distillation.kd.w": Distribution(choice=(1, 2))}).standing(Config()) == {"distillation.kd.w": "1"}  # 1.0 in the config
+    assert space.current_params(Config()) is None
+    assert Space({"distillation.kd.w": Distribution(choice=(1, 2))}).current_params(Config()) == {"distillation.kd.w": "1"}  # 1.0 in the config

@@ -39,8 +39,8 @@ def together(config: Config, student: str, arm: str, members: Sequence[Settings]
     learning = learn(jobs, StudentRows.read_from(config, found, WINDOWS), WINDOWS)
     told = [next(learning)]
     for window in WINDOWS[:-1]:
-        due = [(source, target, trial_job(config, found, arm, settings, 1, 0)) for at, source, target, settings in moves if at == window]
-        told.append(learning.send(due))
+        ready_tasks = [(source, target, trial_job(config, found, arm, settings, 1, 0)) for at, source, target, settings in moves if at == window]
+        told.append(learning.send(ready_tasks))
     return told
 
 

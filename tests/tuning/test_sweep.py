@@ -28,7 +28,7 @@ from tuning.analysis import fm_ne
 from tuning.holdout import best_trial
 from tuning.results import Search, Trial, read_trials
 from tuning.space import Space
-from tuning.sweep import Recorder
+from tuning.sweep import TrialRecorder
 from tuning.trial import Figures, score
 from tuning.trial_group import mean
 from tuning.wandb_trials import run_id
@@ -149,7 +149,7 @@ def test_population(cluster: None, groups: dict[int, Workers], tmp_path: Path) -
     assert found[worst].curve[1].ne != found[best].curve[1].ne
 
 
-def recorded(path: Path) -> tuple[Recorder, SimpleNamespace, list[dict[str, Any]]]:
+def recorded(path: Path) -> tuple[TrialRecorder, SimpleNamespace, list[dict[str, Any]]]:
     """A recorder, a block of two members, and the reports of it: the second one diverges in its second window."""
     tune = TuneConfig(score_windows=(1, 2), judge_windows=(3, 3), space={W: Distribution(low=0, high=2)}, trials=2)
     members = [{"number": number, "settings": {W: w}} for number, w in enumerate((0.5, 1.0))]
@@ -161,7 +161,7 @@ def recorded(path: Path) -> tuple[Recorder, SimpleNamespace, list[dict[str, Any]
     ]
     reports = [{"members": one, "time_total_s": 3.0 * i} for i, one in enumerate(entries, 1)]
     runs: Any = SimpleNamespace(add=lambda trial: None)
-    return Recorder(path, tune, {Search("s", "ah"): Space(tune.space)}, runs), block, reports
+    return TrialRecorder(path, tune, {Search("s", "ah"): Space(tune.space)}, runs), block, reports
 
 
 def test_each_member_is_written(tmp_path: Path) -> None:

@@ -97,20 +97,20 @@ def test_settings_reach_the_job(base: Config) -> None:
 
 def test_undefined_figures_are_refused() -> None:
     """Wrong: a trial without examples, or one that has diverged, gets a score and may win."""
-    good = MetricState.of(np.array([0.5, -1.0]), np.array([1.0, 0.0]))
+    good = MetricState.from_logits(np.array([0.5, -1.0]), np.array([1.0, 0.0]))
     assert figures_of(3, [good]).window == 3
     with pytest.raises(ValueError, match="up to window 3: NE is undefined"):
         figures_of(3, [])
     with pytest.raises(ValueError, match="NE is undefined"):
-        figures_of(3, [good, MetricState.of(np.zeros(2), np.ones(2))])
+        figures_of(3, [good, MetricState.from_logits(np.zeros(2), np.ones(2))])
     with pytest.raises(ValueError, match="the model has diverged"):
         figures_of(3, [replace(good, log_loss=np.inf)])
 
 
 def test_several_tasks_count_alike() -> None:
     """Wrong: a task hides behind another one's calibration, or NE is one task's only."""
-    one, other = (MetricState.of(np.full(4, z), np.array([1.0, 0.0, 0.0, 0.0])) for z in (-1.0, 0.0))
+    one, other = (MetricState.from_logits(np.full(4, z), np.array([1.0, 0.0, 0.0, 0.0])) for z in (-1.0, 0.0))
     told, alone = figures_of(0, [one, other]), [figures_of(0, [state]) for state in (one, other)]
     assert told.ne == pytest.approx((alone[0].ne + alone[1].ne) / 2, rel=1e-12)
     assert told.calibration == alone[1].calibration == pytest.approx(2.0)
-    assert figures_of(0, [one, MetricState.of(np.zeros(3), np.array([1.0, 1.0, 0.0]))]).labels == 1.0
+    assert figures_of(0, [one, MetricState.from_logits(np.zeros(3), np.array([1.0, 1.0, 0.0]))]).labels == 1.0

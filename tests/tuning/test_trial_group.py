@@ -10,8 +10,8 @@ import pytest
 import tuning.trial_group
 from exfm_ray.config.root import Config
 from exfm_ray.training.job import Job
-from tuning.trial import Figures, Move, Outcome, score
-from tuning.trial_group import learnt, mean
+from tuning.trial import Exploit, Figures, Outcome, score
+from tuning.trial_group import mean, train_members
 
 W, MLP = "distillation.ah.w", "distillation.ah.mlp"
 FIRST, LAST = 1, 3
@@ -33,7 +33,7 @@ def told(
     """
     sent: list[Any] = []
 
-    def learn(jobs: Sequence[Job], reader: Any, windows: Sequence[int]) -> Generator[list[Outcome], Sequence[Move] | None, None]:
+    def learn(jobs: Sequence[Job], reader: Any, windows: Sequence[int]) -> Generator[list[Outcome], Sequence[Exploit] | None, None]:
         jobs, failed = list(jobs), set[int]()
         for window in windows:
             failed |= {position for at, position in fails if at == window}
@@ -47,7 +47,7 @@ def told(
     monkeypatch.setattr(tuning.trial_group, "learn", learn)
     members = [{"number": number, "settings": {W: w, MLP: [8]}} for number, w in enumerate(weights)]
     reader: Any = None
-    return list(learnt({"student": "s", "arm": "ah", "members": members}, base, base.vm.models[0], reader)), sent
+    return list(train_members({"student": "s", "arm": "ah", "members": members}, base, base.vm.models[0], reader)), sent
 
 
 def test_members_with_seeds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from exfm_ray.config.root import Config
 from exfm_ray.data.labels.label_log import check_labels
 from exfm_ray.data.prepare.duckdb_reader import read
 from exfm_ray.data.sources import table
-from exfm_ray.data.sources.base import text
+from exfm_ray.data.sources.base import sql_literal
 from exfm_ray.errors import UserError
 
 END = "_END"
@@ -107,13 +107,13 @@ def followed_spec(config: Config) -> table.TableFile:
 def _label_file(path: Path) -> pa.Table:
     try:
         if path.suffix == ".csv":
-            return duckdb.sql(f"SELECT * FROM read_csv({text(path)}, header=true)").to_arrow_table()
+            return duckdb.sql(f"SELECT * FROM read_csv({sql_literal(path)}, header=true)").to_arrow_table()
         return pq.read_table(path, partitioning=None)
     except (duckdb.Error, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable label file ({str(error).splitlines()[0]})") from None
 
 
-def said(facts: Mapping[bytes, bytes] | None, key: str) -> str | None:
+def metadata_value(facts: Mapping[bytes, bytes] | None, key: str) -> str | None:
     """A fact of a Parquet file's metadata."""
     found = (facts or {}).get(key.encode())
     return found.decode() if found is not None else None

@@ -23,16 +23,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from exfm_ray.config.root import Config
-from exfm_ray.data.follow.folder import Arrival, Arrivals, Position, said
-from exfm_ray.data.labels.label_log import Ledger, part_path, write_part
+from exfm_ray.data.follow.folder import Arrival, Arrivals, Position, metadata_value
+from exfm_ray.data.labels.label_log import LabelLog, part_path, write_part
 from exfm_ray.data.labels.releases import ATTRIBUTION
-from exfm_ray.data.prepare.normalizer import Normaliser
+from exfm_ray.data.prepare.normalizer import Normalizer
 from exfm_ray.data.prepare.packer import Packer, Rows
 from exfm_ray.data.sources.base import RawSource
 from exfm_ray.data.stream import EventStream, StreamWriter, window_name
 from exfm_ray.errors import UserError
-from exfm_ray.storage.atomic import atomic_path, read_json, readable, write_json
-from exfm_ray.storage.remote import Place
+from exfm_ray.storage.atomic import atomic_path, parquet_source, read_json, write_json
+from exfm_ray.storage.remote import AnyPath
 
 Array = np.ndarray[Any, Any]
 Progress = Callable[[int, int], None]
@@ -51,7 +51,7 @@ class Follower:
         self._data, self._follow, self._writer, self._arrivals, self._progress = config.data, config.data.follow, writer, arrivals, progress
         self._length_ms, self._offset_ms = self._data.window.length_s * 1000, self._data.window.offset_s * 1000
         self._stream = EventStream(writer.root, writer.schema)
-        self._normaliser = Normaliser([d.name for d in writer.schema.dense])
+        self._normaliser = Normalizer([d.name for d in writer.schema.dense])
         self._source = source
         self._pending: list[tuple[pa.Table, Rows]] = []
         self._position: Position = {}
@@ -59,19 +59,19 @@ class Follower:
         self._newest_ms: int | None = None
         self._watermark = FIRST
         self._late = 0
-        self._ledger: Ledger | None = None
+        self._ledger: LabelLog | None = None
         if self._data.delayed:
             told = {"attribution_s": self._data.delayed, "late_labels": self._data.late_labels}
             write_json(writer.root / ATTRIBUTION, told)
-            self._ledger = Ledger(self._stream, self._data.delayed, self._data.late_labels == "correct")
+            self._ledger = LabelLog(self._stream, self._data.delayed, self._data.late_labels == "correct")
         self._recover()
 
     def _recover(self) -> None:
         if self._ledger:
             self._ledger.recover()
             if self._ledger.parts:
-                facts = pq.read_schema(readable(part_path(self._writer.root, self._ledger.parts - 1))).metadata
-                self._label_position = json.loads(said(facts, POSITION) or "{}")
+                facts = pq.read_schema(parquet_source(part_path(self._writer.root, self._ledger.parts - 1))).metadata
+                self._label_position = json.loads(metadata_value(facts, POSITION) or "{}")
         windows = self._stream.windows()
         self._next = len(windows)
         if not windows:
@@ -82,7 +82,7 @@ class Follower:
         self._watermark = state["watermark_ms"]
         self._first = self._absolute(self._stream.window(0).start_ms)
         self._normaliser.restore(state["normaliser"])
-        pending = pq.read_table(readable(folder / PENDING), partitioning=None)
+        pending = pq.read_table(parquet_source(folder / PENDING), partitioning=None)
         if pending.num_rows:
             self._add(pending, Path(PENDING))
 
@@ -191,7 +191,7 @@ class Follower:
         if self._progress:
             self._progress(index, self._stream.window(index).rows)
 
-    def _save(self, folder: Place) -> None:
+    def _save(self, folder: AnyPath) -> None:
         tables = [raw for raw, _ in self._pending] or [pa.table({"event_time": pa.array([], pa.int64())})]
         joined = pa.concat_tables(tables, promote_options="permissive")
         with atomic_path(folder / PENDING) as temporary:

@@ -19,7 +19,7 @@ import pyarrow.json as pj
 from exfm_ray.config.data import KafkaConfig
 from exfm_ray.config.root import Config
 from exfm_ray.data.follow.folder import END, Arrival, Position, followed_spec
-from exfm_ray.data.labels.label_log import LOG, check_labels
+from exfm_ray.data.labels.label_log import LOG_SCHEMA, check_labels
 from exfm_ray.data.sources.table import TableFile
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.schema import Encoding, Kind
@@ -62,7 +62,7 @@ class KafkaArrivals:
         return Arrival(rows, Path(self._events.name), position, self._held_ms)
 
     def labels(self, after: Position) -> Arrival | None:
-        found = self._labels.take(after, LOG) if self._labels else None
+        found = self._labels.take(after, LOG_SCHEMA) if self._labels else None
         if found is None or self._labels is None:
             return None
         rows, position, _ = found

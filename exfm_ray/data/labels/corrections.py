@@ -17,7 +17,7 @@ from exfm_ray.data.labels.releases import attribution, release, with_labels
 from exfm_ray.data.stream import EventStream, Fragment, list_values
 from exfm_ray.errors import UserError
 from exfm_ray.schema import Schema
-from exfm_ray.storage.atomic import readable
+from exfm_ray.storage.atomic import parquet_source
 
 CORRECTIONS = "corrections."
 CORRECTION = pa.schema([("example_id", pa.int64()), ("window", pa.int32()), ("fragment", pa.int32()), ("row", pa.int32())])
@@ -77,7 +77,7 @@ def _rows(stream: EventStream, window: int, fragment: Fragment, start: float, en
     """
     task = fragment.file.removeprefix(CORRECTIONS).removesuffix(".parquet")
     path = stream.path(window, fragment)
-    places = pq.read_table(readable(path), partitioning=None, use_threads=False)
+    places = pq.read_table(parquet_source(path), partitioning=None, use_threads=False)
     if places.schema != CORRECTION or places.num_rows != fragment.rows:
         raise UserError(f"{path}: {places.num_rows} rows of {places.column_names} where the manifest says {fragment.rows}; prepare the stream again")
     first, last = round(start * fragment.rows), round(end * fragment.rows)

@@ -19,27 +19,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from exfm_ray.data.labels.corrections import CORRECTION, CORRECTIONS
-from exfm_ray.data.labels.releases import Released, release, release_folder
+from exfm_ray.data.labels.releases import ReleaseManifest, release, release_folder
 from exfm_ray.data.stream import EventStream, Fragment, Window, window_name
 from exfm_ray.errors import UserError
-from exfm_ray.storage.atomic import atomic_path, readable, write_json
-from exfm_ray.storage.remote import Place
+from exfm_ray.storage.atomic import atomic_path, parquet_source, write_json
+from exfm_ray.storage.remote import AnyPath
 
 Array = np.ndarray[Any, Any]
-LOG = pa.schema([("example_id", pa.int64()), ("task", pa.string()), ("label", pa.int8()), ("time_ms", pa.int64())])
+LOG_SCHEMA = pa.schema([("example_id", pa.int64()), ("task", pa.string()), ("label", pa.int8()), ("time_ms", pa.int64())])
 UNKNOWN = -1
 LISTED = 10
 
 
-def part_path(root: Place, number: int) -> Place:
+def part_path(root: AnyPath, number: int) -> AnyPath:
     """A part of the label log."""
     return root / "labels" / f"part={number:06d}.parquet"
 
 
-def write_part(root: Place, number: int, labels: pa.Table, facts: Mapping[str, str] | None = None) -> None:
+def write_part(root: AnyPath, number: int, labels: pa.Table, facts: Mapping[str, str] | None = None) -> None:
     """Write labels that came together as a part of the log; `facts` say where they came from."""
     with atomic_path(part_path(root, number)) as temporary:
-        table = labels.select(LOG.names).cast(LOG)
+        table = labels.select(LOG_SCHEMA.names).cast(LOG_SCHEMA)
         pq.write_table(table.replace_schema_metadata(dict(facts) if facts else None), temporary, compression="zstd", write_statistics=False)
 
 
@@ -52,7 +52,7 @@ class _Ids:
     place_E: Array
 
     @classmethod
-    def of(cls, stream: EventStream, index: int) -> _Ids:
+    def from_window(cls, stream: EventStream, index: int) -> _Ids:
         window = stream.window(index)
         parts = [stream.read(index, f, ["example_id"])["example_id"].to_numpy() for f in window.fragments]
         ids_E = np.concatenate([np.empty(0, np.int64), *parts])
@@ -70,7 +70,7 @@ class _Ids:
 
 
 @dataclass
-class _Book:
+class _TaskLabels:
     """The labels of one task: those that wait, in the order of their ids, and the ids of those that were delivered."""
 
     attribution_ms: int
@@ -111,7 +111,7 @@ class _Book:
         return window.end_ms + self.attribution_ms
 
 
-class Ledger:
+class LabelLog:
     """The labels of a stream. Windows and parts of the log are told to it in the order in which they are committed.
 
     It holds 8 + 8 bytes for each event and 8 for each delivered label in memory. Told the same again after a kill, it ends in the
@@ -121,13 +121,13 @@ class Ledger:
     def __init__(self, stream: EventStream, attribution_s: Mapping[str, int], correct: bool) -> None:
         """`correct`: late labels are delivered as corrections, not only counted."""
         self._stream, self._correct = stream, correct
-        self._books = {task: _Book(s * 1000) for task, s in attribution_s.items()}
+        self._books = {task: _TaskLabels(s * 1000) for task, s in attribution_s.items()}
         self._windows: list[_Ids] = []
         self.parts = 0
 
     def add_window(self, index: int) -> None:
         """A window is committed."""
-        ids = _Ids.of(self._stream, index)
+        ids = _Ids.from_window(self._stream, index)
         self._windows.append(ids)
         for book in self._books.values():
             book.place(ids)
@@ -135,7 +135,7 @@ class Ledger:
     def add_part(self) -> None:
         """The next part of the label log is written."""
         path = part_path(self._stream.root, self.parts)
-        table = pq.read_table(readable(path), partitioning=None)
+        table = pq.read_table(parquet_source(path), partitioning=None)
         task_N, label_N = table["task"].to_numpy(zero_copy_only=False), table["label"].to_numpy()
         for task, book in self._books.items():
             mine = (task_N == task) & (label_N == 1)
@@ -179,7 +179,7 @@ class Ledger:
             return
         positives = self._write_labels(ids.window, task, own)
         corrections = self._write_corrections(ids.window.index, task, late, origin) if len(late) and self._correct else None
-        manifest = Released(
+        manifest = ReleaseManifest(
             window=ids.window.index, task=task, deadline_ms=book.deadline_ms(ids.window), parts=self.parts, rows=ids.window.rows,
             positives=positives, late=dict(sorted(Counter(origin.tolist()).items())), corrections=corrections,
             schema_digest=self._stream.schema.digest,
@@ -249,7 +249,7 @@ def check_labels(table: pa.Table, tasks: Mapping[str, int], name: str) -> pa.Tab
     for value in table["label"].unique().to_pylist():
         if value not in (0, 1):
             raise UserError(f"{name}: column 'label' has the value {value}; labels are 0 or 1")
-    return table.select(LOG.names).cast(LOG)
+    return table.select(LOG_SCHEMA.names).cast(LOG_SCHEMA)
 
 
 LABEL_COLUMNS = {

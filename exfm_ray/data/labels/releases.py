@@ -22,16 +22,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from exfm_ray.base import Model
+from exfm_ray.base import FrozenModel
 from exfm_ray.data.stream import EventStream, Fragment, list_values, window_name
 from exfm_ray.errors import UserError
-from exfm_ray.storage.atomic import read_json, readable
-from exfm_ray.storage.remote import Place
+from exfm_ray.storage.atomic import parquet_source, read_json
+from exfm_ray.storage.remote import AnyPath
 
 ATTRIBUTION = "labels.json"
 
 
-class Released(Model):
+class ReleaseManifest(FrozenModel):
     """The manifest of a window's release for a task.
 
     Attributes:
@@ -52,7 +52,7 @@ class Released(Model):
     schema_digest: str
 
 
-def attribution(root: Place) -> dict[str, int]:
+def attribution(root: AnyPath) -> dict[str, int]:
     """Seconds of attribution of each task whose labels come after the events; empty where all labels stand with the events.
 
     UserError for a damaged file.
@@ -67,18 +67,18 @@ def attribution(root: Place) -> dict[str, int]:
     return seconds
 
 
-def release_folder(root: Place, window: int, task: str) -> Place:
+def release_folder(root: AnyPath, window: int, task: str) -> AnyPath:
     """Where a window's labels of a task lie."""
     return root / window_name(window) / f"released={task}"
 
 
-def release(stream: EventStream, window: int, task: str) -> Released:
+def release(stream: EventStream, window: int, task: str) -> ReleaseManifest:
     """The manifest of a release; UserError where it is missing, damaged or of another window, task or schema."""
     path = release_folder(stream.root, window, task) / "manifest.json"
     if not path.exists():
         raise UserError(f"{path}: window {window} is not released for task '{task}': its attribution time is not over, or prepare was interrupted")
     try:
-        found = Released.model_validate(read_json(path))
+        found = ReleaseManifest.model_validate(read_json(path))
     except ValidationError as error:
         raise UserError(f"{path}: not the manifest of a release ({error.errors()[0]['msg']}); prepare the stream again") from None
     if (found.window, found.task, found.schema_digest) != (window, task, stream.schema.digest):
@@ -102,7 +102,7 @@ def released_windows(stream: EventStream, tasks: Sequence[str]) -> list[int]:
     return found
 
 
-def labelled(stream: EventStream, window: int, fragment: Fragment, tasks: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
+def with_released_labels(stream: EventStream, window: int, fragment: Fragment, tasks: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
     """A fragment's packed columns with the released labels of `tasks`; those of other tasks that come late stay NaN.
 
     UserError names file and row where a release is of other examples than the fragment.
@@ -121,7 +121,7 @@ def _labels(stream: EventStream, window: int, fragment: Fragment, task: str, ids
     release(stream, window, task)
     path = release_folder(stream.root, window, task) / Path(fragment.file).name
     try:
-        table = pq.read_table(readable(path), partitioning=None, use_threads=False)
+        table = pq.read_table(parquet_source(path), partitioning=None, use_threads=False)
     except FileNotFoundError:
         raise UserError(f"{path}: the release names this file, but it is not there; prepare the stream again") from None
     except pa.ArrowInvalid as error:

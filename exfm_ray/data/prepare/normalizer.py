@@ -40,7 +40,7 @@ class Moments:
         self.count = total
 
 
-class Normaliser:
+class Normalizer:
     """`apply` uses the windows closed so far; `observe` collects the open one; `close_window` moves it over."""
 
     def __init__(self, names: Sequence[str]) -> None:

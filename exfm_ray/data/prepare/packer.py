@@ -172,7 +172,7 @@ class Packer:
 
     def _known(self, raw: pa.Table, task: str, label_N: Array, times_N: Array) -> Array:
         """When each label became known, ms; with its event where the source says nothing else."""
-        if task not in self.source.told:
+        if task not in self.source.label_time_tasks:
             return times_N
         column = _column(raw, f"known:{task}")
         lacking = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False) & (label_N == 1))

@@ -13,10 +13,10 @@ from exfm_ray.config.root import Config
 from exfm_ray.data.follow.folder import FolderArrivals
 from exfm_ray.data.follow.follower import Follower
 from exfm_ray.data.follow.kafka import KafkaArrivals
-from exfm_ray.data.labels.writer import LabelledWriter
+from exfm_ray.data.labels.writer import LabeledWriter
 from exfm_ray.data.prepare.duckdb_reader import part_rows, read
 from exfm_ray.data.prepare.packer import Packer
-from exfm_ray.data.prepare.window_cutter import Cutter, Progress
+from exfm_ray.data.prepare.window_cutter import Progress, WindowCutter
 from exfm_ray.data.sources import avazu, criteo, frappe, kuairand, movielens, table
 from exfm_ray.data.sources import synthetic as embedded
 from exfm_ray.data.sources.base import RawSource, with_table_rows
@@ -24,7 +24,7 @@ from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.schema import Schema
 from exfm_ray.storage.atomic import read_json, remove_tree
-from exfm_ray.storage.remote import Place, StorageError
+from exfm_ray.storage.remote import AnyPath, StorageError
 
 __all__ = ["follow", "prepare", "source_schema", "stream_folder"]
 
@@ -42,7 +42,7 @@ NOT_CONTENT = {"memory_mb", "root", "schema_file"}
 LATE = {"attribution_s", "late_labels"}  # content of streams only in which labels come late
 
 
-def stream_folder(config: Config) -> Place:
+def stream_folder(config: Config) -> AnyPath:
     """Where a run's stream lies."""
     return config.stores / "stream"
 
@@ -73,11 +73,11 @@ def prepare(config: Config, progress: Progress | None = None, check: Callable[[S
     _check_attribution(config, schema, source)
     if check:
         check(schema)
-    with _undone_on_error(root):
+    with rollback_on_error(root):
         writer = _writer(config, root, schema, _settings(config, schema, source))
         stream = EventStream(root, schema)
         if not stream.complete:
-            _sweep(root)
+            remove_uncommitted(root)
             statistics = _stream(config, writer, source, progress) if source else embedded.write(config, writer, progress)
             writer.finish(statistics)
     return stream
@@ -103,7 +103,7 @@ def follow(config: Config, progress: Progress | None = None, check: Callable[[Sc
         except BlockingIOError:
             raise UserError(f"{root}: another process follows this stream already") from None
         writer = StreamWriter(root, schema, _settings(config, schema, None), config.data.fragment_rows)
-        _sweep(root)
+        remove_uncommitted(root)
         Follower(config, writer, arrivals, source, progress).run()
     return EventStream.open(root)
 
@@ -124,7 +124,7 @@ def _stream(config: Config, writer: StreamWriter, source: RawSource, progress: P
     """Read, encode, cut, write."""
     packer = Packer(source, drop_duplicates=config.data.duplicates == "drop")
     file_rows = part_rows(source, config.data.memory_mb) if config.data.window.by == "file" else ()
-    cutter = Cutter(writer, config.data.window, source.name, progress, file_rows)
+    cutter = WindowCutter(writer, config.data.window, source.name, progress, file_rows)
     with closing(read(source, config.data.memory_mb, config.folder / "prepare.tmp")) as tables:
         for raw in tables:
             rows = packer.encode(raw)
@@ -156,10 +156,10 @@ def _content(config: Config) -> dict[str, Any]:
     return content
 
 
-def _writer(config: Config, root: Place, schema: Schema, settings: dict[str, Any]) -> StreamWriter:
+def _writer(config: Config, root: AnyPath, schema: Schema, settings: dict[str, Any]) -> StreamWriter:
     data = config.data
     if data.delayed:
-        return LabelledWriter(root, schema, settings, data.fragment_rows, data.delayed, data.late_labels)
+        return LabeledWriter(root, schema, settings, data.fragment_rows, data.delayed, data.late_labels)
     return StreamWriter(root, schema, settings, data.fragment_rows)
 
 
@@ -172,7 +172,7 @@ def _check_tasks(config: Config, schema: Schema) -> None:
 
 def _check_attribution(config: Config, schema: Schema, source: RawSource | None) -> None:
     """UserError where labels of a task cannot come late."""
-    told = source.told if source else embedded.TASKS
+    told = source.label_time_tasks if source else embedded.TASKS
     _check_tasks(config, schema)
     if config.data.delayed and (config.data.window.by == "file" or (source and source.ordered_only)):
         raise UserError(
@@ -187,7 +187,7 @@ def _check_attribution(config: Config, schema: Schema, source: RawSource | None)
             )
 
 
-def _finished_elsewhere(root: Place, config: Config) -> bool:
+def _finished_elsewhere(root: AnyPath, config: Config) -> bool:
     """Whether the stream is complete and its raw data are not on this machine: then the settings alone decide."""
     if config.data.source == "embedded" or config.data.root.is_dir() or not (root / "manifest.json").exists():
         return False
@@ -208,7 +208,7 @@ def _check_windows(config: Config, source: RawSource | None) -> None:
         )
 
 
-def _sweep(root: Place) -> None:
+def remove_uncommitted(root: AnyPath) -> None:
     """Remove what a killed preparation left unfinished; committed windows stay."""
     committed = {path.parent for path in root.glob("window=*/manifest.json")}
     for folder in root.glob("window=*"):
@@ -220,16 +220,16 @@ def _sweep(root: Place) -> None:
 
 
 @contextmanager
-def _undone_on_error(root: Place) -> Iterator[None]:
+def rollback_on_error(root: AnyPath) -> Iterator[None]:
     """On a UserError take back what this preparation wrote: the raw data will be corrected and prepared anew. Where remote files cannot be
     written, neither can they be deleted: what is there stays, to go on from."""
-    before: set[Place] = set(root.rglob("*"))
+    before: set[AnyPath] = set(root.rglob("*"))
     try:
         yield
     except StorageError:
         raise
     except UserError:
-        there: set[Place] = set(root.rglob("*"))
+        there: set[AnyPath] = set(root.rglob("*"))
         for path in sorted(there - before, key=str, reverse=True):
             path.rmdir() if isinstance(path, Path) and path.is_dir() else path.unlink()
         if isinstance(root, Path) and not before and root.is_dir():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from exfm_ray.config.data import WindowConfig
-from exfm_ray.data.prepare.normalizer import Normaliser
+from exfm_ray.data.prepare.normalizer import Normalizer
 from exfm_ray.data.prepare.packer import Rows
 from exfm_ray.data.stream import StreamWriter, WindowWriter
 from exfm_ray.errors import UserError
@@ -19,14 +19,14 @@ Progress = Callable[[int, int], None]
 LARGEST_GAP = 20_000
 
 
-class Cutter:
+class WindowCutter:
     """Windows by time count from the first event's window, empty ones between included where they are allowed; windows by rows hold
     `rows` events, windows by file as many as `file_rows` says."""
 
     def __init__(
         self, writer: StreamWriter, config: WindowConfig, source: str, progress: Progress | None, file_rows: Sequence[int] = ()
     ) -> None:
-        self.normaliser = Normaliser([d.name for d in writer.schema.dense])
+        self.normalizer = Normalizer([d.name for d in writer.schema.dense])
         self.rows = self.duplicates = self.windows = 0
         self._writer, self._config, self._source, self._progress = writer, config, source, progress
         self._first: int | None = None
@@ -83,15 +83,15 @@ class Cutter:
         if not kept_N.all():
             piece = piece.take(kept_N)
         if not window.committed:
-            window.append(piece.packed(self._writer.schema, self.normaliser.apply(piece.dense_ND)), piece.known_NT)
-        self.normaliser.observe(piece.dense_ND)
+            window.append(piece.packed(self._writer.schema, self.normalizer.apply(piece.dense_ND)), piece.known_NT)
+        self.normalizer.observe(piece.dense_ND)
         self._window_rows += len(piece)
         self.rows += len(piece)
 
     def _close(self, window: WindowWriter) -> int:
         """Commit the open window; its index."""
         window.commit(self._window_duplicates)
-        self.normaliser.close_window()
+        self.normalizer.close_window()
         self.duplicates += self._window_duplicates
         self.windows += 1
         if self._progress:
@@ -107,4 +107,4 @@ class Cutter:
 
     def statistics(self) -> dict[str, Any]:
         """For the stream's manifest: totals, and the state by which serving normalises dense features."""
-        return {"rows": self.rows, "duplicates": self.duplicates, "dense": self.normaliser.state()}
+        return {"rows": self.rows, "duplicates": self.duplicates, "dense": self.normalizer.state()}

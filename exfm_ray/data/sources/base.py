@@ -10,7 +10,7 @@ from pathlib import Path
 from exfm_ray.data.prepare.sequence_feature import History
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.schema import Encoding, Kind, Schema, SparseFeature
-from exfm_ray.storage.atomic import digest
+from exfm_ray.storage.atomic import short_hash
 
 HEAD_BYTES = 65_536
 # Of DuckDB's read_csv: nothing is guessed, and buffers are small, for several are held however small the file is.
@@ -31,7 +31,7 @@ class RawSource:
         ordered_only: there is no time, only an order.
         parts: a DuckDB table expression for each file, in event order, where the events of the files follow one another.
         seeded: the query depends on the config's seed.
-        told: tasks of which the query tells in a column `known:<task>` (BIGINT, ms) when a label of 1 became known.
+        label_time_tasks: tasks for which the query has a column `known:<task>` (BIGINT, ms): when a label of 1 became known.
     """
 
     schema: Schema
@@ -41,7 +41,7 @@ class RawSource:
     ordered_only: bool = False
     parts: tuple[str, ...] = ()
     seeded: bool = False
-    told: tuple[str, ...] = ()
+    label_time_tasks: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -57,15 +57,15 @@ def _ends(path: Path) -> str:
     with path.open("rb") as handle:
         head = handle.read(HEAD_BYTES)
         handle.seek(max(0, path.stat().st_size - HEAD_BYTES))
-        return digest([head.hex(), handle.read(HEAD_BYTES).hex()])
+        return short_hash([head.hex(), handle.read(HEAD_BYTES).hex()])
 
 
-def text(value: object) -> str:
+def sql_literal(value: object) -> str:
     """A value as an SQL string literal."""
     return "'" + str(value).replace("'", "''") + "'"
 
 
-def name(column: str) -> str:
+def sql_identifier(column: str) -> str:
     """A column's name as an SQL identifier."""
     return '"' + column.replace('"', '""') + '"'
 
@@ -113,10 +113,10 @@ def read_csv(files: Sequence[Path], types: dict[str, str], delimiter: str = ",")
     for path in files[1:]:
         if header(path, delimiter) != columns:
             raise UserError(f"{path}: its columns differ from those of {files[0]}; give all files the same header")
-    declared = ", ".join(f"{text(c)}: {text(types.get(c, 'VARCHAR'))}" for c in columns)
-    names = ", ".join(text(p) for p in files)
+    declared = ", ".join(f"{sql_literal(c)}: {sql_literal(types.get(c, 'VARCHAR'))}" for c in columns)
+    names = ", ".join(sql_literal(p) for p in files)
     return (
-        f"read_csv([{names}], {PLAIN}, header=true, delim={text(delimiter)}, quote='\"', escape='\"', nullstr='', "
+        f"read_csv([{names}], {PLAIN}, header=true, delim={sql_literal(delimiter)}, quote='\"', escape='\"', nullstr='', "
         f"columns={{{declared}}})"
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from exfm_ray.config.root import Config
-from exfm_ray.data.sources.base import PLAIN, RawSource, require, text
+from exfm_ray.data.sources.base import PLAIN, RawSource, require, sql_literal
 from exfm_ray.schema import DenseFeature, Schema, SparseFeature
 
 INTEGERS = tuple(f"I{i}" for i in range(1, 14))
@@ -17,8 +17,8 @@ def source(config: Config) -> RawSource:
     """A stream by rows; event_time is the row's number."""
     path = require(config.data.root, "train.txt")
     types = {"click": "DOUBLE"} | dict.fromkeys(INTEGERS, "DOUBLE") | dict.fromkeys(CATEGORIES, "VARCHAR")
-    columns = ", ".join(f"{text(c)}: {text(t)}" for c, t in types.items())
-    query = f"SELECT * FROM read_csv({text(path)}, {PLAIN}, header=false, delim='\t', quote='', escape='', nullstr='', columns={{{columns}}})"
+    columns = ", ".join(f"{sql_literal(c)}: {sql_literal(t)}" for c, t in types.items())
+    query = f"SELECT * FROM read_csv({sql_literal(path)}, {PLAIN}, header=false, delim='\t', quote='', escape='', nullstr='', columns={{{columns}}})"
     # Four rows a value keep collisions of the small columns rare.
     features = [SparseFeature(name=c, rows=min(config.data.hash_rows, 4 * n)) for c, n in zip(CATEGORIES, DISTINCT, strict=True)]
     dense = [DenseFeature(name=c, transform="log1p") for c in INTEGERS]

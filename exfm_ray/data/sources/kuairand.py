@@ -10,7 +10,7 @@ from pathlib import Path
 
 from exfm_ray.config.root import Config
 from exfm_ray.data.prepare.sequence_feature import History
-from exfm_ray.data.sources.base import RawSource, hashed, indexed, name, read_csv, require, require_glob, sequence
+from exfm_ray.data.sources.base import RawSource, hashed, indexed, read_csv, require, require_glob, sequence, sql_identifier
 from exfm_ray.schema import DenseFeature, Kind, Schema, SparseFeature
 
 TABS = 15
@@ -35,12 +35,12 @@ def source(config: Config) -> RawSource:
     root, rows = config.data.root, config.data.hash_rows
     logs = require_glob(root, "log_standard_*.csv")
     users, videos = require(root, "user_features_pure.csv"), require(root, "video_features_basic_pure.csv")
-    told = tuple(task for task in TASKS if task in config.data.delayed)
+    label_time_tasks = tuple(task for task in TASKS if task in config.data.delayed)
     return RawSource(
         schema=_schema(rows),
         files=(*logs, users, videos),
-        query=_query(logs, users, videos, told),
-        told=told,
+        query=_query(logs, users, videos, label_time_tasks),
+        label_time_tasks=label_time_tasks,
         history=History(feature="clicked_videos", user="user_id", item="video_id", label="is_click", length=CLICKS),
     )
 
@@ -64,10 +64,10 @@ def _schema(rows: int) -> Schema:
     return Schema(features=tuple(features), dense=tuple(dense), tasks=TASKS, domains=tuple(str(t) for t in range(TABS)), group_by="user_id")
 
 
-def _query(logs: tuple[Path, ...], users: Path, videos: Path, told: tuple[str, ...]) -> str:
+def _query(logs: tuple[Path, ...], users: Path, videos: Path, label_time_tasks: tuple[str, ...]) -> str:
     """Event order is by time, then as in the files, so that ties do not depend on the sort."""
-    log = read_csv(logs, LOG | dict.fromkeys(TASKS, "DOUBLE") | ({"play_time_ms": "BIGINT"} if told else {}))
-    known = "".join(f", {KNOWN[task]} AS {name('known:' + task)}" for task in told)
+    log = read_csv(logs, LOG | dict.fromkeys(TASKS, "DOUBLE") | ({"play_time_ms": "BIGINT"} if label_time_tasks else {}))
+    known = "".join(f", {KNOWN[task]} AS {sql_identifier('known:' + task)}" for task in label_time_tasks)
     user = read_csv([users], {"user_id": "BIGINT"} | dict.fromkeys((*ONEHOTS, *COUNTS), "DOUBLE"))
     numbers = ("video_id", *VIDEO_NUMBERS)
     video = read_csv([videos], dict.fromkeys((*numbers, *SIZES), "DOUBLE") | {"upload_dt": "DATE", "tag": "VARCHAR"})

@@ -25,7 +25,7 @@ from exfm_ray.data.sources.synthetic_world import World
 from exfm_ray.data.stream import StreamWriter, window_name
 from exfm_ray.schema import DenseFeature, Encoding, Kind, Schema, SparseFeature
 from exfm_ray.storage.atomic import atomic_path
-from exfm_ray.storage.remote import Place
+from exfm_ray.storage.remote import AnyPath
 
 Array = np.ndarray[Any, Any]
 
@@ -37,7 +37,7 @@ CLICKS = 10
 DENSE = ("user_activity", "ad_quality", "user_taste", "ad_style")
 DENSE_NOISE = 1.0
 CLICK_DELAY_S, CONVERSION_DELAY_S = 120.0, 43_200.0  # means; a conversion is told that much after its click
-TRUTH = pa.schema([("example_id", pa.int64()), *((task, pa.float32()) for task in TASKS)])
+ORACLE = pa.schema([("example_id", pa.int64()), *((task, pa.float32()) for task in TASKS)])
 
 
 def schema(config: EmbeddedConfig) -> Schema:
@@ -59,7 +59,7 @@ def schema(config: EmbeddedConfig) -> Schema:
     return Schema(features=features, dense=tuple(DenseFeature(name=n) for n in DENSE), tasks=TASKS, domains=latent.DOMAINS, group_by="user")
 
 
-def truth_path(stream: Place, window: int) -> Place:
+def truth_path(stream: AnyPath, window: int) -> AnyPath:
     """Where the true probabilities of a window lie."""
     return stream / "truth" / f"{window_name(window)}.parquet"
 
@@ -132,7 +132,7 @@ class Generator:
         )  # fmt: skip
         clicked = labels[:, 0] == 1
         self.clicks.add(user[clicked], self._ad_rows(ad[clicked]))
-        return table, pa.Table.from_arrays([pa.array(example_id), pa.array(click_p), pa.array(conversion_p)], schema=TRUTH)
+        return table, pa.Table.from_arrays([pa.array(example_id), pa.array(click_p), pa.array(conversion_p)], schema=ORACLE)
 
     def _times(self, draw: np.random.Generator, start: int, end: int) -> Array:
         """Event times of one chunk: uniform over its part of the window, sorted."""
@@ -197,9 +197,9 @@ def write(config: Config, writer: StreamWriter, progress: Progress | None) -> di
 
 
 @contextmanager
-def _truth_writer(path: Place, skip: bool) -> Iterator[pq.ParquetWriter | None]:
+def _truth_writer(path: AnyPath, skip: bool) -> Iterator[pq.ParquetWriter | None]:
     if skip:
         yield None
         return
-    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, TRUTH, compression="zstd") as truth:
+    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, ORACLE, compression="zstd") as truth:
         yield truth

@@ -11,27 +11,27 @@ import pyarrow.parquet as pq
 import yaml
 from pydantic import Field, ValidationError
 
-from exfm_ray.base import Below, Model
+from exfm_ray.base import FrozenModel, RelativePattern
 from exfm_ray.config.root import Config
-from exfm_ray.data.sources.base import RawSource, check_columns, name, read_csv, require_glob, text
+from exfm_ray.data.sources.base import RawSource, check_columns, read_csv, require_glob, sql_identifier, sql_literal
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.schema import Encoding, Kind, Schema, SparseFeature
 
 UNITS = {"s": "round({} * 1000)::BIGINT", "ms": "{}::BIGINT", "us": "{}::BIGINT // 1000", "iso": "epoch_ms({}::TIMESTAMP)"}
 
 
-class EventTime(Model):
+class EventTime(FrozenModel):
     """Which column tells the time, and in what: seconds, milliseconds, microseconds since the epoch, or ISO 8601 in UTC."""
 
     column: str
     unit: Literal["s", "ms", "us", "iso"] = "ms"
 
 
-class TableFile(Model):
+class TableFile(FrozenModel):
     """The schema file. Feature, dense and task names are the files' column names."""
 
     format: Literal["csv", "parquet", "json"] = Field(description="json: messages of kafka")
-    files: Below | tuple[Below, ...] = Field(
+    files: RelativePattern | tuple[RelativePattern, ...] = Field(
         (), description="file names or globs below data.root; read in the order given, the files of a glob in the order of their names"
     )
     delimiter: str = Field(",", min_length=1, max_length=1)
@@ -109,7 +109,7 @@ def described(spec: TableFile, files: tuple[Path, ...], awaited: Container[str] 
         query = f"SELECT * EXCLUDE (place) FROM ({query}) ORDER BY event_time, place"
     parts = () if spec.sort else tuple(_table(spec, [path]) for path in files)
     return RawSource(
-        schema=schema, files=files, query=query, ordered_only=spec.event_time is None, parts=parts, told=tuple(spec.label_time)
+        schema=schema, files=files, query=query, ordered_only=spec.event_time is None, parts=parts, label_time_tasks=tuple(spec.label_time)
     )  # fmt: skip
 
 
@@ -117,22 +117,22 @@ def _table(spec: TableFile, files: Sequence[Path]) -> str:
     """A DuckDB table expression over files: the types of a CSV file come from the schema, those of Parquet from the files."""
     if spec.format == "csv":
         return read_csv(files, _csv_types(spec), spec.delimiter)
-    return f"read_parquet([{', '.join(text(path) for path in files)}])"
+    return f"read_parquet([{', '.join(sql_literal(path) for path in files)}])"
 
 
 def _columns(spec: TableFile, bag: Callable[[SparseFeature], str], casts: dict[str, str]) -> str:
     """The select list: our names for the files' columns; `casts` maps a column to a type, `bag` gives a list's expression."""
     schema = spec.table_schema
     plain = [*schema.tasks, *(d.name for d in schema.dense), *(f.name for f in schema.features if f.kind is Kind.SINGLE)]
-    chosen = [f"{name(c)}::{casts[c]} AS {name(c)}" if c in casts else name(c) for c in plain]
-    chosen += [f"{bag(f)} AS {name(f.name)}" for f in schema.bags]
+    chosen = [f"{sql_identifier(c)}::{casts[c]} AS {sql_identifier(c)}" if c in casts else sql_identifier(c) for c in plain]
+    chosen += [f"{bag(f)} AS {sql_identifier(f.name)}" for f in schema.bags]
     if spec.event_time:
-        chosen.append(UNITS[spec.event_time.unit].format(name(spec.event_time.column)) + " AS event_time")
-        chosen += [f"{UNITS[spec.event_time.unit].format(name(column))} AS {name('known:' + task)}" for task, column in spec.label_time.items()]
+        chosen.append(UNITS[spec.event_time.unit].format(sql_identifier(spec.event_time.column)) + " AS event_time")
+        chosen += [f"{UNITS[spec.event_time.unit].format(sql_identifier(column))} AS {sql_identifier('known:' + task)}" for task, column in spec.label_time.items()]
     if spec.domain:
-        chosen.append(f"{name(spec.domain)}::VARCHAR AS domain")
+        chosen.append(f"{sql_identifier(spec.domain)}::VARCHAR AS domain")
     if spec.example_id:
-        chosen.append(f"{name(spec.example_id)} AS example_id")
+        chosen.append(f"{sql_identifier(spec.example_id)} AS example_id")
     if spec.sort:
         chosen.append("row_number() OVER () AS place")
     return ", ".join(chosen)
@@ -164,7 +164,7 @@ def _csv(spec: TableFile, files: tuple[Path, ...]) -> str:
 
 
 def _split(spec: TableFile, column: str) -> str:
-    return f"string_split({name(column)}, {text(spec.list_delimiter)})"
+    return f"string_split({sql_identifier(column)}, {sql_literal(spec.list_delimiter)})"
 
 
 def _parquet(spec: TableFile, files: tuple[Path, ...]) -> str:
@@ -179,7 +179,7 @@ def _parquet(spec: TableFile, files: tuple[Path, ...]) -> str:
     first = pq.read_schema(files[0])
 
     def bag(feature: SparseFeature) -> str:
-        return name(feature.name) if _is_list(first.field(feature.name).type) else _split(spec, feature.name)
+        return sql_identifier(feature.name) if _is_list(first.field(feature.name).type) else _split(spec, feature.name)
 
     numbers = [*spec.table_schema.tasks, *(d.name for d in spec.table_schema.dense)]
     return f"SELECT {_columns(spec, bag, dict.fromkeys(numbers, 'DOUBLE'))} FROM {_table(spec, files)}"

@@ -15,7 +15,7 @@ from following import HOUR_MS, contents, expected, followed, lay_out, make_log, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exfm_ray.data.labels.releases import labelled, release
+from exfm_ray.data.labels.releases import release, with_released_labels
 from exfm_ray.data.prepare.prepare import follow
 from exfm_ray.data.stream import EventStream, list_values
 from exfm_ray.errors import UserError
@@ -30,7 +30,7 @@ def delivered(stream: EventStream) -> dict[str, list[dict[int, int]]]:
     for task, windows in found.items():
         column = stream.schema.task_index(task)
         for window in stream.windows():
-            tables = [labelled(stream, window, f, (task,)) for f in stream.window(window).fragments]
+            tables = [with_released_labels(stream, window, f, (task,)) for f in stream.window(window).fragments]
             ids = [t["example_id"].to_numpy()[list_values(t["labels"], 3)[:, column] == 1] for t in tables]
             mine = dict.fromkeys(np.concatenate(ids).tolist(), window)
             if late := release(stream, window, task).corrections:

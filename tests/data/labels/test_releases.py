@@ -14,15 +14,15 @@ from small_runs import small_config
 
 from exfm_ray.config.root import Config
 from exfm_ray.data.labels.corrections import CORRECTED
-from exfm_ray.data.labels.releases import is_released, labelled, release, release_folder, released_windows
+from exfm_ray.data.labels.releases import is_released, release, release_folder, released_windows, with_released_labels
 from exfm_ray.data.prepare.prepare import prepare
-from exfm_ray.data.readers import Pass, StreamReader
+from exfm_ray.data.readers import StreamReader, WindowPass
 from exfm_ray.data.sources.synthetic import START_MS, WINDOW_MS, known_times
 from exfm_ray.data.stream import EventStream, list_values
 from exfm_ray.errors import UserError
 from exfm_ray.storage.atomic import read_json, write_json
 from exfm_ray.stores.readers import AugmentedReader
-from exfm_ray.stores.snapshot_policy import Policy
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.supervision import TEACHER_COLUMN, SupervisionStore
 
 HOURS = {"click": 600, "conversion": 7200}
@@ -39,7 +39,7 @@ def make(folder: Path, name: str = "late", **data: Any) -> Config:
 
 def labels(stream: EventStream, window: int) -> np.ndarray[Any, Any]:
     """All labels of a window as readers get them."""
-    return np.concatenate([list_values(labelled(stream, window, f, BOTH)["labels"], 2) for f in stream.window(window).fragments])
+    return np.concatenate([list_values(with_released_labels(stream, window, f, BOTH)["labels"], 2) for f in stream.window(window).fragments])
 
 
 def truth(folder: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -82,13 +82,13 @@ def test_late_labels_come_back_once_as_positives_to_learn(tmp_path: Path) -> Non
     for window in stream.windows():
         manifest = stream.window(window)
         late = [release(stream, window, task).corrections for task in BOTH]
-        assert list(reader.fragments(Pass(window, "evaluate"))) == list(reader.fragments(Pass(window, "learn"))) == list(manifest.fragments)
+        assert list(reader.fragments(WindowPass(window, "evaluate"))) == list(reader.fragments(WindowPass(window, "learn"))) == list(manifest.fragments)
         domains = np.zeros(4, np.int64)
         for fragment in manifest.fragments:
-            rows = reader.read(Pass(window, "learn"), fragment)
+            rows = reader.read(WindowPass(window, "learn"), fragment)
             again_N = window_N[rows["example_id"].to_numpy()] < window
             assert rows.schema.equals(stream.schema.arrow_schema)
-            assert rows.filter(pa.array(~again_N)).equals(reader.read(Pass(window, "evaluate"), fragment)), "its own rows, in their order"
+            assert rows.filter(pa.array(~again_N)).equals(reader.read(WindowPass(window, "evaluate"), fragment)), "its own rows, in their order"
             values_NT = list_values(rows["labels"], 2)
             domains += np.bincount(rows["domain"].to_numpy()[again_N], minlength=4)
             for column, of_task in enumerate(late):
@@ -110,7 +110,7 @@ def test_late_labels_come_back_once_as_positives_to_learn(tmp_path: Path) -> Non
     counted = prepare(make(tmp_path, "counted", late_labels="count"))
     for window in counted.windows():
         assert release(counted, window, "conversion").late == release(stream, window, "conversion").late
-        assert StreamReader(counted.root, BOTH).fragments(Pass(window, "learn")) == list(counted.window(window).fragments)
+        assert StreamReader(counted.root, BOTH).fragments(WindowPass(window, "learn")) == list(counted.window(window).fragments)
 
 
 def test_a_reader_waits_for_its_own_tasks_only(tmp_path: Path) -> None:
@@ -118,15 +118,15 @@ def test_a_reader_waits_for_its_own_tasks_only(tmp_path: Path) -> None:
     stream = prepare(make(tmp_path))
     (release_folder(stream.root, 5, "conversion") / "manifest.json").unlink()  # as while its attribution time runs
     click, both = StreamReader(stream.root, ("click",)), StreamReader(stream.root, BOTH)
-    augmented = AugmentedReader(stream.root, None, Policy(1), (0,), ("conversion",))
+    augmented = AugmentedReader(stream.root, None, SnapshotPolicy(1), (0,), ("conversion",))
     for purpose in ("evaluate", "learn"):
-        work = Pass(5, purpose)  # type: ignore[arg-type]
+        work = WindowPass(5, purpose)  # type: ignore[arg-type]
         assert click.ready(work) and not both.ready(work) and not augmented.ready(work)
     assert released_windows(stream, BOTH) == [0, 1, 2, 3, 4] and released_windows(stream, ("click",)) == stream.windows()
     fragment = stream.window(5).fragments[0]
     with pytest.raises(UserError, match="window 5 is not released for task 'conversion'"):
-        both.read(Pass(5, "evaluate"), fragment)
-    assert np.isnan(list_values(click.read(Pass(5, "evaluate"), fragment)["labels"], 2)).all(axis=0).tolist() == [False, True]
+        both.read(WindowPass(5, "evaluate"), fragment)
+    assert np.isnan(list_values(click.read(WindowPass(5, "evaluate"), fragment)["labels"], 2)).all(axis=0).tolist() == [False, True]
     assert stream.read(5, fragment).num_rows == fragment.rows, "what the DAS reads"
 
 
@@ -138,13 +138,13 @@ def test_corrections_carry_their_own_supervision(tmp_path: Path) -> None:
         for fragment in stream.window(window).fragments:
             ids = stream.read(window, fragment, ["example_id"])["example_id"]
             store.write(window, fragment, ids, window, {"conversion": (ids.to_numpy() % 97 / 100).astype(np.float32)})
-        store.commit(stream.window(window), window, ("conversion",), Policy(1))
-    reader, plain = (AugmentedReader(stream.root, s, Policy(1), (0, 2), ("conversion",)) for s in (store, None))
+        store.commit(stream.window(window), window, ("conversion",), SnapshotPolicy(1))
+    reader, plain = (AugmentedReader(stream.root, s, SnapshotPolicy(1), (0, 2), ("conversion",)) for s in (store, None))
     untaught = taught = 0
     for window in stream.windows()[1:]:
-        for fragment in reader.fragments(Pass(window, "learn")):
-            rows = reader.read(Pass(window, "learn"), fragment)
-            both = (rows, plain.read(Pass(window, "learn"), fragment))
+        for fragment in reader.fragments(WindowPass(window, "learn")):
+            rows = reader.read(WindowPass(window, "learn"), fragment)
+            both = (rows, plain.read(WindowPass(window, "learn"), fragment))
             rows, more = (table.filter(pc.less(table["event_time"], START_MS + window * WINDOW_MS)) for table in both)
             np.testing.assert_allclose(list_values(rows[TEACHER_COLUMN], 1)[:, 0], rows["example_id"].to_numpy() % 97 / 100, rtol=1e-6)
             assert set(rows["domain"].to_pylist()) <= {0, 2} and (rows["event_time"].to_numpy() >= START_MS + WINDOW_MS).all()
@@ -159,10 +159,10 @@ def test_a_window_without_events_brings_its_corrections(tmp_path: Path) -> None:
     assert late is not None
     empty = stream.window(4).model_copy(update={"rows": 0, "fragments": ()})
     write_json(stream.root / "window=004" / "manifest.json", empty.model_dump(mode="json"))
-    for reader in (StreamReader(stream.root, ("conversion",)), AugmentedReader(stream.root, None, Policy(1), (0, 1, 2, 3), ("conversion",))):
-        assert not reader.fragments(Pass(4, "evaluate"))
-        (fragment,) = reader.fragments(Pass(4, "learn"))
-        rows = reader.read(Pass(4, "learn"), fragment)
+    for reader in (StreamReader(stream.root, ("conversion",)), AugmentedReader(stream.root, None, SnapshotPolicy(1), (0, 1, 2, 3), ("conversion",))):
+        assert not reader.fragments(WindowPass(4, "evaluate"))
+        (fragment,) = reader.fragments(WindowPass(4, "learn"))
+        rows = reader.read(WindowPass(4, "learn"), fragment)
         assert rows.num_rows == late.rows and (list_values(rows["labels"], 2)[:, 1] == CORRECTED).all()
 
 
@@ -198,14 +198,14 @@ def test_damage_is_named(tmp_path: Path) -> None:
     table = pq.read_table(path, partitioning=None)
     pq.write_table(table.set_column(0, "example_id", pa.array(np.roll(table["example_id"].to_numpy(), 1))), path)
     with pytest.raises(UserError, match=r"released=click.*row 0: label of example"):
-        StreamReader(stream.root, BOTH).read(Pass(2, "learn"), fragment)
+        StreamReader(stream.root, BOTH).read(WindowPass(2, "learn"), fragment)
     path.unlink()
     with pytest.raises(UserError, match="not there"):
-        StreamReader(stream.root, BOTH).read(Pass(2, "learn"), fragment)
+        StreamReader(stream.root, BOTH).read(WindowPass(2, "learn"), fragment)
     for damaged in ([], {}, {"attribution_s": None}, {"attribution_s": {"click": "x"}}):
         write_json(stream.root / "labels.json", damaged)
         with pytest.raises(UserError, match=r"labels.json: holds no `attribution_s` of tasks and seconds; .* prepare the stream again"):
-            StreamReader(stream.root, BOTH).ready(Pass(2, "learn"))
+            StreamReader(stream.root, BOTH).ready(WindowPass(2, "learn"))
 
 
 @pytest.mark.parametrize(

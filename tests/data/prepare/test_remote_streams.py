@@ -12,10 +12,10 @@ from s3_server import S3
 from small_runs import small_config
 
 from exfm_ray.config.root import Config
-from exfm_ray.data.prepare.prepare import _undone_on_error, follow, prepare
+from exfm_ray.data.prepare.prepare import follow, prepare, rollback_on_error
 from exfm_ray.errors import UserError
 from exfm_ray.storage.atomic import write_text
-from exfm_ray.storage.remote import Place, RemotePath
+from exfm_ray.storage.remote import AnyPath, RemotePath
 
 
 class Killed(BaseException):
@@ -26,7 +26,7 @@ def test_a_killed_follower_goes_on_with_the_same_bytes(s3: S3, tmp_path: Path, m
     """Wrong: after a kill at any put, events or labels are lost or doubled, or a window differs from a local follower's."""
     events, labels = make_log(4, 30, 7)
     lay_out(tmp_path, events, labels, 4)
-    put, left = RemotePath.put, [0]
+    put, left = RemotePath.upload, [0]
 
     def dies(self: RemotePath, source: Path) -> None:
         left[0] -= 1
@@ -37,10 +37,10 @@ def test_a_killed_follower_goes_on_with_the_same_bytes(s3: S3, tmp_path: Path, m
     config = followed(tmp_path, "killed", s3.url(tmp_path.name))
     for writes in (9, 21):
         left[0] = writes
-        monkeypatch.setattr(RemotePath, "put", dies)
+        monkeypatch.setattr(RemotePath, "upload", dies)
         with pytest.raises(Killed):
             follow(config)
-        monkeypatch.setattr(RemotePath, "put", put)
+        monkeypatch.setattr(RemotePath, "upload", put)
     assert contents(follow(config).root) == contents(follow(followed(tmp_path, "whole")).root)
 
 
@@ -61,14 +61,14 @@ def test_two_preparers_write_the_same(s3: S3, tmp_path: Path) -> None:
 
 def test_what_was_written_before_an_error_is_taken_back(s3: S3, tmp_path: Path) -> None:
     """Wrong: raw data that are refused leave half a stream, or take with them what was there before."""
-    places: list[Place] = [RemotePath(s3.url(tmp_path.name)), tmp_path / "local"]
+    places: list[AnyPath] = [RemotePath(s3.url(tmp_path.name)), tmp_path / "local"]
     for place in places:
-        with pytest.raises(UserError, match="bad"), _undone_on_error(place):
+        with pytest.raises(UserError, match="bad"), rollback_on_error(place):
             write_text(place / "window=000" / "a", "a")
             raise UserError("bad")
         assert contents(place) == {}
         write_text(place / "kept", "b")
-        with pytest.raises(UserError, match="bad"), _undone_on_error(place):
+        with pytest.raises(UserError, match="bad"), rollback_on_error(place):
             write_text(place / "window=000" / "a", "a")
             raise UserError("bad")
         assert contents(place) == {"kept": b"b"}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exfm_ray.data.prepare.duplicates import DuplicateFinder
-from exfm_ray.data.prepare.normalizer import Normaliser
+from exfm_ray.data.prepare.normalizer import Normalizer
 from exfm_ray.data.prepare.sequence_feature import HistoryBuilder
 
 
@@ -58,24 +58,24 @@ def test_normaliser_knows_earlier_windows_only() -> None:
     windows = [draw.normal(50 * w, 3 + w, (1000, 2)) for w in range(4)]
     for window in windows:
         window[draw.random(window.shape) < 0.1] = np.nan
-    normaliser = Normaliser(["a", "b"])
+    normalizer = Normalizer(["a", "b"])
     for index, window in enumerate(windows):
         earlier = np.concatenate(windows[:index]) if index else None
         shift = 0.0 if earlier is None else np.nanmean(earlier, axis=0)
         scale = 1.0 if earlier is None else np.nanstd(earlier, axis=0)
         expected = np.clip(np.nan_to_num((window - shift) / scale), -10, 10)
         for part in np.array_split(window, 3):
-            normaliser.observe(part)
-        assert np.allclose(normaliser.apply(window), expected, atol=1e-5)
-        normaliser.close_window()
-    state = normaliser.state()["a"]
+            normalizer.observe(part)
+        assert np.allclose(normalizer.apply(window), expected, atol=1e-5)
+        normalizer.close_window()
+    state = normalizer.state()["a"]
     everything = np.concatenate(windows)[:, 0]
     assert np.allclose([state["mean"], state["std"]], [np.nanmean(everything), np.nanstd(everything)])
 
 
 def test_a_constant_column_stays_finite() -> None:
     """Otherwise a column that never changes becomes infinite once it does."""
-    normaliser = Normaliser(["a"])
-    normaliser.observe(np.full((10, 1), 7.0))
-    normaliser.close_window()
-    assert normaliser.apply(np.array([[7.0], [8.0], [np.nan]])).ravel().tolist() == [0.0, 1.0, 0.0]
+    normalizer = Normalizer(["a"])
+    normalizer.observe(np.full((10, 1), 7.0))
+    normalizer.close_window()
+    assert normalizer.apply(np.array([[7.0], [8.0], [np.nan]])).ravel().tolist() == [0.0, 1.0, 0.0]

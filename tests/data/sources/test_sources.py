@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from exfm_ray.config.root import Config
-from exfm_ray.data.labels.releases import labelled, release
+from exfm_ray.data.labels.releases import release, with_released_labels
 from exfm_ray.data.prepare.encode import encode_values
 from exfm_ray.data.prepare.prepare import prepare
 from exfm_ray.data.stream import EventStream, list_values
@@ -184,7 +184,7 @@ def test_kuairand_long_views_are_known_when_the_video_was_played(make: MakeConfi
     for index in stream.windows():
         window, corrected = stream.window(index), release(stream, index, "long_view").corrections
         for fragment in window.fragments:
-            table = labelled(stream, index, fragment, ("long_view",))
+            table = with_released_labels(stream, index, fragment, ("long_view",))
             rows = [log[i] for i in table["example_id"].to_pylist()]
             known = [int(r["time_ms"]) + int(r["play_time_ms"]) < window.end_ms + 30_000 for r in rows]
             expected = [float(r["long_view"] == "1" and k) for r, k in zip(rows, known, strict=True)]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from exfm_ray.config.root import Config
-from exfm_ray.data.labels.releases import labelled, release
+from exfm_ray.data.labels.releases import release, with_released_labels
 from exfm_ray.data.prepare.prepare import prepare
 from exfm_ray.data.stream import EventStream, list_values
 from exfm_ray.errors import UserError
@@ -243,7 +243,7 @@ def test_label_times_of_a_table(run: Prepare) -> None:
     header = HEADER.replace("click\n", "click,told\n")
     late = {"attribution_s": {"click": 600}, "late_labels": "correct"}
     stream = run(lines, header, data=late, label_time={"click": "told"})
-    found = [list_values(labelled(stream, w, f, ("click",))["labels"], 1)[:, 0].tolist() for w in (0, 1) for f in stream.window(w).fragments]
+    found = [list_values(with_released_labels(stream, w, f, ("click",))["labels"], 1)[:, 0].tolist() for w in (0, 1) for f in stream.window(w).fragments]
     assert found == [[1, 0, 0], [1]]
     assert release(stream, 1, "click").late == {0: 1}
 
