@@ -1,6 +1,6 @@
 """python -m benchmarks.das [--quick]: what the DAS costs, and what it saves.
 
-On the embedded stream with the demo's FM, one torch thread in each process; all ratios are medians over interleaved repetitions:
+On the synthetic stream with the demo's FM, one torch thread in each process; all ratios are medians over interleaved repetitions:
 1. one scorer actor, reading and writing included, against the bare forward pass over the same batches in memory;
 2. two actors against one; beside it what the machine gives: the bare forward pass in two processes against one;
 3. windows scored by a new snapshot each, against the same windows scored by one snapshot;
@@ -39,7 +39,7 @@ from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.runtime.session import ray_session
 from exfm_ray.storage.atomic import read_jsonl
 
-SAYS = "Times the DAS on the embedded stream, then trains vertical models with and without it: about 10 minutes on two cores (--quick: 3)."
+SAYS = "Times the DAS on the synthetic stream, then trains vertical models with and without it: about 10 minutes on two cores (--quick: 3)."
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 WINDOWS, LEARNT, CLIENTS = 8, 4, 10
 Task = tuple[int, Fragment, int]
@@ -48,7 +48,7 @@ Task = tuple[int, Fragment, int]
 def settings_in(folder: str, quick: bool) -> Config:
     """The demo with fewer, larger windows."""
     events = 20_000 if quick else 100_000
-    overrides = [f"run.dir={folder}", f"data.embedded.windows={WINDOWS}", f"data.embedded.events_per_window={events}", "data.fragment_rows=10000"]
+    overrides = [f"run.dir={folder}", f"data.synthetic.windows={WINDOWS}", f"data.synthetic.events_per_window={events}", "data.fragment_rows=10000"]
     return load_config(CONFIG, [*overrides, "das.threads=1", "fm.threads=1", "vm.threads=1", "das.keep_snapshots=true"], "das")
 
 

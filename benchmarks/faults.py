@@ -1,6 +1,6 @@
 """python -m benchmarks.faults [--quick]: what a run survives, and what that costs.
 
-1. Kills: `run.py pipeline` on a small embedded stream in a process group of its own, with checkpoints inside windows. At random moments
+1. Kills: `run.py pipeline` on a small synthetic stream in a process group of its own, with checkpoints inside windows. At random moments
    (drawn from a fixed seed, from the start to the length of an undisturbed run) the whole group gets SIGKILL, and the same command is given
    again, until it ends; then metrics.jsonl, summary.json and every exported weight are compared with the undisturbed run's.
 2. Resume: seconds from giving the command again, after a kill, to the first new checkpoint (one every 1,000 examples).
@@ -50,7 +50,7 @@ SEED = 7
 RUN_S = 900.0
 KILLS_A_RUN = 4
 SETTINGS: dict[str, Any] = {
-    "data": {"fragment_rows": 1000, "embedded": {"windows": 6, "events_per_window": 4000, "users": 500, "ads": 200, "advertisers": 20}},
+    "data": {"fragment_rows": 1000, "synthetic": {"windows": 6, "events_per_window": 4000, "users": 500, "ads": 200, "advertisers": 20}},
     "fm": {"model": {"type": "wukong", "dim": 8, "l": 1, "n_F": 4, "n_L": 4, "k": 4, "fmb_mlp": [16], "mlp": [16]}, "batch_size": 64, "threads": 1},
     "das": {"threads": 1, "keep_snapshots": True},  # one is to be damaged
     "vm": {
@@ -176,7 +176,7 @@ def checkpoint_cost(folder: Path, quick: bool) -> dict[str, Any]:
     init_single_process()
     torch.set_num_threads(1)
     windows, pairs = (3, 3) if quick else (6, 7)
-    overrides = [f"run.dir={folder}", f"data.embedded.windows={windows}", "data.embedded.events_per_window=40000", "vm.arms=[labels]"]
+    overrides = [f"run.dir={folder}", f"data.synthetic.windows={windows}", "data.synthetic.events_per_window=40000", "vm.arms=[labels]"]
     settings, found = load_config(REPOSITORY / "configs" / "demo.yaml", overrides, "cost"), {}
     prepare(settings)
     for job in (Job("fm", settings), Job("vm", settings, settings.vm.models)):

@@ -184,7 +184,7 @@ BAD_CONFIGS = [
     "fm: {precision: fp64}", "fm: {zero_stage: 3, optimizer: {ema: 0.9}}", "fm: {optimizer: {dense_lr: -1}}",
     "fm: {optimizer: {dense_lr: .nan}}", "fm: {name: ../x}", "vm: {arms: []}", "vm: {arms: [labels, labels]}", "vm: {models: [{name: a}]}",
     "vm: {models: [{name: ../a, domain: d, task: t}]}", "vm: {models: [{name: a, domain: d, task: []}]}", "data: {source: nowhere}",
-    "data: {source: table}", "data: {fragment_rows: 0}", "data: {embedded: {windows: 0}}", "data: {embedded: {ads: 1}}", "das: {fm_lag: 0}",
+    "data: {source: table}", "data: {fragment_rows: 0}", "data: {synthetic: {windows: 0}}", "data: {synthetic: {ads: 1}}", "das: {fm_lag: 0}",
     "das: {min_actors: 3, max_actors: 1}", "checkpoint: {keep: 0}", "checkpoint: {every_examples: 0}", "checkpoint: {every: 3}",
     "metrics: {warmup_windows: -1}", "wandb: {mode: sometimes}", "run: {dir: 3}", "distillation: {ah: {alpha: 0}}", "tune: {}",
     "fm: {static: {validation_window: 0}}", "fm: &a {name: *a}", "data: !!python/object:os.system {}",

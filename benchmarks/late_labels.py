@@ -1,4 +1,4 @@
-"""What late conversions cost, and what corrections give back, on the embedded stream: the FM, figures against the labels as they all were.
+"""What late conversions cost, and what corrections give back, on the synthetic stream: the FM, figures against the labels as they all were.
 
     python -m benchmarks.late_labels [--quick]
 
@@ -63,7 +63,7 @@ def config(folder: Path, kind: str, seed: int, windows: int) -> Config:
     embedded = {"seed": seed, "windows": windows, "events_per_window": EVENTS, "users": 5_000, "ads": 1_000}
     model = {"type": "mlp", "dim": 16, "mlp": [64, 32]}
     return Config.model_validate(
-        {"name": f"{kind}-{seed}", "seed": seed, "run": {"dir": folder}, "data": {"embedded": embedded, **KINDS[kind]},
+        {"name": f"{kind}-{seed}", "seed": seed, "run": {"dir": folder}, "data": {"synthetic": embedded, **KINDS[kind]},
          "fm": {"model": model, "tasks": ["conversion"], "batch_size": 512, "threads": 1}}
     )  # fmt: skip
 

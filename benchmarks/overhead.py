@@ -1,6 +1,6 @@
 """python -m benchmarks.overhead [--quick]: what Ray, the DAS and distillation cost beside the bare computation.
 
-On the embedded stream, all with one torch thread:
+On the synthetic stream, all with one torch thread:
 1. FM: examples/s of a job in Ray Train fed by Ray Data, against the same loop, model, optimizers and files in one process
    without Ray; the first window (start-up) is left out of both.
 2. DAS: examples/s of one scorer actor, reading and writing included, against the bare forward pass on tensors in memory.
@@ -44,14 +44,14 @@ from exfm_ray.training.launch import run_job, start_feed
 from exfm_ray.training.local import local_loop
 from exfm_ray.training.loop import Timing
 
-SAYS = "Times FM, DAS and VMs with and without Ray on the embedded stream: about 5 minutes on two cores (--quick: 2)."
+SAYS = "Times FM, DAS and VMs with and without Ray on the synthetic stream: about 5 minutes on two cores (--quick: 2)."
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 
 def config(folder: str, name: str, quick: bool) -> Config:
     """The demo's models on fewer, larger windows."""
     windows, events = (3, 50_000) if quick else (3, 200_000)
-    overrides = [f"run.dir={folder}", f"data.embedded.windows={windows}", f"data.embedded.events_per_window={events}"]
+    overrides = [f"run.dir={folder}", f"data.synthetic.windows={windows}", f"data.synthetic.events_per_window={events}"]
     return load_config(CONFIG, overrides, name)
 
 

@@ -1,4 +1,4 @@
-"""Speed and memory of preparing raw data: Criteo rows on one core, and the embedded stream.
+"""Speed and memory of preparing raw data: Criteo rows on one core, and the synthetic stream.
 
     python -m benchmarks.prepare [--data DIR] [--quick]
 
@@ -33,7 +33,7 @@ EMBEDDED_PER_S = 300_000
 def child(source: str, root: str, run: str, windows: int) -> None:
     """Prepare once on one core; print rows, seconds and peak memory as JSON."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    data: dict[str, Any] = {"source": source, "root": root, "embedded": {"windows": windows, "events_per_window": 100_000}}
+    data: dict[str, Any] = {"source": source, "root": root, "synthetic": {"windows": windows, "events_per_window": 100_000}}
     if source == "criteo":
         data["window"] = {"by": "rows", "rows": 100_000}
     config = Config.model_validate({"name": source, "run": {"dir": run}, "data": data})
@@ -82,21 +82,21 @@ def main() -> None:
     if not sample.is_file():
         sys.exit(f"{sample}: no such file; --data names the folder that holds criteo_sample/")
     few, minutes = (200_000, 0.5) if options.quick else (400_000, 1)
-    print(f"Prepares {few:,} and {10 * few:,} Criteo rows and an embedded stream, one core each; about {minutes} minutes.", flush=True)
+    print(f"Prepares {few:,} and {10 * few:,} Criteo rows and an synthetic stream, one core each; about {minutes} minutes.", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         results = []
         for rows in (few, 10 * few):
             repeat(sample, Path(scratch) / str(rows) / "train.txt", rows)
             results.append(measure("criteo", Path(scratch) / str(rows)))
     small, large = results
-    generated = measure("embedded", options.data, windows=3 if options.quick else 12)
+    generated = measure("synthetic", options.data, windows=3 if options.quick else 12)
     growth = large["peak_mb"] / small["peak_mb"]
     bars = {
         "criteo_rows_per_s": bar(large["rows_per_s"], ROWS_PER_S),
         "peak_memory_growth_10x": bar(growth, GROWTH, at_least=False),
-        "embedded_events_per_s": bar(generated["rows_per_s"], EMBEDDED_PER_S),
+        "synthetic_events_per_s": bar(generated["rows_per_s"], EMBEDDED_PER_S),
     }
-    report("prepare", {"criteo": small, "criteo_10x": large, "embedded": generated}, bars)
+    report("prepare", {"criteo": small, "criteo_10x": large, "synthetic": generated}, bars)
 
 
 if __name__ == "__main__":

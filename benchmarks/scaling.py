@@ -1,4 +1,4 @@
-"""Does NE fall with compute, and faster for Wukong than for DCN-V2 and an MLP? On the embedded stream, one pass.
+"""Does NE fall with compute, and faster for Wukong than for DCN-V2 and an MLP? On the synthetic stream, one pass.
 
     python -m benchmarks.scaling [--quick]
 
@@ -78,7 +78,7 @@ def config(run: Run, folder: Path, windows: int, events: int) -> Config:
     optimizer = {"table_lr": TABLE_LR, "dense_lr": DENSE_LR[run.family]}
     fm = {"tasks": ["click"], "batch_size": BATCH_SIZE, "optimizer": optimizer, "model": {**MODELS[run.family][run.size], "dim": 16}}
     embedded = {"seed": run.seed, "windows": windows, "events_per_window": events}
-    tree = {"name": f"seed{run.seed}", "seed": run.seed, "run": {"dir": folder}, "data": {"source": "embedded", "embedded": embedded}, "fm": fm}
+    tree = {"name": f"seed{run.seed}", "seed": run.seed, "run": {"dir": folder}, "data": {"source": "synthetic", "synthetic": embedded}, "fm": fm}
     return Config.model_validate({**tree, "metrics": {"warmup_windows": min(WARMUP_WINDOWS, windows - 1)}})
 
 

@@ -39,7 +39,7 @@ from exfm_ray.training.job import Job
 from exfm_ray.training.local import InMemoryReport, LocalClient, init_single_process
 from exfm_ray.training.worker import Worker
 
-SAYS = "Trains, exports and times served students on the embedded stream: about 4 minutes on two cores (--quick: 1)."
+SAYS = "Trains, exports and times served students on the synthetic stream: about 4 minutes on two cores (--quick: 1)."
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 CANDIDATES = (1, 100, 1_000)
 LABELS, DISTILLED, CONTROL = "labels", "ah_sa", "labels again"
@@ -53,7 +53,7 @@ Ask = Callable[[], object]
 def config(folder: str, quick: bool) -> Config:
     """The demo's models; one student in two arms."""
     windows, events = (4, 10_000) if quick else (8, 40_000)
-    overrides = [f"run.dir={folder}", f"data.embedded.windows={windows}", f"data.embedded.events_per_window={events}"]
+    overrides = [f"run.dir={folder}", f"data.synthetic.windows={windows}", f"data.synthetic.events_per_window={events}"]
     overrides += ["vm.models=[{name: feed, domain: feed, task: click}]", f"vm.arms=[{LABELS}, {DISTILLED}]"]
     return load_config(CONFIG, overrides)
 

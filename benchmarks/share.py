@@ -1,6 +1,6 @@
 """python -m benchmarks.share [--data DIR] [--keep DIR] [--quick]: what rows of the FM's tables and its representations bring to vertical models.
 
-On KuaiRand (configs/kuairand.yaml, DIR/kuairand_pure; tabs 2, 4 and 6) and on the embedded stream (configs/demo.yaml), with an FM and
+On KuaiRand (configs/kuairand.yaml, DIR/kuairand_pure; tabs 2, 4 and 6) and on the synthetic stream (configs/demo.yaml), with an FM and
 students of their own for each of 5 seeds:
 - every objective alone and with +share; what becomes of a row's optimizer state; averages; rows hardly seen only;
 - +history in its three ways with drift, alone and beside other arms;
@@ -46,7 +46,7 @@ from tuning.rows import StudentRows
 
 SAYS = "Trains FMs, and students given rows and representations of theirs, on two streams with 5 seeds: an hour on two cores (--quick: 5 min)."
 SEEDS = (0, 1, 2, 3, 4)
-SHORT = Dataset("Embedded stream, short", "demo", (7, 11), ("feed",), ("data.embedded.windows=12", "data.embedded.events_per_window=3000"))
+SHORT = Dataset("Synthetic stream, short", "demo", (7, 11), ("feed",), ("data.synthetic.windows=12", "data.synthetic.events_per_window=3000"))
 
 
 class RowsOf:
@@ -167,7 +167,7 @@ def kept_in(folder: Path | None, settings: Mapping[str, Any]) -> Iterator[Path]:
 def main() -> None:
     options = arguments("share", SAYS, {"--keep": "folder for finished parts: the same command goes on with it after a kill"})
     seeds, wanted = (SEEDS[:1] if options.quick else SEEDS), variants()
-    datasets = {"embedded": SHORT if options.quick else EMBEDDED}
+    datasets = {"synthetic": SHORT if options.quick else EMBEDDED}
     if options.quick or not (options.data / "kuairand_pure").is_dir():
         print(f"KuaiRand is left out: {'--quick' if options.quick else f'{options.data} holds no kuairand_pure'}")
     else:

@@ -53,7 +53,7 @@ def beside(config: Config, rows: str) -> Config:
     """The config of the folder beside the run's that holds a control's rows, or a history."""
     settings: dict[str, object] = {"name": f"{config.name}-{rows}"} if rows else {}
     if rows in (*DRIFTS, MIXED):
-        settings |= {"distillation.history.drift": DRIFTS[0] if rows == MIXED else rows, "vm.arms": [*config.vm.arms, "labels+history"]}
+        settings |= {"distillation.history.embedding_space": DRIFTS[0] if rows == MIXED else rows, "vm.arms": [*config.vm.arms, "labels+history"]}
     return with_settings(config, settings)
 
 

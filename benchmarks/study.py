@@ -1,6 +1,6 @@
 """python -m benchmarks.study [--data DIR] [--quick]: which part of the distillation helps, and which does not.
 
-On the embedded stream (configs/demo.yaml) and on KuaiRand (configs/kuairand.yaml, DIR/kuairand_pure; tabs 2, 4 and 6), one stream each,
+On the synthetic stream (configs/demo.yaml) and on KuaiRand (configs/kuairand.yaml, DIR/kuairand_pure; tabs 2, 4 and 6), one stream each,
 everything else drawn anew with each of 5 seeds:
 - the arms as configured; a neutral auxiliary head (w, alpha and beta 1, linear) and each of its knobs alone;
 - controls: a teacher whose predictions are permuted within a window, one that says the mean label of the windows before, the student's
@@ -57,9 +57,9 @@ class Dataset(NamedTuple):
     overrides: tuple[str, ...] = ()
 
 
-EMBEDDED = Dataset("Embedded stream", "demo", (4, 11))
+EMBEDDED = Dataset("Synthetic stream", "demo", (4, 11))
 KUAIRAND = Dataset("KuaiRand-Pure, is_click", "kuairand", (7, 11), ("tab2", "tab4", "tab6"))
-SHORT = Dataset("Embedded stream, short", "demo", (3, 5), (), ("data.embedded.windows=6", "data.embedded.events_per_window=8000"))
+SHORT = Dataset("Synthetic stream, short", "demo", (3, 5), (), ("data.synthetic.windows=6", "data.synthetic.events_per_window=8000"))
 
 
 def configured(dataset: Dataset, folder: str, data: Path) -> Config:
@@ -128,7 +128,7 @@ def fm_flops(config: Config) -> dict[str, int]:
 
 def main() -> None:
     options = arguments("study", SAYS)
-    datasets = {"embedded": SHORT if options.quick else EMBEDDED}
+    datasets = {"synthetic": SHORT if options.quick else EMBEDDED}
     if options.quick or not (options.data / "kuairand_pure").is_dir():
         print(f"KuaiRand is left out: {'--quick' if options.quick else f'{options.data} holds no kuairand_pure'}")
     else:

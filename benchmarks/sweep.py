@@ -1,6 +1,6 @@
 """python -m benchmarks.sweep [--quick]: what a sweep costs beside its trials, and what trials cost that learn together.
 
-On the embedded stream (configs/tune_demo.yaml with larger windows), one torch thread a process:
+On the synthetic stream (configs/tune_demo.yaml with larger windows), one torch thread a process:
 1. 32 trials of one student (16 of labels, 16 of ah_sa, early stopping off), two side by side: seconds from the first trial asked for
    until the last is written down, against the sum of the trials' own seconds divided by two. FM, DAS, Ray's start and the students'
    rows lie before it, the judgement behind it. Once more with 4 trials in a process.
@@ -45,8 +45,8 @@ SLOTS = 2
 
 def config(folder: str, quick: bool) -> Config:
     """The demo's sweep: one student, larger windows."""
-    sizes = [f"data.embedded.events_per_window={8000 if quick else 48_000}", f"tune.trials={4 if quick else 16}"]
-    choice = ["tune.arms=[labels, ah_sa]", "tune.students=[feed]", "tune.early_stopping=none", f"tune.concurrent={SLOTS}", "vm.threads=1"]
+    sizes = [f"data.synthetic.events_per_window={8000 if quick else 48_000}", f"tune.trials={4 if quick else 16}"]
+    choice = ["tune.arms=[labels, ah_sa]", "tune.students=[feed]", "tune.early_stopping=none", f"tune.max_concurrent={SLOTS}", "vm.threads=1"]
     return load_config(ROOT / "configs" / "tune_demo.yaml", [f"run.dir={folder}", "wandb.mode=disabled", *sizes, *choice])
 
 

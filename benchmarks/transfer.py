@@ -1,6 +1,6 @@
 """python -m benchmarks.transfer [--data DIR] [--quick]: what distillation brings, over three seeds.
 
-Runs `run.py pipeline` with configs/demo.yaml (embedded stream) and configs/kuairand.yaml (DIR/kuairand_pure) for the seeds
+Runs `run.py pipeline` with configs/demo.yaml (synthetic stream) and configs/kuairand.yaml (DIR/kuairand_pure) for the seeds
 0, 1 and 2: one stream, everything else drawn anew. Figures are NE, NE gain over the labels arm, transfer ratio and
 calibration, mean and standard deviation over seeds. KuaiRand's settings were chosen on windows 3 to 6; its figures are
 given for all windows after the warm-up and for windows 7 to 11, which no choice has seen.
@@ -25,7 +25,7 @@ from exfm_ray.metrics.state import entropy
 from exfm_ray.storage.atomic import read_json
 from exfm_ray.tracking.recorder import read_metrics
 
-SAYS = "Runs the pipeline on the embedded stream and on KuaiRand for three seeds: about 12 minutes on two cores (--quick: one seed, 4)."
+SAYS = "Runs the pipeline on the synthetic stream and on KuaiRand for three seeds: about 12 minutes on two cores (--quick: one seed, 4)."
 ROOT = Path(__file__).parents[1]
 UNSEEN_FROM = 7
 Rows = list[dict[str, Any]]
@@ -99,7 +99,7 @@ def table(title: str, told: dict[str, Any]) -> None:
 
 
 def closed(runs: list[Path]) -> dict[str, Any]:
-    """On the embedded stream: best possible NE, FM's and VMs' NE on the same examples, mean over seeds."""
+    """On the synthetic stream: best possible NE, FM's and VMs' NE on the same examples, mean over seeds."""
     told: dict[str, list[float]] = defaultdict(list)
     for folder in runs:
         rows = read_json(folder / "summary.json")["figures"]
@@ -117,11 +117,11 @@ def main() -> None:
     seeds = [0] if options.quick else [0, 1, 2]
     with tempfile.TemporaryDirectory() as folder:
         embedded = [run("demo", seed, folder, options.data) for seed in seeds]
-        told = {"embedded": figures(embedded, 2)}
-        table("Embedded stream, windows 2 to 11", told["embedded"])
+        told = {"synthetic": figures(embedded, 2)}
+        table("Synthetic stream, windows 2 to 11", told["synthetic"])
         best = closed(embedded)
-        bars = {f"embedded_{m}_fm_closer_to_best_than_labels": bar(best[f"{m}/labels"] - best[f"{m}/fm"], 0.0) for m in told["embedded"]}
-        bars |= {f"embedded_{m}_ah_sa_ne_gain": bar(told["embedded"][m]["ah_sa"]["ne_gain"]["mean"], 0.0) for m in told["embedded"]}
+        bars = {f"synthetic_{m}_fm_closer_to_best_than_labels": bar(best[f"{m}/labels"] - best[f"{m}/fm"], 0.0) for m in told["synthetic"]}
+        bars |= {f"synthetic_{m}_ah_sa_ne_gain": bar(told["synthetic"][m]["ah_sa"]["ne_gain"]["mean"], 0.0) for m in told["synthetic"]}
         if (options.data / "kuairand_pure").is_dir():
             runs = [run("kuairand", seed, folder, options.data.absolute()) for seed in seeds]
             told |= {"kuairand": figures(runs, 3), "kuairand_unseen": figures(runs, UNSEEN_FROM)}
@@ -133,7 +133,7 @@ def main() -> None:
                 bars[f"kuairand_{model}_fm_ne_gain"] = bar(arms["labels"]["fm_ne_gain"]["mean"], 0.01)
                 bars[f"kuairand_{model}_{winner}_ne_gain"] = bar(arms[winner]["ne_gain"]["mean"], 0.0)
                 bars[f"kuairand_{model}_{winner}_calibration_error"] = bar(abs(arms[winner]["calibration"]["mean"] - 1), 0.1, at_least=False)
-        report("transfer", told | {"embedded_ne": best}, bars)
+        report("transfer", told | {"synthetic_ne": best}, bars)
 
 
 if __name__ == "__main__":

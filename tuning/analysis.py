@@ -125,12 +125,12 @@ def analyse(
             text = dump_config(best_config(config, student, chosen, best.settings))
             comment = (
                 f"# Student {student.name}: the best distilled arm ({chosen}) of sweep {config.name}, trial {best.number}, chosen on windows\n"
-                f"# {tune.score_windows[0]} to {tune.score_windows[1]}. The labels arm beside it has the same optimizer settings, not its own best.\n"
+                f"# {tune.validation_windows[0]} to {tune.validation_windows[1]}. The labels arm beside it has the same optimizer settings, not its own best.\n"
             )
             write_text(folder / "best" / f"{student.name}.yaml", comment + text)
     states = [trial.state for trial in trials]
     summary = {
-        "name": config.name, "score_windows": list(tune.score_windows), "judge_windows": list(tune.judge_windows),
+        "name": config.name, "score_windows": list(tune.validation_windows), "judge_windows": list(tune.holdout_windows),
         "seeds": list(range(config.seed, config.seed + tune.judge_seeds)),
         "trials": {state: states.count(state) for state in ("complete", "stopped", "failed")},
         "trial_seconds": sum(trial.seconds for trial in trials), "students": told,
@@ -142,7 +142,7 @@ def analyse(
 def _student(
     config: Config, tune: TuneConfig, student: StudentConfig, trials: Sequence[Trial], judged: Sequence[HoldoutResult]
 ) -> dict[str, Any]:
-    fm = fm_ne(config, student, tune.judge_windows)
+    fm = fm_ne(config, student, tune.holdout_windows)
     baseline = {one.seed: one.ne for one in judged if (one.arm, one.variant) == ("labels", "tuned") and one.ne is not None}
     arms: dict[str, Any] = {}
     for arm in tune.arms:

@@ -50,7 +50,7 @@ def best_trial(trials: Sequence[Trial], search: Search) -> Trial | None:
 def judge(
     config: Config, sweep: TuneConfig, students: Sequence[StudentConfig], rows: Mapping[str, Any], trials: Sequence[Trial], path: Path
 ) -> list[HoldoutResult]:
-    """Train what `path` does not hold yet, the seeds together and `sweep.concurrent` processes side by side; all results.
+    """Train what `path` does not hold yet, the seeds together and `sweep.max_concurrent` processes side by side; all results.
 
     Needs a Ray session.
     """
@@ -66,11 +66,11 @@ def judge(
     by_name = {student.name: student for student in students}
     train = ray.remote(num_cpus=1, label_selector=config.placement.vm)(_train)
     running: list[Any] = []
-    for number in range(len(missing) + sweep.concurrent):
+    for number in range(len(missing) + sweep.max_concurrent):
         if number < len(missing):
             student_name = missing[number][0].student
             running.append(train.remote(config, by_name[student_name], missing[number], rows[student_name]))
-        if running and (len(running) >= sweep.concurrent or number >= len(missing)):
+        if running and (len(running) >= sweep.max_concurrent or number >= len(missing)):
             (ended,), running = ray.wait(running, num_returns=1)
             results: list[HoldoutResult] = ray.get(ended)
             known |= {one.identity: one for one in results}
@@ -92,7 +92,7 @@ def _but_seed(one: HoldoutResult) -> tuple[str, str, str]:
 def _train(config: Config, student: StudentConfig, seeds: Sequence[HoldoutResult], rows: Any) -> list[HoldoutResult]:
     """`seeds`, which learn together, with their figures. What goes wrong in a training is a result too."""
     assert config.tune is not None
-    first, last = config.tune.judge_windows
+    first, last = config.tune.holdout_windows
     try:
         jobs = [trial_job(config, student, one.arm, one.settings, first, one.seed) for one in seeds]
         *_, outcomes = learn(jobs, rows, range(last + 1))

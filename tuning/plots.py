@@ -29,7 +29,7 @@ RING: Part = {
 
 def write_plots(tune: TuneConfig, trials: Sequence[Trial], summary: Mapping[str, Any], path: Path) -> None:
     """Write the page. `summary`: what `tuning.analysis.analyse` has returned."""
-    (a, b), (c, d) = tune.score_windows, tune.judge_windows
+    (a, b), (c, d) = tune.validation_windows, tune.holdout_windows
     title = f"{summary['name']}: trials scored on windows {a} to {b}, judged on windows {c} to {d}"
     students = "".join(_student(tune, number, name, trials, told) for number, (name, told) in enumerate(summary["students"].items()))
     write_page(path, title, f"<p>{LEGEND}</p>{students}")

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from exfm_ray.config.tune import Distribution, Settings
+from exfm_ray.config.tune import RENAMED, Distribution, Settings
 from exfm_ray.errors import UserError
 from exfm_ray.storage.atomic import atomic_path
 from tuning.space import decoded, encoded
@@ -88,7 +88,9 @@ def read_trials(path: Path, space: Mapping[str, Distribution]) -> list[Trial]:
     if not path.exists():
         return []
     try:
-        rows: Sequence[dict[str, Any]] = pq.read_table(path, partitioning=None).to_pylist()
+        table = pq.read_table(path, partitioning=None)
+        table = table.rename_columns([RENAMED.get(name, name) for name in table.column_names])
+        rows: Sequence[dict[str, Any]] = table.to_pylist()
         return [Trial.from_row(row, space) for row in rows]
     except (pa.ArrowInvalid, KeyError, ValueError) as error:
         raise UserError(f"{path}: not the trials of this sweep ({error}); remove the file, and the sweep begins anew") from None

@@ -40,7 +40,7 @@ class MultiSearch(Searcher):  # type: ignore[misc]  # ray has no types
         done = {(trial.search, trial.number) for trial in finished}
         self._spaces = spaces
         self._waiting = _blocks(tune, {s: [n for n in range(tune.trials) if (s, n) not in done] for s in spaces})
-        self._rounds = tune.score_windows[1] - tune.score_windows[0] + 1
+        self._rounds = tune.validation_windows[1] - tune.validation_windows[0] + 1
         self._search_of: dict[str, OptunaSearch] = {}
         self._searches: dict[Search, OptunaSearch] = {}
         self._studies: dict[Search, optuna.Study] = {}
@@ -106,8 +106,8 @@ def member_id(trial_id: str, position: int) -> str:
 
 def _blocks(tune: TuneConfig, missing: Mapping[Search, Sequence[int]]) -> deque[tuple[Search, Sequence[int]]]:
     """The missing trials as blocks of `together` numbers, the searches in turn."""
-    starts = range(0, tune.trials, tune.together)
-    return deque((s, numbers[start : start + tune.together]) for start in starts for s, numbers in missing.items() if start < len(numbers))
+    starts = range(0, tune.trials, tune.trials_per_process)
+    return deque((s, numbers[start : start + tune.trials_per_process]) for start in starts for s, numbers in missing.items() if start < len(numbers))
 
 
 def _entries(trial_id: str, result: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -138,7 +138,7 @@ class PerSearchASHA(FIFOScheduler):  # type: ignore[misc]
 
     def __init__(self, tune: TuneConfig, searches: Iterable[Search], finished: Sequence[Trial]) -> None:
         super().__init__()
-        rounds = tune.score_windows[1] - tune.score_windows[0] + 1
+        rounds = tune.validation_windows[1] - tune.validation_windows[0] + 1
         self._of = {s: ASHAScheduler(metric=SCORE, mode="min", max_t=rounds, grace_period=1, reduction_factor=REDUCTION) for s in searches}
         for trial in finished:
             earlier = SimpleNamespace(trial_id=f"earlier_{trial.search}_{trial.number}")

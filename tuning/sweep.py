@@ -56,7 +56,7 @@ def tune(config: Config) -> None:
         run.execute(fm=True, das=True, vm=False)
         run.summarise()
         students = [s for s in config.vm.models if not sweep.students or s.name in sweep.students]
-        rows = {s.name: ray.put(StudentRows.read_from(config, s, range(sweep.judge_windows[1] + 1))) for s in students}
+        rows = {s.name: ray.put(StudentRows.read_from(config, s, range(sweep.holdout_windows[1] + 1))) for s in students}
         trials = search(config, sweep, students, rows, runs)
         judged = judge(config, sweep, students, rows, trials, config.folder / FOLDER / "judged.json")
     summary = analyse(config, sweep, students, trials, judged, config.folder / FOLDER)
@@ -78,8 +78,8 @@ def checked(config: Config) -> SweepConfig:
 def check_windows(sweep: SweepConfig, stream: EventStream) -> None:
     """UserError where the stream does not have the windows of the sweep. Windows count from 0 without a gap."""
     last = stream.windows()[-1]
-    if sweep.judge_windows[1] > last:
-        raise UserError(f"setting 'tune.judge_windows' is {list(sweep.judge_windows)}: the stream has windows 0 to {last}")
+    if sweep.holdout_windows[1] > last:
+        raise UserError(f"setting 'tune.holdout_windows' is {list(sweep.holdout_windows)}: the stream has windows 0 to {last}")
 
 
 def search(config: Config, sweep: SweepConfig, students: Sequence[StudentConfig], rows: Mapping[str, Any], runs: TrialRuns) -> list[Trial]:
@@ -98,7 +98,7 @@ def search(config: Config, sweep: SweepConfig, students: Sequence[StudentConfig]
         ray_tune.with_resources(trainable, PlacementGroupFactory([{"CPU": 1}], bundle_label_selector=[config.placement.vm])),
         tune_config=TuneConfig(
             search_alg=searcher, scheduler=PerSearchASHA(sweep, spaces, recorder.trials) if sweep.early_stopping == "asha" else None,
-            num_samples=searcher.left, max_concurrent_trials=sweep.concurrent, reuse_actors=True,
+            num_samples=searcher.left, max_concurrent_trials=sweep.max_concurrent, reuse_actors=True,
         ),
         run_config=RunConfig(
             name=time.strftime("%Y%m%d-%H%M%S"), storage_path=str(config.folder / "logs" / "ray_tune"), callbacks=[recorder, JsonLoggerCallback()],
@@ -150,7 +150,7 @@ class TrialRecorder(Callback):  # type: ignore[misc]  # ray has no types
         done = [entry for entry in entries if FAILED not in entry]
         error = error or (entries[-1].get(FAILED) if entries else "nothing was reported")
         curve = tuple(Figures(*(entry[field] for field in Figures._fields)) for entry in done)
-        state: State = "failed" if error else "complete" if curve[-1].window == self._sweep.score_windows[1] else "stopped"
+        state: State = "failed" if error else "complete" if curve[-1].window == self._sweep.validation_windows[1] else "stopped"
         return Trial(
             search=Search(asked["student"], asked["arm"]), number=member["number"], settings=as_settings((done[-1] if done else member)["settings"]),
             state=state, score=None if error else score(curve[-1], self._sweep.calibration), curve=curve, seconds=seconds, error=error,

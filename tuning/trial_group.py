@@ -40,7 +40,7 @@ def train_members(asked: Mapping[str, Any], config: Config, student: StudentConf
     """Train the members of a block, each with all seeds; yields after each score window, and when all have failed, their entries."""
     tune = config.tune
     assert tune is not None
-    first, last = tune.score_windows
+    first, last = tune.validation_windows
     members = [as_settings(member["settings"]) for member in asked["members"]]
     seeds = range(config.seed, config.seed + tune.seeds)
     jobs = [trial_job(config, student, asked["arm"], settings, first, seed) for settings in members for seed in seeds]

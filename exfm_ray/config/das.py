@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -13,16 +14,25 @@ from exfm_ray.config.data import AbsolutePath
 class DASConfig(FrozenModel):
     """The Data Augmentation System: a pool of actors that write the FM's predictions into the training data."""
 
+    old_names: ClassVar[Mapping[str, str]] = {
+        "every": "snapshot_stride",
+        "pinned": "pinned_version",
+        "rollover": "max_concurrent_reloads",
+        "shards": "table_shards",
+        "tries": "max_attempts",
+        "ahead": "max_windows_ahead",
+    }
+
     min_actors: int = Field(1, ge=1)
     max_actors: int = Field(1, ge=1)
     fm_lag: int = Field(1, ge=1, description="window t is scored by the snapshot that has learned windows <= t - fm_lag")
-    every: int = Field(1, ge=1, description="only every so many snapshots are scored with: versions 1, 1 + every, 1 + 2 every ...")
-    pinned: int | None = Field(None, ge=1, description="score every window that may be with this version; earlier windows have no teacher")
+    snapshot_stride: int = Field(1, ge=1, description="only every so many snapshots are scored with: versions 1, 1 + every, 1 + 2 every ...")
+    pinned_version: int | None = Field(None, ge=1, description="score every window that may be with this version; earlier windows have no teacher")
     keep_snapshots: bool = Field(False, description="snapshots that no window of this run needs any more stay, for other runs to score with")
-    rollover: int = Field(1, ge=1, description="how many actors may be loading a next snapshot at once, while the others score")
-    shards: int = Field(1, ge=1, description="the teacher's tables are cut over so many processes for each actor; 1: the actor holds them")
-    tries: int = Field(3, ge=1, description="after so many failures a fragment is parked and its window left out, until the DAS is asked again")
-    ahead: int | None = Field(None, ge=1, description="most windows supervised ahead of the slowest vertical model; None: no bound")
+    max_concurrent_reloads: int = Field(1, ge=1, description="how many actors may be loading a next snapshot at once, while the others score")
+    table_shards: int = Field(1, ge=1, description="the teacher's tables are cut over so many processes for each actor; 1: the actor holds them")
+    max_attempts: int = Field(3, ge=1, description="after so many failures a fragment is parked and its window left out, until the DAS is asked again")
+    max_windows_ahead: int | None = Field(None, ge=1, description="most windows supervised ahead of the slowest vertical model; None: no bound")
     batch_size: int = Field(512, ge=1, description="on a CPU small: larger temporaries cost more in page faults than they save")
     threads: int = Field(0, ge=0)
 
@@ -30,8 +40,8 @@ class DASConfig(FrozenModel):
     def _bounds(self) -> Self:
         if self.max_actors < self.min_actors:
             raise ValueError(f"das.max_actors is {self.max_actors}, below das.min_actors = {self.min_actors}")
-        if self.pinned and self.every > 1:
-            raise ValueError(f"das.pinned is {self.pinned} and das.every is {self.every}: set one of them")
+        if self.pinned_version and self.snapshot_stride > 1:
+            raise ValueError(f"das.pinned_version is {self.pinned_version} and das.snapshot_stride is {self.snapshot_stride}: set one of them")
         return self
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from exfm_ray.base import FrozenModel, Name, RelativePattern
 from exfm_ray.errors import UserError
@@ -33,8 +34,8 @@ class WindowConfig(FrozenModel):
     empty: Literal["error", "keep"] = Field("error", description="a window without any event (by: time): refuse it, or keep it as an empty window")
 
 
-class EmbeddedConfig(FrozenModel):
-    """The embedded stream: a generator of ad events whose true click probability is known."""
+class SyntheticConfig(FrozenModel):
+    """The synthetic stream: a generator of ad events whose true click probability is known."""
 
     seed: int = 0
     windows: int = Field(12, ge=1)
@@ -85,10 +86,17 @@ class FollowConfig(FrozenModel):
     poll_s: float = Field(5.0, gt=0, description="seconds between two looks at what has come")
 
 
+def _current_source(source: object) -> object:
+    """`embedded` is the former name of the synthetic stream."""
+    return "synthetic" if source == "embedded" else source
+
+
 class DataConfig(FrozenModel):
     """The raw data set and how it becomes a stream."""
 
-    source: Literal["embedded", "kuairand", "movielens", "frappe", "criteo", "avazu", "table", "kafka"] = "embedded"
+    old_names: ClassVar[Mapping[str, str]] = {"embedded": "synthetic"}
+
+    source: Annotated[Literal["synthetic", "kuairand", "movielens", "frappe", "criteo", "avazu", "table", "kafka"], BeforeValidator(_current_source)] = "synthetic"
     root: AbsolutePath = Field(Path(), validate_default=True, description="folder of the raw data set")
     schema_file: AbsolutePath | None = Field(None, description="schema of a `table` or `kafka` source (see docs/data.md)")
     window: WindowConfig = WindowConfig()
@@ -105,7 +113,7 @@ class DataConfig(FrozenModel):
         "count", description="labels that come after their window's release: only counted, or learnt as positives with a later window"
     )
     follow: FollowConfig | None = Field(None, description="take files of a `table` source, or messages from kafka, as they come")
-    embedded: EmbeddedConfig = EmbeddedConfig()
+    synthetic: SyntheticConfig = SyntheticConfig()
 
     @property
     def delayed(self) -> dict[str, int]:

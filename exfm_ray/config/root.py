@@ -72,7 +72,7 @@ class Config(FrozenModel):
     @model_validator(mode="after")
     def _teachers(self) -> Self:
         names = [self.fm.name, *(teacher.name for teacher in self.teachers)]
-        publishing = {student.name: student for student in self.vm.models if student.publishes}
+        publishing = {student.name: student for student in self.vm.models if student.published_arm}
         for teacher in self.teachers:
             if names.count(teacher.name) > 1:
                 raise ValueError(f"two teachers are named '{teacher.name}' (the FM is '{self.fm.name}')")
@@ -81,14 +81,14 @@ class Config(FrozenModel):
         for student in self.vm.models:
             if student.teacher and student.teacher not in names:
                 raise ValueError(f"vertical model '{student.name}': teacher '{student.teacher}' is none of {', '.join(names)}.")
-            if student.publishes and student.publishes not in self.vm.arms:
-                raise ValueError(f"vertical model '{student.name}' publishes arm '{student.publishes}', which is none of vm.arms")
-            if student.publishes and student.publishes.uses_history:
+            if student.published_arm and student.published_arm not in self.vm.arms:
+                raise ValueError(f"vertical model '{student.name}' publishes arm '{student.published_arm}', which is none of vm.arms")
+            if student.published_arm and student.published_arm.uses_history:
                 raise ValueError(
-                    f"vertical model '{student.name}' publishes arm '{student.publishes}', whose predictions need each user's history, which the "
+                    f"vertical model '{student.name}' publishes arm '{student.published_arm}', whose predictions need each user's history, which the "
                     "DAS does not look up when it scores; let it publish an arm without +history"
                 )
-            if student.publishes and student.name == self.fm.name:
+            if student.published_arm and student.name == self.fm.name:
                 raise ValueError(f"vertical model '{student.name}' publishes under the FM's name; rename one of them")
             seen, above = [student.name], student.teacher
             while above in publishing and not any(t.name == above and t.run for t in self.teachers):

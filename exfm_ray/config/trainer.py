@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -30,6 +31,8 @@ EXECUTION_SETTINGS = {"workers", "min_workers", "zero_stage", "sharding", "threa
 class TrainerConfig(FrozenModel):
     """What FM and VM training have in common."""
 
+    old_names: ClassVar[Mapping[str, str]] = {"reset_unused": "evict_after_windows"}
+
     optimizer: OptimizerConfig = OptimizerConfig()
     batch_size: int = Field(1024, ge=1, description="global: the workers divide each batch among them")
     workers: int = Field(1, ge=1)
@@ -46,7 +49,7 @@ class TrainerConfig(FrozenModel):
     zero_stage: int = Field(0, ge=0, le=3)
     sharding: Literal["row_wise", "table_wise"] = "row_wise"
     threads: int = Field(0, ge=0, description="torch threads of a CPU worker; 0 leaves torch's own choice")
-    reset_unused: int | None = Field(
+    evict_after_windows: int | None = Field(
         None, ge=1, description="rows that no example of the last so many windows used are reset, with their optimizer state"
     )
 
@@ -94,23 +97,27 @@ def _distinct(tasks: tuple[str, ...]) -> tuple[str, ...]:
 class StudentConfig(FrozenModel):
     """One vertical model: its domain, its task or list of tasks, its network (`vm.model` where it names none)."""
 
+    old_names: ClassVar[Mapping[str, str]] = {"publishes": "published_arm"}
+
     model_config = ConfigDict(serialize_by_alias=True)
 
     name: Name
     domain: Name
     teacher: Name | None = Field(None, description="the teacher whose supervision it learns from: one of `teachers`; None: the FM")
-    publishes: Arm | None = Field(None, description="its model of this arm publishes a snapshot after each window and so can be a teacher itself")
+    published_arm: Arm | None = Field(None, description="its model of this arm publishes a snapshot after each window and so can be a teacher itself")
     tasks: Annotated[tuple[Name, ...], BeforeValidator(_listed), AfterValidator(_distinct)] = Field(alias="task")
     model: ModelConfig | None = None
 
 
 class VMConfig(TrainerConfig):
-    """The vertical models. With `share_pass` all of them learn in one worker group from one pass of the data."""
+    """The vertical models. With `shared_pass` all of them learn in one worker group from one pass of the data."""
+
+    old_names: ClassVar[Mapping[str, str]] = {**TrainerConfig.old_names, "share_pass": "shared_pass"}
 
     models: tuple[StudentConfig, ...] = ()
     model: ModelConfig = MLPConfig()
     arms: tuple[Arm, ...] = Field(ALL_OBJECTIVES, min_length=1)
-    share_pass: bool = True
+    shared_pass: bool = True
 
     @model_validator(mode="after")
     def _names(self) -> Self:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from exfm_ray.base import FrozenModel, Name
 from exfm_ray.config.arms import ALL_OBJECTIVES, LABELS, Arm, Objective
+from exfm_ray.config.distillation import DistillationConfig
 
 Value = bool | int | float | str | tuple[int, ...] | tuple[str, ...]
 Settings = dict[str, Value]
@@ -45,6 +46,21 @@ STACKABLE = frozenset(
 )  # fmt: skip
 """Settings in which trials that learn together may differ. All others are structure: equal within a block."""
 
+RENAMED: Mapping[str, str] = {
+    f"distillation.{section}.{old}": f"distillation.{section}.{new}"
+    for section, field in DistillationConfig.model_fields.items()
+    for old, new in getattr(field.annotation, "old_names", {}).items()
+}
+"""Former name of a searchable setting -> its name."""
+
+
+def current_names(settings: object) -> object:
+    """A mapping over dotted settings, each under the name that it has now."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {RENAMED.get(setting, setting): value for setting, value in settings.items()}
+
+
 POPULATION = 4
 """Fewest members of a population: a quarter of them is replaced."""
 
@@ -57,7 +73,7 @@ class Distribution(FrozenModel):
     log: bool = Field(False, description="draw the logarithm evenly")
     integer: bool = False
     choice: tuple[Value, ...] = ()
-    when: dict[str, Value] = Field({}, description="asked only where these settings of the space, named before it, have these values")
+    when: Annotated[dict[str, Value], BeforeValidator(current_names)] = Field({}, description="asked only where these settings of the space, named before it, have these values")
     arms: tuple[Arm, ...] = Field((), description="arms that search it; empty: those on which the setting bears")
 
     @model_validator(mode="after")
@@ -114,10 +130,10 @@ def default_space() -> dict[str, Distribution]:
         "distillation.sa.mlp": Distribution(choice=((), (16,), (32, 16))),
         "distillation.sa.lr": Distribution(low=1e-4, high=3e-2, log=True),
         "distillation.sa.input": Distribution(choice=("probability", "logit")),
-        "distillation.sa.own_head": Distribution(choice=(False, True)),
+        "distillation.sa.separate_head": Distribution(choice=(False, True)),
         "distillation.share.mode": Distribution(choice=("replace", "average", "unseen")),
         "distillation.share.weight": Distribution(low=0.1, high=0.9, when={"distillation.share.mode": "average"}),
-        "distillation.share.unseen_below": Distribution(low=1, high=10, integer=True, when={"distillation.share.mode": "unseen"}),
+        "distillation.share.min_uses": Distribution(low=1, high=10, integer=True, when={"distillation.share.mode": "unseen"}),
         "distillation.share.optimizer": Distribution(choice=("keep", "reset", "teacher")),
         "distillation.share.table_lr": Distribution(low=0.001, high=0.1, log=True),
     }
@@ -126,28 +142,35 @@ def default_space() -> dict[str, Distribution]:
 class TuneConfig(FrozenModel):
     """A sweep: `trials` settings for each student and arm, scored on earlier windows, judged on later ones that no choice has seen."""
 
+    old_names: ClassVar[Mapping[str, str]] = {
+        "together": "trials_per_process",
+        "concurrent": "max_concurrent",
+        "score_windows": "validation_windows",
+        "judge_windows": "holdout_windows",
+    }
+
     students: tuple[Name, ...] = Field((), description="names of vm.models; empty: all of them")
     arms: tuple[Arm, ...] = ALL_OBJECTIVES
     trials: int = Field(32, ge=1, description="for each student and arm; the first one is the config as it stands")
-    together: int = Field(1, ge=1, description="so many trials of one student and arm learn in one process, on the same batches")
+    trials_per_process: int = Field(1, ge=1, description="so many trials of one student and arm learn in one process, on the same batches")
     seeds: int = Field(1, ge=1, description="trainings of a trial, with seed, seed + 1, ...; its figures are their means")
     search: Literal["tpe", "random", "pbt"] = "tpe"
     early_stopping: Literal["asha", "none"] = "asha"
-    score_windows: tuple[int, int] = Field(description="first and last window whose NE scores a trial")
-    judge_windows: tuple[int, int] = Field(description="first and last window on which the best ones are judged")
+    validation_windows: tuple[int, int] = Field(description="first and last window whose NE scores a trial")
+    holdout_windows: tuple[int, int] = Field(description="first and last window on which the best ones are judged")
     judge_seeds: int = Field(3, ge=1)
     calibration: tuple[float, float] = Field((0.95, 1.05), description="a trial outside ranks behind all that are within")
-    concurrent: int = Field(2, ge=1, description="processes side by side, a logical CPU each")
-    space: dict[str, Distribution] = Field({}, description="setting -> distribution; empty: a space of sensible ranges")
+    max_concurrent: int = Field(2, ge=1, description="processes side by side, a logical CPU each")
+    space: Annotated[dict[str, Distribution], BeforeValidator(current_names)] = Field({}, description="setting -> distribution; empty: a space of sensible ranges")
 
     @model_validator(mode="after")
     def _windows(self) -> Self:
-        for setting, (first, last) in (("score_windows", self.score_windows), ("judge_windows", self.judge_windows)):
+        for setting, (first, last) in (("validation_windows", self.validation_windows), ("holdout_windows", self.holdout_windows)):
             if not 0 <= first <= last:
                 raise ValueError(f"tune.{setting} is [{first}, {last}]: give the first and the last window, in this order")
-        if self.judge_windows[0] <= self.score_windows[1]:
+        if self.holdout_windows[0] <= self.validation_windows[1]:
             raise ValueError(
-                f"tune.judge_windows begin at {self.judge_windows[0]}, tune.score_windows end at {self.score_windows[1]}: "
+                f"tune.holdout_windows begin at {self.holdout_windows[0]}, tune.validation_windows end at {self.validation_windows[1]}: "
                 "what judges must lie after what chose; begin later"
             )
         if not 0 <= self.calibration[0] < 1 < self.calibration[1]:
@@ -174,21 +197,21 @@ class TuneConfig(FrozenModel):
                     raise ValueError(f"tune.space '{setting}': when names '{other}', which is a range; only a choice can be a condition")
                 if value not in before[other].choice:
                     raise ValueError(f"tune.space '{setting}': when asks for {other} = {as_text(value)}, which is none of its choices")
-                if self.together > 1 and other in STACKABLE and setting not in STACKABLE:
+                if self.trials_per_process > 1 and other in STACKABLE and setting not in STACKABLE:
                     raise ValueError(
                         f"tune.space '{setting}': when names '{other}', in which trials of one process differ, but '{setting}' must be equal "
-                        "within it; set tune.together to 1"
+                        "within it; set tune.trials_per_process to 1"
                     )
             before[setting] = distribution
         return self
 
     @model_validator(mode="after")
     def _differ(self) -> Self:
-        for arm in self.arms if self.together > 1 else ():
+        for arm in self.arms if self.trials_per_process > 1 else ():
             space = self.space_of(arm)
             if space and not STACKABLE & set(space):
                 raise ValueError(
-                    f"tune.together is {self.together}: trials of arm {arm} would be alike within a process, for of what it searches "
+                    f"tune.trials_per_process is {self.trials_per_process}: trials of arm {arm} would be alike within a process, for of what it searches "
                     f"({', '.join(space)}) nothing may differ there; set it to 1, or search {', '.join(sorted(STACKABLE))}"
                 )
         return self
@@ -197,16 +220,16 @@ class TuneConfig(FrozenModel):
     def _population(self) -> Self:
         if self.search != "pbt":
             return self
-        if self.together < POPULATION:
-            raise ValueError(f"tune.together is {self.together}: search pbt makes it the size of a population; give at least {POPULATION}")
-        if self.trials % self.together:
-            raise ValueError(f"tune.trials is {self.trials}: search pbt trains whole populations; give a multiple of tune.together = {self.together}")
+        if self.trials_per_process < POPULATION:
+            raise ValueError(f"tune.trials_per_process is {self.trials_per_process}: search pbt makes it the size of a population; give at least {POPULATION}")
+        if self.trials % self.trials_per_process:
+            raise ValueError(f"tune.trials is {self.trials}: search pbt trains whole populations; give a multiple of tune.trials_per_process = {self.trials_per_process}")
         if self.early_stopping != "none":
             raise ValueError(f"tune.early_stopping is {self.early_stopping}: search pbt replaces poor trials itself; set it to none")
         if self.seeds > 1:
             raise ValueError(f"tune.seeds is {self.seeds}: search pbt copies one training to another; set it to 1")
-        if self.score_windows[0] == self.score_windows[1]:
-            raise ValueError("tune.score_windows holds one window: search pbt replaces trials between two; give more windows")
+        if self.validation_windows[0] == self.validation_windows[1]:
+            raise ValueError("tune.validation_windows holds one window: search pbt replaces trials between two; give more windows")
         return self
 
     def space_of(self, arm: str) -> dict[str, Distribution]:

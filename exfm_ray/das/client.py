@@ -113,10 +113,10 @@ def label(order: LabelingSpec, windows: Sequence[int], progress: Callable[[int, 
 
 
 def out_of_reach(order: LabelingSpec, windows: Set[int], parked: Set[int]) -> set[int]:
-    """Of these windows those that will never be labelled: with das.ahead a window waits for readers, which learn none from a parked one on."""
-    if order.das.ahead is None or not order.readers or not parked:
+    """Of these windows those that will never be labelled: with das.max_windows_ahead a window waits for readers, which learn none from a parked one on."""
+    if order.das.max_windows_ahead is None or not order.readers or not parked:
         return set()
-    return {window for window in windows if window >= min(parked) + order.das.ahead}
+    return {window for window in windows if window >= min(parked) + order.das.max_windows_ahead}
 
 
 def failure_message(order: LabelingSpec, causes: dict[int, str]) -> str:

@@ -54,9 +54,9 @@ class Scheduler:
         self._order, self._wanted = order, wanted
         self._stream = EventStream.open(order.stream_root)
         das = order.das
-        self._queue = WorkQueue(order.failed_list, das.tries)
-        self._pool = Pool(lambda: ScorerActor.options(label_selector=order.labels).remote(order), das.min_actors, das.max_actors, das.rollover)
-        self._versions = SnapshotSelector(order.snapshots, order.policy, das.tries)
+        self._queue = WorkQueue(order.failed_list, das.max_attempts)
+        self._pool = Pool(lambda: ScorerActor.options(label_selector=order.labels).remote(order), das.min_actors, das.max_actors, das.max_concurrent_reloads)
+        self._versions = SnapshotSelector(order.snapshots, order.policy, das.max_attempts)
         self._committed: set[int] = set()
         self._rows: dict[int, int] = {}
         self._recent: deque[tuple[float, int]] = deque()
@@ -138,7 +138,7 @@ class Scheduler:
             if self._order.policy.version(window) is None or self._order.has(window):
                 self._committed.add(window)
             elif self._too_far_ahead(window):
-                self._held_back = f"window {window} is das.ahead = {self._order.das.ahead} windows ahead of the slowest reader"
+                self._held_back = f"window {window} is das.max_windows_ahead = {self._order.das.max_windows_ahead} windows ahead of the slowest reader"
                 return
             elif not self._open(window):
                 return
@@ -160,10 +160,10 @@ class Scheduler:
         return True
 
     def _too_far_ahead(self, window: int) -> bool:
-        if self._order.das.ahead is None or not self._order.readers:
+        if self._order.das.max_windows_ahead is None or not self._order.readers:
             return False
         before = sum(other < window for other in self._stream.windows())
-        return before >= min(windows_learnt(reader) for reader in self._order.readers) + self._order.das.ahead
+        return before >= min(windows_learnt(reader) for reader in self._order.readers) + self._order.das.max_windows_ahead
 
     def _give(self) -> None:
         refused: set[int] = set()

@@ -46,7 +46,7 @@ class Scorer:
         self._order = order
         if order.das.threads:
             torch.set_num_threads(order.das.threads)
-        self._holders = start_holders(order.snapshots, order.das.shards, order.labels) if order.das.shards > 1 else []
+        self._holders = start_holders(order.snapshots, order.das.table_shards, order.labels) if order.das.table_shards > 1 else []
         self._held: dict[int, tuple[Any, tuple[str, ...]]] = {}
         self._loading, self._computing = threading.Lock(), threading.Lock()
 

@@ -51,7 +51,7 @@ class LabelingSpec:
         return cls(
             stream_root=stores / "stream", snapshots=SnapshotStore.from_config(config, name),
             store=SupervisionStore(stores / "supervision", name), das=config.das, log=config.folder / "timeline.jsonl",
-            owns_snapshots=not config.das.keep_snapshots and elsewhere is None, readers=tuple(readers) if config.das.ahead else (),
+            owns_snapshots=not config.das.keep_snapshots and elsewhere is None, readers=tuple(readers) if config.das.max_windows_ahead else (),
             role=f"das-{name}" if teacher else "das", labels=config.placement.das, gifts=StudentData.from_config(config, name),
         )  # fmt: skip
 

@@ -60,9 +60,9 @@ class Student(nn.Module):
         self.network = network
         self.objective = objective
         self.beta = torch.tensor(config.ah.beta)  # no buffer: bf16 engines would round it
-        own_head = objective is Objective.AH_SA and config.sa.own_head
+        separate_head = objective is Objective.AH_SA and config.sa.separate_head
         self.auxiliary_head = _extra_head(network, config.ah.mlp, seed, 1) if objective in (Objective.AH, Objective.AH_SA) else None
-        self.adapter_head = _extra_head(network, config.ah.mlp, seed, 2) if own_head else None
+        self.adapter_head = _extra_head(network, config.ah.mlp, seed, 2) if separate_head else None
 
     def forward(self, embedded_BRE: Tensor, dense_BD: Tensor, beta: Tensor | None = None) -> Logits:
         """Embedded features (B, R, E) and dense ones (B, D) to the logits of all heads. `beta`: instead of the config's, no axes.

@@ -26,8 +26,8 @@ def prepare_stream(config: Config) -> EventStream:
         stream = prepare(config)
         check_models(config, stream.schema)
         return stream
-    embedded, done = config.data.embedded, 0
-    total = embedded.windows * embedded.events_per_window if config.data.source == "embedded" else config.data.max_rows
+    embedded, done = config.data.synthetic, 0
+    total = embedded.windows * embedded.events_per_window if config.data.source == "synthetic" else config.data.max_rows
     with ProgressView({"prepare": total}) as view:
 
         def progress(window: int, rows: int) -> None:

@@ -210,7 +210,7 @@ def plan_fm(config: Config, schema: Schema) -> MemoryPlan:
         activation_bytes=activation_bytes(network, layout, fm, len(schema.dense), share),
         lookup_bytes_W=lookup_bytes(shards, layout, fm, share),
         training_flops=training_flops(fm.model, layout.inputs(len(schema.dense))),
-        last_use_bytes=FLOAT_BYTES * sum(schema.tables.values()) if fm.reset_unused and fm.device == "cpu" else 0,
+        last_use_bytes=FLOAT_BYTES * sum(schema.tables.values()) if fm.evict_after_windows and fm.device == "cpu" else 0,
     )
 
 

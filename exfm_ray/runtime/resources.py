@@ -37,11 +37,11 @@ def _written(labels: Mapping[str, str]) -> str:
 def role_cpus(config: Config) -> dict[str, int]:
     """CPUs that each role of `placement` asks for."""
     teachers = {student.teacher or config.fm.name for student in config.vm.models}
-    jobs = max(1, len(teachers)) if config.vm.share_pass else len(config.vm.models)
+    jobs = max(1, len(teachers)) if config.vm.shared_pass else len(config.vm.models)
     das = config.das.max_actors * (1 + len(config.teachers))
     return {"fm": config.fm.workers, "vm": config.vm.workers * jobs, "das": das, "data": DATA_CPUS}
 
 
 def logical_cpus(config: Config) -> int:
     """CPUs that the roles, or a sweep's trials, ask for, and some for Ray Data."""
-    return max(sum(role_cpus(config).values()), (config.tune.concurrent if config.tune else 0) + DATA_CPUS)
+    return max(sum(role_cpus(config).values()), (config.tune.max_concurrent if config.tune else 0) + DATA_CPUS)

@@ -28,7 +28,7 @@ class SnapshotPolicy:
     @classmethod
     def from_config(cls, das: DASConfig) -> Self:
         """What the settings say."""
-        return cls(das.fm_lag, das.every, das.pinned)
+        return cls(das.fm_lag, das.snapshot_stride, das.pinned_version)
 
     @property
     def first(self) -> int:

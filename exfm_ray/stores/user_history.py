@@ -102,10 +102,10 @@ class HistoryStore:
     def state_before(self, window: int, schema: Schema) -> FeatureStore:
         """What was known before a window; UserError where it is not there, damaged, or not what it says: see `_checked`."""
         if window <= self.policy.first:
-            return FeatureStore.empty(self.settings.dim, self.settings.last)
+            return FeatureStore.empty(self.settings.dim, self.settings.last_k)
         manifest, path = self._checked(window - 1, schema), self.folder(window - 1) / "after.safetensors"
         try:
-            return _read_store(path, path.stat().st_mtime_ns, manifest.sha256, self.settings.dim, self.settings.last)
+            return _read_store(path, path.stat().st_mtime_ns, manifest.sha256, self.settings.dim, self.settings.last_k)
         except FileNotFoundError:
             raise _damaged(path) from None
 
@@ -127,7 +127,7 @@ class HistoryStore:
 
     def space_before(self, window: int) -> int | None:
         """Of an aligned history the version out of whose space a window's snapshot maps the store; None where there is nothing to map."""
-        if self.settings.drift != "aligned" or window <= self.policy.first:
+        if self.settings.embedding_space != "aligned" or window <= self.policy.first:
             return None
         return self.manifest(window - 1).space if self.has(window - 1) else self.policy.version(window - 1)
 
@@ -177,7 +177,7 @@ class HistoryStore:
 
     def _model(self, snapshots: SnapshotStore, version: int, schema: Schema) -> tuple[LocalModel, int]:
         """What represents: the snapshot itself, or the first one, of which a copy is kept; and its version."""
-        if self.settings.drift != "pinned":
+        if self.settings.embedding_space != "pinned":
             return snapshots.load(version, schema.digest)[0], version
         kept, first = self.root / self.teacher / "pinned", self.policy.version(self.policy.first)
         assert first is not None
@@ -248,7 +248,7 @@ def key_column(schema: Schema, settings: HistoryConfig) -> int:
 
 def with_history(schema: Schema, settings: HistoryConfig) -> Schema:
     """The schema of examples with `HISTORY_COLUMN` after their dense features."""
-    width = 1 + max(settings.last, 1) * settings.dim
+    width = 1 + max(settings.last_k, 1) * settings.dim
     dense = [*schema.model_dump()["dense"], *({"name": f"history.{number}"} for number in range(width))]
     return Schema.model_validate(schema.model_dump() | {"dense": dense})
 

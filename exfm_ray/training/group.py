@@ -57,7 +57,7 @@ class BatchGroup:
     Attributes:
         teacher_columns: which of the `teacher_tasks` columns of predictions are the lanes' tasks, in their order; where the lane
             teaches several models, those of each of them.
-        reset_unused: after how many windows without use a row is reset; None: never.
+        evict_after_windows: after how many windows without use a row is reset; None: never.
         sharing: where its arms with +share find the teacher's table rows.
     """
 
@@ -68,12 +68,12 @@ class BatchGroup:
     device: torch.device
     teacher_columns: Sequence[int] | Sequence[Sequence[int]] = ()
     teacher_tasks: int = 0
-    reset_unused: int | None = None
+    evict_after_windows: int | None = None
     sharing: TableSharing | None = None
     _usage: RowLastUse | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._usage = RowLastUse(self.schema, self.reset_unused) if self.reset_unused else None
+        self._usage = RowLastUse(self.schema, self.evict_after_windows) if self.evict_after_windows else None
         names = [f.name for f in self.schema.single]
         self._group_column = names.index(self.schema.group_by) if self.schema.group_by else None
         self._worker, self._workers = dist.get_rank(), dist.get_world_size()

@@ -111,12 +111,12 @@ def check_alike(jobs: Sequence[Job]) -> None:
     config = jobs[0].config
     alone = {
         "vm.precision": config.vm.precision != "fp32", "vm.optimizer.ema": config.vm.optimizer.ema > 0, "vm.compile": config.vm.compile,
-        "vm.optimizer.table_weight_decay": config.vm.optimizer.table_weight_decay > 0, "vm.reset_unused": config.vm.reset_unused is not None,
+        "vm.optimizer.table_weight_decay": config.vm.optimizer.table_weight_decay > 0, "vm.evict_after_windows": config.vm.evict_after_windows is not None,
         "vm.model.dropout": any((student.model or config.vm.model).dropout > 0 for student in jobs[0].students),
     }  # fmt: skip
     for setting, used in alone.items():
         if used:
-            raise UserError(f"setting '{setting}' is in use: models that learn together cannot have it; leave it out, or set tune.together=1")
+            raise UserError(f"setting '{setting}' is in use: models that learn together cannot have it; leave it out, or set tune.trials_per_process=1")
     for job in jobs[1:]:
         if job.students != jobs[0].students or _common(job.config) != _common(config):
             raise UserError(f"models that learn together may differ in their seeds and in {', '.join(sorted(STACKABLE))} only")

@@ -138,7 +138,7 @@ class TableSharing:
         """The student's rows from the teacher's."""
         id_X, row_XW, momentum_X = rows
         if self.uses:
-            few_X = self.uses.of(name)[id_X] < self._share.unseen_below
+            few_X = self.uses.of(name)[id_X] < self._share.min_uses
             chosen = torch.from_numpy(few_X)
             id_X, row_XW, momentum_X = id_X[few_X], row_XW[chosen], None if momentum_X is None else momentum_X[chosen]
         given, width = row_XW.shape[1], self.widths[name]

@@ -50,7 +50,7 @@ def build_groups(job: Job, schema: Schema, device: torch.device) -> list[BatchGr
     if job.role == "fm":
         tasks = tuple(schema.task_index(task) for task in fm_tasks(config, schema))
         lane = _lane(job, config.fm.name, config.fm.model, None, tasks, schema, device)
-        return [BatchGroup(schema, [lane], None, config.fm.batch_size, device, reset_unused=config.fm.reset_unused)]
+        return [BatchGroup(schema, [lane], None, config.fm.batch_size, device, evict_after_windows=config.fm.evict_after_windows)]
     groups = []
     for student in job.students:
         tasks = tuple(schema.task_index(task) for task in student.tasks)
@@ -59,7 +59,7 @@ def build_groups(job: Job, schema: Schema, device: torch.device) -> list[BatchGr
         teacher = tuple(job.tasks().index(task) for task in student.tasks)
         domain, trainer = schema.domain_index(student.domain), config.vm
         sharing = TableSharing.from_config(config, student, schema)
-        groups.append(BatchGroup(schema, lanes, domain, trainer.batch_size, device, teacher, len(job.tasks()), trainer.reset_unused, sharing))
+        groups.append(BatchGroup(schema, lanes, domain, trainer.batch_size, device, teacher, len(job.tasks()), trainer.evict_after_windows, sharing))
     return groups
 
 
@@ -188,7 +188,7 @@ class Worker:
         after pass `version` over a static set."""
         config = self.job.config
         teachers: dict[tuple[str, Arm | None], ModelConfig] = {
-            (student.name, student.publishes): student.model or config.vm.model for student in self.job.students if student.publishes
+            (student.name, student.published_arm): student.model or config.vm.model for student in self.job.students if student.published_arm
         }
         for lane in self.loop.lanes:
             network = config.fm.model if self.job.role == "fm" else teachers.get((lane.model, lane.arm))

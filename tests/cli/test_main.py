@@ -87,7 +87,7 @@ def test_yaml_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "other settings": (lambda folder: None, ["pipeline", "--set=fm.batch_size=32"], "this folder holds a run with other settings"),
-    "other stream": (lambda folder: None, ["pipeline", "--set=data.embedded.seed=7"], "other settings"),
+    "other stream": (lambda folder: None, ["pipeline", "--set=data.synthetic.seed=7"], "other settings"),
     "damaged settings": (lambda folder: (folder / "stream/settings.json").write_text("{"), ["pipeline"], "settings.json: not valid JSON"),
     "DAS without FM": (lambda folder: None, ["das"], "version=001, which is not there; run train-fm first"),
     "VM without DAS": (lambda folder: None, ["train-vm"], "no supervision of window 1 by 'fm'; run das first"),

@@ -26,7 +26,7 @@ ATTEMPTS = 3
 KEYS = "from ray._raylet import GcsClient; print('read', GcsClient(address='127.0.0.1:{}').internal_kv_keys(b'', None, 5))"
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 TINY = [
-    "data.embedded={windows: 3, events_per_window: 600, users: 150, ads: 80, advertisers: 10}",
+    "data.synthetic={windows: 3, events_per_window: 600, users: 150, ads: 80, advertisers: 10}",
     "fm.model={type: wukong, dim: 4, l: 1, n_F: 2, n_L: 2, k: 2, fmb_mlp: [8], mlp: [8]}",
     "vm.models=[{name: feed, domain: feed, task: click, model: {type: mlp, dim: 4, mlp: [8]}}]",
     "vm.arms=[labels, ah_sa]",
@@ -159,7 +159,7 @@ def test_a_mistake_in_the_config_is_one_line_and_exit_code_2(head: Head, tmp_pat
 
 def waiting(name: str) -> list[str]:
     """A run whose FM asks for a node that never comes, and so waits for ever."""
-    settings = ["data.embedded={windows: 2, events_per_window: 600, users: 150, ads: 80, advertisers: 10}", "placement.fm={exfm-group: nowhere}"]
+    settings = ["data.synthetic={windows: 2, events_per_window: 600, users: 150, ads: 80, advertisers: 10}", "placement.fm={exfm-group: nowhere}"]
     return ["train-fm", "--config", "configs/demo.yaml", "--name", name, *(f"--set={setting}" for setting in settings)]
 
 

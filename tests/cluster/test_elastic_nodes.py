@@ -16,7 +16,7 @@ from exfm_ray.training.checkpoint import Checkpoints
 WINDOWS, EVENTS = 4, 3000
 TRAIN = [
     "train-fm", "--config", "configs/demo.yaml", *(f"--set={setting}" for setting in TINY),
-    f"--set=data.embedded={{windows: {WINDOWS}, events_per_window: {EVENTS}, users: 150, ads: 80, advertisers: 10}}",
+    f"--set=data.synthetic={{windows: {WINDOWS}, events_per_window: {EVENTS}, users: 150, ads: 80, advertisers: 10}}",
     "--set=fm.batch_size=64", "--set=checkpoint.every_examples=300",
 ]  # fmt: skip
 ELASTIC = ["--set=fm.workers=2", "--set=fm.min_workers=1", "--set=fm.zero_stage=1"]

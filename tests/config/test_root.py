@@ -46,7 +46,7 @@ MISTAKES = {
     "placement={fmm: {a: b}}": r"unknown setting 'placement.fmm'. Did you mean 'fm'\?",
     "das.fm_lag=0": r"setting 'das.fm_lag': .*greater than or equal to 1",
     "das.min_actors=3": r"setting 'das': das.max_actors is 1, below das.min_actors = 3",
-    "fm.reset_unused=0": r"setting 'fm.reset_unused': .*greater than or equal to 1 \(given: 0\)",
+    "fm.evict_after_windows=0": r"setting 'fm.evict_after_windows': .*greater than or equal to 1 \(given: 0\)",
     "data.table_rows.user=1": r"setting 'data.table_rows.user': .*greater than or equal to 2 \(given: 1\)",
     "data.source=kuairan": r"setting 'data.source': .*'kuairand'.*\(given: 'kuairan'\)",
     "distillation.ah.alpha=0": r"setting 'distillation.ah.alpha': .*greater than 0",

@@ -13,10 +13,10 @@ from exfm_ray.config.load import dump_config, load_config
 from exfm_ray.config.root import Config
 from exfm_ray.errors import UserError
 
-GOOD = {"score_windows": [1, 2], "judge_windows": [3, 4]}
+GOOD = {"validation_windows": [1, 2], "holdout_windows": [3, 4]}
 W, SA_W, SA_LR, SA_MLP = "distillation.ah.w", "distillation.sa.w", "distillation.sa.lr", "distillation.sa.mlp"
 RANGE = {"low": 1, "high": 2}
-PBT: dict[str, object] = {"search": "pbt", "together": 4, "trials": 8, "early_stopping": "none"}
+PBT: dict[str, object] = {"search": "pbt", "trials_per_process": 4, "trials": 8, "early_stopping": "none"}
 SPACES = {
     "typo": ({"distillation.ah.wt": RANGE}, r"tune.space: unknown setting 'distillation.ah.wt'. Did you mean 'distillation.ah.w'\?"),
     "not searchable": ({"fm.batch_size": RANGE}, r"unknown setting 'fm.batch_size'"),
@@ -43,23 +43,23 @@ MISTAKES: dict[str, tuple[dict[str, object], str]] = {name: ({"space": space}, t
     "student": ({"students": ["tab22"]}, r"tune.students names 'tab22', which is none of vm.models. Did you mean 'tab2'\?"),
     "arm": ({"arms": ["labels", "ahh"]}, r"setting 'tune.arms.1'"),
     "no labels": ({"arms": ["ah"]}, r"tune.arms leaves out labels"),
-    "overlap": ({"judge_windows": [2, 4]}, r"tune.judge_windows begin at 2, tune.score_windows end at 2: what judges must lie after what chose"),
-    "backwards": ({"score_windows": [2, 1]}, r"tune.score_windows is \[2, 1\]"),
+    "overlap": ({"holdout_windows": [2, 4]}, r"tune.holdout_windows begin at 2, tune.validation_windows end at 2: what judges must lie after what chose"),
+    "backwards": ({"validation_windows": [2, 1]}, r"tune.validation_windows is \[2, 1\]"),
     "calibration": ({"calibration": [1.05, 1.1]}, r"tune.calibration is \[1.05, 1.1\]: give a bound below 1"),
-    "together": ({"together": 0}, r"setting 'tune.together'"),
+    "trials_per_process": ({"trials_per_process": 0}, r"setting 'tune.trials_per_process'"),
     "alike": (
-        {"together": 2, "arms": ["labels", "ah"], "space": {"distillation.ah.mlp": {"choice": [[], [8]]}}},
-        r"tune.together is 2: trials of arm ah would be alike within a process, for of what it searches \(distillation.ah.mlp\)",
+        {"trials_per_process": 2, "arms": ["labels", "ah"], "space": {"distillation.ah.mlp": {"choice": [[], [8]]}}},
+        r"tune.trials_per_process is 2: trials of arm ah would be alike within a process, for of what it searches \(distillation.ah.mlp\)",
     ),
     "condition in a block": (
-        {"together": 2, "space": {W: {"choice": [1, 2]}, "distillation.ah.mlp": {"choice": [[], [8]], "when": {W: 1}}}},
+        {"trials_per_process": 2, "space": {W: {"choice": [1, 2]}, "distillation.ah.mlp": {"choice": [[], [8]], "when": {W: 1}}}},
         r"'distillation.ah.mlp': when names 'distillation.ah.w', in which trials of one process differ",
     ),
-    "small population": ({"search": "pbt", "together": 3, "early_stopping": "none", "trials": 3}, r"tune.together is 3: .*give at least 4"),
-    "part of a population": ({**PBT, "trials": 6}, r"tune.trials is 6: .*give a multiple of tune.together = 4"),
+    "small population": ({"search": "pbt", "trials_per_process": 3, "early_stopping": "none", "trials": 3}, r"tune.trials_per_process is 3: .*give at least 4"),
+    "part of a population": ({**PBT, "trials": 6}, r"tune.trials is 6: .*give a multiple of tune.trials_per_process = 4"),
     "population and halving": ({**PBT, "early_stopping": "asha"}, r"tune.early_stopping is asha: .*set it to none"),
     "population with seeds": ({**PBT, "seeds": 2}, r"tune.seeds is 2: .*set it to 1"),
-    "population over one window": ({**PBT, "score_windows": [2, 2]}, r"tune.score_windows holds one window"),
+    "population over one window": ({**PBT, "validation_windows": [2, 2]}, r"tune.validation_windows holds one window"),
     "unknown key": ({"trails": 3}, r"unknown setting 'tune.trails'. Did you mean 'trials'\?"),
 }
 
@@ -90,7 +90,7 @@ def test_populations_and_blocks(tmp_path: Path) -> None:
     """Wrong: a sweep in blocks that could run is refused."""
     assert load_config(written(tmp_path, {**GOOD, **PBT})).tune is not None
     space = {"distillation.ah.mlp": {"choice": [[], [8]]}, W: {**RANGE, "when": {"distillation.ah.mlp": [8]}}}
-    assert load_config(written(tmp_path, {**GOOD, "together": 3, "seeds": 2, "space": space})).tune is not None
+    assert load_config(written(tmp_path, {**GOOD, "trials_per_process": 3, "seeds": 2, "space": space})).tune is not None
 
 
 def test_with_settings() -> None:
@@ -131,7 +131,7 @@ def test_the_default_space_searches_shared_rows_where_they_are_shared() -> None:
     """Wrong: a sweep over arms with +share leaves their own settings as they stand, or asks for weights where nothing is averaged."""
     tune = Config.model_validate({"tune": {**GOOD, "arms": ["labels", "kd", "kd+share", "ah+share+history"]}}).tune
     assert tune is not None
-    share = {f"distillation.share.{key}" for key in ("mode", "weight", "unseen_below", "optimizer", "table_lr")}
+    share = {f"distillation.share.{key}" for key in ("mode", "weight", "min_uses", "optimizer", "table_lr")}
     spaces = {str(arm): tune.space_of(arm) for arm in tune.arms}
     assert share & set(spaces["labels"]) == share & set(spaces["kd"]) == set()
     assert share <= set(spaces["kd+share"]) and share <= set(spaces["ah+share+history"])

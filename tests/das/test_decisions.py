@@ -131,7 +131,7 @@ def test_a_full_disk(local: Local, tmp_path: Path) -> None:
 
 
 def test_holds_back_when_readers_fall_behind(local: Local, tmp_path: Path) -> None:
-    """Wrong: supervision runs further ahead of the slowest reader than das.ahead says, or stops for good."""
+    """Wrong: supervision runs further ahead of the slowest reader than das.max_windows_ahead says, or stops for good."""
     readers = (tmp_path / "fast", tmp_path / "slow")
     order = replace(make_order(make_place(tmp_path, windows=6), ahead=2), readers=readers)
     service = local(order, detached=True)
@@ -139,7 +139,7 @@ def test_holds_back_when_readers_fall_behind(local: Local, tmp_path: Path) -> No
     def learnt(reader: Path, windows: int, inside: str = ".examples=00000100") -> None:
         write_json(reader / f"windows={windows:03d}{inside}" / "manifest.json", {})
 
-    until(lambda: "window 2 is das.ahead = 2 windows ahead" in service.state()["held_back"])
+    until(lambda: "window 2 is das.max_windows_ahead = 2 windows ahead" in service.state()["held_back"])
     until(lambda: order.store.has(1))
     learnt(readers[0], 6, inside="")
     learnt(readers[1], 2)
@@ -182,7 +182,7 @@ def test_a_parked_window_holds_back_those_that_wait_for_its_readers(local: Local
     full.touch()  # no folder can be made here
     write_json(tmp_path / "reader" / "windows=002" / "manifest.json", {})  # it can learn no more
     service = local(order, detached=True)
-    until(lambda: "window 4 is das.ahead = 2 windows ahead" in service.state()["held_back"])
+    until(lambda: "window 4 is das.max_windows_ahead = 2 windows ahead" in service.state()["held_back"])
     until(lambda: order.store.has(3))
     assert {row["window"] for row in failed_items(order)} == {2}
     lacking = {window for window in windows_of(order)[1:] if not order.store.has(window)}

@@ -32,7 +32,7 @@ def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:
 def order_in(folder: Path, shared: bool = False, drift: str | None = None, **das: Any) -> LabelingSpec:
     """With gifts, and snapshots that go when no window needs them."""
     order = make_order(folder, tries=1, **das)
-    settings = HistoryConfig.model_validate({"dim": 3, "drift": drift}) if drift else None
+    settings = HistoryConfig.model_validate({"dim": 3, "embedding_space": drift}) if drift else None
     history = HistoryStore(folder / "history", "fm", settings, order.policy) if settings else None
     store = SharedStore(folder / "shared", "fm") if shared else None
     return replace(order, owns_snapshots=True, gifts=StudentData(store, history, ("feed", "stories"), (), 0, order.policy))

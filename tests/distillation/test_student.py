@@ -19,8 +19,8 @@ DENSE = torch.empty(6, 0)
 WEIGHTS = Weights.from_config(DistillationConfig())
 
 
-def make(arm: Objective, beta: float = 4.0, own_head: bool = True, seed: int = 0, tasks: int = 2) -> Student:
-    config = DistillationConfig(ah=AHConfig(beta=beta, mlp=(5,)), sa=SAConfig(own_head=own_head))
+def make(arm: Objective, beta: float = 4.0, separate_head: bool = True, seed: int = 0, tasks: int = 2) -> Student:
+    config = DistillationConfig(ah=AHConfig(beta=beta, mlp=(5,)), sa=SAConfig(separate_head=separate_head))
     return Student(build_network(MLPConfig(dim=4, mlp=(8,)), SCHEMA, tasks, seed=0), arm, config, seed)
 
 
@@ -29,20 +29,20 @@ def embedded() -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("arm", "own_head", "heads"),
+    ("arm", "separate_head", "heads"),
     [(Objective.LABELS, True, 0), (Objective.KD, True, 0), (Objective.AH, True, 1), (Objective.AH_SA, True, 2), (Objective.AH_SA, False, 1)],
 )
-def test_heads_of_each_arm(arm: Objective, own_head: bool, heads: int) -> None:
+def test_heads_of_each_arm(arm: Objective, separate_head: bool, heads: int) -> None:
     """Wrong: an arm carries a head that nothing trains, or lacks one."""
-    student = make(arm, own_head=own_head)
+    student = make(arm, separate_head=separate_head)
     logits = student(embedded(), DENSE)
     names = {name.split(".")[0] for name, _ in student.named_parameters()} - {"network"}
     assert len(names) == heads
     assert (logits.auxiliary_BT is not None) == (arm in (Objective.AH, Objective.AH_SA))
     assert (logits.adapter_BT is not None) == (arm is Objective.AH_SA)
     if arm is Objective.AH_SA:
-        assert (logits.adapter_BT is logits.auxiliary_BT) == (not own_head)
-        assert own_head != torch.equal(logits.adapter_BT, logits.auxiliary_BT)
+        assert (logits.adapter_BT is logits.auxiliary_BT) == (not separate_head)
+        assert separate_head != torch.equal(logits.adapter_BT, logits.auxiliary_BT)
     assert all(z is None or (z.dtype, z.shape) == (torch.float32, (6, 2)) for z in logits)
 
 
@@ -76,12 +76,12 @@ def test_scaling_is_exact() -> None:
 
 
 @pytest.mark.parametrize("tasks", [1, 2])
-@pytest.mark.parametrize("own_head", [True, False])
-def test_beta_scales_what_reaches_backbone_and_tables_and_nothing_else(own_head: bool, tasks: int) -> None:
+@pytest.mark.parametrize("separate_head", [True, False])
+def test_beta_scales_what_reaches_backbone_and_tables_and_nothing_else(separate_head: bool, tasks: int) -> None:
     """Wrong: beta changes the forward pass, the heads' own gradients, or misses the backbone or the tables."""
     gradients, forwards = {}, {}
     for beta in (0.0, 1.0, 4.0):
-        student, x = make(Objective.AH_SA, beta, own_head, tasks=tasks), embedded()
+        student, x = make(Objective.AH_SA, beta, separate_head, tasks=tasks), embedded()
         logits = student(x, DENSE)
         forwards[beta] = logits
         (logits.auxiliary_BT.sum() + logits.adapter_BT.sum()).backward()

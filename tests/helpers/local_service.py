@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from exfm_ray.das import scheduler as scoring
-from exfm_ray.das import snapshot_selector as versions
+from exfm_ray.das import scheduler as scheduler
+from exfm_ray.das import snapshot_selector as snapshot_selector
 from exfm_ray.das.client import failure_message
 from exfm_ray.das.pool import Completion
 from exfm_ray.das.queue import ScoreTask
@@ -33,7 +33,7 @@ class LocalPool:
     def resize(self, fragments: int) -> None:
         """There is one."""
 
-    def give(self, work: ScoreTask) -> bool:
+    def submit(self, work: ScoreTask) -> bool:
         """Score it here; errors come back as they do from an actor."""
         try:
             self._came.append(Completion(work, self._scorer.score(work.window, work.fragment, work.version)))
@@ -60,11 +60,11 @@ class LocalPool:
 def local_services(patch: pytest.MonkeyPatch) -> Iterator[Local]:
     """Starts services whose threads run in this process, looking often; they end with the block."""
     started: list[Service] = []
-    patch.setattr(versions, "DEBOUNCE_S", 0.0)
-    patch.setattr(scoring, "LOOK_S", 0.02)
+    patch.setattr(snapshot_selector, "DEBOUNCE_S", 0.0)
+    patch.setattr(scheduler, "LOOK_S", 0.02)
 
     def start(order: LabelingSpec, **options: bool) -> Service:
-        patch.setattr(scoring, "Pool", lambda *arguments: LocalPool(order))
+        patch.setattr(scheduler, "Pool", lambda *arguments: LocalPool(order))
         started.append(Service(order, **options))
         return started[-1]
 

@@ -30,9 +30,9 @@ REPOSITORY = Path(__file__).parents[2]
 HOLDER = """
 import subprocess, sys
 from pathlib import Path
-from exfm_ray.storage.locks import hold
-hold(Path(sys.argv[1]), sys.argv[2:])
-hold(Path(sys.argv[1]), sys.argv[2:])
+from exfm_ray.storage.locks import acquire_role_lock
+acquire_role_lock(Path(sys.argv[1]), sys.argv[2:])
+acquire_role_lock(Path(sys.argv[1]), sys.argv[2:])
 heir = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
 print(heir.pid, flush=True)
 sys.stdin.read()

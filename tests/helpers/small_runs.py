@@ -1,4 +1,4 @@
-"""Whole runs on a tiny embedded stream, for the tests of jobs, pipeline and rules."""
+"""Whole runs on a tiny synthetic stream, for the tests of jobs, pipeline and rules."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from exfm_ray.tracking.recorder import IDENTITY, read_metrics
 WINDOWS = 4
 SETTINGS: dict[str, Any] = {
     "data": {
-        "source": "embedded",
+        "source": "synthetic",
         "fragment_rows": 250,
-        "embedded": {"windows": WINDOWS, "events_per_window": 900, "users": 150, "ads": 80, "advertisers": 10},
+        "synthetic": {"windows": WINDOWS, "events_per_window": 900, "users": 150, "ads": 80, "advertisers": 10},
     },
     "fm": {"model": {"type": "wukong", "dim": 4, "l": 1, "n_F": 2, "n_L": 2, "k": 2, "fmb_mlp": [8], "mlp": [8]}, "batch_size": 64, "threads": 1},
     "das": {"threads": 1},

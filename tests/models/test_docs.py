@@ -23,7 +23,7 @@ TRAIN = """
 from pathlib import Path
 import torch
 from example import SCHEMA, make_rows
-from exfm_ray.config.root import load_config
+from exfm_ray.config.load import load_config
 from exfm_ray.data.batch import to_batch
 from exfm_ray.distillation.objective import labels_objective_B
 from exfm_ray.models.embeddings import LocalTables

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from exfm_ray.config.data import EmbeddedConfig
+from exfm_ray.config.data import SyntheticConfig
 from exfm_ray.config.load import load_config
 from exfm_ray.config.models import DCNv2Config, DLRMConfig, MLPConfig, ModelConfig, WukongConfig
 from exfm_ray.data.sources.synthetic import schema
@@ -124,10 +124,10 @@ def test_wukong_presets_cost_what_their_comments_say(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", ["0.5gf", "2gf"])
-def test_wukong_presets_fit_the_embedded_stream_with_the_override_of_their_comments(preset: str) -> None:
+def test_wukong_presets_fit_the_synthetic_stream_with_the_override_of_their_comments(preset: str) -> None:
     """Wrong: the comment's way out does not lead out, or there is no need for it."""
-    path, stream = PRESET_FOLDER / f"{preset}.yaml", schema(EmbeddedConfig())
-    override = re.search(r"on the embedded stream: --set (fm.model.k=\d+)\.", path.read_text())
+    path, stream = PRESET_FOLDER / f"{preset}.yaml", schema(SyntheticConfig())
+    override = re.search(r"on the synthetic stream: --set (fm.model.k=\d+)\.", path.read_text())
     assert override
     inputs = Layout.from_config(load_config(path).fm.model, stream).inputs(len(stream.dense))
     with pytest.raises(ValueError, match=f"set {override[1].removeprefix('fm.model.').replace('=', ' to ')} or less"):

@@ -31,7 +31,7 @@ def test_changes_lead_to_the_new_store(old: dict[int, tuple[int, ...]], new: dic
     new = {**old, **new}  # nobody leaves a store
     changed = past(new).changed_since(past(old))
     assert as_dict(changed) == {user: inputs for user, inputs in new.items() if old.get(user) != inputs}
-    assert as_dict(past(old).updated(changed)) == new and past(old).put(changed).users_U.tolist() == sorted(new)
+    assert as_dict(past(old).updated(changed)) == new and past(old).updated(changed).users_U.tolist() == sorted(new)
 
 
 @given(store=STORES, asked=st.lists(st.integers(0, 10), max_size=5))

@@ -27,7 +27,7 @@ BREAK_MS = int(3.5 * HOUR_MS)
 CHANGES: dict[str, Any] = {
     "das": {"max_actors": 1},
     "vm": {
-        "arms": ["labels", "ah_sa"], "share_pass": False,
+        "arms": ["labels", "ah_sa"], "shared_pass": False,
         "models": [{"name": "clicks", "domain": "all", "task": "click"}, {"name": "buys", "domain": "all", "task": "buy"}],
     },
 }  # fmt: skip

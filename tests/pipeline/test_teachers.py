@@ -34,7 +34,7 @@ CHAIN: dict[str, Any] = {
     "vm": {
         "arms": ["labels", "ah", "labels+share"],
         "models": [
-            {"name": "feed_fm", "domain": "feed", "task": "click", "publishes": "ah"},
+            {"name": "feed_fm", "domain": "feed", "task": "click", "published_arm": "ah"},
             {"name": "feed", "domain": "feed", "task": "click", "teacher": "feed_fm"},
             {"name": "search", "domain": "search", "task": "click"},
         ],
@@ -170,7 +170,7 @@ def test_rows_of_another_runs_fm_that_do_not_fit_are_told(chain: Config) -> None
         ({"teachers": [{"name": "fm"}]}, "two teachers are named 'fm'"),
         ({"teachers": [{"name": "nobody"}]}, "no vertical model of this name `publishes`"),
         (
-            {"vm": {"arms": ["labels", "ah+history"], "models": [CHAIN["vm"]["models"][0] | {"publishes": "ah+history"}]}},
+            {"vm": {"arms": ["labels", "ah+history"], "models": [CHAIN["vm"]["models"][0] | {"published_arm": "ah+history"}]}},
             r"publishes arm 'ah\+history', whose predictions need each user's history",
         ),
         ({"teachers": []}, "teacher 'feed_fm' is none of fm"),

@@ -65,9 +65,9 @@ def test_finds_the_mistake_that_an_actor_made(cluster: None, at_start: bool, tol
 
 def test_asks_for_cpus_for_every_role_and_for_the_data(tmp_path: Path) -> None:
     """Wrong: Ray has no CPU left for reading and the run hangs."""
-    config = small_config(tmp_path, "x", fm={"workers": 3}, vm={"workers": 2, "share_pass": False}, das={"max_actors": 4})
+    config = small_config(tmp_path, "x", fm={"workers": 3}, vm={"workers": 2, "shared_pass": False}, das={"max_actors": 4})
     assert logical_cpus(config) == 3 + 2 * 2 + 4 + DATA_CPUS
-    shared = config.model_copy(update={"vm": config.vm.model_copy(update={"share_pass": True})})
+    shared = config.model_copy(update={"vm": config.vm.model_copy(update={"shared_pass": True})})
     assert logical_cpus(shared) == 3 + 2 + 4 + DATA_CPUS
 
 

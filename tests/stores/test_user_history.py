@@ -80,7 +80,7 @@ def test_what_examples_are_given(tmp_path: Path, drift: str, rows: str, last: in
     """Wrong: an example is given something of its own or a later window, of another user, in another order, of another snapshot, or in
     a space that the store has left: with few examples or none there is little to map it by."""
     stream = uneven_stream(tmp_path / "stream", STREAMS[rows])
-    store = store_of(tmp_path, stream, drift=drift, last=last)
+    store = store_of(tmp_path, stream, embedding_space=drift, last_k=last)
     expected = slowly(tmp_path, stream, drift, last)
     for window in range(WINDOWS):
         tables = [stream.read(window, f) for f in stream.window(window).fragments]
@@ -97,7 +97,7 @@ def test_what_examples_are_given(tmp_path: Path, drift: str, rows: str, last: in
 def test_written_codes_are_the_representations(tmp_path: Path) -> None:
     """Wrong: codes of other rows, or further from the values than half a level."""
     stream = uneven_stream(tmp_path / "stream", STREAMS["even"])
-    store = store_of(tmp_path, stream, windows=3, drift="refreshed")
+    store = store_of(tmp_path, stream, windows=3, embedding_space="refreshed")
     model, _ = load_model(tmp_path / "snapshots" / "fm" / "version=002")
     for fragment in stream.window(2).fragments:
         table = stream.read(2, fragment)

@@ -38,7 +38,7 @@ SCRIPT = """({
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run of a name that is markup's."""
-    config, _ = write_run(tmp_path_factory.mktemp("runs"), "a_b", data={"source": "embedded"})
+    config, _ = write_run(tmp_path_factory.mktemp("runs"), "a_b", data={"source": "synthetic"})
     settings = config.folder / "config.yaml"
     settings.write_text(settings.read_text().replace("name: a_b", "name: <a&b>"))
     write_report(config.folder)
@@ -180,7 +180,7 @@ def test_what_was_run(folder: Path) -> None:
     page = Texts(folder / "report.html")
     text = " ".join(page.texts)
     assert not page._open and not page.local_copy
-    for told in ("<a&b>", "done: fm 4 of 4 windows", "embedded, 4 windows; the first 1 are warm-up", "wukong (dim 4, ", "alpha 1.0, beta 4.0",
+    for told in ("<a&b>", "done: fm 4 of 4 windows", "synthetic, 4 windows; the first 1 are warm-up", "wukong (dim 4, ", "alpha 1.0, beta 4.0",
                  "feed (feed, click, mlp), stories (stories, conversion, dcnv2)", "one seed, so no figure here has an interval"):  # fmt: skip
         assert told in text, told
 

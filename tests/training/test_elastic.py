@@ -17,7 +17,7 @@ from exfm_ray.training.job import Job
 
 TOLERANCE = 1e-2
 """Rounding that a ReLU's kink enlarges, in a toy model: up to 0.4 % of a figure was seen; see docs/guarantees.md."""
-SIZES = {"embedded": {"windows": 4, "events_per_window": 3000}}
+SIZES = {"synthetic": {"windows": 4, "events_per_window": 3000}}
 
 
 def kill_a_worker(config: Config, killed: list[int]) -> None:

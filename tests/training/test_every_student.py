@@ -42,7 +42,7 @@ WINDOWS = 3
 def trained(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A student of each model over three windows."""
     students = [{"name": kind, "domain": "feed", "task": "click", "model": {"type": kind, "dim": 4, **size}} for kind, size in SIZES.items()]
-    data = {"embedded": {"windows": WINDOWS, "events_per_window": 500}}
+    data = {"synthetic": {"windows": WINDOWS, "events_per_window": 500}}
     vm = {"models": students, "arms": ARMS}
     config = small_config(tmp_path_factory.mktemp("students"), "all", data=data, vm=vm, distillation={"history": {"dim": 4}})
     windows = prepare_stream(config).windows()

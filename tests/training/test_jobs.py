@@ -103,7 +103,7 @@ def test_neither_grouping_nor_order_of_lanes_matters(base: Config, groups: dict[
     """Wrong: vertical models or arms that learn in one process influence each other."""
     reversed_ = [model.model_dump(mode="json") for model in reversed(base.vm.models)]
     for name, vm in {
-        "apart": {"share_pass": False},
+        "apart": {"shared_pass": False},
         "arms": {"arms": ["ah_sa", "ah", "kd", "labels"], "models": reversed_},
     }.items():
         config = small_config(tmp_path, name, vm=vm)
@@ -216,5 +216,5 @@ def test_a_checkpoint_without_manifest_is_none(tmp_path: Path) -> None:
 
 def test_workers_belong_on_their_roles_nodes(tmp_path: Path) -> None:
     """Wrong: the vertical models fill the foundation model's nodes."""
-    config = small_config(tmp_path, "placed", placement={"fm": {"group": "gpu"}, "vm": {"group": "cpu"}}, vm={"share_pass": False})
+    config = small_config(tmp_path, "placed", placement={"fm": {"group": "gpu"}, "vm": {"group": "cpu"}}, vm={"shared_pass": False})
     assert Job("fm", config).labels == {"group": "gpu"} and [job.labels for job in vm_jobs(config)] == [{"group": "cpu"}] * 2

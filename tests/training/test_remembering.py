@@ -37,7 +37,7 @@ from exfm_ray.training.job import Job
 from exfm_ray.training.worker import Worker
 
 ARMS = ["labels", "labels+history", "kd+share+history"]
-VARIANTS: dict[str, dict[str, Any]] = {"pinned": {}, "aligned": {"drift": "aligned", "last": 3}}
+VARIANTS: dict[str, dict[str, Any]] = {"pinned": {}, "aligned": {"embedding_space": "aligned", "last_k": 3}}
 
 
 def config_of(folder: Path, name: str, history: dict[str, Any] | None = None, **changes: Any) -> Config:
@@ -107,7 +107,7 @@ def test_goes_on_after_a_kill(whole: Whole, groups: dict[int, Workers], tmp_path
 def test_later_labels_change_nothing_that_is_given(groups: dict[int, Workers], tmp_path: Path, drift: str, lag: int) -> None:
     """Wrong: what a vertical model reads of the past in a window depends on labels of that window or later ones (rule 2)."""
     changed_at = 2
-    runs = [config_of(tmp_path, name, {"drift": drift}, das={"fm_lag": lag}) for name in ("as_is", "changed")]
+    runs = [config_of(tmp_path, name, {"embedding_space": drift}, das={"fm_lag": lag}) for name in ("as_is", "changed")]
     stream = prepare_stream(runs[1])
     for window in range(changed_at, WINDOWS):
         rewrite(stream, window, flip_labels)

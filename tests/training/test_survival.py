@@ -37,7 +37,7 @@ def kill_and_go_on(groups: dict[int, Workers], config: Config, job: Job) -> list
 @pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
 def test_the_fm_goes_on_inside_a_window_to_the_bit(groups: dict[int, Workers], base: Config, tmp_path: Path, workers: int, stage: int) -> None:
     """Wrong: a checkpoint inside a window lacks something, an example is learnt twice or not at all, a row of metrics is lost or doubled."""
-    fm = {"workers": workers, "zero_stage": stage, "optimizer": {"ema": 0.9 if stage < 3 else 0.0}, "reset_unused": 1}
+    fm = {"workers": workers, "zero_stage": stage, "optimizer": {"ema": 0.9 if stage < 3 else 0.0}, "evict_after_windows": 1}
     whole, killed = (with_inputs(base, tmp_path, name, fm=fm, **EVERY) for name in ("whole", "killed"))
     groups[workers].run(train, Job("fm", whole), list(range(WINDOWS)), None)
     marks = kill_and_go_on(groups, killed, Job("fm", killed))

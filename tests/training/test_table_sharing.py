@@ -32,7 +32,7 @@ ARMS = ["labels", "labels+share", "ah_sa+share"]
 WIDE = {"model": {"type": "wukong", "dim": 8, "l": 1, "n_F": 2, "n_L": 2, "k": 2, "fmb_mlp": [8], "mlp": [8]}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "replace": {},
-    "unseen": {"share": {"mode": "unseen", "unseen_below": 5, "optimizer": "teacher"}},
+    "unseen": {"share": {"mode": "unseen", "min_uses": 5, "optimizer": "teacher"}},
     "average": {"share": {"mode": "average", "weight": 0.25}, "vm": {"arms": ["labels+share"]}},
     "wide": {"share": {"projection": "principal", "optimizer": "teacher"}, "fm": WIDE, "vm": {"arms": ["labels+share"]}},
 }
@@ -251,7 +251,7 @@ def test_modes_differ(base: Config, groups: dict[int, Workers], tmp_path: Path) 
     found = {"replace": metrics(base)}
     for name, share in {
         "average": {"mode": "average", "weight": 0.25}, "all_of_it": {"mode": "average", "weight": 1.0}, "unseen": {"mode": "unseen"},
-        "always_unseen": {"mode": "unseen", "unseen_below": 10**6}, "reset": {"optimizer": "reset"}, "teacher": {"optimizer": "teacher"},
+        "always_unseen": {"mode": "unseen", "min_uses": 10**6}, "reset": {"optimizer": "reset"}, "teacher": {"optimizer": "teacher"},
         "one_table": {"tables": ["user"]},
     }.items():  # fmt: skip
         config = config_of(tmp_path, name, share, vm={"arms": ["labels+share"], "models": [base.vm.models[0].model_dump(mode="json")]})

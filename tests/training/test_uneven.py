@@ -50,7 +50,7 @@ def base(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -
 
 def uneven(folder: Path, workers: int) -> Config:
     trainer = {"workers": workers, "zero_stage": 2}
-    sizes = {"embedded": {"windows": len(ROWS), "events_per_window": 200}}
+    sizes = {"synthetic": {"windows": len(ROWS), "events_per_window": 200}}
     config = small_config(folder, f"workers{workers}", data=sizes, fm=trainer, vm=trainer, checkpoint={"every_examples": 50})
     stream = prepare_stream(config)
     for window, rows in enumerate(ROWS):

@@ -26,9 +26,9 @@ WORKERS_TOLERANCE = 1e-3  # as in test_jobs
 
 def churning(folder: Path, name: str, after: int | None, workers: int = 1) -> Config:
     """FM and two VMs, which learn labels only and so need no FM, on a stream that half of the ads and users leave each window."""
-    trainer: dict[str, Any] = {"reset_unused": after, "workers": workers}
+    trainer: dict[str, Any] = {"evict_after_windows": after, "workers": workers}
     models = [{"name": domain, "domain": domain, "task": "click"} for domain in ("feed", "search")]
-    config = small_config(folder, name, data={"embedded": {"churn": 0.5}}, fm=trainer, vm={**trainer, "arms": ["labels"], "models": models})
+    config = small_config(folder, name, data={"synthetic": {"churn": 0.5}}, fm=trainer, vm={**trainer, "arms": ["labels"], "models": models})
     prepare_stream(config)
     return config
 

@@ -91,7 +91,7 @@ def test_importance() -> None:
 def test_best_config() -> None:
     """Wrong: the config that is handed on trains another student, arm or setting than the one that won."""
     models = [{"name": name, "domain": name, "task": "click"} for name in ("a", "b")]
-    config = Config.model_validate({"name": "n", "vm": {"models": models}, "tune": {"score_windows": [1, 2], "judge_windows": [3, 4]}})
+    config = Config.model_validate({"name": "n", "vm": {"models": models}, "tune": {"validation_windows": [1, 2], "holdout_windows": [3, 4]}})
     best = best_config(config, config.vm.models[1], "ah", {"distillation.ah.mlp": (8,), "vm.optimizer.table_lr": 0.3})
     assert best.vm.models == (config.vm.models[1],) and best.vm.arms == ("labels", "ah") and best.tune is None and best.name == "n-best-b"
     assert (best.distillation.ah.mlp, best.vm.optimizer.table_lr, best.fm) == ((8,), 0.3, config.fm)

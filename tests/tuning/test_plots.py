@@ -14,7 +14,7 @@ from tuning.plots import write_plots
 from tuning.results import Search, State, Trial
 from tuning.trial import Figures
 
-LR, W, SIZE, MLP, HEAD = "vm.optimizer.table_lr", "distillation.ah.w", "vm.batch_size", "distillation.ah.mlp", "distillation.sa.own_head"
+LR, W, SIZE, MLP, HEAD = "vm.optimizer.table_lr", "distillation.ah.w", "vm.batch_size", "distillation.ah.mlp", "distillation.sa.separate_head"
 TUNE = TuneConfig(
     arms=("labels", "ah", "ah_sa"), score_windows=(2, 5), judge_windows=(6, 9),
     space={

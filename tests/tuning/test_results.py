@@ -16,7 +16,7 @@ SPACE = {
     "distillation.ah.w": Distribution(low=0.1, high=3, log=True),
     "vm.batch_size": Distribution(low=16, high=64, integer=True),
     "distillation.ah.mlp": Distribution(choice=((), (16, 8))),
-    "distillation.sa.own_head": Distribution(choice=(False, True)),
+    "distillation.sa.separate_head": Distribution(choice=(False, True)),
     "distillation.sa.input": Distribution(choice=("probability", "logit")),
 }
 B, A = Search("b", "ah"), Search("a", "ah_sa")
@@ -24,7 +24,7 @@ CURVE = (Figures(3, 0.9, 1.1, 7.0), Figures(4, 0.8, 1.0, 15.0))
 TRIALS = [
     Trial(B, 1, {"distillation.ah.w": 0.1 + 0.2, "distillation.ah.mlp": ()}, "complete", 0.8, CURVE, 2.5),
     Trial(B, 0, {"vm.batch_size": 32, "distillation.ah.mlp": (16, 8)}, "stopped", 1.9, CURVE[:1], 1.0),
-    Trial(A, 0, {"distillation.sa.own_head": False, "distillation.sa.input": "logit"}, "failed", None, (), 0.0, "diverged"),
+    Trial(A, 0, {"distillation.sa.separate_head": False, "distillation.sa.input": "logit"}, "failed", None, (), 0.0, "diverged"),
 ]
 
 

@@ -105,7 +105,7 @@ def test_blocks() -> None:
         MLP: Distribution(choice=((), (8,), (16,), (32,))), W: Distribution(low=0.1, high=3.0),
         "vm.batch_size": Distribution(low=16, high=999, integer=True, when={MLP: (8,)}), BETA: Distribution(choice=(1.0, 2.0, 3.0)),
     }  # fmt: skip
-    tune = TUNE.model_copy(update={"trials": 30, "together": 4})
+    tune = TUNE.model_copy(update={"trials": 30, "trials_per_process": 4})
     config = Config.model_validate({"vm": {"batch_size": 64}, "distillation": {"ah": {"mlp": [8], "beta": 2}}})
     searches = MultiSearch(config, tune, {A: Space(space)}, [Trial(A, 5, {W: 1.0, MLP: (), BETA: 1.0}, "failed", None, (), 1.0)])
     assert searches.left == 8
@@ -123,7 +123,7 @@ def test_blocks() -> None:
 
 def test_what_a_search_learns_of_a_block() -> None:
     """Wrong: a member's score is told of its sibling, or one member that fails takes the others with it."""
-    searches = MultiSearch(Config(), TUNE.model_copy(update={"together": 3}), {A: SPACES[A]}, [])
+    searches = MultiSearch(Config(), TUNE.model_copy(update={"trials_per_process": 3}), {A: SPACES[A]}, [])
     asked = [searches.suggest(name)[MEMBERS] for name in ("x_1", "x_11")]
     searches.on_trial_result("x_1", report(1, 0.9, 0.7, 0.8))
     for i in range(2, 5):

@@ -13,8 +13,8 @@ from tuning.space import Space
 
 CONDITIONAL = Space(
     {
-        "distillation.sa.own_head": Distribution(choice=(False, True)),
-        "distillation.sa.mlp": Distribution(choice=((), (16,), (8, 4)), when={"distillation.sa.own_head": True}),
+        "distillation.sa.separate_head": Distribution(choice=(False, True)),
+        "distillation.sa.mlp": Distribution(choice=((), (16,), (8, 4)), when={"distillation.sa.separate_head": True}),
         "distillation.sa.lr": Distribution(low=1e-4, high=1e-2, log=True, when={"distillation.sa.mlp": (8, 4)}),
         "vm.batch_size": Distribution(low=16, high=64, integer=True, log=True),
     }
@@ -56,7 +56,7 @@ def test_conditions(tpe: bool, seed: int) -> None:
     """Wrong: a setting is asked where its condition does not hold (the search learns from noise), or left out where it does."""
     found = drawn(CONDITIONAL, seed, tpe, 40)
     for settings in found:
-        assert ("distillation.sa.mlp" in settings) == (settings["distillation.sa.own_head"] is True)
+        assert ("distillation.sa.mlp" in settings) == (settings["distillation.sa.separate_head"] is True)
         assert ("distillation.sa.lr" in settings) == (settings.get("distillation.sa.mlp") == (8, 4))
     assert {len(settings) for settings in found} == {2, 3, 4}
 
@@ -68,7 +68,7 @@ def test_conditions(tpe: bool, seed: int) -> None:
 def test_default_space(arm: str, sections: set[str]) -> None:
     """Wrong: an arm searches settings that it does not read, or not the optimizer, or its trial 0 is not the config as it stands."""
     config = Config.model_validate(
-        {"tune": {"score_windows": [1, 2], "judge_windows": [3, 4]}, "distillation": {"ah": {"mlp": [32], "beta": 3}, "sa": {"own_head": False}}}
+        {"tune": {"validation_windows": [1, 2], "holdout_windows": [3, 4]}, "distillation": {"ah": {"mlp": [32], "beta": 3}, "sa": {"separate_head": False}}}
     )
     assert config.tune is not None
     space = Space(config.tune.space_of(arm))
@@ -78,7 +78,7 @@ def test_default_space(arm: str, sections: set[str]) -> None:
     current_params = space.current_params(config)
     assert current_params is not None and list(current_params) == names and current_params["vm.optimizer.table_lr"] == 0.05
     if sections == {"ah", "sa"}:
-        assert (current_params["distillation.ah.mlp"], current_params["distillation.ah.beta"], current_params["distillation.sa.own_head"]) == ("[32]", 3, "false")
+        assert (current_params["distillation.ah.mlp"], current_params["distillation.ah.beta"], current_params["distillation.sa.separate_head"]) == ("[32]", 3, "false")
 
 
 def test_a_config_outside_the_space_stands_for_nothing() -> None:

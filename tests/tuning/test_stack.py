@@ -1,4 +1,4 @@
-"""Models that learn together: each learns what it would alone, none disturbs another."""
+"""Models that learn trials_per_process: each learns what it would alone, none disturbs another."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_what_cannot_learn_together(base: Config) -> None:
     check_alike(jobs(MEMBERS[0], MEMBERS[1]))
     with pytest.raises(UserError, match=r"differ in their seeds and in .*ah\.beta"):
         check_alike(jobs({}, {"distillation.ah.mlp": (4,)}))
-    with pytest.raises(UserError, match=r"'vm\.optimizer\.ema'.*tune\.together=1"):
+    with pytest.raises(UserError, match=r"'vm\.optimizer\.ema'.*tune\.trials_per_process=1"):
         check_alike(jobs({"vm.optimizer.ema": 0.9}))
     config = with_settings(base, {"vm.model": {"type": "mlp", "dropout": 0.1}})  # drawn for all at once, it is no model's alone
     with pytest.raises(UserError, match=r"dropout"):

@@ -135,7 +135,7 @@ def test_judged_on_later_windows(swept: Swept, groups: dict[int, Workers]) -> No
 
 def test_population(cluster: None, groups: dict[int, Workers], tmp_path: Path) -> None:
     """Wrong: a population ends in an error, leaves its space, or nobody takes after a better one."""
-    population = {**SWEEP, "search": "pbt", "together": 4, "trials": 4, "seeds": 1, "judge_seeds": 1, "arms": ["labels"], "concurrent": 1}
+    population = {**SWEEP, "search": "pbt", "trials_per_process": 4, "trials": 4, "seeds": 1, "judge_seeds": 1, "arms": ["labels"], "max_concurrent": 1}
     config = taught(groups, tmp_path, tune=population)
     tuning.sweep.tune(config)
     assert config.tune is not None
@@ -236,7 +236,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no sweep": ({"tune": None}, "the config has no section 'tune'"),
     "no students": ({"vm": {"models": []}, "tune": {**SWEEP, "students": []}}, "setting 'vm.models' is empty"),
     "cuda": ({"vm": {"device": "cuda"}, "tune": SWEEP}, "set vm.device=cpu"),
-    "windows": ({"tune": {**SWEEP, "judge_windows": [3, 9]}}, r"setting 'tune.judge_windows' is \[3, 9\]: the stream has windows 0 to 3"),
+    "windows": ({"tune": {**SWEEP, "holdout_windows": [3, 9]}}, r"setting 'tune.holdout_windows' is \[3, 9\]: the stream has windows 0 to 3"),
 }
 
 

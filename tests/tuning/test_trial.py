@@ -23,7 +23,7 @@ from tuning.trial import OUTSIDE, Figures, figures_of, score, trial_job
 
 BOUNDS = (0.95, 1.05)
 SETTINGS: Settings = {
-    "distillation.ah.w": 0.3, "distillation.ah.beta": 2.5, "distillation.ah.mlp": (4,), "distillation.sa.own_head": False,
+    "distillation.ah.w": 0.3, "distillation.ah.beta": 2.5, "distillation.ah.mlp": (4,), "distillation.sa.separate_head": False,
     "vm.optimizer.table_lr": 0.2, "vm.batch_size": 50,
 }  # fmt: skip
 
@@ -74,7 +74,7 @@ def test_figures_are_those_of_a_plain_job(base: Config, groups: dict[int, Worker
     groups[1].run(train, Job("vm", plain, (found,)), range(4), None)
     written = read_metrics(plain.folder / "metrics.jsonl")
     assert len(written) == 4
-    # Over the counted windows together: log loss and predictions add up.
+    # Over the counted windows trials_per_process: log loss and predictions add up.
     for told in figures:
         counted = [row for row in written if 1 <= row["window"] <= told.window]
         n = np.array([row["examples"] for row in counted])

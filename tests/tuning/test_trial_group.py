@@ -18,7 +18,7 @@ FIRST, LAST = 1, 3
 
 
 def config(**changes: Any) -> Config:
-    tune = {"score_windows": [FIRST, LAST], "judge_windows": [4, 5], "early_stopping": "none", "trials": 4, "space": {
+    tune = {"validation_windows": [FIRST, LAST], "holdout_windows": [4, 5], "early_stopping": "none", "trials": 4, "space": {
         W: {"low": 0.1, "high": 4}, MLP: {"choice": [[], [8]]},
     }, **changes}  # fmt: skip
     return Config.model_validate({"vm": {"models": [{"name": "s", "domain": "s", "task": "click"}]}, "tune": tune})
@@ -52,7 +52,7 @@ def told(
 
 def test_members_with_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong: a member gets a sibling's figures, or those of one seed only; or is not failed although one of its trainings is."""
-    base = config(together=2, seeds=3)
+    base = config(trials_per_process=2, seeds=3)
     reports, sent = told(base, monkeypatch, [0.3, 0.7], {(2, 4)})
     assert [len(report) for report in reports] == [2, 2, 2] and sent == [None] * 3
     for window, (one, _) in enumerate(reports, FIRST):
@@ -71,16 +71,16 @@ def test_mean_of_seeds() -> None:
 
 def test_a_block_ends_with_its_last_member(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong: a process trains on what is all broken, or ends without saying so because no window has counted yet."""
-    reports, sent = told(config(together=2), monkeypatch, [0.3, 0.7], {(0, 0), (0, 1)})
+    reports, sent = told(config(trials_per_process=2), monkeypatch, [0.3, 0.7], {(0, 0), (0, 1)})
     assert reports == [[{"failed": "diverged"}] * 2] and sent == []
-    reports, _ = told(config(together=2), monkeypatch, [0.3, 0.7], {(0, 0), (3, 1)})
+    reports, _ = told(config(trials_per_process=2), monkeypatch, [0.3, 0.7], {(0, 0), (3, 1)})
     assert len(reports) == 3 and reports[-1] == [{"failed": "diverged"}] * 2
 
 
 def test_population(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong: members are replaced before any window has counted or after the last one, by others than the best, or are said to have learnt
     under other settings than they did."""
-    base = config(together=4, search="pbt")
+    base = config(trials_per_process=4, search="pbt")
     reports, sent = told(base, monkeypatch, [0.3, 2.0, 0.5, 0.6])
     assert base.tune is not None
     assert [len(moves or ()) for moves in sent] == [0, 1, 1]
@@ -99,6 +99,6 @@ def test_population(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_failed_member_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong: a population shrinks with every member that diverges."""
-    reports, sent = told(config(together=4, search="pbt"), monkeypatch, [0.3, 2.0, 0.5, 0.6], {(0, 0), (1, 2)})
+    reports, sent = told(config(trials_per_process=4, search="pbt"), monkeypatch, [0.3, 2.0, 0.5, 0.6], {(0, 0), (1, 2)})
     assert ["failed" in entry for entry in reports[0]] == [True, False, True, False] and not any("failed" in entry for entry in reports[1])
     assert {target for _, target, _ in sent[1]} == {0, 2} and {source for source, _, _ in sent[1]} == {3}

@@ -17,8 +17,7 @@ from exfm_ray.data.labels.writer import LabeledWriter
 from exfm_ray.data.prepare.duckdb_reader import part_rows, read
 from exfm_ray.data.prepare.packer import Packer
 from exfm_ray.data.prepare.window_cutter import Progress, WindowCutter
-from exfm_ray.data.sources import avazu, criteo, frappe, kuairand, movielens, table
-from exfm_ray.data.sources import synthetic as embedded
+from exfm_ray.data.sources import avazu, criteo, frappe, kuairand, movielens, synthetic, table
 from exfm_ray.data.sources.base import RawSource, with_table_rows
 from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.errors import UserError, nearest
@@ -66,8 +65,8 @@ def prepare(config: Config, progress: Progress | None = None, check: Callable[[S
     root = stream_folder(config)
     if config.data.follow or _finished_elsewhere(root, config):
         return EventStream.open(root)
-    source = None if config.data.source == "embedded" else SOURCES[config.data.source](config)
-    schema = with_table_rows(source.schema if source else embedded.schema(config.data.embedded), config.data.table_rows)
+    source = None if config.data.source == "synthetic" else SOURCES[config.data.source](config)
+    schema = with_table_rows(source.schema if source else synthetic.schema(config.data.synthetic), config.data.table_rows)
     source = replace(source, schema=schema) if source else None
     _check_windows(config, source)
     _check_attribution(config, schema, source)
@@ -78,7 +77,7 @@ def prepare(config: Config, progress: Progress | None = None, check: Callable[[S
         stream = EventStream(root, schema)
         if not stream.complete:
             remove_uncommitted(root)
-            statistics = _stream(config, writer, source, progress) if source else embedded.write(config, writer, progress)
+            statistics = _stream(config, writer, source, progress) if source else synthetic.write(config, writer, progress)
             writer.finish(statistics)
     return stream
 
@@ -111,8 +110,8 @@ def follow(config: Config, progress: Progress | None = None, check: Callable[[Sc
 def source_schema(config: Config) -> Schema:
     """The schema that a stream of `config.data` will have. No data are read: a `table` source needs its schema file alone, the other raw
     sources their files' names and headers. UserError where they are not there."""
-    if config.data.source == "embedded":
-        schema = embedded.schema(config.data.embedded)
+    if config.data.source == "synthetic":
+        schema = synthetic.schema(config.data.synthetic)
     elif config.data.source in ("table", "kafka"):
         schema = table.load(config.data.schema_file).table_schema
     else:
@@ -149,11 +148,18 @@ def _settings(config: Config, schema: Schema, source: RawSource | None) -> dict[
 def _content(config: Config) -> dict[str, Any]:
     """The settings of `data` on which the content of the stream depends, as JSON."""
     data = config.data
-    excluded = NOT_CONTENT | (set() if data.source == "embedded" else {"embedded"}) | (set() if data.delayed else LATE) | {"follow"}
-    content = data.model_dump(mode="json", exclude=excluded) | ({"attribution_s": data.delayed} if data.delayed else {})
+    excluded = NOT_CONTENT | (set() if data.source == "synthetic" else {"synthetic"}) | (set() if data.delayed else LATE) | {"follow"}
+    content = _former_names(data.model_dump(mode="json", exclude=excluded)) | ({"attribution_s": data.delayed} if data.delayed else {})
     if data.follow:
         content["follow"] = {"lateness_s": data.follow.lateness_s} | ({"topic": data.follow.kafka.topic} if data.follow.kafka else {})
     return content
+
+
+def _former_names(content: dict[str, Any]) -> dict[str, Any]:
+    """The names under which streams on disk hold these settings: `embedded` is the synthetic source."""
+    former = {"synthetic": "embedded"}
+    renamed = {former.get(key, key): value for key, value in content.items()}
+    return renamed | {"source": former.get(content["source"], content["source"])}
 
 
 def _writer(config: Config, root: AnyPath, schema: Schema, settings: dict[str, Any]) -> StreamWriter:
@@ -172,7 +178,7 @@ def _check_tasks(config: Config, schema: Schema) -> None:
 
 def _check_attribution(config: Config, schema: Schema, source: RawSource | None) -> None:
     """UserError where labels of a task cannot come late."""
-    told = source.label_time_tasks if source else embedded.TASKS
+    told = source.label_time_tasks if source else synthetic.TASKS
     _check_tasks(config, schema)
     if config.data.delayed and (config.data.window.by == "file" or (source and source.ordered_only)):
         raise UserError(
@@ -189,7 +195,7 @@ def _check_attribution(config: Config, schema: Schema, source: RawSource | None)
 
 def _finished_elsewhere(root: AnyPath, config: Config) -> bool:
     """Whether the stream is complete and its raw data are not on this machine: then the settings alone decide."""
-    if config.data.source == "embedded" or config.data.root.is_dir() or not (root / "manifest.json").exists():
+    if config.data.source == "synthetic" or config.data.root.is_dir() or not (root / "manifest.json").exists():
         return False
     made = read_json(root / "settings.json")
     return bool((made["format"], made["data"]) == (FORMAT, _content(config)) and made["seed"] in (None, config.seed))

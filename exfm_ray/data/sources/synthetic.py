@@ -1,4 +1,4 @@
-"""The embedded stream: generated ad events whose true click and conversion probabilities are known.
+"""The synthetic stream: generated ad events whose true click and conversion probabilities are known.
 
 The truth goes to `<stream>/truth/window=000.parquet` (example_id, and one float32 column per task), beside the events and
 not among them: metrics read it, models never do.
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from exfm_ray.config.data import EmbeddedConfig
+from exfm_ray.config.data import SyntheticConfig
 from exfm_ray.config.root import Config
 from exfm_ray.data.prepare.packer import packed
 from exfm_ray.data.prepare.sequence_feature import gather
@@ -40,7 +40,7 @@ CLICK_DELAY_S, CONVERSION_DELAY_S = 120.0, 43_200.0  # means; a conversion is to
 ORACLE = pa.schema([("example_id", pa.int64()), *((task, pa.float32()) for task in TASKS)])
 
 
-def schema(config: EmbeddedConfig) -> Schema:
+def schema(config: SyntheticConfig) -> Schema:
     """Tables of users and ads have twice the rows of those alive: a row is used again long after its owner has left."""
     ad = indexed("ad", 2 * config.ads)
     keywords = latent.CATEGORIES * latent.KEYWORDS_PER_CATEGORY + config.advertisers
@@ -101,7 +101,7 @@ class ClickLog:
 class Generator:
     """Draws the events of window after window, chunk by chunk."""
 
-    def __init__(self, config: EmbeddedConfig) -> None:
+    def __init__(self, config: SyntheticConfig) -> None:
         self.config = config
         self.schema = schema(config)
         self.world = World(config)
@@ -172,7 +172,7 @@ def known_times(seed: int, window: int, number: int, times_N: Array) -> Array:
 
 def write(config: Config, writer: StreamWriter, progress: Progress | None) -> dict[str, Any]:
     """Write all windows and their truth; what the stream's manifest says of them."""
-    settings = config.data.embedded
+    settings = config.data.synthetic
     generator = Generator(settings)
     left = config.data.max_rows or settings.windows * settings.events_per_window
     total = 0

@@ -1,4 +1,4 @@
-"""The hidden world of the embedded stream: users and ads, their latent vectors, and how these change window by window.
+"""The hidden world of the synthetic stream: users and ads, their latent vectors, and how these change window by window.
 
 Shapes: U users, A ads, V advertisers, C categories, S segments, K latent dimensions, D domains.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from exfm_ray.config.data import EmbeddedConfig
+from exfm_ray.config.data import SyntheticConfig
 
 Array = np.ndarray[Any, Any]
 
@@ -39,7 +39,7 @@ def _long(vectors: Array) -> Array:
 class World:
     """Latents at one window. `step` moves on by one window, always the same way for the same seed."""
 
-    def __init__(self, config: EmbeddedConfig) -> None:
+    def __init__(self, config: SyntheticConfig) -> None:
         self.config, self.window = config, 0
         draw = random(config.seed, ROOT)
         normal = draw.standard_normal

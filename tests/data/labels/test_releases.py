@@ -33,7 +33,7 @@ EMBEDDED = {"windows": WINDOWS, "events_per_window": 3000}
 
 def make(folder: Path, name: str = "late", **data: Any) -> Config:
     """A small embedded run whose labels come late."""
-    settings = {"fragment_rows": 1200, "embedded": EMBEDDED, "attribution_s": HOURS, "late_labels": "correct"} | data
+    settings = {"fragment_rows": 1200, "synthetic": EMBEDDED, "attribution_s": HOURS, "late_labels": "correct"} | data
     return small_config(folder, name, data=settings)
 
 
@@ -44,7 +44,7 @@ def labels(stream: EventStream, window: int) -> np.ndarray[Any, Any]:
 
 def truth(folder: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Of the same stream with its labels at once: the labels, when each would be known, and its window."""
-    stream = prepare(small_config(folder, "plain", data={"fragment_rows": 1200, "embedded": EMBEDDED}))
+    stream = prepare(small_config(folder, "plain", data={"fragment_rows": 1200, "synthetic": EMBEDDED}))
     parts = [(w, stream.read(w, f)) for w in stream.windows() for f in stream.window(w).fragments]
     labels_NT = np.concatenate([list_values(table["labels"], 2) for _, table in parts])
     times_N = np.concatenate([table["event_time"].to_numpy() for _, table in parts])

@@ -46,7 +46,7 @@ def test_a_killed_follower_goes_on_with_the_same_bytes(s3: S3, tmp_path: Path, m
 
 def small(folder: Path, storage: str | None) -> Config:
     """A stream of generated events whose conversions are known later, and corrected."""
-    data: dict[str, Any] = {"attribution_s": {"conversion": 7200}, "late_labels": "correct", "embedded": {"windows": 3, "events_per_window": 300}}
+    data: dict[str, Any] = {"attribution_s": {"conversion": 7200}, "late_labels": "correct", "synthetic": {"windows": 3, "events_per_window": 300}}
     return small_config(folder, "run", run={"dir": folder, "storage": storage}, data=data)
 
 

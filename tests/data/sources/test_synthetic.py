@@ -1,4 +1,4 @@
-"""The embedded stream and its truth."""
+"""The synthetic stream and its truth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from exfm_ray.config.data import EmbeddedConfig
+from exfm_ray.config.data import SyntheticConfig
 from exfm_ray.config.root import Config
 from exfm_ray.data.prepare.prepare import prepare
 from exfm_ray.data.sources.synthetic import ClickLog, truth_path
@@ -41,7 +41,7 @@ def entropy(p: np.ndarray) -> np.ndarray:
 
 def test_labels_follow_the_truth(make: MakeConfig) -> None:
     """Otherwise the best NE known is of another stream: in each of ten bins, labels within 5 sigma of the sum of the truth."""
-    events, truth = load(prepare(make("embedded", embedded=SMALL)))
+    events, truth = load(prepare(make("synthetic", synthetic=SMALL)))
     assert events["example_id"].equals(truth["example_id"])
     labels = list_values(events["labels"], 2)
     for task in range(2):
@@ -54,7 +54,7 @@ def test_labels_follow_the_truth(make: MakeConfig) -> None:
 
 def test_the_stream_is_worth_learning(make: MakeConfig) -> None:
     """Otherwise there is nothing to learn (best NE near 1), nothing to distill, or domains do not differ."""
-    events, truth = load(prepare(make("embedded", embedded=SMALL)))
+    events, truth = load(prepare(make("synthetic", synthetic=SMALL)))
     p, domain = truth["click"].to_numpy().astype(np.float64), events["domain"].to_numpy()
     assert 0.65 < entropy(p).mean() / entropy(p.mean()) < 0.8
     rates = [p[domain == d].mean() for d in range(4)]
@@ -69,7 +69,7 @@ def test_the_stream_is_worth_learning(make: MakeConfig) -> None:
 def test_a_longer_stream_begins_with_the_shorter(make: MakeConfig) -> None:
     """Otherwise two runs of a seed with other numbers of windows cannot be compared."""
     short, long, other = (
-        prepare(make("embedded", name=name, embedded=SMALL | {"events_per_window": 5_000, "windows": windows, "seed": seed}))
+        prepare(make("synthetic", name=name, synthetic=SMALL | {"events_per_window": 5_000, "windows": windows, "seed": seed}))
         for name, windows, seed in (("short", 2, 3), ("long", 4, 3), ("other", 2, 4))
     )
     assert all(files(short.root, w) == files(long.root, w) for w in range(2))
@@ -79,7 +79,7 @@ def test_a_longer_stream_begins_with_the_shorter(make: MakeConfig) -> None:
 def test_an_interrupted_stream_is_finished_the_same(make: MakeConfig) -> None:
     """Otherwise a killed run ends with other data than one that was not."""
     settings = SMALL | {"events_per_window": 5_000}
-    whole = prepare(make("embedded", name="whole", embedded=settings))
+    whole = prepare(make("synthetic", name="whole", synthetic=settings))
 
     class KilledError(Exception):
         pass
@@ -88,7 +88,7 @@ def test_an_interrupted_stream_is_finished_the_same(make: MakeConfig) -> None:
         if window == 1:
             raise KilledError
 
-    config = make("embedded", name="killed", embedded=settings)
+    config = make("synthetic", name="killed", synthetic=settings)
     with contextlib.suppress(KilledError):
         prepare(config, kill)
     root = config.folder / "stream"
@@ -103,7 +103,7 @@ def test_an_interrupted_stream_is_finished_the_same(make: MakeConfig) -> None:
 
 def test_interests_turn_by_the_drift_and_users_leave() -> None:
     """Otherwise a stale teacher is as good as a fresh one."""
-    world = World(EmbeddedConfig(users=1000, ads=200, drift=0.15, churn=0.1, shift_at=2))
+    world = World(SyntheticConfig(users=1000, ads=200, drift=0.15, churn=0.1, shift_at=2))
     for window, angle in ((1, 0.15), (2, 0.15 + SHIFT)):
         before, ids = world.user_UK.copy(), world.user_id_U.copy()
         replaced = world.step()
@@ -135,5 +135,5 @@ def test_clicked_ads_are_those_of_earlier_windows() -> None:
 
 def test_max_rows_stops_the_stream(make: MakeConfig) -> None:
     """Otherwise a short trial is a long one."""
-    stream = prepare(make("embedded", embedded=SMALL | {"events_per_window": 1_000}, max_rows=1_500))
+    stream = prepare(make("synthetic", synthetic=SMALL | {"events_per_window": 1_000}, max_rows=1_500))
     assert [stream.window(i).rows for i in stream.windows()] == [1_000, 500]
