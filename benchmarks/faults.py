@@ -1,11 +1,15 @@
 """python -m benchmarks.faults [--quick]: what a run survives, and what that costs.
 
-1. Kills: `run.py pipeline` on a small synthetic stream in a process group of its own, with checkpoints inside windows. At random moments
-   (drawn from a fixed seed, from the start to the length of an undisturbed run) the whole group gets SIGKILL, and the same command is given
-   again, until it ends; then metrics.jsonl, summary.json and every exported weight are compared with the undisturbed run's.
-2. Resume: seconds from giving the command again, after a kill, to the first new checkpoint (one every 1,000 examples).
-3. Checkpoint cost: the demo's models in one process, a checkpoint a window: how much longer training takes than without any (medians over
-   pairs of runs), the time for which it stands still, and the processor time that the writing thread takes beside it.
+1. Kills: `run.py pipeline` on a small synthetic stream in a process group of its own, with
+   checkpoints inside windows. At random moments (drawn from a fixed seed, from the start to the
+   length of an undisturbed run) the whole group gets SIGKILL, and the same command is given again,
+   until it ends; then metrics.jsonl, summary.json and every exported weight are compared with the
+   undisturbed run's.
+2. Resume: seconds from giving the command again, after a kill, to the first new checkpoint (one
+   every 1,000 examples).
+3. Checkpoint cost: the demo's models in one process, a checkpoint a window: how much longer
+   training takes than without any (medians over pairs of runs), the time for which it stands still,
+   and the processor time that the writing thread takes beside it.
 4. Malformed inputs: see `benchmarks.faults_fuzz`.
 """
 
@@ -50,22 +54,50 @@ SEED = 7
 RUN_S = 900.0
 KILLS_A_RUN = 4
 SETTINGS: dict[str, Any] = {
-    "data": {"fragment_rows": 1000, "synthetic": {"windows": 6, "events_per_window": 4000, "users": 500, "ads": 200, "advertisers": 20}},
-    "fm": {"model": {"type": "wukong", "dim": 8, "l": 1, "n_F": 4, "n_L": 4, "k": 4, "fmb_mlp": [16], "mlp": [16]}, "batch_size": 64, "threads": 1},
+    "data": {
+        "fragment_rows": 1000,
+        "synthetic": {
+            "windows": 6,
+            "events_per_window": 4000,
+            "users": 500,
+            "ads": 200,
+            "advertisers": 20,
+        },
+    },
+    "fm": {
+        "model": {
+            "type": "wukong",
+            "dim": 8,
+            "l": 1,
+            "n_F": 4,
+            "n_L": 4,
+            "k": 4,
+            "fmb_mlp": [16],
+            "mlp": [16],
+        },
+        "batch_size": 64,
+        "threads": 1,
+    },
     "das": {"threads": 1, "keep_snapshots": True},  # one is to be damaged
     "vm": {
-        "model": {"type": "mlp", "dim": 8, "mlp": [16]}, "batch_size": 64, "threads": 1,
-        "models": [{"name": "feed", "domain": "feed", "task": "click"}, {"name": "stories", "domain": "stories", "task": "conversion"}],
+        "model": {"type": "mlp", "dim": 8, "mlp": [16]},
+        "batch_size": 64,
+        "threads": 1,
+        "models": [
+            {"name": "feed", "domain": "feed", "task": "click"},
+            {"name": "stories", "domain": "stories", "task": "conversion"},
+        ],
     },
     "checkpoint": {"every_examples": 1000},
     "metrics": {"warmup_windows": 1},
     "wandb": {"mode": "disabled"},
-}  # fmt: skip
+}
 
 
 @dataclass
 class Attempt:
-    """One start of the command: how long it ran, how long until its first checkpoint (None: it wrote none), its exit code, its output."""
+    """One start of the command: how long it ran, how long until its first checkpoint (None: it
+    wrote none), its exit code, its output."""
 
     seconds: float
     learnt_s: float | None
@@ -73,13 +105,34 @@ class Attempt:
     output: str
 
 
-def attempt(folder: Path, name: str, kill_after_s: float | None) -> Attempt:
-    """Give the command; SIGKILL to the whole process group after so many seconds, if it has not ended by then."""
-    command = [sys.executable, "run.py", "pipeline", "--config", str(folder / "faults.yaml"), "--name", name]
+def attempt(
+    folder: Path,
+    name: str,
+    kill_after_s: float | None,
+) -> Attempt:
+    """Give the command; SIGKILL to the whole process group after so many seconds, if it has not
+    ended by then."""
+    command = [
+        sys.executable,
+        "run.py",
+        "pipeline",
+        "--config",
+        str(folder / "faults.yaml"),
+        "--name",
+        name,
+    ]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    before, started, learnt = checkpoints(folder / name), time.monotonic(), None
+    before = checkpoints(folder / name)
+    started = time.monotonic()
+    learnt = None
     process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
     while process.poll() is None and time.monotonic() - started < (kill_after_s or RUN_S):
@@ -103,11 +156,19 @@ def checkpoints(run: Path) -> set[tuple[str, int]]:
 
 def outcome(folder: Path) -> dict[str, Any]:
     """All that must be equal: figures of each window, figures of the run, exported weights."""
-    rows = [{k: v for k, v in row.items() if k != "examples_per_s"} for row in read_metrics(folder / "metrics.jsonl")]
+    rows = [
+        {k: v for k, v in row.items() if k != "examples_per_s"}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
     by_identity = {json.dumps([row[key] for key in IDENTITY]): row for row in rows}
     assert len(by_identity) == len(rows), "a row was written twice"
-    figures = sorted(json.dumps(row, sort_keys=True) for row in read_json(folder / "summary.json")["figures"])
-    weights = {str(path.relative_to(folder)): sha256(path) for path in sorted((folder / "exported").rglob("*.safetensors"))}
+    figures = sorted(
+        json.dumps(row, sort_keys=True) for row in read_json(folder / "summary.json")["figures"]
+    )
+    weights = {
+        str(path.relative_to(folder)): sha256(path)
+        for path in sorted((folder / "exported").rglob("*.safetensors"))
+    }
     return {"metrics": by_identity, "figures": figures, "weights": weights}
 
 
@@ -116,11 +177,17 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
     (folder / "faults.yaml").write_text(yaml.safe_dump(SETTINGS | {"run": {"dir": str(folder)}}))
     whole = attempt(folder, "whole", None)
     assert whole.code == 0, whole.output
-    expected, moments = outcome(folder / "whole"), random.Random(SEED)
+    expected = outcome(folder / "whole")
+    moments = random.Random(SEED)
     print(f"undisturbed: {whole.seconds:.0f} s", flush=True)
-    done, equal, runs, resumed, tracebacks = 0, 0, 0, list[float](), 0
+    done = 0
+    equal = 0
+    runs = 0
+    resumed = list[float]()
+    tracebacks = 0
     while done < count:
-        name, killed = f"killed{runs}", 0
+        name = f"killed{runs}"
+        killed = 0
         while killed < min(KILLS_A_RUN, count - done):
             moment = moments.uniform(0.5, whole.seconds)
             one = attempt(folder, name, moment)
@@ -134,14 +201,33 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
             assert last.code == 0, last.output
             resumed += [last.learnt_s] if last.learnt_s is not None else []
             same = outcome(folder / name) == expected
-            done, equal, tracebacks = done + killed, equal + killed * same, tracebacks + ("Traceback" in last.output)
-            took = f"{last.learnt_s:.0f} s" if last.learnt_s is not None else "nothing was left to learn"
-            print(f"run {runs}: {killed} kills, {'equal' if same else 'NOT EQUAL'} to the undisturbed one; first checkpoint after {took}", flush=True)
+            done = done + killed
+            equal = equal + killed * same
+            tracebacks = tracebacks + ("Traceback" in last.output)
+            took = (
+                f"{last.learnt_s:.0f} s"
+                if last.learnt_s is not None
+                else "nothing was left to learn"
+            )
+            print(
+                f"run {runs}: {killed} kills, {'equal' if same else 'NOT EQUAL'} to the undisturbed one; first checkpoint after {took}",
+                flush=True,
+            )
         runs += 1
     return {
-        "kills": done, "kills_with_equal_outcome": equal, "runs": runs, "undisturbed_s": whole.seconds, "tracebacks": tracebacks,
-        "resume_s": {"median": statistics.median(resumed), "longest": max(resumed), "measured": len(resumed)} if resumed else None,
-    }  # fmt: skip
+        "kills": done,
+        "kills_with_equal_outcome": equal,
+        "runs": runs,
+        "undisturbed_s": whole.seconds,
+        "tracebacks": tracebacks,
+        "resume_s": {
+            "median": statistics.median(resumed),
+            "longest": max(resumed),
+            "measured": len(resumed),
+        }
+        if resumed
+        else None,
+    }
 
 
 class NoSaver(AsyncCheckpointer):
@@ -172,33 +258,54 @@ def seconds_of(worker: Worker) -> float:
 
 
 def checkpoint_cost(folder: Path, quick: bool) -> dict[str, Any]:
-    """The demo's FM and vertical models, each in this process, a checkpoint a window against none."""
+    """The demo's FM and vertical models, each in this process, a checkpoint a window against
+    none."""
     init_single_process()
     torch.set_num_threads(1)
     windows, pairs = (3, 3) if quick else (6, 7)
-    overrides = [f"run.dir={folder}", f"data.synthetic.windows={windows}", "data.synthetic.events_per_window=40000", "vm.arms=[labels]"]
-    settings, found = load_config(REPOSITORY / "configs" / "demo.yaml", overrides, "cost"), {}
+    overrides = [
+        f"run.dir={folder}",
+        f"data.synthetic.windows={windows}",
+        "data.synthetic.events_per_window=40000",
+        "vm.arms=[labels]",
+    ]
+    settings = load_config(REPOSITORY / "configs" / "demo.yaml", overrides, "cost")
+    found = {}
     prepare(settings)
     for job in (Job("fm", settings), Job("vm", settings, settings.vm.models)):
-        costs, still, writing = [], [], []
+        costs = []
+        still = []
+        writing = []
         for number in range(pairs + 1):  # the first one warms up
             order = (AsyncCheckpointer, NoSaver) if number % 2 else (NoSaver, AsyncCheckpointer)
             by_saver = {saver: trained(job, saver) for saver in order}
-            saved, bare = by_saver[AsyncCheckpointer], seconds_of(by_saver[NoSaver])
-            stood, wrote = (seconds / windows * (windows - 1) / bare for seconds in (saved.saver.seconds, saved.saver.writing_s))
+            saved = by_saver[AsyncCheckpointer]
+            bare = seconds_of(by_saver[NoSaver])
+            stood, wrote = (
+                seconds / windows * (windows - 1) / bare
+                for seconds in (saved.saver.seconds, saved.saver.writing_s)
+            )
             costs.append(stood + seconds_of(saved) / bare - 1)
             still.append(stood)
             writing.append(wrote)
-        size = sum(path.stat().st_size for path in job.checkpoints.folder(job.checkpoints.latest()).iterdir())
-        cost, spread = statistics.median(costs[1:]), statistics.stdev(costs[1:]) / pairs**0.5
+        size = sum(
+            path.stat().st_size
+            for path in job.checkpoints.folder(job.checkpoints.latest()).iterdir()
+        )
+        cost = statistics.median(costs[1:])
+        spread = statistics.stdev(costs[1:]) / pairs**0.5
         found[job.role] = {
-            "bytes": size, "cost": cost, "standard_error": spread, "stands_still": statistics.median(still[1:]),
+            "bytes": size,
+            "cost": cost,
+            "standard_error": spread,
+            "stands_still": statistics.median(still[1:]),
             "writer_processor_time": statistics.median(writing[1:]),
-        }  # fmt: skip
+        }
         print(
             f"{job.role}: {size / 1e6:.1f} MB a checkpoint; training takes {cost:.1%} longer (standard error {spread:.1%}), of which it stands "
-            f"still for {statistics.median(still[1:]):.2%}; the writing thread's processor time is {statistics.median(writing[1:]):.2%}", flush=True,
-        )  # fmt: skip
+            f"still for {statistics.median(still[1:]):.2%}; the writing thread's processor time is {statistics.median(writing[1:]):.2%}",
+            flush=True,
+        )
     return found
 
 
@@ -213,8 +320,12 @@ def main() -> None:
     bars = {
         "kills_with_equal_outcome": bar(killed["kills_with_equal_outcome"], killed["kills"]),
         "checkpoint_cost": bar(max(role["cost"] for role in cost.values()), 0.05, at_least=False),
-        "resume_s": bar(killed["resume_s"]["longest"] if killed["resume_s"] else 0.0, 60, at_least=False),
-        "malformed_told_clearly": bar(malformed["told"], malformed["inputs"] - malformed["harmless"]),
+        "resume_s": bar(
+            killed["resume_s"]["longest"] if killed["resume_s"] else 0.0, 60, at_least=False
+        ),
+        "malformed_told_clearly": bar(
+            malformed["told"], malformed["inputs"] - malformed["harmless"]
+        ),
     }
     report("faults", figures, bars)
 

@@ -1,8 +1,10 @@
-"""Every model on Frappe, by configs/frappe.yaml: AUC and log loss on valid.csv, and on test.csv where it is there.
+"""Every model on Frappe, by configs/frappe.yaml: AUC and log loss on valid.csv, and on test.csv
+where it is there.
 
     python -m benchmarks.frappe [--data DIR] [--quick]
 
-DIR holds train.csv and valid.csv, or a folder `frappe` with them. train.csv is learnt, valid.csv chooses the pass and stops.
+DIR holds train.csv and valid.csv, or a folder `frappe` with them. train.csv is learnt, valid.csv
+chooses the pass and stops.
 """
 
 from __future__ import annotations
@@ -35,12 +37,14 @@ MODELS = {
     "finalmlp": "type: finalmlp, dim: 16, mlp_1: [128, 64], mlp_2: [64], heads: 4",
 }
 STUDENT_DENSE_LR = 0.003
-"""Models without layer norms learn slowly at the Wukong's rate; the optimizer's other settings are the config's."""
+"""Models without layer norms learn slowly at the Wukong's rate; the optimizer's other settings are
+the config's."""
 SPLITS = {1: "valid", 2: "test"}
 
 
 def passes(job: Job) -> tuple[list[dict[str, Any]], EarlyStopping]:
-    """Passes over the job's static set until early stopping; the best pass's rows, and how it went."""
+    """Passes over the job's static set until early stopping; the best pass's rows, and how it
+    went."""
     windows = EventStream.open(job.stream_root).windows()
     static = job.static(windows)
     assert static
@@ -53,11 +57,20 @@ def passes(job: Job) -> tuple[list[dict[str, Any]], EarlyStopping]:
     return best, stopping
 
 
-def train(folder: Path, data: Path, name: str, seed: int, quick: bool) -> dict[str, float]:
+def train(
+    folder: Path,
+    data: Path,
+    name: str,
+    seed: int,
+    quick: bool,
+) -> dict[str, float]:
     """One model with one seed: AUC and log loss of its best pass."""
     settings = [f"run.dir={folder}", f"data.root={data}", f"seed={seed}"]
     if MODELS[name]:
-        settings += [f"fm.model={{{MODELS[name]}, embeddings: {{user: 3, item: 3}}}}", f"fm.optimizer.dense_lr={STUDENT_DENSE_LR}"]
+        settings += [
+            f"fm.model={{{MODELS[name]}, embeddings: {{user: 3, item: 3}}}}",
+            f"fm.optimizer.dense_lr={STUDENT_DENSE_LR}",
+        ]
     settings += ["fm.static.passes=2"] if quick else []
     config: Config = load_config(Path("configs/frappe.yaml"), settings, f"seed{seed}")
     prepare(config)
@@ -65,7 +78,11 @@ def train(folder: Path, data: Path, name: str, seed: int, quick: bool) -> dict[s
     figures: dict[str, float] = {"best_pass": stopping.best}
     for row in rows:
         figures |= {f"{SPLITS[row['window']]}_{key}": row[key] for key in ("auc", "log_loss")}
-    print(f"{name}, seed {seed}: " + ", ".join(f"{key} {value:.4f}" for key, value in figures.items()), flush=True)
+    print(
+        f"{name}, seed {seed}: "
+        + ", ".join(f"{key} {value:.4f}" for key, value in figures.items()),
+        flush=True,
+    )
     return figures
 
 
@@ -74,7 +91,11 @@ def summary(runs: list[dict[str, float]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key in runs[0]:
         values = [run[key] for run in runs]
-        found |= {key: statistics.mean(values), f"{key}_std": statistics.stdev(values) if len(values) > 1 else 0.0, f"{key}_seeds": values}
+        found |= {
+            key: statistics.mean(values),
+            f"{key}_std": statistics.stdev(values) if len(values) > 1 else 0.0,
+            f"{key}_seeds": values,
+        }
     return found
 
 
@@ -84,7 +105,10 @@ def main() -> None:
     data = options.data / "frappe" if (options.data / "frappe").is_dir() else options.data
     with tempfile.TemporaryDirectory() as folder:
         seeds = (0,) if options.quick else (0, 1, 2)
-        figures = {name: summary([train(Path(folder), data, name, seed, options.quick) for seed in seeds]) for name in MODELS}
+        figures = {
+            name: summary([train(Path(folder), data, name, seed, options.quick) for seed in seeds])
+            for name in MODELS
+        }
     wukong = figures["wukong"]
     bars = {
         "wukong_valid_auc": bar(wukong["valid_auc"], 0.985),

@@ -1,9 +1,11 @@
-"""What late conversions cost, and what corrections give back, on the synthetic stream: the FM, figures against the labels as they all were.
+"""What late conversions cost, and what corrections give back, on the synthetic stream: the FM,
+figures against the labels as they all were.
 
     python -m benchmarks.late_labels [--quick]
 
-For each seed the FM learns one stream three times: with all labels at once (which nobody has), with late labels counted, and with late
-labels corrected. A window lasts an hour, its conversions are awaited for six, and take 12 on average.
+For each seed the FM learns one stream three times: with all labels at once (which nobody has), with
+late labels counted, and with late labels corrected. A window lasts an hour, its conversions are
+awaited for six, and take 12 on average.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ from exfm_ray.storage.atomic import read_json
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import local_loop
 
-WINDOWS, EVENTS, SEEDS, JUDGED = 48, 10_000, 3, 12
+WINDOWS = 48
+EVENTS = 10_000
+SEEDS = 3
+JUDGED = 12
 ATTRIBUTION = {"conversion": 6 * 3600}
 KINDS: dict[str, dict[str, Any]] = {
     "at_once": {},
@@ -37,7 +42,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class JudgedByTruth:
-    """Learns what one stream releases, is evaluated by the labels of another, of the same events."""
+    """Learns what one stream releases, is evaluated by the labels of another, of the same
+    events."""
 
     learnt: FragmentReader
     judged: FragmentReader
@@ -58,31 +64,68 @@ class JudgedByTruth:
         return self._of(work).read(work, fragment)
 
 
-def config(folder: Path, kind: str, seed: int, windows: int) -> Config:
+def config(
+    folder: Path,
+    kind: str,
+    seed: int,
+    windows: int,
+) -> Config:
     """A small FM that learns conversions alone."""
-    embedded = {"seed": seed, "windows": windows, "events_per_window": EVENTS, "users": 5_000, "ads": 1_000}
+    embedded = {
+        "seed": seed,
+        "windows": windows,
+        "events_per_window": EVENTS,
+        "users": 5_000,
+        "ads": 1_000,
+    }
     model = {"type": "mlp", "dim": 16, "mlp": [64, 32]}
     return Config.model_validate(
-        {"name": f"{kind}-{seed}", "seed": seed, "run": {"dir": folder}, "data": {"synthetic": embedded, **KINDS[kind]},
-         "fm": {"model": model, "tasks": ["conversion"], "batch_size": 512, "threads": 1}}
-    )  # fmt: skip
+        {
+            "name": f"{kind}-{seed}",
+            "seed": seed,
+            "run": {"dir": folder},
+            "data": {"synthetic": embedded, **KINDS[kind]},
+            "fm": {"model": model, "tasks": ["conversion"], "batch_size": 512, "threads": 1},
+        }
+    )
 
 
-def measure(folder: Path, seed: int, windows: int, judged: int) -> dict[str, dict[str, float]]:
-    """kind -> NE and calibration of conversions over the last `judged` windows, and the share of labels that were late."""
+def measure(
+    folder: Path,
+    seed: int,
+    windows: int,
+    judged: int,
+) -> dict[str, dict[str, float]]:
+    """kind -> NE and calibration of conversions over the last `judged` windows, and the share of
+    labels that were late."""
     found: dict[str, dict[str, float]] = {}
     truth = StreamReader(prepare(config(folder, "at_once", seed, windows)).root)
     for kind in KINDS:
         job = Job("fm", config(folder, kind, seed, windows))
         stream = prepare(job.config)
-        loop, kept = local_loop(job, stream.windows(), JudgedByTruth(job.reader(stream.schema), truth))
+        loop, kept = local_loop(
+            job, stream.windows(), JudgedByTruth(job.reader(stream.schema), truth)
+        )
         for window in stream.windows():
             loop.run(window)
-        rows = [row for row in kept.rows if row["domain"] == "all" and row["window"] >= windows - judged]
+        rows = [
+            row for row in kept.rows if row["domain"] == "all" and row["window"] >= windows - judged
+        ]
         labels = read_json(stream.root / "manifest.json").get("labels", {}).get("conversion")
-        late = sum(labels["late"].values()) / (sum(labels["late"].values()) + labels["positives"]) if labels else 0.0
-        found[kind] = {"ne": float(np.mean([r["ne"] for r in rows])), "calibration": float(np.mean([r["calibration"] for r in rows])), "late": late}
-        print(f"  seed {seed}, {kind}: NE {found[kind]['ne']:.4f}, calibration {found[kind]['calibration']:.3f}, late {late:.0%}", flush=True)
+        late = (
+            sum(labels["late"].values()) / (sum(labels["late"].values()) + labels["positives"])
+            if labels
+            else 0.0
+        )
+        found[kind] = {
+            "ne": float(np.mean([r["ne"] for r in rows])),
+            "calibration": float(np.mean([r["calibration"] for r in rows])),
+            "late": late,
+        }
+        print(
+            f"  seed {seed}, {kind}: NE {found[kind]['ne']:.4f}, calibration {found[kind]['calibration']:.3f}, late {late:.0%}",
+            flush=True,
+        )
     return found
 
 
@@ -94,10 +137,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = [measure(Path(folder), seed, windows, judged) for seed in range(seeds)]
     figures = {
-        kind: {name: {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if seeds > 1 else None}
-               for name in ("ne", "calibration", "late") if (values := [one[kind][name] for one in found])}
+        kind: {
+            name: {
+                "mean": float(np.mean(values)),
+                "std": float(np.std(values, ddof=1)) if seeds > 1 else None,
+            }
+            for name in ("ne", "calibration", "late")
+            if (values := [one[kind][name] for one in found])
+        }
         for kind in KINDS
-    }  # fmt: skip
+    }
     report("late_labels", figures, {})
 
 

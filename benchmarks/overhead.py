@@ -1,9 +1,11 @@
-"""python -m benchmarks.overhead [--quick]: what Ray, the DAS and distillation cost beside the bare computation.
+"""python -m benchmarks.overhead [--quick]: what Ray, the DAS and distillation cost beside the bare
+computation.
 
 On the synthetic stream, all with one torch thread:
-1. FM: examples/s of a job in Ray Train fed by Ray Data, against the same loop, model, optimizers and files in one process
-   without Ray; the first window (start-up) is left out of both.
-2. DAS: examples/s of one scorer actor, reading and writing included, against the bare forward pass on tensors in memory.
+1. FM: examples/s of a job in Ray Train fed by Ray Data, against the same loop, model, optimizers
+   and files in one process without Ray; the first window (start-up) is left out of both.
+2. DAS: examples/s of one scorer actor, reading and writing included, against the bare forward pass
+   on tensors in memory.
 3. VM: seconds per example of each arm against the labels arm, in one pass over the same batches.
 Each ratio is the median over paired repetitions in this one run.
 """
@@ -48,10 +50,18 @@ SAYS = "Times FM, DAS and VMs with and without Ray on the synthetic stream: abou
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 
-def config(folder: str, name: str, quick: bool) -> Config:
+def config(
+    folder: str,
+    name: str,
+    quick: bool,
+) -> Config:
     """The demo's models on fewer, larger windows."""
     windows, events = (3, 50_000) if quick else (3, 200_000)
-    overrides = [f"run.dir={folder}", f"data.synthetic.windows={windows}", f"data.synthetic.events_per_window={events}"]
+    overrides = [
+        f"run.dir={folder}",
+        f"data.synthetic.windows={windows}",
+        f"data.synthetic.events_per_window={events}",
+    ]
     return load_config(CONFIG, overrides, name)
 
 
@@ -62,7 +72,8 @@ def speed(timings: list[Timing]) -> float:
 
 def in_ray(settings: Config) -> JobResult:
     """The FM's job under Ray Train."""
-    job, windows = Job("fm", settings), EventStream.open(settings.folder / "stream").windows()
+    job = Job("fm", settings)
+    windows = EventStream.open(settings.folder / "stream").windows()
     recorder = RecorderActor.remote(settings.folder / "metrics.jsonl")
     run_job(job, windows, recorder, start_feed(job, windows))
     return job.checkpoints.result(Cursor(len(windows)))
@@ -71,7 +82,13 @@ def in_ray(settings: Config) -> JobResult:
 def bare(settings: Config) -> list[Timing]:
     """The same in a process of its own without Ray."""
     code = f"from benchmarks.overhead import print_bare; print_bare({str(settings.run.dir)!r}, {settings.name!r})"
-    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    ).stdout
     return [Timing(**t) for t in json.loads(output.splitlines()[-1])]
 
 
@@ -79,7 +96,8 @@ def print_bare(folder: str, name: str) -> None:
     """Run the FM's loop and print its timings; called in the process that `bare` starts."""
     torch.set_num_threads(1)
     settings = load_config(Path(folder) / name / "config.yaml")
-    job, windows = Job("fm", settings), EventStream.open(settings.folder / "stream").windows()
+    job = Job("fm", settings)
+    windows = EventStream.open(settings.folder / "stream").windows()
     loop, _ = local_loop(job, windows)
     for window in windows:
         loop.run(window)
@@ -99,7 +117,10 @@ def fm(folder: str, quick: bool) -> dict[str, Any]:
         pairs.append((speed(alone), speed(result.timings)))
         waits = sum(t.evaluate_wait_s + t.learn_wait_s for t in result.timings[1:])
         took = sum(t.evaluate_s + t.learn_s for t in result.timings[1:])
-        print(f"fm {repetition}: bare {pairs[-1][0]:,.0f} examples/s, Ray {pairs[-1][1]:,.0f}; waiting for data {waits / took:.1%}", flush=True)
+        print(
+            f"fm {repetition}: bare {pairs[-1][0]:,.0f} examples/s, Ray {pairs[-1][1]:,.0f}; waiting for data {waits / took:.1%}",
+            flush=True,
+        )
     return {
         "bare_examples_per_s": statistics.median(p[0] for p in pairs),
         "ray_examples_per_s": statistics.median(p[1] for p in pairs),
@@ -117,15 +138,23 @@ def supervise(settings: Config) -> Labeler:
 
 
 def das(folder: str, quick: bool) -> dict[str, Any]:
-    """One actor over a window's fragments, against the model's forward pass over the same rows in this process."""
+    """One actor over a window's fragments, against the model's forward pass over the same rows in
+    this process."""
     settings = config(folder, "fm0", quick)
     stream = EventStream.open(settings.folder / "stream")
-    service, window = Labeler(settings, stream), stream.windows()[-1]
+    service = Labeler(settings, stream)
+    window = stream.windows()[-1]
     model, _ = service.snapshots.load(window, stream.schema.digest)
-    fragments, size = stream.window(window).fragments, settings.das.batch_size
+    fragments = stream.window(window).fragments
+    size = settings.das.batch_size
     tables = [stream.read(window, f) for f in fragments]
-    batches = [to_batch(t.slice(s, size), stream.schema) for t in tables for s in range(0, t.num_rows, size)]
-    rows, pairs = sum(len(b) for b in batches), []
+    batches = [
+        to_batch(t.slice(s, size), stream.schema)
+        for t in tables
+        for s in range(0, t.num_rows, size)
+    ]
+    rows = sum(len(b) for b in batches)
+    pairs = []
     order = replace(service.order, das=settings.das.model_copy(update={"threads": 1}))
     actor = ScorerActor.remote(order)
     ray.get(actor.take.remote(window))
@@ -139,13 +168,22 @@ def das(folder: str, quick: bool) -> dict[str, Any]:
         started = time.perf_counter()
         score_all(actor, window, fragments)
         pairs.append((rows / alone, rows / (time.perf_counter() - started)))
-    forward, scored = (statistics.median(speeds) for speeds in zip(*pairs[1:], strict=True))  # the first pair warms up
+    forward, scored = (
+        statistics.median(speeds) for speeds in zip(*pairs[1:], strict=True)
+    )  # the first pair warms up
     ratio = statistics.median(s / f for f, s in pairs[1:])
-    print(f"das: bare forward {forward:,.0f} examples/s, actor {scored:,.0f}, ratio {ratio:.3f}", flush=True)
+    print(
+        f"das: bare forward {forward:,.0f} examples/s, actor {scored:,.0f}, ratio {ratio:.3f}",
+        flush=True,
+    )
     return {"forward_examples_per_s": forward, "actor_examples_per_s": scored, "ratio": ratio}
 
 
-def score_all(actor: Any, window: int, fragments: Sequence[Fragment]) -> None:
+def score_all(
+    actor: Any,
+    window: int,
+    fragments: Sequence[Fragment],
+) -> None:
     """Give an actor a window's fragments as the pool does: `MAX_IN_FLIGHT` in hand at once."""
     left = list(fragments)
     running: list[Any] = []
@@ -157,19 +195,32 @@ def score_all(actor: Any, window: int, fragments: Sequence[Fragment]) -> None:
 
 
 def vm(settings: Config, batch_size: int) -> dict[str, Any]:
-    """Seconds per example of each arm over those of the labels arm, in windows with supervision: median over VMs and windows."""
-    settings = settings.model_copy(update={"vm": settings.vm.model_copy(update={"batch_size": batch_size})})
+    """Seconds per example of each arm over those of the labels arm, in windows with supervision:
+    median over VMs and windows."""
+    settings = settings.model_copy(
+        update={"vm": settings.vm.model_copy(update={"batch_size": batch_size})}
+    )
     windows = EventStream.open(settings.folder / "stream").windows()
     loop, report = local_loop(Job("vm", settings, settings.vm.models), windows)
     for window in windows:
         loop.run(window)
-    speeds = {(r["model"], r["window"], r["arm"]): r["examples_per_s"] for r in report.rows if r["window"] > 0}
+    speeds = {
+        (r["model"], r["window"], r["arm"]): r["examples_per_s"]
+        for r in report.rows
+        if r["window"] > 0
+    }
     figures = {}
     for arm in ALL_OBJECTIVES:
         slower = [speeds[m, w, LABELS] / s - 1 for (m, w, a), s in speeds.items() if a == arm]
         median = statistics.median(s for (_, _, a), s in speeds.items() if a == arm)
         figures[str(arm)] = {"examples_per_s": median, "slower": statistics.median(slower)}
-    print(f"vm, batch {batch_size}: " + ", ".join(f"{a} {f['examples_per_s']:,.0f}/s ({f['slower']:+.1%})" for a, f in figures.items()), flush=True)
+    print(
+        f"vm, batch {batch_size}: "
+        + ", ".join(
+            f"{a} {f['examples_per_s']:,.0f}/s ({f['slower']:+.1%})" for a, f in figures.items()
+        ),
+        flush=True,
+    )
     return figures
 
 

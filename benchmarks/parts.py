@@ -1,4 +1,5 @@
-"""A long benchmark in parts: each one's result is kept as JSON in a folder, so that a killed benchmark goes on with those that are missing."""
+"""A long benchmark in parts: each one's result is kept as JSON in a folder, so that a killed
+benchmark goes on with those that are missing."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ SAY_S = 30.0
 
 
 class Part(NamedTuple):
-    """`name`: of its file; `kind`: parts of one kind take about as long as each other; `start`: gives a Ray reference of its result."""
+    """`name`: of its file; `kind`: parts of one kind take about as long as each other; `start`:
+    gives a Ray reference of its result."""
 
     name: str
     kind: str
@@ -43,7 +45,8 @@ class Parts:
     _seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def finish(self, title: str, parts: Sequence[Part]) -> dict[str, Any]:
-        """Results by name: those that are kept, and those of the rest, which are run in order. Needs a Ray session."""
+        """Results by name: those that are kept, and those of the rest, which are run in order.
+        Needs a Ray session."""
         results = {part.name: self._read(part) for part in parts if self._path(part.name).exists()}
         waiting = deque(part for part in parts if part.name not in results)
         print(f"{title}: {len(results)} of {len(parts)} parts are there", flush=True)
@@ -64,7 +67,10 @@ class Parts:
             if time.perf_counter() - said > SAY_S or not (waiting or running):
                 said = time.perf_counter()
                 left = self._left([*waiting, *(part for part, _ in running.values())])
-                print(f"{title}: {len(results)} of {len(parts)} parts; about {left / 60:.0f} min left of these", flush=True)
+                print(
+                    f"{title}: {len(results)} of {len(parts)} parts; about {left / 60:.0f} min left of these",
+                    flush=True,
+                )
         return results
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
@@ -72,7 +78,8 @@ class Parts:
         part = Part(name, name, make)
         if self._path(name).exists():
             return self._read(part)
-        started, result = time.perf_counter(), make()
+        started = time.perf_counter()
+        result = make()
         self._keep(part, time.perf_counter() - started, result)
         return result
 
@@ -84,12 +91,18 @@ class Parts:
         self._seconds[part.kind].append(told["seconds"])
         return told["result"]
 
-    def _keep(self, part: Part, seconds: float, result: Any) -> None:
+    def _keep(
+        self,
+        part: Part,
+        seconds: float,
+        result: Any,
+    ) -> None:
         self._seconds[part.kind].append(seconds)
         write_text(self._path(part.name), json.dumps({"seconds": seconds, "result": result}))
 
     def _left(self, parts: Sequence[Part]) -> float:
-        """Seconds that parts will take: each as long as those of its kind have, or as all have where there are none."""
+        """Seconds that parts will take: each as long as those of its kind have, or as all have
+        where there are none."""
         everything = [seconds for kind in self._seconds.values() for seconds in kind]
         known = {kind: sum(each) / len(each) for kind, each in self._seconds.items()}
         usual = sum(everything) / len(everything) if everything else 0.0

@@ -1,10 +1,12 @@
-"""The peers' side of `benchmarks.peers`: FuxiCTR's and torch-rechub's DCNv2, and Wukong in plain torch.
+"""The peers' side of `benchmarks.peers`: FuxiCTR's and torch-rechub's DCNv2, and Wukong in plain
+torch.
 
     python peer_models.py FOLDER PEER
 
-runs in the interpreter that has the peers and imports nothing of exfm_ray. FOLDER holds settings.json and the training rows, as
-train.npz and train.parquet. Each line of the input names a way of the peer to load them, or says `ready`: batches in memory. Then
-one pass is trained, and the answer is a line with its seconds.
+runs in the interpreter that has the peers and imports nothing of exfm_ray. FOLDER holds
+settings.json and the training rows, as train.npz and train.parquet. Each line of the input names a
+way of the peer to load them, or says `ready`: batches in memory. Then one pass is trained, and the
+answer is a line with its seconds.
 """
 
 from __future__ import annotations
@@ -27,17 +29,25 @@ from torch.utils.data import DataLoader, TensorDataset
 LEARNING_RATE = 1e-3
 WORKERS = {"no worker": 0, "1 worker": 1, "3 workers": 3}
 RAY = "parquet by Ray Data"
-LOADERS = {"fuxictr": (*WORKERS, RAY), "torch_rechub": tuple(WORKERS), "plain_torch": tuple(WORKERS)}
+LOADERS = {
+    "fuxictr": (*WORKERS, RAY),
+    "torch_rechub": tuple(WORKERS),
+    "plain_torch": tuple(WORKERS),
+}
 READY = "ready"
 
 
 class Peer:
-    """A model and its trainer. `settings`: tables (feature -> rows), dim, batch_size, threads, model (its sizes)."""
+    """A model and its trainer. `settings`: tables (feature -> rows), dim, batch_size, threads,
+    model (its sizes)."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder, self.settings = folder, settings
+        self.folder = folder
+        self.settings = settings
         self.tables: dict[str, int] = settings["tables"]
-        self.dim, self.batch_size, self.sizes = settings["dim"], settings["batch_size"], settings["model"]
+        self.dim = settings["dim"]
+        self.batch_size = settings["batch_size"]
+        self.sizes = settings["model"]
         with np.load(folder / "train.npz") as columns:
             self.ids = {name: columns[name].astype(np.int64) for name in self.tables}
             self.labels = columns["label"]
@@ -51,18 +61,32 @@ class Peer:
         raise NotImplementedError
 
 
-def fuxictr_dcnv2(feature_map: Any, dim: int, sizes: dict[str, Any], folder: Path) -> Any:
-    """DCNv2 in its parallel form from FuxiCTR's own layers, for its wheel has the layers but not the model."""
+def fuxictr_dcnv2(
+    feature_map: Any,
+    dim: int,
+    sizes: dict[str, Any],
+    folder: Path,
+) -> Any:
+    """DCNv2 in its parallel form from FuxiCTR's own layers, for its wheel has the layers but not
+    the model."""
     from fuxictr.pytorch.layers import CrossNetV2, FeatureEmbedding, MLP_Block
     from fuxictr.pytorch.models import BaseModel
 
     class DCNv2(BaseModel):  # type: ignore[misc]
         def __init__(self) -> None:
-            super().__init__(feature_map, eval_steps=sys.maxsize, verbose=0, model_root=str(folder), metrics=["AUC"])
+            super().__init__(
+                feature_map,
+                eval_steps=sys.maxsize,
+                verbose=0,
+                model_root=str(folder),
+                metrics=["AUC"],
+            )
             width = dim * len(feature_map.features)
             self.embedding_layer = FeatureEmbedding(feature_map, dim)
             self.crossnet = CrossNetV2(width, sizes["cross_layers"])
-            self.parallel_dnn = MLP_Block(input_dim=width, hidden_units=list(sizes["mlp"]), hidden_activations="ReLU")
+            self.parallel_dnn = MLP_Block(
+                input_dim=width, hidden_units=list(sizes["mlp"]), hidden_activations="ReLU"
+            )
             self.fc = nn.Linear(width + sizes["mlp"][-1], 1)
             self.compile("adam", "binary_crossentropy", LEARNING_RATE)
             self.reset_parameters()
@@ -77,28 +101,48 @@ def fuxictr_dcnv2(feature_map: Any, dim: int, sizes: dict[str, Any], folder: Pat
 
 
 class FuxiCTR(Peer):
-    """Trains by FuxiCTR's `train_epoch`; loads by its NpzDataLoader or, through Ray, its ParquetDataLoader."""
+    """Trains by FuxiCTR's `train_epoch`; loads by its NpzDataLoader or, through Ray, its
+    ParquetDataLoader."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         super().__init__(folder, settings)
         from fuxictr.features import FeatureMap
 
         self.feature_map = FeatureMap("peers", str(folder))
-        specs = ((name, {"type": "categorical", "source": "", "vocab_size": rows}) for name, rows in self.tables.items())
-        self.feature_map.features, self.feature_map.labels = OrderedDict(specs), ["label"]
+        specs = (
+            (name, {"type": "categorical", "source": "", "vocab_size": rows})
+            for name, rows in self.tables.items()
+        )
+        self.feature_map.features = OrderedDict(specs)
+        self.feature_map.labels = ["label"]
         self.feature_map.set_column_index()
         self.model = fuxictr_dcnv2(self.feature_map, self.dim, self.sizes, folder)
-        self.model._max_gradient_norm, self.model._total_steps, self.model._stop_training = 10.0, 0, False  # as its `fit` sets them
+        self.model._max_gradient_norm, self.model._total_steps, self.model._stop_training = (
+            10.0,
+            0,
+            False,
+        )  # as its `fit` sets them
 
     def loader(self, name: str) -> Iterable[Any]:
         from fuxictr.pytorch.dataloaders.npz_dataloader import NpzDataLoader
         from fuxictr.pytorch.dataloaders.parquet_dataloader import ParquetDataLoader
 
         if name == RAY:
-            loader: Iterable[Any] = ParquetDataLoader(self.feature_map, str(self.folder / "train.parquet"), batch_size=self.batch_size, shuffle=True)
+            loader: Iterable[Any] = ParquetDataLoader(
+                self.feature_map,
+                str(self.folder / "train.parquet"),
+                batch_size=self.batch_size,
+                shuffle=True,
+            )
             return loader
         path = str(self.folder / "train.npz")
-        loader = NpzDataLoader(self.feature_map, path, batch_size=self.batch_size, shuffle=True, num_workers=WORKERS[name])
+        loader = NpzDataLoader(
+            self.feature_map,
+            path,
+            batch_size=self.batch_size,
+            shuffle=True,
+            num_workers=WORKERS[name],
+        )
         return loader
 
     def train(self, batches: Iterable[Any]) -> None:
@@ -115,14 +159,21 @@ class TorchRechub(Peer):
         from torch_rechub.trainers import CTRTrainer
 
         features = [SparseFeature(name, rows, self.dim) for name, rows in self.tables.items()]
-        model = DCNv2(features, self.sizes["cross_layers"], {"dims": list(self.sizes["mlp"])}, use_low_rank_mixture=False)
+        model = DCNv2(
+            features,
+            self.sizes["cross_layers"],
+            {"dims": list(self.sizes["mlp"])},
+            use_low_rank_mixture=False,
+        )
         self.trainer = CTRTrainer(model, optimizer_params={"lr": LEARNING_RATE})
 
     def loader(self, name: str) -> Iterable[Any]:
         from torch_rechub.utils.data import DataGenerator
 
         options: dict[str, Any] = {"batch_size": self.batch_size, "num_workers": WORKERS[name]}
-        train, *_ = DataGenerator(self.ids, self.labels).generate_dataloader(x_val={}, y_val=[], x_test={}, y_test=[], **options)
+        train, *_ = DataGenerator(self.ids, self.labels).generate_dataloader(
+            x_val={}, y_val=[], x_test={}, y_test=[], **options
+        )
         batches: Iterable[Any] = train
         return batches
 
@@ -131,15 +182,23 @@ class TorchRechub(Peer):
 
 
 class PlainWukongLayer(nn.Module):
-    """LN(concat(FMB(X), LCB(X)) + R(X)) as in Wukong (arXiv 2403.02545), its factorization machine X (X^T Y)."""
+    """LN(concat(FMB(X), LCB(X)) + R(X)) as in Wukong (arXiv 2403.02545), its factorization machine
+    X (X^T Y)."""
 
-    def __init__(self, rows: int, dim: int, sizes: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        rows: int,
+        dim: int,
+        sizes: dict[str, Any],
+    ) -> None:
         super().__init__()
         out = sizes["n_F"] + sizes["n_L"]
         self.project = nn.Parameter(torch.randn(rows, sizes["k"]) / rows**0.5)
         widths = (rows * sizes["k"], *sizes["fmb_mlp"])
         hidden = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
-        self.fmb = nn.Sequential(nn.LayerNorm(widths[0]), *hidden, nn.Linear(widths[-1], sizes["n_F"] * dim))
+        self.fmb = nn.Sequential(
+            nn.LayerNorm(widths[0]), *hidden, nn.Linear(widths[-1], sizes["n_F"] * dim)
+        )
         self.lcb = nn.Parameter(torch.randn(sizes["n_L"], rows) / rows**0.5)
         self.residual = nn.Parameter(torch.randn(out, rows) / rows**0.5) if rows != out else None
         self.norm = nn.LayerNorm(dim)
@@ -155,24 +214,44 @@ class PlainWukongLayer(nn.Module):
 class PlainWukong(nn.Module):
     """An embedding for every feature, Wukong's layers, an MLP."""
 
-    def __init__(self, tables: dict[str, int], dim: int, sizes: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        tables: dict[str, int],
+        dim: int,
+        sizes: dict[str, Any],
+    ) -> None:
         super().__init__()
         self.embeddings = nn.ModuleList(nn.Embedding(rows, dim) for rows in tables.values())
         for embedding in self.embeddings:
             nn.init.normal_(embedding.weight, std=0.05)  # type: ignore[arg-type]
         out = sizes["n_F"] + sizes["n_L"]
-        self.layers = nn.Sequential(*(PlainWukongLayer(rows, dim, sizes) for rows in (len(tables), *[out] * (sizes["l"] - 1))))
+        self.layers = nn.Sequential(
+            *(
+                PlainWukongLayer(rows, dim, sizes)
+                for rows in (len(tables), *[out] * (sizes["l"] - 1))
+            )
+        )
         widths = (out * dim, *sizes["mlp"])
-        self.mlp = nn.Sequential(*(layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())), nn.Linear(widths[-1], 1))
+        self.mlp = nn.Sequential(
+            *(layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())),
+            nn.Linear(widths[-1], 1),
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = torch.stack([embedding(column) for embedding, column in zip(self.embeddings, ids.unbind(1), strict=True)], dim=1)
+        x = torch.stack(
+            [
+                embedding(column)
+                for embedding, column in zip(self.embeddings, ids.unbind(1), strict=True)
+            ],
+            dim=1,
+        )
         logits: Tensor = self.mlp(self.layers(x).flatten(1)).squeeze(1)
         return logits
 
 
 class PlainTorch(Peer):
-    """The plain Wukong, a plain training loop, a DataLoader over a TensorDataset, Adam over everything."""
+    """The plain Wukong, a plain training loop, a DataLoader over a TensorDataset, Adam over
+    everything."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         super().__init__(folder, settings)
@@ -181,7 +260,10 @@ class PlainTorch(Peer):
         self.loss = nn.BCEWithLogitsLoss()
 
     def loader(self, name: str) -> Iterable[Any]:
-        data = TensorDataset(torch.from_numpy(np.stack(list(self.ids.values()), axis=1)), torch.from_numpy(self.labels))
+        data = TensorDataset(
+            torch.from_numpy(np.stack(list(self.ids.values()), axis=1)),
+            torch.from_numpy(self.labels),
+        )
         return DataLoader(data, batch_size=self.batch_size, shuffle=True, num_workers=WORKERS[name])
 
     def train(self, batches: Iterable[Any]) -> None:
@@ -191,11 +273,16 @@ class PlainTorch(Peer):
             self.optimizer.step()
 
 
-PEERS: dict[str, type[Peer]] = {"fuxictr": FuxiCTR, "torch_rechub": TorchRechub, "plain_torch": PlainTorch}
+PEERS: dict[str, type[Peer]] = {
+    "fuxictr": FuxiCTR,
+    "torch_rechub": TorchRechub,
+    "plain_torch": PlainTorch,
+}
 
 
 def main() -> None:
-    folder, name = Path(sys.argv[1]), sys.argv[2]
+    folder = Path(sys.argv[1])
+    name = sys.argv[2]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the peers print is no answer
     settings = json.loads((folder / "settings.json").read_text())
@@ -206,7 +293,9 @@ def main() -> None:
     for line in sys.stdin:
         wanted = line.strip()
         if wanted not in loaders:
-            loaders[wanted] = list(peer.loader("no worker")) if wanted == READY else peer.loader(wanted)
+            loaders[wanted] = (
+                list(peer.loader("no worker")) if wanted == READY else peer.loader(wanted)
+            )
         started = time.perf_counter()
         peer.train(loaders[wanted])
         print(time.perf_counter() - started, file=answers, flush=True)

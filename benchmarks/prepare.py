@@ -2,8 +2,8 @@
 
     python -m benchmarks.prepare [--data DIR] [--quick]
 
-DIR holds `criteo_sample/train.txt`; larger files are its rows repeated. Each measurement runs in a process of its own,
-bound to one core, so that its peak memory is its own.
+DIR holds `criteo_sample/train.txt`; larger files are its rows repeated. Each measurement runs in a
+process of its own, bound to one core, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -30,35 +30,78 @@ GROWTH = 1.1
 EMBEDDED_PER_S = 300_000
 
 
-def child(source: str, root: str, run: str, windows: int) -> None:
+def child(
+    source: str,
+    root: str,
+    run: str,
+    windows: int,
+) -> None:
     """Prepare once on one core; print rows, seconds and peak memory as JSON."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    data: dict[str, Any] = {"source": source, "root": root, "synthetic": {"windows": windows, "events_per_window": 100_000}}
+    data: dict[str, Any] = {
+        "source": source,
+        "root": root,
+        "synthetic": {"windows": windows, "events_per_window": 100_000},
+    }
     if source == "criteo":
         data["window"] = {"by": "rows", "rows": 100_000}
     config = Config.model_validate({"name": source, "run": {"dir": run}, "data": data})
     resident: list[float] = []
-    start, start_cpu = time.perf_counter(), time.process_time()
-    stream = prepare(config, lambda window, rows: resident.append(psutil.Process().memory_info().rss / 2**20))
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    start = time.perf_counter()
+    start_cpu = time.process_time()
+    stream = prepare(
+        config, lambda window, rows: resident.append(psutil.Process().memory_info().rss / 2**20)
+    )
+    seconds = time.perf_counter() - start
+    cpu_seconds = time.process_time() - start_cpu
     rows = sum(stream.window(i).rows for i in stream.windows())
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"rows": rows, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak_mb, "last_window_mb": resident[-1]}))
+    print(
+        json.dumps(
+            {
+                "rows": rows,
+                "seconds": seconds,
+                "cpu_seconds": cpu_seconds,
+                "peak_mb": peak_mb,
+                "last_window_mb": resident[-1],
+            }
+        )
+    )
 
 
-def measure(source: str, root: Path, windows: int = 1) -> dict[str, float]:
+def measure(
+    source: str,
+    root: Path,
+    windows: int = 1,
+) -> dict[str, float]:
     """Run `child` in a fresh process; its figures and rows per second."""
     with tempfile.TemporaryDirectory() as run:
-        command = [sys.executable, "-m", "benchmarks.prepare", "--child", source, str(root), run, str(windows)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.prepare",
+            "--child",
+            source,
+            str(root),
+            run,
+            str(windows),
+        ]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     figures["rows_per_s"] = figures["rows"] / figures["seconds"]
-    print(f"  {source}: {figures['rows']:,.0f} rows, {figures['rows_per_s']:,.0f} rows/s, peak {figures['peak_mb']:.0f} MB, "
-        f"{figures['last_window_mb']:.0f} MB at the last window", flush=True)
+    print(
+        f"  {source}: {figures['rows']:,.0f} rows, {figures['rows_per_s']:,.0f} rows/s, peak {figures['peak_mb']:.0f} MB, "
+        f"{figures['last_window_mb']:.0f} MB at the last window",
+        flush=True,
+    )
     return figures
 
 
-def repeat(sample: Path, target: Path, rows: int) -> None:
+def repeat(
+    sample: Path,
+    target: Path,
+    rows: int,
+) -> None:
     """Write `rows` lines to `target` by repeating those of `sample`."""
     target.parent.mkdir(parents=True)
     lines = sample.read_bytes().splitlines(keepends=True)
@@ -69,8 +112,12 @@ def repeat(sample: Path, target: Path, rows: int) -> None:
 
 def main() -> None:
     """Parse, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("EXFM_DATA", "../shared/data")))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("EXFM_DATA", "../shared/data"))
+    )
     parser.add_argument("--quick", action="store_true", help="half of the rows")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -82,7 +129,10 @@ def main() -> None:
     if not sample.is_file():
         sys.exit(f"{sample}: no such file; --data names the folder that holds criteo_sample/")
     few, minutes = (200_000, 0.5) if options.quick else (400_000, 1)
-    print(f"Prepares {few:,} and {10 * few:,} Criteo rows and an synthetic stream, one core each; about {minutes} minutes.", flush=True)
+    print(
+        f"Prepares {few:,} and {10 * few:,} Criteo rows and an synthetic stream, one core each; about {minutes} minutes.",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         results = []
         for rows in (few, 10 * few):

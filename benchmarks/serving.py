@@ -1,8 +1,10 @@
-"""python -m benchmarks.serving [--quick]: what a distilled student costs where it is served, beside one that learnt from labels alone.
+"""python -m benchmarks.serving [--quick]: what a distilled student costs where it is served, beside
+one that learnt from labels alone.
 
-Trains the demo's student `feed` without Ray, exports both arms, and asks ONNX Runtime (one thread) for 1, 100 and 1,000 candidates.
-The graphs are the same, so the ratio of the medians has to be 1 within noise: the calls of both, and of a second session of the
-labels arm as a control, are interleaved in changing order. Sizes are of folders on disk; the delta is that of one more window.
+Trains the demo's student `feed` without Ray, exports both arms, and asks ONNX Runtime (one thread)
+for 1, 100 and 1,000 candidates. The graphs are the same, so the ratio of the medians has to be 1
+within noise: the calls of both, and of a second session of the labels arm as a control, are
+interleaved in changing order. Sizes are of folders on disk; the delta is that of one more window.
 What arms with options cost beside these: benchmarks/share_serving.py.
 """
 
@@ -42,7 +44,9 @@ from exfm_ray.training.worker import Worker
 SAYS = "Trains, exports and times served students on the synthetic stream: about 4 minutes on two cores (--quick: 1)."
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 CANDIDATES = (1, 100, 1_000)
-LABELS, DISTILLED, CONTROL = "labels", "ah_sa", "labels again"
+LABELS = "labels"
+DISTILLED = "ah_sa"
+CONTROL = "labels again"
 NOISE = 0.05
 ROUNDS = 20
 Inputs = dict[str, np.ndarray[Any, Any]]
@@ -53,14 +57,22 @@ Ask = Callable[[], object]
 def config(folder: str, quick: bool) -> Config:
     """The demo's models; one student in two arms."""
     windows, events = (4, 10_000) if quick else (8, 40_000)
-    overrides = [f"run.dir={folder}", f"data.synthetic.windows={windows}", f"data.synthetic.events_per_window={events}"]
-    overrides += ["vm.models=[{name: feed, domain: feed, task: click}]", f"vm.arms=[{LABELS}, {DISTILLED}]"]
+    overrides = [
+        f"run.dir={folder}",
+        f"data.synthetic.windows={windows}",
+        f"data.synthetic.events_per_window={events}",
+    ]
+    overrides += [
+        "vm.models=[{name: feed, domain: feed, task: click}]",
+        f"vm.arms=[{LABELS}, {DISTILLED}]",
+    ]
     return load_config(CONFIG, overrides)
 
 
 def train(job: Job, windows: Sequence[int]) -> list[dict[str, Any]]:
     """The job up to the end of `windows`, from its latest checkpoint on; its rows of metrics."""
-    done, report = job.checkpoints.latest(), InMemoryReport()
+    done = job.checkpoints.latest()
+    report = InMemoryReport()
     worker = Worker(job, None, report, torch.device("cpu"))
     worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, done))  # type: ignore[assignment]
     worker.run(windows, done)
@@ -80,34 +92,50 @@ def size(folder: Path) -> int:
 def candidates(stream: EventStream, count: int) -> Inputs:
     """Rows of the last window as the graph's inputs."""
     window = stream.windows()[-1]
-    batch = to_batch(stream.read(window, stream.window(window).fragments[0]).slice(0, count), stream.schema)
+    batch = to_batch(
+        stream.read(window, stream.window(window).fragments[0]).slice(0, count), stream.schema
+    )
     return {name: tensor.numpy() for name, tensor in inputs_of(stream.schema, batch).items()}
 
 
 def asking(served: Path, inputs: Inputs) -> Ask:
-    """A call of a served student with a user's candidates; one with a feature store looks the user up first, once for all of them."""
-    session, history = onnx_session(served / ONNX), read_json(served / SCHEMA).get("history")
+    """A call of a served student with a user's candidates; one with a feature store looks the user
+    up first, once for all of them."""
+    session = onnx_session(served / ONNX)
+    history = read_json(served / SCHEMA).get("history")
     if not history:
         return lambda: session.run(None, inputs)
-    store, count = load_file(served / history["file"]), len(inputs["sparse_BS"])
-    users_U, past_UF = store["users"], store["inputs"]
-    column = [feature["name"] for feature in read_json(served / SCHEMA)["sparse_BS"]].index(history["key"])
+    store = load_file(served / history["file"])
+    count = len(inputs["sparse_BS"])
+    users_U = store["users"]
+    past_UF = store["inputs"]
+    column = [feature["name"] for feature in read_json(served / SCHEMA)["sparse_BS"]].index(
+        history["key"]
+    )
 
     def ask() -> object:
         user = inputs["sparse_BS"][0, column]
         at = min(int(np.searchsorted(users_U, user)), len(users_U) - 1)
         past_F = past_UF[at] if users_U[at] == user else np.zeros_like(past_UF[0])
-        dense_BD = np.concatenate([inputs["dense_BD"], np.broadcast_to(past_F, (count, len(past_F)))], axis=1)
+        dense_BD = np.concatenate(
+            [inputs["dense_BD"], np.broadcast_to(past_F, (count, len(past_F)))], axis=1
+        )
         return session.run(None, inputs | {"dense_BD": dense_BD})
 
     return ask
 
 
-def latency(served: Mapping[str, Path], inputs: Inputs, calls: int) -> dict[str, Any]:
-    """Milliseconds of each served student's calls, and the ratio of its median to the labels arm's. The sessions are opened anew in each round, in
-    another order, for where their memory happens to lie is worth a few percent for as long as they live."""
+def latency(
+    served: Mapping[str, Path],
+    inputs: Inputs,
+    calls: int,
+) -> dict[str, Any]:
+    """Milliseconds of each served student's calls, and the ratio of its median to the labels arm's.
+    The sessions are opened anew in each round, in another order, for where their memory happens to
+    lie is worth a few percent for as long as they live."""
     taken: dict[str, list[float]] = {name: [] for name in served}
-    order, rng = list(served), random.Random(0)
+    order = list(served)
+    rng = random.Random(0)
     for _ in range(ROUNDS):
         rng.shuffle(order)
         asks = {name: asking(served[name], inputs) for name in order}
@@ -119,12 +147,19 @@ def latency(served: Mapping[str, Path], inputs: Inputs, calls: int) -> dict[str,
                 if call >= 0:
                     taken[name].append(1e3 * (time.perf_counter() - started))
     p50 = {name: float(np.median(ms)) for name, ms in taken.items()}
-    return {name: {"p50_ms": p50[name], "p99_ms": float(np.quantile(ms, 0.99)), "ratio": p50[name] / p50[LABELS]} for name, ms in taken.items()}
+    return {
+        name: {
+            "p50_ms": p50[name],
+            "p99_ms": float(np.quantile(ms, 0.99)),
+            "ratio": p50[name] / p50[LABELS],
+        }
+        for name, ms in taken.items()
+    }
 
 
 def with_control(served: Mapping[str, Path], folder: Path) -> dict[str, Path]:
-    """The labels arm once more, as a copy: sessions of one folder map the same tables into memory, and each finds in the caches what the
-    other has read."""
+    """The labels arm once more, as a copy: sessions of one folder map the same tables into memory,
+    and each finds in the caches what the other has read."""
     return {**served, CONTROL: shutil.copytree(served[LABELS], folder / "control")}
 
 
@@ -138,7 +173,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         settings = config(folder, options.quick)
-        stream, run = prepare(settings), settings.folder
+        stream = prepare(settings)
+        run = settings.folder
         windows = stream.windows()
         init_single_process()
         train(Job("fm", settings), windows)
@@ -150,17 +186,29 @@ def main() -> None:
         served = {arm: export_student(run, "feed", arm) for arm in (LABELS, DISTILLED)}
         delta = export_student(run, "feed", DISTILLED, since=before)
         sizes = {**{arm: size(path) for arm, path in served.items()}, "delta": size(delta)}
-        figures: dict[str, Any] = {"bytes": sizes, "delta_over_full": sizes["delta"] / sizes[DISTILLED]}
-        print(f"bytes: {sizes}; the delta is {figures['delta_over_full']:.1%} of the full export", flush=True)
-        bars, folders = {}, with_control(served, run)
+        figures: dict[str, Any] = {
+            "bytes": sizes,
+            "delta_over_full": sizes["delta"] / sizes[DISTILLED],
+        }
+        print(
+            f"bytes: {sizes}; the delta is {figures['delta_over_full']:.1%} of the full export",
+            flush=True,
+        )
+        bars = {}
+        folders = with_control(served, run)
         for count in CANDIDATES:
             told = latency(folders, candidates(stream, count), calls(options.quick))
             own = told[DISTILLED]
-            figures[f"candidates_{count}"] = {**told, "ratio": own["ratio"], "control": told[CONTROL]["ratio"]}
+            figures[f"candidates_{count}"] = {
+                **told,
+                "ratio": own["ratio"],
+                "control": told[CONTROL]["ratio"],
+            }
             print(
                 f"{count:,} candidates: p50 {own['p50_ms']:.3f} ms, p99 {own['p99_ms']:.3f} ms; over labels {own['ratio']:.3f}, "
-                f"labels over itself {told[CONTROL]['ratio']:.3f}", flush=True,
-            )  # fmt: skip
+                f"labels over itself {told[CONTROL]['ratio']:.3f}",
+                flush=True,
+            )
             bars[f"latency_over_labels_{count}"] = bar(own["ratio"], 1 + NOISE, at_least=False)
         report("serving", figures, bars)
 

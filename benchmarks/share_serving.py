@@ -1,8 +1,10 @@
-"""python -m benchmarks.share_serving [--quick]: what arms with options cost, beside what they bring on the same stream.
+"""python -m benchmarks.share_serving [--quick]: what arms with options cost, beside what they bring
+on the same stream.
 
-The demo's student `feed`, trained here without Ray by each arm alone, in turns: training examples a second with reading and evaluation, bytes
-that are moved for it in a window, bytes of its export and of its feature store, and milliseconds of ONNX Runtime (one thread) for 1, 100 and
-1,000 candidates, with the look-up of the user where there is a store.
+The demo's student `feed`, trained here without Ray by each arm alone, in turns: training examples a
+second with reading and evaluation, bytes that are moved for it in a window, bytes of its export and
+of its feature store, and milliseconds of ONNX Runtime (one thread) for 1, 100 and 1,000 candidates,
+with the look-up of the user where there is a store.
 """
 
 from __future__ import annotations
@@ -19,7 +21,19 @@ import numpy as np
 import torch
 
 from benchmarks.common import arguments, report
-from benchmarks.serving import CANDIDATES, CONTROL, LABELS, calls, candidates, config, latency, size, supervise, train, with_control
+from benchmarks.serving import (
+    CANDIDATES,
+    CONTROL,
+    LABELS,
+    calls,
+    candidates,
+    config,
+    latency,
+    size,
+    supervise,
+    train,
+    with_control,
+)
 from benchmarks.transfer import pooled
 from exfm_ray.config.checks import with_settings
 from exfm_ray.config.root import Config
@@ -45,7 +59,8 @@ def costs(quick: bool) -> dict[str, dict[str, Any]]:
     init_single_process()
     with tempfile.TemporaryDirectory() as folder:
         settings = with_settings(config(folder, quick), {"vm.arms": list(ARMS)})
-        stream, job = prepare(settings), Job("vm", settings, settings.vm.models)
+        stream = prepare(settings)
+        job = Job("vm", settings, settings.vm.models)
         windows = stream.windows()
         train(Job("fm", settings), windows)
         supervise(settings, stream)
@@ -55,19 +70,32 @@ def costs(quick: bool) -> dict[str, dict[str, Any]]:
         (student,) = settings.vm.models
         served = {arm: export_student(settings.folder, student.name, arm) for arm in ARMS}
         folders = with_control(served, settings.folder)
-        asked = {count: latency(folders, candidates(stream, count), calls(quick)) for count in CANDIDATES}
+        asked = {
+            count: latency(folders, candidates(stream, count), calls(quick)) for count in CANDIDATES
+        }
         return {
             arm: {
-                "ne_gain": ne_gain(ne[arm], ne[LABELS]), "examples_per_s": speed[arm], "speed_over_labels": speed[arm] / speed[LABELS],
-                "moved_bytes_a_window": moved(settings, arm, windows[-1], student.domain), "export_bytes": size(folder),
-                "store_bytes": (folder / HISTORY).stat().st_size if (folder / HISTORY).exists() else 0, "at_serving": at_serving(arm),
-                "latency": {count: told[arm] for count, told in asked.items()}, "control": {count: told[CONTROL] for count, told in asked.items()},
+                "ne_gain": ne_gain(ne[arm], ne[LABELS]),
+                "examples_per_s": speed[arm],
+                "speed_over_labels": speed[arm] / speed[LABELS],
+                "moved_bytes_a_window": moved(settings, arm, windows[-1], student.domain),
+                "export_bytes": size(folder),
+                "store_bytes": (folder / HISTORY).stat().st_size
+                if (folder / HISTORY).exists()
+                else 0,
+                "at_serving": at_serving(arm),
+                "latency": {count: told[arm] for count, told in asked.items()},
+                "control": {count: told[CONTROL] for count, told in asked.items()},
             }
             for arm, folder in served.items()
-        }  # fmt: skip
+        }
 
 
-def speeds(settings: Config, windows: Sequence[int], turns: int) -> dict[str, float]:
+def speeds(
+    settings: Config,
+    windows: Sequence[int],
+    turns: int,
+) -> dict[str, float]:
     """Examples a second of each arm alone: the median of several turns of all."""
     told: dict[str, list[float]] = defaultdict(list)
     for turn in range(turns):
@@ -76,18 +104,35 @@ def speeds(settings: Config, windows: Sequence[int], turns: int) -> dict[str, fl
             loop, _ = local_loop(Job("vm", own, own.vm.models), windows)
             for window in windows:
                 loop.run(window)
-            told[arm].append(sum(t.examples for t in loop.timings) / sum(t.evaluate_s + t.learn_s for t in loop.timings))
+            told[arm].append(
+                sum(t.examples for t in loop.timings)
+                / sum(t.evaluate_s + t.learn_s for t in loop.timings)
+            )
             print(f"{arm}: {told[arm][-1]:,.0f} examples/s", flush=True)
     return {arm: float(np.median(each)) for arm, each in told.items()}
 
 
-def moved(settings: Config, arm: str, window: int, domain: str) -> dict[str, int]:
-    """Bytes that the DAS writes in a window for an arm: supervision and representations of all domains' examples, rows of its own."""
+def moved(
+    settings: Config,
+    arm: str,
+    window: int,
+    domain: str,
+) -> dict[str, int]:
+    """Bytes that the DAS writes in a window for an arm: supervision and representations of all
+    domains' examples, rows of its own."""
     told = {}
-    kinds = {"supervision": not arm.startswith(LABELS), "rows": "share" in arm, "history": "history" in arm}
+    kinds = {
+        "supervision": not arm.startswith(LABELS),
+        "rows": "share" in arm,
+        "history": "history" in arm,
+    }
     for kind, root in (("supervision", "supervision"), ("rows", "shared"), ("history", "history")):
         folder = settings.folder / root / settings.fm.name / window_name(window)
-        files = [folder / f"{domain}.safetensors"] if kind == "rows" else [path for path in folder.iterdir() if path.suffix != ".json"]
+        files = (
+            [folder / f"{domain}.safetensors"]
+            if kind == "rows"
+            else [path for path in folder.iterdir() if path.suffix != ".json"]
+        )
         told[kind] = sum(path.stat().st_size for path in files) if kinds[kind] else 0
     return told
 
@@ -100,12 +145,17 @@ def markdown(told: Mapping[str, Mapping[str, Any]]) -> str:
         "|---" * (7 + len(CANDIDATES)) + "|",
     ]
     for arm, one in told.items():
-        gain, speed = f"{100 * one['ne_gain']:+.2f}", f"{one['examples_per_s']:,.0f}, {one['speed_over_labels']:.2f}"
-        ms = " | ".join(f"{own['p50_ms']:.3f}, {own['ratio']:.2f}" for own in one["latency"].values())
+        gain = f"{100 * one['ne_gain']:+.2f}"
+        speed = f"{one['examples_per_s']:,.0f}, {one['speed_over_labels']:.2f}"
+        ms = " | ".join(
+            f"{own['p50_ms']:.3f}, {own['ratio']:.2f}" for own in one["latency"].values()
+        )
         kb = sum(one["moved_bytes_a_window"].values()) / 1e3
         store = f"{one['store_bytes'] / 1e3:,.0f}" if one["store_bytes"] else "none"
         more = "nothing more" if one["at_serving"] == "nothing" else one["at_serving"]
-        lines.append(f"| {arm} | {gain} | {speed} | {kb:,.0f} | {one['export_bytes'] / 1e6:.2f} | {store} | {ms} | {more} |")
+        lines.append(
+            f"| {arm} | {gain} | {speed} | {kb:,.0f} | {one['export_bytes'] / 1e6:.2f} | {store} | {ms} | {more} |"
+        )
     return "\n".join(lines)
 
 

@@ -1,11 +1,13 @@
-"""python -m benchmarks.sweep [--quick]: what a sweep costs beside its trials, and what trials cost that learn together.
+"""python -m benchmarks.sweep [--quick]: what a sweep costs beside its trials, and what trials cost
+that learn together.
 
 On the synthetic stream (configs/tune_demo.yaml with larger windows), one torch thread a process:
-1. 32 trials of one student (16 of labels, 16 of ah_sa, early stopping off), two side by side: seconds from the first trial asked for
-   until the last is written down, against the sum of the trials' own seconds divided by two. FM, DAS, Ray's start and the students'
-   rows lie before it, the judgement behind it. Once more with 4 trials in a process.
-2. 8 trainings in one process together, against the same one after the other: ratio of their seconds, the largest difference in NE.
-   The median over paired repetitions.
+1. 32 trials of one student (16 of labels, 16 of ah_sa, early stopping off), two side by side:
+   seconds from the first trial asked for until the last is written down, against the sum of the
+   trials' own seconds divided by two. FM, DAS, Ray's start and the students' rows lie before it,
+   the judgement behind it. Once more with 4 trials in a process.
+2. 8 trainings in one process together, against the same one after the other: ratio of their
+   seconds, the largest difference in NE. The median over paired repetitions.
 """
 
 from __future__ import annotations
@@ -45,15 +47,29 @@ SLOTS = 2
 
 def config(folder: str, quick: bool) -> Config:
     """The demo's sweep: one student, larger windows."""
-    sizes = [f"data.synthetic.events_per_window={8000 if quick else 48_000}", f"tune.trials={4 if quick else 16}"]
-    choice = ["tune.arms=[labels, ah_sa]", "tune.students=[feed]", "tune.early_stopping=none", f"tune.max_concurrent={SLOTS}", "vm.threads=1"]
-    return load_config(ROOT / "configs" / "tune_demo.yaml", [f"run.dir={folder}", "wandb.mode=disabled", *sizes, *choice])
+    sizes = [
+        f"data.synthetic.events_per_window={8000 if quick else 48_000}",
+        f"tune.trials={4 if quick else 16}",
+    ]
+    choice = [
+        "tune.arms=[labels, ah_sa]",
+        "tune.students=[feed]",
+        "tune.early_stopping=none",
+        f"tune.max_concurrent={SLOTS}",
+        "vm.threads=1",
+    ]
+    return load_config(
+        ROOT / "configs" / "tune_demo.yaml",
+        [f"run.dir={folder}", "wandb.mode=disabled", *sizes, *choice],
+    )
 
 
 def with_together(settings: Config, together: int) -> Config:
     """The same sweep with so many trials in a process."""
     assert settings.tune is not None
-    return settings.model_copy(update={"tune": settings.tune.model_copy(update={"together": together})})
+    return settings.model_copy(
+        update={"tune": settings.tune.model_copy(update={"together": together})}
+    )
 
 
 def swept(settings: Config, rows: Any) -> dict[str, float]:
@@ -64,26 +80,48 @@ def swept(settings: Config, rows: Any) -> dict[str, float]:
     started = time.perf_counter()
     with closing(TrialRuns(settings)) as runs:
         trials = search(settings, settings.tune, students, {students[0].name: rows}, runs)
-    seconds, own = time.perf_counter() - started, sum(trial.seconds for trial in trials)
+    seconds = time.perf_counter() - started
+    own = sum(trial.seconds for trial in trials)
     assert all(trial.state == "complete" for trial in trials)
-    return {"trials": len(trials), "seconds": seconds, "mean_trial_seconds": own / len(trials), "over_trials": seconds * SLOTS / own}
+    return {
+        "trials": len(trials),
+        "seconds": seconds,
+        "mean_trial_seconds": own / len(trials),
+        "over_trials": seconds * SLOTS / own,
+    }
 
 
-def last_figures(jobs: Sequence[Job], reader: FragmentReader, windows: range) -> list[Figures]:
+def last_figures(
+    jobs: Sequence[Job],
+    reader: FragmentReader,
+    windows: range,
+) -> list[Figures]:
     """Figures after the last window."""
     *_, outcomes = learn(jobs, reader, windows)
     assert all(isinstance(outcome, Figures) for outcome in outcomes)
     return [outcome for outcome in outcomes if isinstance(outcome, Figures)]
 
 
-def together(settings: Config, rows: StudentRows, arm: str, repetitions: int) -> dict[str, float]:
+def together(
+    settings: Config,
+    rows: StudentRows,
+    arm: str,
+    repetitions: int,
+) -> dict[str, float]:
     """Trainings that differ in rates, weights and seeds, together and one after the other."""
-    student, windows = settings.vm.models[0], range(6)
+    student = settings.vm.models[0]
+    windows = range(6)
     knobs: list[dict[str, Any]] = [
-        {"vm.optimizer.table_lr": 0.02 * 1.3**i, "distillation.ah.w": 0.3 + i, "distillation.sa.lr": 1e-3 * (i + 1)} for i in range(TOGETHER)
+        {
+            "vm.optimizer.table_lr": 0.02 * 1.3**i,
+            "distillation.ah.w": 0.3 + i,
+            "distillation.sa.lr": 1e-3 * (i + 1),
+        }
+        for i in range(TOGETHER)
     ]
     jobs = [trial_job(settings, student, arm, knob, 1, seed) for seed, knob in enumerate(knobs)]
-    ratios, differences = [], []
+    ratios = []
+    differences = []
     for _ in range(repetitions):
         started = time.perf_counter()
         apart = [last_figures([job], rows, windows)[0] for job in jobs]
@@ -111,7 +149,10 @@ def main() -> None:
             figures[f"{TOGETHER}_{arm}"] = together(settings, rows, arm, 1 if options.quick else 3)
             print(arm, figures[f"{TOGETHER}_{arm}"], flush=True)
     bars = {"sweep_over_trials": bar(figures["alone"]["over_trials"], 1.3, at_least=False)}
-    bars |= {f"together_{arm}": bar(figures[f"{TOGETHER}_{arm}"]["times_faster"], 3.0) for arm in ("labels", "ah_sa")}
+    bars |= {
+        f"together_{arm}": bar(figures[f"{TOGETHER}_{arm}"]["times_faster"], 3.0)
+        for arm in ("labels", "ah_sa")
+    }
     report("sweep", figures, bars)
 
 

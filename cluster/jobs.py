@@ -1,6 +1,7 @@
 """Ray jobs: run any command of run.py on a cluster, follow its log, end as it ends.
 
-Code goes up, data does not: relative folders lie below EXFM_HOME on the cluster (exfm_ray/storage/paths.py).
+Code goes up, data does not: relative folders lie below EXFM_HOME on the cluster
+(exfm_ray/storage/paths.py).
 """
 
 from __future__ import annotations
@@ -33,28 +34,45 @@ STOP_S = 60.0
 """Longest wait for a job to end that was told to."""
 LOST_S = 120.0
 """How long a head that no longer answers is asked again."""
-CHATTY = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
+CHATTY = (
+    "ray.dashboard.modules.job.sdk",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray._private.runtime_env.packaging",
+)
 UNREACHABLE = (OSError, RuntimeError, aiohttp.ClientError)
 
 
-def submit(address: str | None, name: str | None, command: Sequence[str]) -> int:
-    """Run a command of run.py as a Ray job and print its log; returns the exit code it had, 130 where it was stopped.
+def submit(
+    address: str | None,
+    name: str | None,
+    command: Sequence[str],
+) -> int:
+    """Run a command of run.py as a Ray job and print its log; returns the exit code it had, 130
+    where it was stopped.
 
-    A name stands for a run that is to end once: each submission under it is an attempt (`name`, `name.2`, ...) that goes on where
-    the last one stopped. Ray does not support an id's reuse, not even after the job's deletion.
+    A name stands for a run that is to end once: each submission under it is an attempt (`name`,
+    `name.2`, ...) that goes on where the last one stopped. Ray does not support an id's reuse, not
+    even after the job's deletion.
     """
     client = connect(address)
     attempt = _next_attempt(client, name) if name else None
     with staged(command) as folder:
         entry = shlex.join(["python", "run.py", *command])
-        job: str = client.submit_job(entrypoint=entry, submission_id=attempt, runtime_env={"working_dir": str(folder)})
+        job: str = client.submit_job(
+            entrypoint=entry, submission_id=attempt, runtime_env={"working_dir": str(folder)}
+        )
     print(f"job {job}: {entry}", file=sys.stderr)
     ended: Future[Any] = Future()
     Thread(target=_follow_into, args=(ended, client, job), daemon=True).start()
     try:
         details = ended.result()
-    except KeyboardInterrupt:  # it comes here and nowhere else: asyncio and callbacks of the connection may swallow one
-        print(f"job {job} goes on; `ray job logs --follow {job}` follows it, `run.py submit --stop {name or job}` stops it", file=sys.stderr)
+    except (
+        KeyboardInterrupt
+    ):  # it comes here and nowhere else: asyncio and callbacks of the connection may swallow one
+        print(
+            f"job {job} goes on; `ray job logs --follow {job}` follows it, `run.py submit --stop {name or job}` stops it",
+            file=sys.stderr,
+        )
         return STOPPED
     if details.status == JobStatus.FAILED and details.driver_exit_code is None:
         print(f"job {job}: {details.message}", file=sys.stderr)
@@ -67,7 +85,8 @@ def stop(address: str | None, name: str) -> None:
     attempts = _attempts(client, name)
     if not attempts:
         raise UserError(f"the cluster knows no job '{name}'; `ray job list` shows all")
-    job, status = attempts[-1].submission_id, attempts[-1].status
+    job = attempts[-1].submission_id
+    status = attempts[-1].status
     if not status.is_terminal():
         client.stop_job(job)
     ends = time.monotonic() + STOP_S
@@ -79,9 +98,12 @@ def stop(address: str | None, name: str) -> None:
 
 
 def connect(address: str | None) -> Any:
-    """A client of the job server at `address`, else at RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else at the end of a tunnel here."""
+    """A client of the job server at `address`, else at RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else
+    at the end of a tunnel here."""
     if address or not (os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")):
-        os.environ["RAY_API_SERVER_ADDRESS"] = address or LOCAL  # Ray lets the environment win over its argument
+        os.environ["RAY_API_SERVER_ADDRESS"] = (
+            address or LOCAL
+        )  # Ray lets the environment win over its argument
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     restrict_token_file()
@@ -93,7 +115,9 @@ def connect(address: str | None) -> Any:
             "token if that is not ~/.ray/auth_token"
         ) from None
     except (OSError, ValueError, aiohttp.ClientError) as error:
-        raise UserError(f"no Ray job server answers at {_asked()}: {error}; is the tunnel open, the address right?") from None
+        raise UserError(
+            f"no Ray job server answers at {_asked()}: {error}; is the tunnel open, the address right?"
+        ) from None
 
 
 def _asked() -> str:
@@ -127,7 +151,11 @@ def _next_attempt(client: Any, name: str) -> str:
     return f"{name}.{int(number) + 1}"
 
 
-def _follow_into(ended: Future[Any], client: Any, job: str) -> None:
+def _follow_into(
+    ended: Future[Any],
+    client: Any,
+    job: str,
+) -> None:
     """Give `ended` what `follow` returns or raises."""
     try:
         ended.set_result(follow(client, job))
@@ -137,18 +165,23 @@ def _follow_into(ended: Future[Any], client: Any, job: str) -> None:
 
 def follow(client: Any, job: str) -> Any:
     """Print a job's log until the job has ended; its details. A lost connection is opened again."""
-    log, lost = Log(client, job), None
+    log = Log(client, job)
+    lost = None
     while True:
         try:
             details = client.get_job_info(job)
             lost = None
             asyncio.run(log.tail())
-            if details.status.is_terminal():  # before the log was read, so it has been read to its end
+            if (
+                details.status.is_terminal()
+            ):  # before the log was read, so it has been read to its end
                 return details
         except UNREACHABLE as error:
             lost = lost or time.monotonic()
             if time.monotonic() - lost > LOST_S:
-                raise UserError(f"lost the connection to {_asked()} ({error}); job {job} may be running: `ray job status {job}`") from None
+                raise UserError(
+                    f"lost the connection to {_asked()} ({error}); job {job} may be running: `ray job status {job}`"
+                ) from None
         time.sleep(POLL_S)
 
 
@@ -156,7 +189,9 @@ class Log:
     """A job's log on stdout: each character once, however often it is read from its start."""
 
     def __init__(self, client: Any, job: str) -> None:
-        self._client, self._job, self._printed = client, job, 0
+        self._client = client
+        self._job = job
+        self._printed = 0
 
     async def tail(self) -> None:
         """Print what is new until the job ends or the connection does."""
@@ -169,7 +204,8 @@ class Log:
 
 
 def exit_code(details: Any) -> int:
-    """The exit code of a command whose job has ended so: its own, as a shell gives it; 130 where it was stopped."""
+    """The exit code of a command whose job has ended so: its own, as a shell gives it; 130 where it
+    was stopped."""
     if details.status == JobStatus.SUCCEEDED:
         return 0
     if details.status == JobStatus.STOPPED:

@@ -16,7 +16,8 @@ CODE = ("exfm_ray", "tuning", "configs", "run.py", "pyproject.toml")
 
 @contextmanager
 def staged(command: Sequence[str]) -> Iterator[Path]:
-    """A temporary folder with all that goes up and nothing else. The same files make the same package, which Ray uploads once."""
+    """A temporary folder with all that goes up and nothing else. The same files make the same
+    package, which Ray uploads once."""
     with TemporaryDirectory(prefix="exfm-ray-job-") as name:
         folder = Path(name)
         for part in CODE:
@@ -47,7 +48,11 @@ def _named_config(command: Sequence[str]) -> Path | None:
 
 def _checked(config: Path) -> Path:
     if ".." in config.parts:
-        raise UserError(f"--config {config}: only a file below the working folder goes up with a job; an absolute path is one of the cluster's")
+        raise UserError(
+            f"--config {config}: only a file below the working folder goes up with a job; an absolute path is one of the cluster's"
+        )
     if not config.is_file() and not (REPOSITORY / config).is_file():
-        raise UserError(f"{config}: no such config file here; it goes up with the job, while an absolute path is one of the cluster's")
+        raise UserError(
+            f"{config}: no such config file here; it goes up with the job, while an absolute path is one of the cluster's"
+        )
     return config

@@ -14,7 +14,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
 def _relative(pattern: str) -> str:
     path = PurePosixPath(pattern)
     if not path.parts or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"'{pattern}' does not lie below data.root; set data.root to a folder that holds it, and name it from there")
+        raise ValueError(
+            f"'{pattern}' does not lie below data.root; set data.root to a folder that holds it, and name it from there"
+        )
     return pattern
 
 

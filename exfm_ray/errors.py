@@ -9,8 +9,8 @@ from collections.abc import Iterable
 class UserError(Exception):
     """A mistake in a setting, a file or the data: says what is wrong, where, and the way out.
 
-    `run.py` prints it as one line without a traceback and exits with 2. Everything else that goes wrong is a fault
-    of the program and keeps its traceback.
+    `run.py` prints it as one line without a traceback and exits with 2. Everything else that goes
+    wrong is a fault of the program and keeps its traceback.
     """
 
 

@@ -1,6 +1,8 @@
-"""What an example is: sparse, multi-valued and sequence features, dense features, labels, domain, event time, id.
+"""What an example is: sparse, multi-valued and sequence features, dense features, labels, domain,
+event time, id.
 
-A stream stores an example in packed columns (see `arrow_schema`), in which ids are table rows already:
+A stream stores an example in packed columns (see `arrow_schema`), in which ids are table rows
+already:
 
     example_id   int64                     unique in the stream
     event_time   int64                     milliseconds since the epoch, not decreasing
@@ -10,8 +12,8 @@ A stream stores an example in packed columns (see `arrow_schema`), in which ids 
     dense        fixed_size_list<float>[D] normalised, in the order of `Schema.dense`; absent where there are none
     <feature>    list<int32>               one such column for every multi-valued and every sequence feature
 
-Row 0 of every table stands for a missing value. The domain is a single-valued feature too (`DOMAIN_FEATURE`, the last
-one), so that a model over several domains can tell them apart.
+Row 0 of every table stands for a missing value. The domain is a single-valued feature too
+(`DOMAIN_FEATURE`, the last one), so that a model over several domains can tell them apart.
 """
 
 from __future__ import annotations
@@ -29,14 +31,10 @@ from exfm_ray.storage.atomic import short_hash
 
 DOMAIN_FEATURE = "domain"
 ALL_DOMAINS = "all"
-"""The domain of a stream without domains; where there are several, the name of them together in metrics."""
+"""The domain of a stream without domains; where there are several, the name of them together in
+metrics."""
 
 PACKED_COLUMNS = ("example_id", "event_time", "domain", "labels", "sparse", "dense")
-
-
-
-
-
 
 
 class Kind(StrEnum):
@@ -48,12 +46,11 @@ class Kind(StrEnum):
 
 
 class Encoding(StrEnum):
-    """How a raw value becomes a table row: `hash` takes any value; `index` takes integers v in [0, rows - 1) as v + 1."""
+    """How a raw value becomes a table row: `hash` takes any value; `index` takes integers v in [0,
+    rows - 1) as v + 1."""
 
     HASH = "hash"
     INDEX = "index"
-
-
 
 
 class SparseFeature(FrozenModel):
@@ -64,7 +61,11 @@ class SparseFeature(FrozenModel):
     encoding: Encoding = Encoding.HASH
     rows: int = Field(ge=2, le=2**31 - 1, description="rows of the table, row 0 (missing) included")
     table: Name | None = Field(None, description="another feature whose table this one shares")
-    max_length: int = Field(1, ge=1, description="most values kept of a multi-valued or sequence feature (the last ones)")
+    max_length: int = Field(
+        1,
+        ge=1,
+        description="most values kept of a multi-valued or sequence feature (the last ones)",
+    )
 
 
 class DenseFeature(FrozenModel):
@@ -81,7 +82,9 @@ class Schema(FrozenModel):
     dense: tuple[DenseFeature, ...] = ()
     tasks: tuple[Name, ...] = Field(min_length=1)
     domains: tuple[Name, ...] = Field((ALL_DOMAINS,), min_length=1)
-    group_by: Name | None = Field(None, description="the single-valued feature by which AUC is grouped (the user)")
+    group_by: Name | None = Field(
+        None, description="the single-valued feature by which AUC is grouped (the user)"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -92,7 +95,9 @@ class Schema(FrozenModel):
             if name in PACKED_COLUMNS:
                 raise ValueError(f"feature '{name}' has the name of a packed column; rename it")
         if ALL_DOMAINS in self.domains and len(self.domains) > 1:
-            raise ValueError(f"domain '{ALL_DOMAINS}' has the name of all domains together; rename it")
+            raise ValueError(
+                f"domain '{ALL_DOMAINS}' has the name of all domains together; rename it"
+            )
         by_name = {f.name: f for f in self.features}
         for feature in self.features:
             owner = by_name.get(feature.table) if feature.table else feature
@@ -102,15 +107,24 @@ class Schema(FrozenModel):
                     + nearest(feature.table or "", by_name)
                 )
             if (owner.rows, owner.encoding) != (feature.rows, feature.encoding):
-                raise ValueError(f"feature '{feature.name}' and '{owner.name}' share a table: give both the same rows and encoding")
-        if self.group_by and self.group_by not in [f.name for f in self.features if f.kind is Kind.SINGLE]:
-            raise ValueError(f"group_by names '{self.group_by}', which is no single-valued feature." + nearest(self.group_by, by_name))
+                raise ValueError(
+                    f"feature '{feature.name}' and '{owner.name}' share a table: give both the same rows and encoding"
+                )
+        if self.group_by and self.group_by not in [
+            f.name for f in self.features if f.kind is Kind.SINGLE
+        ]:
+            raise ValueError(
+                f"group_by names '{self.group_by}', which is no single-valued feature."
+                + nearest(self.group_by, by_name)
+            )
         return self
 
     @cached_property
     def single(self) -> tuple[SparseFeature, ...]:
         """Single-valued features in the order of the packed `sparse` column, the domain last."""
-        domain = SparseFeature(name=DOMAIN_FEATURE, encoding=Encoding.INDEX, rows=len(self.domains) + 1)
+        domain = SparseFeature(
+            name=DOMAIN_FEATURE, encoding=Encoding.INDEX, rows=len(self.domains) + 1
+        )
         return (*(f for f in self.features if f.kind is Kind.SINGLE), domain)
 
     @cached_property
@@ -125,31 +139,42 @@ class Schema(FrozenModel):
 
     @cached_property
     def digest(self) -> str:
-        """Names this schema: two streams, a snapshot and a stream fit together when their digests are equal."""
+        """Names this schema: two streams, a snapshot and a stream fit together when their digests
+        are equal."""
         return short_hash(self.model_dump(mode="json"))
 
     def difference(self, other: Schema) -> str:
-        """What of this schema another one lacks or has otherwise, in words, where their digests differ."""
+        """What of this schema another one lacks or has otherwise, in words, where their digests
+        differ."""
         theirs = {feature.name: feature for feature in (*other.single, *other.bags)}
         for own in (*self.single, *self.bags):
             found = theirs.get(own.name)
             if found is None:
                 return f"it has no feature '{own.name}'"
             if (found.encoding, found.rows, found.table) != (own.encoding, own.rows, own.table):
-                ways = (f"{f.encoding} into {f.rows} rows of table '{f.table or f.name}'" for f in (found, own))
+                ways = (
+                    f"{f.encoding} into {f.rows} rows of table '{f.table or f.name}'"
+                    for f in (found, own)
+                )
                 return f"it numbers the ids of '{own.name}' otherwise ({', here '.join(ways)})"
         return "its lists of features, dense features, tasks or domains are others"
 
     def domain_index(self, name: str) -> int:
         """Position of a domain; ValueError with the nearest name for an unknown one."""
         if name not in self.domains:
-            raise ValueError(f"unknown domain '{name}': the stream has {', '.join(self.domains)}." + nearest(name, self.domains))
+            raise ValueError(
+                f"unknown domain '{name}': the stream has {', '.join(self.domains)}."
+                + nearest(name, self.domains)
+            )
         return self.domains.index(name)
 
     def task_index(self, name: str) -> int:
         """Position of a task; ValueError with the nearest name for an unknown one."""
         if name not in self.tasks:
-            raise ValueError(f"unknown task '{name}': the stream has {', '.join(self.tasks)}." + nearest(name, self.tasks))
+            raise ValueError(
+                f"unknown task '{name}': the stream has {', '.join(self.tasks)}."
+                + nearest(name, self.tasks)
+            )
         return self.tasks.index(name)
 
     @cached_property

@@ -1,4 +1,5 @@
-"""Fixtures shared by all tests: a small stream, one Ray cluster for the session, groups of processes for the engine."""
+"""Fixtures shared by all tests: a small stream, one Ray cluster for the session, groups of
+processes for the engine."""
 
 from __future__ import annotations
 
@@ -28,11 +29,18 @@ def stream(tmp_path: Path) -> EventStream:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """One Ray on this machine for all tests that need it: its start costs 10 s. Workers inherit the environment."""
+    """One Ray on this machine for all tests that need it: its start costs 10 s. Workers inherit the
+    environment."""
     import ray
 
     os.environ |= RAY_ENVIRONMENT
-    ray.init(num_cpus=6, labels={"exfm-group": "tests"}, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        num_cpus=6,
+        labels={"exfm-group": "tests"},
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     yield
     ray.shutdown()
 
@@ -49,6 +57,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Worke
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    """An S3 server. Ray's processes and the engine workers have its credentials, as this one has."""
+    """An S3 server. Ray's processes and the engine workers have its credentials, as this one
+    has."""
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server

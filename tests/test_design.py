@@ -84,7 +84,8 @@ def own(names: set[str]) -> set[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_downwards(path: Path) -> None:
-    """Wrong: a lower room knows an upper one: it cannot be tested, replaced or understood alone any more."""
+    """Wrong: a lower room knows an upper one: it cannot be tested, replaced or understood alone any
+    more."""
     here = room(path)
     if here not in TOP:
         assert here in BELOW, f"{here} is new: say in BELOW what it may import"
@@ -94,8 +95,10 @@ def test_imports_point_downwards(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_frameworks_stay_in_their_rooms(path: Path) -> None:
-    """Wrong: models cannot run under plain torch on one device, or deepspeed and torchrec are spread over the project."""
-    here, roots = room(path), {name.split(".")[0] for name in imports(path)}
+    """Wrong: models cannot run under plain torch on one device, or deepspeed and torchrec are
+    spread over the project."""
+    here = room(path)
+    roots = {name.split(".")[0] for name in imports(path)}
     assert here not in PLAIN_TORCH or not roots & FRAMEWORKS
     if here != "engine":
         assert not roots & {"deepspeed", "torchrec", "fbgemm_gpu"}
@@ -106,8 +109,15 @@ def test_frameworks_stay_in_their_rooms(path: Path) -> None:
 
 
 def test_deepspeed_is_imported_in_functions_only() -> None:
-    """Wrong: importing a module imports deepspeed, which breaks Ray Train's workers (ray#50406) and costs seconds."""
+    """Wrong: importing a module imports deepspeed, which breaks Ray Train's workers (ray#50406) and
+    costs seconds."""
     for path in MODULES:
         for node in ast.parse(path.read_text()).body:
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             assert not any(name.split(".")[0] == "deepspeed" for name in names), path

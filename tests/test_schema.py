@@ -16,10 +16,19 @@ USER = {"name": "user", "rows": 10}
 REFUSED: dict[str, dict[str, Any]] = {
     "feature 'user' is declared twice": {"features": [USER, USER]},
     "feature 'user' is declared twice ": {"features": [USER], "dense": [{"name": "user"}]},
-    "feature 'labels' has the name of a packed column": {"features": [{"name": "labels", "rows": 3}]},
-    "feature 'ad' shares the table of 'usr', which owns none. Did you mean 'user'": {"features": [USER, {"name": "ad", "rows": 10, "table": "usr"}]},
-    "feature 'ad' and 'user' share a table: give both the same rows": {"features": [USER, {"name": "ad", "rows": 9, "table": "user"}]},
-    "group_by names 'usr', which is no single-valued feature. Did you mean 'user'": {"features": [USER], "group_by": "usr"},
+    "feature 'labels' has the name of a packed column": {
+        "features": [{"name": "labels", "rows": 3}]
+    },
+    "feature 'ad' shares the table of 'usr', which owns none. Did you mean 'user'": {
+        "features": [USER, {"name": "ad", "rows": 10, "table": "usr"}]
+    },
+    "feature 'ad' and 'user' share a table: give both the same rows": {
+        "features": [USER, {"name": "ad", "rows": 9, "table": "user"}]
+    },
+    "group_by names 'usr', which is no single-valued feature. Did you mean 'user'": {
+        "features": [USER],
+        "group_by": "usr",
+    },
     "at least 1 item": {"features": [USER], "tasks": []},
     "greater than or equal to 2": {"features": [{"name": "user", "rows": 1}]},
     "should match pattern": {"features": [{"name": "a/b", "rows": 3}]},
@@ -46,11 +55,25 @@ def test_order_and_tables() -> None:
     """Wrong: the packed columns, the tables and the models count features in different orders."""
     assert [f.name for f in SCHEMA.single] == ["user", "ad", "hour", DOMAIN_FEATURE]
     assert SCHEMA.single[-1].encoding is Encoding.INDEX and SCHEMA.single[-1].rows == 4
-    assert [(f.name, f.kind) for f in SCHEMA.bags] == [("keywords", Kind.MULTI), ("clicked_ads", Kind.SEQUENCE)]
+    assert [(f.name, f.kind) for f in SCHEMA.bags] == [
+        ("keywords", Kind.MULTI),
+        ("clicked_ads", Kind.SEQUENCE),
+    ]
     assert SCHEMA.tables == {"user": 101, "ad": 51, "hour": 25, "domain": 4, "keywords": 20}
     assert SCHEMA.arrow_schema.field("sparse").type == pa.list_(pa.int32(), 4)
-    assert SCHEMA.arrow_schema.names == ["example_id", "event_time", "domain", "labels", "sparse", "dense", "keywords", "clicked_ads"]
-    assert "dense" not in Schema.model_validate(SCHEMA.model_dump() | {"dense": ()}).arrow_schema.names
+    assert SCHEMA.arrow_schema.names == [
+        "example_id",
+        "event_time",
+        "domain",
+        "labels",
+        "sparse",
+        "dense",
+        "keywords",
+        "clicked_ads",
+    ]
+    assert (
+        "dense" not in Schema.model_validate(SCHEMA.model_dump() | {"dense": ()}).arrow_schema.names
+    )
 
 
 def test_digest_names_the_content() -> None:
@@ -64,7 +87,10 @@ def test_digest_names_the_content() -> None:
 def test_unknown_names_are_told_with_the_nearest() -> None:
     """Wrong: a misspelt domain or task is a KeyError."""
     assert SCHEMA.domain_index("search") == 1 and SCHEMA.task_index("conversion") == 1
-    with pytest.raises(ValueError, match=r"unknown domain 'serach': the stream has feed, search, stories. Did you mean 'search'"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown domain 'serach': the stream has feed, search, stories. Did you mean 'search'",
+    ):
         SCHEMA.domain_index("serach")
     with pytest.raises(ValueError, match=r"unknown task 'clik'.*Did you mean 'click'"):
         SCHEMA.task_index("clik")

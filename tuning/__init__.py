@@ -1,1 +1,2 @@
-"""Sweeps over the settings of the vertical models: search spaces, trials, Ray Tune, their analysis."""
+"""Sweeps over the settings of the vertical models: search spaces, trials, Ray Tune, their
+analysis."""

@@ -1,4 +1,5 @@
-"""What a sweep has found: best configs, gains on windows that no choice has seen, importance of the settings."""
+"""What a sweep has found: best configs, gains on windows that no choice has seen, importance of the
+settings."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ CONFIDENCE = 0.95
 
 
 class Estimate(NamedTuple):
-    """Mean over seeds and the ends of its 95 % confidence interval (t distribution); the ends are None with one seed."""
+    """Mean over seeds and the ends of its 95 % confidence interval (t distribution); the ends are
+    None with one seed."""
 
     mean: float
     low: float | None
@@ -48,39 +50,62 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     n = len(values)
     if n < 2:
         return Estimate(values[0], None, None, 1) if values else None
-    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(n)
+    mean = float(np.mean(values))
+    error = float(np.std(values, ddof=1)) / math.sqrt(n)
     reach = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
     return Estimate(mean, mean - reach, mean + reach, n)
 
 
 def pooled(rows: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
-    """NE and calibration of several windows' examples together, from the sums behind the rows of metrics.jsonl."""
+    """NE and calibration of several windows' examples together, from the sums behind the rows of
+    metrics.jsonl."""
     rows = [row for row in rows if row["examples"]]
     examples = sum(row["examples"] for row in rows)
     labels = sum(row["examples"] * row["label_rate"] for row in rows)
     log_loss = sum(row["examples"] * row["log_loss"] for row in rows) / examples
-    predictions = sum(row["examples"] * row["label_rate"] * (row["calibration"] or 0.0) for row in rows)
+    predictions = sum(
+        row["examples"] * row["label_rate"] * (row["calibration"] or 0.0) for row in rows
+    )
     return log_loss / entropy(labels / examples), predictions / labels
 
 
-def fm_ne(config: Config, student: StudentConfig, windows: tuple[int, int]) -> float | None:
-    """The FM's NE on the student's examples in `windows`, mean over the student's tasks; None where its figures are not there."""
+def fm_ne(
+    config: Config,
+    student: StudentConfig,
+    windows: tuple[int, int],
+) -> float | None:
+    """The FM's NE on the student's examples in `windows`, mean over the student's tasks; None where
+    its figures are not there."""
     wanted = [
-        row for row in read_metrics(config.folder / "metrics.jsonl")
-        if row["arm"] == FM_ARM and row["domain"] == student.domain and windows[0] <= row["window"] <= windows[1]
-    ]  # fmt: skip
+        row
+        for row in read_metrics(config.folder / "metrics.jsonl")
+        if row["arm"] == FM_ARM
+        and row["domain"] == student.domain
+        and windows[0] <= row["window"] <= windows[1]
+    ]
     tasks = [[row for row in wanted if row["task"] == task] for task in student.tasks]
     return float(np.mean([pooled(rows)[0] for rows in tasks])) if all(tasks) else None
 
 
-def compared(judged: Sequence[HoldoutResult], baseline: Mapping[int, float], fm: float | None) -> dict[str, Any]:
-    """Figures of one arm: NE, calibration, NE gain over the tuned labels arm of the same seed (`baseline`), transfer ratio.
+def compared(
+    judged: Sequence[HoldoutResult],
+    baseline: Mapping[int, float],
+    fm: float | None,
+) -> dict[str, Any]:
+    """Figures of one arm: NE, calibration, NE gain over the tuned labels arm of the same seed
+    (`baseline`), transfer ratio.
 
-    The transfer ratio is null for the labels arm, and where the FM's own gain is within its spread over seeds: there it says nothing.
+    The transfer ratio is null for the labels arm, and where the FM's own gain is within its spread
+    over seeds: there it says nothing.
     """
     done = [one for one in judged if one.ne is not None and one.calibration is not None]
-    paired = [(ne_gain(one.ne, baseline[one.seed]), ne_gain(fm, baseline[one.seed])) for one in done if one.seed in baseline]
-    gains, fm_gains = [g for g, _ in paired if g is not None], [f for _, f in paired if f is not None]
+    paired = [
+        (ne_gain(one.ne, baseline[one.seed]), ne_gain(fm, baseline[one.seed]))
+        for one in done
+        if one.seed in baseline
+    ]
+    gains = [g for g, _ in paired if g is not None]
+    fm_gains = [f for _, f in paired if f is not None]
     spread = float(np.std(fm_gains, ddof=1)) if len(fm_gains) > 1 else 0.0
     telling = fm_gains and np.mean(fm_gains) > spread and all(one.arm != "labels" for one in done)
     ratios = [transfer_ratio(g, f) for g, f in paired] if telling else []
@@ -91,33 +116,65 @@ def compared(judged: Sequence[HoldoutResult], baseline: Mapping[int, float], fm:
         "transfer_ratio": [r for r in ratios if r is not None],
     }
     told = {key: estimate(values) for key, values in lists.items()}
-    return {**{key: value._asdict() if value else None for key, value in told.items()}, "failed": len(judged) - len(done)}
+    return {
+        **{key: value._asdict() if value else None for key, value in told.items()},
+        "failed": len(judged) - len(done),
+    }
 
 
-def importance(trials: Sequence[Trial], space: Space, tune: TuneConfig) -> dict[str, float]:
-    """Share of each setting in the differences of NE between the complete trials (PED-ANOVA); empty where there are too few."""
+def importance(
+    trials: Sequence[Trial],
+    space: Space,
+    tune: TuneConfig,
+) -> dict[str, float]:
+    """Share of each setting in the differences of NE between the complete trials (PED-ANOVA); empty
+    where there are too few."""
     complete = [trial for trial in trials if trial.state == "complete"]
     if len({trial.curve[-1].ne for trial in complete}) < 2:
         return {}
     study = optuna.create_study()
     for trial in complete:
         known = to_frozen_trial(trial, space, tune)
-        known.value = trial.curve[-1].ne  # not the score: leaving the bounds of calibration would drown all else
+        known.value = trial.curve[
+            -1
+        ].ne  # not the score: leaving the bounds of calibration would drown all else
         study.add_trial(known)
-    return {name: float(share) for name, share in optuna.importance.get_param_importances(study).items()}
+    return {
+        name: float(share) for name, share in optuna.importance.get_param_importances(study).items()
+    }
 
 
-def best_config(config: Config, student: StudentConfig, arm: str, settings: Settings) -> Config:
+def best_config(
+    config: Config,
+    student: StudentConfig,
+    arm: str,
+    settings: Settings,
+) -> Config:
     """The config with this student alone, its labels arm and `arm` under `settings`."""
-    alone = {"vm.models": [student.model_dump(mode="json")], "vm.arms": list(dict.fromkeys(["labels", arm]))}
-    return with_settings(config, {**alone, "name": f"{config.name}-best-{student.name}", **settings})
+    alone = {
+        "vm.models": [student.model_dump(mode="json")],
+        "vm.arms": list(dict.fromkeys(["labels", arm])),
+    }
+    return with_settings(
+        config, {**alone, "name": f"{config.name}-best-{student.name}", **settings}
+    )
 
 
 def analyse(
-    config: Config, tune: TuneConfig, students: Sequence[StudentConfig], trials: Sequence[Trial], judged: Sequence[HoldoutResult], folder: Path
+    config: Config,
+    tune: TuneConfig,
+    students: Sequence[StudentConfig],
+    trials: Sequence[Trial],
+    judged: Sequence[HoldoutResult],
+    folder: Path,
 ) -> dict[str, Any]:
     """Write best/<student>.yaml and summary.json into `folder`; the summary."""
-    told = {student.name: _student(config, tune, student, trials, [one for one in judged if one.student == student.name]) for student in students}
+    told = {
+        student.name: _student(
+            config, tune, student, trials, [one for one in judged if one.student == student.name]
+        )
+        for student in students
+    }
     for student in students:
         chosen = told[student.name]["best_arm"]
         best = best_trial(trials, Search(student.name, chosen)) if chosen else None
@@ -130,40 +187,71 @@ def analyse(
             write_text(folder / "best" / f"{student.name}.yaml", comment + text)
     states = [trial.state for trial in trials]
     summary = {
-        "name": config.name, "score_windows": list(tune.validation_windows), "judge_windows": list(tune.holdout_windows),
+        "name": config.name,
+        "score_windows": list(tune.validation_windows),
+        "judge_windows": list(tune.holdout_windows),
         "seeds": list(range(config.seed, config.seed + tune.judge_seeds)),
         "trials": {state: states.count(state) for state in ("complete", "stopped", "failed")},
-        "trial_seconds": sum(trial.seconds for trial in trials), "students": told,
-    }  # fmt: skip
+        "trial_seconds": sum(trial.seconds for trial in trials),
+        "students": told,
+    }
     write_json(folder / "summary.json", summary)
     return summary
 
 
 def _student(
-    config: Config, tune: TuneConfig, student: StudentConfig, trials: Sequence[Trial], judged: Sequence[HoldoutResult]
+    config: Config,
+    tune: TuneConfig,
+    student: StudentConfig,
+    trials: Sequence[Trial],
+    judged: Sequence[HoldoutResult],
 ) -> dict[str, Any]:
     fm = fm_ne(config, student, tune.holdout_windows)
-    baseline = {one.seed: one.ne for one in judged if (one.arm, one.variant) == ("labels", "tuned") and one.ne is not None}
+    baseline = {
+        one.seed: one.ne
+        for one in judged
+        if (one.arm, one.variant) == ("labels", "tuned") and one.ne is not None
+    }
     arms: dict[str, Any] = {}
     for arm in tune.arms:
         search = Search(student.name, arm)
         best = best_trial(trials, search)
         arms[arm] = {
-            "best": {"trial": best.number, "score": best.score, **best.curve[-1]._asdict(), "settings": best.settings} if best else None,
-            "importance": importance([t for t in trials if t.search == search], Space(tune.space_of(arm)), tune),
-            **{v: compared([one for one in judged if (one.arm, one.variant) == (arm, v)], baseline, fm) for v in ("tuned", "untuned")},
+            "best": {
+                "trial": best.number,
+                "score": best.score,
+                **best.curve[-1]._asdict(),
+                "settings": best.settings,
+            }
+            if best
+            else None,
+            "importance": importance(
+                [t for t in trials if t.search == search], Space(tune.space_of(arm)), tune
+            ),
+            **{
+                v: compared(
+                    [one for one in judged if (one.arm, one.variant) == (arm, v)], baseline, fm
+                )
+                for v in ("tuned", "untuned")
+            },
         }
     arms["labels"]["tuned"]["ne_gain"] = None  # over itself
     found = {arm: told["best"]["score"] for arm, told in arms.items() if told["best"]}
     distilled = {arm: value for arm, value in found.items() if arm != "labels"} or found
-    return {"fm_ne": fm, "best_arm": min(distilled, key=lambda arm: distilled[arm]) if distilled else None, "arms": arms}
+    return {
+        "fm_ne": fm,
+        "best_arm": min(distilled, key=lambda arm: distilled[arm]) if distilled else None,
+        "arms": arms,
+    }
 
 
 def show(summary: Mapping[str, Any], folder: Path) -> None:
     """Print the summary as a table."""
     console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 120)))
     first, last = summary["judge_windows"]
-    table = Table(title=f"{summary['name']}: windows {first} to {last}, mean of {len(summary['seeds'])} seeds; gain over tuned labels")
+    table = Table(
+        title=f"{summary['name']}: windows {first} to {last}, mean of {len(summary['seeds'])} seeds; gain over tuned labels"
+    )
     for heading in ("student", "arm", ""):
         table.add_column(heading)
     for heading in ("NE", "calibr.", "NE gain %", "95 % interval", "TR"):
@@ -173,16 +261,39 @@ def show(summary: Mapping[str, Any], folder: Path) -> None:
             table.add_row(name, "fm", "", f"{student['fm_ne']:.4f}", "", "", "", "")
         for arm, told in student["arms"].items():
             for variant in ("untuned", "tuned"):
-                table.add_row(name, arm, variant + (" *" if arm == student["best_arm"] and variant == "tuned" else ""), *_cells(told[variant]))
+                table.add_row(
+                    name,
+                    arm,
+                    variant + (" *" if arm == student["best_arm"] and variant == "tuned" else ""),
+                    *_cells(told[variant]),
+                )
     console.print(table)
     states = ", ".join(f"{count} {state}" for state, count in summary["trials"].items())
-    console.print(f"Trials: {states}. * chosen on the score windows. Everything is in {folder}", highlight=False, soft_wrap=True)
+    console.print(
+        f"Trials: {states}. * chosen on the score windows. Everything is in {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _cells(told: Mapping[str, Any]) -> list[str]:
-    def mean(key: str, form: str, scale: float = 1.0) -> str:
+    def mean(
+        key: str,
+        form: str,
+        scale: float = 1.0,
+    ) -> str:
         return format(told[key]["mean"] * scale, form) if told[key] else ""
 
     gain = told["ne_gain"]
-    interval = f"{gain['low'] * 100:.2f} to {gain['high'] * 100:.2f}" if gain and gain["low"] is not None else ""
-    return [mean("ne", ".4f"), mean("calibration", ".3f"), mean("ne_gain", ".2f", 100), interval, mean("transfer_ratio", ".2f")]
+    interval = (
+        f"{gain['low'] * 100:.2f} to {gain['high'] * 100:.2f}"
+        if gain and gain["low"] is not None
+        else ""
+    )
+    return [
+        mean("ne", ".4f"),
+        mean("calibration", ".3f"),
+        mean("ne_gain", ".2f", 100),
+        interval,
+        mean("transfer_ratio", ".2f"),
+    ]

@@ -1,4 +1,5 @@
-"""The results of a sweep: one Parquet file with a row for every finished trial, written anew after each."""
+"""The results of a sweep: one Parquet file with a row for every finished trial, written anew after
+each."""
 
 from __future__ import annotations
 
@@ -18,10 +19,20 @@ from tuning.trial import Figures
 
 State = Literal["complete", "stopped", "failed"]
 COLUMNS = {
-    "student": pa.string(), "arm": pa.string(), "trial": pa.int32(), "state": pa.string(), "score": pa.float64(), "ne": pa.float64(),
-    "calibration": pa.float64(), "windows": pa.list_(pa.int32()), "ne_curve": pa.list_(pa.float64()),
-    "calibration_curve": pa.list_(pa.float64()), "labels_curve": pa.list_(pa.float64()), "seconds": pa.float64(), "error": pa.string(),
-}  # fmt: skip
+    "student": pa.string(),
+    "arm": pa.string(),
+    "trial": pa.int32(),
+    "state": pa.string(),
+    "score": pa.float64(),
+    "ne": pa.float64(),
+    "calibration": pa.float64(),
+    "windows": pa.list_(pa.int32()),
+    "ne_curve": pa.list_(pa.float64()),
+    "calibration_curve": pa.list_(pa.float64()),
+    "labels_curve": pa.list_(pa.float64()),
+    "seconds": pa.float64(),
+    "error": pa.string(),
+}
 
 
 class Search(NamedTuple):
@@ -56,35 +67,68 @@ class Trial:
         """The trial as a row of the file; settings that it was not asked for are null."""
         last = self.curve[-1] if self.curve else None
         return {
-            "student": self.search.student, "arm": self.search.arm, "trial": self.number, "state": self.state, "score": self.score,
-            "ne": last and last.ne, "calibration": last and last.calibration, "windows": [f.window for f in self.curve],
-            "ne_curve": [f.ne for f in self.curve], "calibration_curve": [f.calibration for f in self.curve],
-            "labels_curve": [f.labels for f in self.curve], "seconds": self.seconds, "error": self.error,
+            "student": self.search.student,
+            "arm": self.search.arm,
+            "trial": self.number,
+            "state": self.state,
+            "score": self.score,
+            "ne": last and last.ne,
+            "calibration": last and last.calibration,
+            "windows": [f.window for f in self.curve],
+            "ne_curve": [f.ne for f in self.curve],
+            "calibration_curve": [f.calibration for f in self.curve],
+            "labels_curve": [f.labels for f in self.curve],
+            "seconds": self.seconds,
+            "error": self.error,
             **{name: encoded(space[name], value) for name, value in self.settings.items()},
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], space: Mapping[str, Distribution]) -> Self:
         """The trial that a row holds."""
-        curve = zip(row["windows"], row["ne_curve"], row["calibration_curve"], row["labels_curve"], strict=True)
+        curve = zip(
+            row["windows"],
+            row["ne_curve"],
+            row["calibration_curve"],
+            row["labels_curve"],
+            strict=True,
+        )
         return cls(
-            search=Search(row["student"], row["arm"]), number=row["trial"], state=row["state"], score=row["score"],
-            curve=tuple(Figures(*point) for point in curve), seconds=row["seconds"], error=row["error"],
-            settings={name: decoded(d, row[name]) for name, d in space.items() if row[name] is not None},
-        )  # fmt: skip
+            search=Search(row["student"], row["arm"]),
+            number=row["trial"],
+            state=row["state"],
+            score=row["score"],
+            curve=tuple(Figures(*point) for point in curve),
+            seconds=row["seconds"],
+            error=row["error"],
+            settings={
+                name: decoded(d, row[name]) for name, d in space.items() if row[name] is not None
+            },
+        )
 
 
-def write_trials(path: Path, trials: Iterable[Trial], space: Mapping[str, Distribution]) -> None:
-    """Write all trials, in one order, atomically. `space`: all settings that any arm searches; each is a column."""
-    fields = [*COLUMNS.items(), *((name, _kind(distribution)) for name, distribution in space.items())]
-    rows = [trial.row(space) for trial in sorted(trials, key=lambda trial: (trial.search, trial.number))]
+def write_trials(
+    path: Path,
+    trials: Iterable[Trial],
+    space: Mapping[str, Distribution],
+) -> None:
+    """Write all trials, in one order, atomically. `space`: all settings that any arm searches; each
+    is a column."""
+    fields = [
+        *COLUMNS.items(),
+        *((name, _kind(distribution)) for name, distribution in space.items()),
+    ]
+    rows = [
+        trial.row(space) for trial in sorted(trials, key=lambda trial: (trial.search, trial.number))
+    ]
     table = pa.Table.from_pylist(rows, pa.schema(fields))
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 
 def read_trials(path: Path, space: Mapping[str, Distribution]) -> list[Trial]:
-    """The trials in a file, none where there is no file; UserError where it is no file of this space."""
+    """The trials in a file, none where there is no file; UserError where it is no file of this
+    space."""
     if not path.exists():
         return []
     try:
@@ -93,8 +137,12 @@ def read_trials(path: Path, space: Mapping[str, Distribution]) -> list[Trial]:
         rows: Sequence[dict[str, Any]] = table.to_pylist()
         return [Trial.from_row(row, space) for row in rows]
     except (pa.ArrowInvalid, KeyError, ValueError) as error:
-        raise UserError(f"{path}: not the trials of this sweep ({error}); remove the file, and the sweep begins anew") from None
+        raise UserError(
+            f"{path}: not the trials of this sweep ({error}); remove the file, and the sweep begins anew"
+        ) from None
 
 
 def _kind(distribution: Distribution) -> pa.DataType:
-    return pa.string() if distribution.choice else pa.int64() if distribution.integer else pa.float64()
+    return (
+        pa.string() if distribution.choice else pa.int64() if distribution.integer else pa.float64()
+    )

@@ -19,11 +19,13 @@ from exfm_ray.training.job import Job
 
 @dataclass(frozen=True)
 class StudentRows:
-    """Reads like `AugmentedReader`, from memory: in Ray's object store its tables are read in place by every trial.
+    """Reads like `AugmentedReader`, from memory: in Ray's object store its tables are read in place
+    by every trial.
 
     Attributes:
         listed: window -> its fragments that hold rows of the student.
-        tables: (window, fragment's file) -> packed rows, with the teacher's predictions where there are any.
+        tables: (window, fragment's file) -> packed rows, with the teacher's predictions where there
+            are any.
         judged: those that are evaluated instead, where corrections stand among the rows.
     """
 
@@ -32,16 +34,31 @@ class StudentRows:
     judged: Mapping[tuple[int, str], pa.Table] = field(default_factory=dict)
 
     @classmethod
-    def read_from(cls, config: Config, student: StudentConfig, windows: Sequence[int]) -> StudentRows:
+    def read_from(
+        cls,
+        config: Config,
+        student: StudentConfig,
+        windows: Sequence[int],
+    ) -> StudentRows:
         """Read them from the run's folder."""
         arms = (Arm("labels"), Arm("kd"), *(arm for arm in config.arms if arm.uses_history))
         distilled = config.model_copy(update={"vm": config.vm.model_copy(update={"arms": arms})})
         job = Job("tune", distilled, (student,))
         reader = job.reader(EventStream.open(job.stream_root).schema)
-        listed = {window: tuple(reader.fragments(WindowPass(window, "learn"))) for window in windows}
-        tables = {(window, f.file): reader.read(WindowPass(window, "learn"), f) for window, fragments in listed.items() for f in fragments}
+        listed = {
+            window: tuple(reader.fragments(WindowPass(window, "learn"))) for window in windows
+        }
+        tables = {
+            (window, f.file): reader.read(WindowPass(window, "learn"), f)
+            for window, fragments in listed.items()
+            for f in fragments
+        }
         own = {key: without_corrections(table) for key, table in tables.items()}
-        return cls(listed, tables, {key: table for key, table in own.items() if table.num_rows < tables[key].num_rows})
+        return cls(
+            listed,
+            tables,
+            {key: table for key, table in own.items() if table.num_rows < tables[key].num_rows},
+        )
 
     def ready(self, work: WindowPass) -> bool:
         return work.window in self.listed
@@ -57,4 +74,6 @@ class StudentRows:
         if work.purpose == "learn":
             return self.tables[key]
         table = self.judged.get(key, self.tables[key])
-        return table.drop_columns([TEACHER_COLUMN]) if TEACHER_COLUMN in table.column_names else table
+        return (
+            table.drop_columns([TEACHER_COLUMN]) if TEACHER_COLUMN in table.column_names else table
+        )

@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 
 from exfm_ray.config.root import Config
 from exfm_ray.config.tune import Distribution, Settings, Value, as_text
@@ -38,7 +43,8 @@ class Space:
         return {name: _distribution(self.distributions[name]) for name in settings}
 
     def current_params(self, config: Config) -> Params | None:
-        """The config's own values of the settings, as far as their conditions hold; None where one lies outside the space."""
+        """The config's own values of the settings, as far as their conditions hold; None where one
+        lies outside the space."""
         values = _values(config)
         settings: Settings = {}
         for name, distribution in self.distributions.items():
@@ -52,17 +58,27 @@ class Space:
 
 def _values(config: Config) -> dict[str, Value]:
     """Every setting that a space may name, with the config's value."""
-    values = {f"distillation.{part}.{key}": value for part, section in config.distillation for key, value in section}
+    values = {
+        f"distillation.{part}.{key}": value
+        for part, section in config.distillation
+        for key, value in section
+    }
     values |= {f"vm.optimizer.{key}": value for key, value in config.vm.optimizer}
     return values | {"vm.batch_size": config.vm.batch_size}
 
 
 def _asked(distribution: Distribution, settings: Settings) -> bool:
     """True when the conditions hold for the settings before it."""
-    return all(other in settings and settings[other] == value for other, value in distribution.when.items())
+    return all(
+        other in settings and settings[other] == value for other, value in distribution.when.items()
+    )
 
 
-def _ask(trial: optuna.Trial, name: str, distribution: Distribution) -> Value:
+def _ask(
+    trial: optuna.Trial,
+    name: str,
+    distribution: Distribution,
+) -> Value:
     if distribution.choice:
         text = trial.suggest_categorical(name, [as_text(value) for value in distribution.choice])
         return decoded(distribution, text)
@@ -83,7 +99,11 @@ def encoded(distribution: Distribution, value: Value) -> bool | int | float | st
 
 def decoded(distribution: Distribution, value: bool | int | float | str) -> Value:
     """The setting's value behind an encoded one."""
-    return {as_text(choice): choice for choice in distribution.choice}[str(value)] if distribution.choice else value
+    return (
+        {as_text(choice): choice for choice in distribution.choice}[str(value)]
+        if distribution.choice
+        else value
+    )
 
 
 def _distribution(distribution: Distribution) -> BaseDistribution:

@@ -1,7 +1,8 @@
 """Every finished trial as a run in wandb.
 
-Written by a thread: a run takes some 20 ms, the first one a second, and a server may take longer than a trial. The file <run>/wandb/trials.json
-holds the ids of the runs that are written, so that a sweep that goes on writes those that are missing.
+Written by a thread: a run takes some 20 ms, the first one a second, and a server may take longer
+than a trial. The file <run>/wandb/trials.json holds the ids of the runs that are written, so that a
+sweep that goes on writes those that are missing.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from tuning.trial import score
 
 
 class TrialRuns:
-    """Writes the runs of the trials that it is given, each once. What fails in wandb ends the writing, not the sweep."""
+    """Writes the runs of the trials that it is given, each once. What fails in wandb ends the
+    writing, not the sweep."""
 
     def __init__(self, config: Config) -> None:
-        self._config, self._path = config, config.folder / "wandb" / "trials.json"
+        self._config = config
+        self._path = config.folder / "wandb" / "trials.json"
         self._queue: SimpleQueue[Trial | None] = SimpleQueue()
         self._thread = Thread(target=self._write_all, daemon=True, name="wandb")
         if config.wandb.mode != "disabled":
@@ -40,7 +43,8 @@ class TrialRuns:
             self._thread.join()
 
     def __getstate__(self) -> None:
-        """Nothing: Tune pickles its callbacks and all they hold, but a sweep goes on from its own files."""
+        """Nothing: Tune pickles its callbacks and all they hold, but a sweep goes on from its own
+        files."""
 
     def _write_all(self) -> None:
         written: list[str] | None = None
@@ -59,25 +63,65 @@ class TrialRuns:
                 close_wandb()
         except Exception as error:
             told = f"wandb: {type(error).__name__}: {error}"
-            print(f"{told}. The sweep goes on without wandb; the same command, given again, writes the runs that are missing", file=sys.stderr)
+            print(
+                f"{told}. The sweep goes on without wandb; the same command, given again, writes the runs that are missing",
+                file=sys.stderr,
+            )
 
 
 def run_id(config: Config, trial: Trial) -> str:
     """The same for the same trial of the same config, wherever it is kept."""
-    return short_hash([config.name, config.model_dump(mode="json", exclude={"run", "wandb"}), *trial.search, trial.number])
+    return short_hash(
+        [
+            config.name,
+            config.model_dump(mode="json", exclude={"run", "wandb"}),
+            *trial.search,
+            trial.number,
+        ]
+    )
 
 
-def write_run(config: Config, trial: Trial, identity: str) -> None:
-    """A whole run: settings, NE, calibration and score along the score windows, and how the trial ended."""
+def write_run(
+    config: Config,
+    trial: Trial,
+    identity: str,
+) -> None:
+    """A whole run: settings, NE, calibration and score along the score windows, and how the trial
+    ended."""
     assert config.tune is not None
     student, arm = trial.search
-    settings: dict[str, object] = {"student": student, "arm": arm, "trial": trial.number, "seed": config.seed}
+    settings: dict[str, object] = {
+        "student": student,
+        "arm": arm,
+        "trial": trial.number,
+        "seed": config.seed,
+    }
     for setting, value in trial.settings.items():
         set_dotted(settings, setting, value)  # nested: wandb takes a dot for a step into a section
-    run = open_run(config, identity, f"{student} {arm} {trial.number:03d}", f"{config.name}/{student}", "tune", settings, step="window")
+    run = open_run(
+        config,
+        identity,
+        f"{student} {arm} {trial.number:03d}",
+        f"{config.name}/{student}",
+        "tune",
+        settings,
+        step="window",
+    )
     for figures in trial.curve:
         bounded = score(figures, config.tune.calibration)
-        run.log({"window": figures.window, "ne": figures.ne, "calibration": figures.calibration, "score": bounded})
-    ended = {"state": trial.state, "score": trial.score, "seconds": trial.seconds, "error": trial.error}
+        run.log(
+            {
+                "window": figures.window,
+                "ne": figures.ne,
+                "calibration": figures.calibration,
+                "score": bounded,
+            }
+        )
+    ended = {
+        "state": trial.state,
+        "score": trial.score,
+        "seconds": trial.seconds,
+        "error": trial.error,
+    }
     run.summary.update({key: value for key, value in ended.items() if value is not None})
     run.finish(exit_code=1 if trial.state == "failed" else 0)

@@ -25,9 +25,20 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument("--config", type=Path, required=required, help="a YAML file; configs/ holds ready ones")
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting; may be repeated")
-    parser.add_argument("--name", help="name of the run; the same command with the same name goes on where it stopped")
+    parser.add_argument(
+        "--config", type=Path, required=required, help="a YAML file; configs/ holds ready ones"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="override a setting; may be repeated",
+    )
+    parser.add_argument(
+        "--name",
+        help="name of the run; the same command with the same name goes on where it stopped",
+    )
 
 
 def _write_report(folder: Path) -> Path:

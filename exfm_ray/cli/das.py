@@ -17,8 +17,13 @@ from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
 
 
-def start(config: Config, follow: bool, readers: Sequence[Path]) -> str:
-    """Start the run's service, or have the one that runs try again what is parked; what it does, in words. `readers`: see `LabelingSpec`."""
+def start(
+    config: Config,
+    follow: bool,
+    readers: Sequence[Path],
+) -> str:
+    """Start the run's service, or have the one that runs try again what is parked; what it does, in
+    words. `readers`: see `LabelingSpec`."""
     order = LabelingSpec.from_config(config, readers)
     windows = EventStream.open(order.stream_root).windows()
     service = connect(order, detached=True, follow=follow)
@@ -34,10 +39,13 @@ def status(config: Config | None) -> Iterator[Table]:
 
 
 def stop(config: Config | None) -> str:
-    """End the run's service, or the only one. Nothing is lost: what is missing is scored when it is asked for again."""
+    """End the run's service, or the only one. Nothing is lost: what is missing is scored when it is
+    asked for again."""
     chosen = _chosen(config)
     if len(chosen) > 1:
-        raise UserError(f"{len(chosen)} services run ({', '.join(chosen)}): name the run with --config")
+        raise UserError(
+            f"{len(chosen)} services run ({', '.join(chosen)}): name the run with --config"
+        )
     ((name, service),) = chosen.items()
     end(service)
     return f"{name}: ended"
@@ -51,5 +59,7 @@ def _chosen(config: Config | None) -> dict[str, Any]:
         return running
     name = LabelingSpec.from_config(config).name
     if name not in running:
-        raise UserError(f"no DAS of run '{config.name}' runs in this Ray ({', '.join(running) or 'none does'}); start it with `run.py das start`")
+        raise UserError(
+            f"no DAS of run '{config.name}' runs in this Ray ({', '.join(running) or 'none does'}); start it with `run.py das start`"
+        )
     return {name: running[name]}

@@ -13,22 +13,30 @@ from exfm_ray.schema import Schema
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write a trained vertical model as it is served: `run.py export RUN --vm NAME`, see `run.py export --help`."""
+    """Write a trained vertical model as it is served: `run.py export RUN --vm NAME`, see `run.py
+    export --help`."""
     from exfm_ray.serving.export import export_student
 
-    folder = export_student(options.run, options.vm, options.arm, options.to, options.since, options.aot)
-    files = ", ".join(f"{path.name} {path.stat().st_size:,} bytes" for path in sorted(folder.iterdir()))
+    folder = export_student(
+        options.run, options.vm, options.arm, options.to, options.since, options.aot
+    )
+    files = ", ".join(
+        f"{path.name} {path.stat().st_size:,} bytes" for path in sorted(folder.iterdir())
+    )
     print(f"{folder}: {files}")
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Say on paper what the FM's training would need on N workers: `run.py plan --config FILE [--gpus N]`, see `run.py plan --help`."""
+    """Say on paper what the FM's training would need on N workers: `run.py plan --config FILE
+    [--gpus N]`, see `run.py plan --help`."""
     from exfm_ray.cli.plan_tables import shards_table, summary_lines, worker_table
     from exfm_ray.pipeline.preflight import check_models
     from exfm_ray.planner.memory import plan_fm
 
     workers = options.workers if options.gpus is None else options.gpus
-    overrides = ([] if workers is None else [f"fm.workers={workers}"]) + ([] if options.gpus is None else ["fm.device=cuda"])
+    overrides = ([] if workers is None else [f"fm.workers={workers}"]) + (
+        [] if options.gpus is None else ["fm.device=cuda"]
+    )
     config = load_config(options.config, [*options.set, *overrides], options.name)
     schema = _known_schema(config)
     check_models(config, schema)
@@ -54,7 +62,9 @@ def _known_schema(config: Config) -> Schema:
     try:
         return source_schema(config)
     except UserError as error:
-        raise UserError(f"{error}; or run `run.py prepare` with this config where the data are") from None
+        raise UserError(
+            f"{error}; or run `run.py prepare` with this config where the data are"
+        ) from None
 
 
 def report(options: argparse.Namespace) -> None:
@@ -75,7 +85,8 @@ def runs(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Show two runs' figures beside each other, and the settings in which they differ: `run.py compare A B`."""
+    """Show two runs' figures beside each other, and the settings in which they differ: `run.py
+    compare A B`."""
     from exfm_ray.cli.run_tables import compare_tables
     from exfm_ray.tracking.run_files import RunFiles
 

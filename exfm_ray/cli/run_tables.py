@@ -19,10 +19,14 @@ NOT_COMPARED = ("name", "run.dir")
 def runs_table(folder: Path) -> Table:
     """A line for each run of a folder, the newest last; UserError where there is none."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; runs go to the folder that the setting run.dir names")
+        raise UserError(
+            f"{folder}: no such folder; runs go to the folder that the setting run.dir names"
+        )
     found = sorted((path.parent for path in folder.glob("*/config.yaml")), key=_changed)
     if not found:
-        raise UserError(f"{folder}: no runs here; `run.py runs DIR` lists the folders below DIR that hold a config.yaml")
+        raise UserError(
+            f"{folder}: no runs here; `run.py runs DIR` lists the folders below DIR that hold a config.yaml"
+        )
     table = Table(title=f"{len(found)} run(s) in {folder}")
     for heading in ("run", "state", "changed", "done", "FM's NE", "best arm: NE gain %"):
         table.add_column(heading, overflow="fold")
@@ -68,10 +72,15 @@ def _best(run: RunFiles) -> list[str]:
     best: dict[tuple[str, str], Row] = {}
     for row in run.figures:
         place = (row["model"], row["task"])
-        if row.get("ne_gain") is not None and (place not in best or row["ne_gain"] > best[place]["ne_gain"]):
+        if row.get("ne_gain") is not None and (
+            place not in best or row["ne_gain"] > best[place]["ne_gain"]
+        ):
             best[place] = row
     tasks = {task for _, task in best}
-    return [f"{m}{f' {t}' if len(tasks) > 1 else ''}: {row['arm']} {100 * row['ne_gain']:+.2f}" for (m, t), row in best.items()]
+    return [
+        f"{m}{f' {t}' if len(tasks) > 1 else ''}: {row['arm']} {100 * row['ne_gain']:+.2f}"
+        for (m, t), row in best.items()
+    ]
 
 
 def figures_table(run: RunFiles) -> Table:
@@ -82,17 +91,31 @@ def figures_table(run: RunFiles) -> Table:
     for heading in ("NE", "AUC", "calibr.", "NE gain %", "TR", "examples"):
         table.add_column(heading, justify="right")
     for row in _wanted(run.figures):
-        cells = [_cell(row.get(figure), form) for figure, form in (("ne", ".4f"), ("auc", ".4f"), ("calibration", ".4f"))]
-        cells += [_percent(row.get("ne_gain")), _cell(row.get("transfer_ratio"), ".2f"), _cell(row["examples"], ",d")]
+        cells = [
+            _cell(row.get(figure), form)
+            for figure, form in (("ne", ".4f"), ("auc", ".4f"), ("calibration", ".4f"))
+        ]
+        cells += [
+            _percent(row.get("ne_gain")),
+            _cell(row.get("transfer_ratio"), ".2f"),
+            _cell(row["examples"], ",d"),
+        ]
         table.add_row(row["domain"], row["task"], row["model"], row["arm"], *cells)
     return table
 
 
 def _wanted(rows: Sequence[Row]) -> list[Row]:
-    """The rows over all domains, and of each domain and task those of its vertical models and of the FM."""
+    """The rows over all domains, and of each domain and task those of its vertical models and of
+    the FM."""
     places = {(row["domain"], row["task"]) for row in rows if row["role"] == "vm"}
-    wanted = [row for row in rows if row["domain"] == ALL_DOMAINS or (row["domain"], row["task"]) in places]
-    return sorted(wanted, key=lambda row: (row["domain"] != ALL_DOMAINS, row["domain"], row["task"]))
+    wanted = [
+        row
+        for row in rows
+        if row["domain"] == ALL_DOMAINS or (row["domain"], row["task"]) in places
+    ]
+    return sorted(
+        wanted, key=lambda row: (row["domain"] != ALL_DOMAINS, row["domain"], row["task"])
+    )
 
 
 def compare_tables(first: RunFiles, second: RunFiles) -> list[Table]:
@@ -100,20 +123,41 @@ def compare_tables(first: RunFiles, second: RunFiles) -> list[Table]:
     names = [str(run.folder) for run in (first, second)]
     if names[0] == names[1]:
         raise UserError(f"{names[0]}: compare needs two runs, this is one given twice")
-    figures = Table(title=f"A = {names[0]}, B = {names[1]}: over the windows after each run's warm-up")
+    figures = Table(
+        title=f"A = {names[0]}, B = {names[1]}: over the windows after each run's warm-up"
+    )
     for heading in ("model", "arm", "domain", "task"):
         figures.add_column(heading, overflow="fold")
-    for heading in ("NE A", "NE B", "B - A, %", "gain % A", "gain % B", "TR A", "TR B", "cal. A", "cal. B"):
+    for heading in (
+        "NE A",
+        "NE B",
+        "B - A, %",
+        "gain % A",
+        "gain % B",
+        "TR A",
+        "TR B",
+        "cal. A",
+        "cal. B",
+    ):
         figures.add_column(heading, justify="right")
     a, b = ({_identity(row): row for row in run.figures} for run in (first, second))
     for row in _wanted(list((b | a).values())):
         key = _identity(row)
-        figures.add_row(row["model"], row["arm"], row["domain"], row["task"], *_differences(a.get(key, {}), b.get(key, {})))
+        figures.add_row(
+            row["model"],
+            row["arm"],
+            row["domain"],
+            row["task"],
+            *_differences(a.get(key, {}), b.get(key, {})),
+        )
     return [figures, settings_table(first, second)]
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
-    return (*(row[key] for key in KEY), row.get("window"))  # that of a static set; None over windows
+    return (
+        *(row[key] for key in KEY),
+        row.get("window"),
+    )  # that of a static set; None over windows
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -121,7 +165,11 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     change = f"{100 * (nes[1] - nes[0]) / nes[0]:+.2f}" if nes[0] and nes[1] is not None else ""
     cells = [_cell(ne, ".4f") for ne in nes] + [change]
     cells += [_percent(row.get("ne_gain")) for row in (a, b)]
-    return cells + [_cell(row.get(figure), form) for figure, form in (("transfer_ratio", ".2f"), ("calibration", ".3f")) for row in (a, b)]
+    return cells + [
+        _cell(row.get(figure), form)
+        for figure, form in (("transfer_ratio", ".2f"), ("calibration", ".3f"))
+        for row in (a, b)
+    ]
 
 
 def _percent(value: float | None) -> str:
@@ -134,7 +182,8 @@ def _cell(value: float | None, form: str) -> str:
 
 def settings_table(first: RunFiles, second: RunFiles) -> Table:
     """The settings in which two runs differ; one that a run's version did not have is a dash."""
-    a, b = flat(first.config), flat(second.config)
+    a = flat(first.config)
+    b = flat(second.config)
     table = Table(title="settings that differ")
     for heading in ("setting", "A", "B"):
         table.add_column(heading, overflow="fold")

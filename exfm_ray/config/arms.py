@@ -1,4 +1,5 @@
-"""An arm: how a vertical model learns. It is written `ah`, `ah+share`, `labels+share+history`: an objective, then options."""
+"""An arm: how a vertical model learns. It is written `ah`, `ah+share`, `labels+share+history`: an
+objective, then options."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from exfm_ray.errors import nearest
 
 
 class Objective(StrEnum):
-    """What is minimised: labels only, plain distillation, auxiliary head, auxiliary head with student adapter."""
+    """What is minimised: labels only, plain distillation, auxiliary head, auxiliary head with
+    student adapter."""
 
     LABELS = "labels"
     KD = "kd"
@@ -22,14 +24,16 @@ class Objective(StrEnum):
 
 
 class Option(StrEnum):
-    """What a vertical model is given of the FM beside its predictions: rows of its tables, its representations of a user's past."""
+    """What a vertical model is given of the FM beside its predictions: rows of its tables, its
+    representations of a user's past."""
 
     SHARE = "share"
     HISTORY = "history"
 
 
 class Arm(str):
-    """An objective with options, which is its own name in files and figures: a string, options in one order.
+    """An objective with options, which is its own name in files and figures: a string, options in
+    one order.
 
     Attributes:
         objective: what it minimises.
@@ -48,8 +52,11 @@ class Arm(str):
             _check(text, "option", option, list(Option))
             if options.count(option) > 1:
                 raise ValueError(f"'{text}' names option '{option}' twice")
-        arm = super().__new__(cls, "+".join([objective, *(option for option in Option if option in options)]))
-        arm.objective, arm.options = Objective(objective), frozenset(Option(option) for option in options)
+        arm = super().__new__(
+            cls, "+".join([objective, *(option for option in Option if option in options)])
+        )
+        arm.objective = Objective(objective)
+        arm.options = frozenset(Option(option) for option in options)
         return arm
 
     def __getnewargs__(self) -> tuple[str]:
@@ -70,20 +77,32 @@ class Arm(str):
 
     @property
     def uses_history(self) -> bool:
-        """True when it reads the teacher's representations of the user's earlier examples: at serving, from a feature store."""
+        """True when it reads the teacher's representations of the user's earlier examples: at
+        serving, from a feature store."""
         return Option.HISTORY in self.options
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(
-            cls, core_schema.str_schema(), serialization=core_schema.plain_serializer_function_ser_schema(lambda arm: "".join(arm))
+            cls,
+            core_schema.str_schema(),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda arm: "".join(arm)
+            ),
         )
 
 
-def _check(text: str, kind: str, part: str, known: Sequence[str]) -> None:
+def _check(
+    text: str,
+    kind: str,
+    part: str,
+    known: Sequence[str],
+) -> None:
     if part not in known:
         hint = nearest(part, known)
-        raise ValueError(f"'{text}': unknown {kind} '{part}'; an arm is one of {', '.join(Objective)}, with options as in labels+share.{hint}")
+        raise ValueError(
+            f"'{text}': unknown {kind} '{part}'; an arm is one of {', '.join(Objective)}, with options as in labels+share.{hint}"
+        )
 
 
 LABELS = Arm("labels")

@@ -17,12 +17,18 @@ def explain(error: Any, root: type[BaseModel]) -> str:
     place = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
         known = _known_keys(root, error["loc"][:-1])
-        return f"unknown setting '{place}'." + (nearest(str(error["loc"][-1]), known) or f" Known here: {', '.join(known)}.")
+        return f"unknown setting '{place}'." + (
+            nearest(str(error["loc"][-1]), known) or f" Known here: {', '.join(known)}."
+        )
     if error["type"] == "union_tag_not_found":
         return f"setting '{place}': give it a 'type': {', '.join(MODEL_TYPES)}"
     message = error["msg"].removeprefix("Value error, ")
     told = redact_url(error["input"]) if isinstance(error["input"], str) else error["input"]
-    given = f" (given: {told!r})" if not isinstance(error["input"], dict | list | tuple | BaseModel) else ""
+    given = (
+        f" (given: {told!r})"
+        if not isinstance(error["input"], dict | list | tuple | BaseModel)
+        else ""
+    )
     return f"setting '{place}': {message}{given}"
 
 
@@ -33,7 +39,9 @@ def _known_keys(root: type[BaseModel], path: Sequence[str | int]) -> list[str]:
 
     def resolve(n: dict[str, Any]) -> dict[str, Any]:
         while "$ref" in n or {"type": "null"} in n.get("anyOf", []):
-            n = schema["$defs"][n["$ref"].rpartition("/")[2]] if "$ref" in n else n["anyOf"][0]  # a section that may be left out
+            n = (
+                schema["$defs"][n["$ref"].rpartition("/")[2]] if "$ref" in n else n["anyOf"][0]
+            )  # a section that may be left out
         return n
 
     for part in path:
@@ -45,5 +53,12 @@ def _known_keys(root: type[BaseModel], path: Sequence[str | int]) -> list[str]:
             node = node["properties"][part]
         else:  # a tagged union: pydantic puts the tag into the path
             options += [resolve(o) for option in options for o in option.get("oneOf", [])]
-            node = next((o for o in options if o.get("properties", {}).get("type", {}).get("const") == part), {})
+            node = next(
+                (
+                    o
+                    for o in options
+                    if o.get("properties", {}).get("type", {}).get("const") == part
+                ),
+                {},
+            )
     return list(resolve(node).get("properties", {}))

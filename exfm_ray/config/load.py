@@ -15,10 +15,15 @@ from exfm_ray.config.tree import set_dotted
 from exfm_ray.errors import UserError
 
 
-def load_config(file: Path, overrides: Sequence[str] = (), name: str | None = None) -> Config:
+def load_config(
+    file: Path,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+) -> Config:
     """Read a YAML config, apply `section.key=value` overrides (values are YAML), validate.
 
-    The run's name is `name`, else the file's own `name`, else the file's stem. UserError names the setting at fault.
+    The run's name is `name`, else the file's own `name`, else the file's stem. UserError names the
+    setting at fault.
     """
     try:
         tree = yaml.safe_load(file.read_text())
@@ -30,7 +35,9 @@ def load_config(file: Path, overrides: Sequence[str] = (), name: str | None = No
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{file}: a config is a mapping of sections, this is a {type(tree).__name__}")
+        raise UserError(
+            f"{file}: a config is a mapping of sections, this is a {type(tree).__name__}"
+        )
     tree.setdefault("name", file.stem)
     for override in overrides:
         _apply(tree, override)
@@ -39,7 +46,9 @@ def load_config(file: Path, overrides: Sequence[str] = (), name: str | None = No
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{file}: " + "; ".join(explain(e, Config) for e in error.errors())) from None
+        raise UserError(
+            f"{file}: " + "; ".join(explain(e, Config) for e in error.errors())
+        ) from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -52,12 +61,6 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: '{value}' is not a YAML value ({error})") from None
     except ValueError as error:
         raise UserError(f"--set {override}: {error}") from None
-
-
-
-
-
-
 
 
 def dump_config(config: Config) -> str:

@@ -16,11 +16,18 @@ class OptimizerConfig(FrozenModel):
     """Row-wise Adagrad for the tables, Adam for the dense part."""
 
     table_lr: float = Field(0.05, gt=0)
-    table_weight_decay: float = Field(0.0, ge=0, description="L2: this much of a row is added to its gradient, in steps that use the row")
+    table_weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="L2: this much of a row is added to its gradient, in steps that use the row",
+    )
     dense_lr: float = Field(1e-3, gt=0)
     dense_weight_decay: float = Field(0.0, ge=0)
     ema: float = Field(
-        0.0, ge=0, lt=1, description="decay per step of an exponential moving average of all weights, which is evaluated and published instead"
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay per step of an exponential moving average of all weights, which is evaluated and published instead",
     )
 
 
@@ -34,50 +41,72 @@ class TrainerConfig(FrozenModel):
     old_names: ClassVar[Mapping[str, str]] = {"reset_unused": "evict_after_windows"}
 
     optimizer: OptimizerConfig = OptimizerConfig()
-    batch_size: int = Field(1024, ge=1, description="global: the workers divide each batch among them")
+    batch_size: int = Field(
+        1024, ge=1, description="global: the workers divide each batch among them"
+    )
     workers: int = Field(1, ge=1)
     min_workers: int | None = Field(
-        None, ge=1, description="elastic: after the loss of workers the job goes on by itself, from its last checkpoint, with as many as there "
-        "are, at least these; without it the loss of a worker ends the run, and the same command goes on"
-    )  # fmt: skip
+        None,
+        ge=1,
+        description="elastic: after the loss of workers the job goes on by itself, from its last checkpoint, with as many as there "
+        "are, at least these; without it the loss of a worker ends the run, and the same command goes on",
+    )
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
     matmul_precision: Literal["highest", "high", "medium"] = Field(
-        "highest", description="torch.set_float32_matmul_precision: TF32 on a GPU and faster kernels on a CPU, where below highest"
+        "highest",
+        description="torch.set_float32_matmul_precision: TF32 on a GPU and faster kernels on a CPU, where below highest",
     )
     compile: bool = Field(False, description="torch.compile the interaction model")
     zero_stage: int = Field(0, ge=0, le=3)
     sharding: Literal["row_wise", "table_wise"] = "row_wise"
-    threads: int = Field(0, ge=0, description="torch threads of a CPU worker; 0 leaves torch's own choice")
+    threads: int = Field(
+        0, ge=0, description="torch threads of a CPU worker; 0 leaves torch's own choice"
+    )
     evict_after_windows: int | None = Field(
-        None, ge=1, description="rows that no example of the last so many windows used are reset, with their optimizer state"
+        None,
+        ge=1,
+        description="rows that no example of the last so many windows used are reset, with their optimizer state",
     )
 
     @model_validator(mode="after")
     def _check_zero3(self) -> Self:
         for setting, used in (("optimizer.ema", self.optimizer.ema > 0), ("compile", self.compile)):
             if used and self.zero_stage == 3:
-                raise ValueError(f"{setting} is set with zero_stage 3, where no worker holds the weights whole; choose stage 0, 1 or 2")
+                raise ValueError(
+                    f"{setting} is set with zero_stage 3, where no worker holds the weights whole; choose stage 0, 1 or 2"
+                )
         if self.min_workers and self.min_workers > self.workers:
             raise ValueError(f"min_workers is {self.min_workers}, above workers = {self.workers}")
         return self
 
 
 class StaticConfig(FrozenModel):
-    """A set without time: the windows before `validation_window` are learnt in several passes, until that window's figure stops improving."""
+    """A set without time: the windows before `validation_window` are learnt in several passes,
+    until that window's figure stops improving."""
 
     passes: int = Field(50, ge=1)
-    patience: int = Field(3, ge=1, description="passes without improvement after which training ends")
+    patience: int = Field(
+        3, ge=1, description="passes without improvement after which training ends"
+    )
     monitor: Literal["auc", "log_loss"] = "auc"
-    validation_window: int = Field(1, ge=1, description="later windows are tests: evaluated after each pass, never looked at by the choice")
+    validation_window: int = Field(
+        1,
+        ge=1,
+        description="later windows are tests: evaluated after each pass, never looked at by the choice",
+    )
 
 
 class FMConfig(TrainerConfig):
     """The foundation model: one network, all domains, a head for every task."""
 
     name: Name = "fm"
-    static: StaticConfig | None = Field(None, description="several passes over a static set instead of one over the stream")
-    tasks: tuple[Name, ...] = Field((), description="tasks it learns; empty means all of the stream's")
+    static: StaticConfig | None = Field(
+        None, description="several passes over a static set instead of one over the stream"
+    )
+    tasks: tuple[Name, ...] = Field(
+        (), description="tasks it learns; empty means all of the stream's"
+    )
     model: ModelConfig = WukongConfig()
 
 
@@ -95,7 +124,8 @@ def _distinct(tasks: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class StudentConfig(FrozenModel):
-    """One vertical model: its domain, its task or list of tasks, its network (`vm.model` where it names none)."""
+    """One vertical model: its domain, its task or list of tasks, its network (`vm.model` where it
+    names none)."""
 
     old_names: ClassVar[Mapping[str, str]] = {"publishes": "published_arm"}
 
@@ -103,16 +133,28 @@ class StudentConfig(FrozenModel):
 
     name: Name
     domain: Name
-    teacher: Name | None = Field(None, description="the teacher whose supervision it learns from: one of `teachers`; None: the FM")
-    published_arm: Arm | None = Field(None, description="its model of this arm publishes a snapshot after each window and so can be a teacher itself")
-    tasks: Annotated[tuple[Name, ...], BeforeValidator(_listed), AfterValidator(_distinct)] = Field(alias="task")
+    teacher: Name | None = Field(
+        None,
+        description="the teacher whose supervision it learns from: one of `teachers`; None: the FM",
+    )
+    published_arm: Arm | None = Field(
+        None,
+        description="its model of this arm publishes a snapshot after each window and so can be a teacher itself",
+    )
+    tasks: Annotated[tuple[Name, ...], BeforeValidator(_listed), AfterValidator(_distinct)] = Field(
+        alias="task"
+    )
     model: ModelConfig | None = None
 
 
 class VMConfig(TrainerConfig):
-    """The vertical models. With `shared_pass` all of them learn in one worker group from one pass of the data."""
+    """The vertical models. With `shared_pass` all of them learn in one worker group from one pass
+    of the data."""
 
-    old_names: ClassVar[Mapping[str, str]] = {**TrainerConfig.old_names, "share_pass": "shared_pass"}
+    old_names: ClassVar[Mapping[str, str]] = {
+        **TrainerConfig.old_names,
+        "share_pass": "shared_pass",
+    }
 
     models: tuple[StudentConfig, ...] = ()
     model: ModelConfig = MLPConfig()
@@ -131,7 +173,16 @@ class VMConfig(TrainerConfig):
 
 
 class CheckpointConfig(FrozenModel):
-    """Checkpoints of FM and VM training. There is one at the end of every window (of every pass, over a static set)."""
+    """Checkpoints of FM and VM training. There is one at the end of every window (of every pass,
+    over a static set)."""
 
-    every_examples: int | None = Field(None, ge=1, description="another one inside a window whenever a job has learnt so many examples")
-    keep: int = Field(2, ge=1, description="the newest so many stay; more than one, lest a damaged file cost the whole run")
+    every_examples: int | None = Field(
+        None,
+        ge=1,
+        description="another one inside a window whenever a job has learnt so many examples",
+    )
+    keep: int = Field(
+        2,
+        ge=1,
+        description="the newest so many stay; more than one, lest a damaged file cost the whole run",
+    )

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 
-def set_dotted(tree: dict[str, Any], key: str, value: object) -> None:
+def set_dotted(
+    tree: dict[str, Any],
+    key: str,
+    value: object,
+) -> None:
     """Set a dotted key of a tree; ValueError where a part of it is no section."""
     *path, last = key.split(".")
     for part in path:

@@ -1,7 +1,8 @@
-"""The `tune` section of the config: which settings a sweep searches, for which students and arms, and which windows judge.
+"""The `tune` section of the config: which settings a sweep searches, for which students and arms,
+and which windows judge.
 
-A setting is named as on the command line (`distillation.ah.w`). A space may hold the settings of all arms: each arm
-searches those that bear on it.
+A setting is named as on the command line (`distillation.ah.w`). A space may hold the settings of
+all arms: each arm searches those that bear on it.
 """
 
 from __future__ import annotations
@@ -39,12 +40,20 @@ UNSEARCHABLE: Mapping[str, str] = {
 
 STACKABLE = frozenset(
     {
-        "vm.optimizer.table_lr", "vm.optimizer.dense_lr", "vm.optimizer.dense_weight_decay", "distillation.kd.w",
-        "distillation.ah.w", "distillation.ah.alpha", "distillation.ah.beta", "distillation.sa.w", "distillation.sa.lr",
+        "vm.optimizer.table_lr",
+        "vm.optimizer.dense_lr",
+        "vm.optimizer.dense_weight_decay",
+        "distillation.kd.w",
+        "distillation.ah.w",
+        "distillation.ah.alpha",
+        "distillation.ah.beta",
+        "distillation.sa.w",
+        "distillation.sa.lr",
         "distillation.share.table_lr",
     }
-)  # fmt: skip
-"""Settings in which trials that learn together may differ. All others are structure: equal within a block."""
+)
+"""Settings in which trials that learn together may differ. All others are structure: equal within a
+block."""
 
 RENAMED: Mapping[str, str] = {
     f"distillation.{section}.{old}": f"distillation.{section}.{new}"
@@ -73,8 +82,13 @@ class Distribution(FrozenModel):
     log: bool = Field(False, description="draw the logarithm evenly")
     integer: bool = False
     choice: tuple[Value, ...] = ()
-    when: Annotated[dict[str, Value], BeforeValidator(current_names)] = Field({}, description="asked only where these settings of the space, named before it, have these values")
-    arms: tuple[Arm, ...] = Field((), description="arms that search it; empty: those on which the setting bears")
+    when: Annotated[dict[str, Value], BeforeValidator(current_names)] = Field(
+        {},
+        description="asked only where these settings of the space, named before it, have these values",
+    )
+    arms: tuple[Arm, ...] = Field(
+        (), description="arms that search it; empty: those on which the setting bears"
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -92,7 +106,9 @@ class Distribution(FrozenModel):
         if self.log and self.low <= 0:
             raise ValueError(f"log is set with low = {self.low:g}; a logarithm needs low above 0")
         if self.integer and not (self.low.is_integer() and self.high.is_integer()):
-            raise ValueError(f"integer is set with ends {self.low:g} and {self.high:g}; give whole numbers")
+            raise ValueError(
+                f"integer is set with ends {self.low:g} and {self.high:g}; give whole numbers"
+            )
         return self
 
     def ends(self) -> tuple[Value, ...]:
@@ -106,7 +122,8 @@ class Distribution(FrozenModel):
         """The value as the distribution holds it; None where it does not."""
         if self.choice:
             return next((choice for choice in self.choice if choice == value), None)
-        low, high = self.low, self.high
+        low = self.low
+        high = self.high
         assert low is not None and high is not None
         return value if isinstance(value, int | float) and low <= value <= high else None
 
@@ -117,7 +134,8 @@ def as_text(value: Value) -> str:
 
 
 def default_space() -> dict[str, Distribution]:
-    """Around the values that the configs here use. The adapter's settings are searched in ah_sa only, those of shared rows with +share."""
+    """Around the values that the configs here use. The adapter's settings are searched in ah_sa
+    only, those of shared rows with +share."""
     return {
         "vm.optimizer.table_lr": Distribution(low=0.01, high=0.5, log=True),
         "vm.optimizer.dense_lr": Distribution(low=3e-4, high=2e-2, log=True),
@@ -132,15 +150,20 @@ def default_space() -> dict[str, Distribution]:
         "distillation.sa.input": Distribution(choice=("probability", "logit")),
         "distillation.sa.separate_head": Distribution(choice=(False, True)),
         "distillation.share.mode": Distribution(choice=("replace", "average", "unseen")),
-        "distillation.share.weight": Distribution(low=0.1, high=0.9, when={"distillation.share.mode": "average"}),
-        "distillation.share.min_uses": Distribution(low=1, high=10, integer=True, when={"distillation.share.mode": "unseen"}),
+        "distillation.share.weight": Distribution(
+            low=0.1, high=0.9, when={"distillation.share.mode": "average"}
+        ),
+        "distillation.share.min_uses": Distribution(
+            low=1, high=10, integer=True, when={"distillation.share.mode": "unseen"}
+        ),
         "distillation.share.optimizer": Distribution(choice=("keep", "reset", "teacher")),
         "distillation.share.table_lr": Distribution(low=0.001, high=0.1, log=True),
     }
 
 
 class TuneConfig(FrozenModel):
-    """A sweep: `trials` settings for each student and arm, scored on earlier windows, judged on later ones that no choice has seen."""
+    """A sweep: `trials` settings for each student and arm, scored on earlier windows, judged on
+    later ones that no choice has seen."""
 
     old_names: ClassVar[Mapping[str, str]] = {
         "together": "trials_per_process",
@@ -151,30 +174,55 @@ class TuneConfig(FrozenModel):
 
     students: tuple[Name, ...] = Field((), description="names of vm.models; empty: all of them")
     arms: tuple[Arm, ...] = ALL_OBJECTIVES
-    trials: int = Field(32, ge=1, description="for each student and arm; the first one is the config as it stands")
-    trials_per_process: int = Field(1, ge=1, description="so many trials of one student and arm learn in one process, on the same batches")
-    seeds: int = Field(1, ge=1, description="trainings of a trial, with seed, seed + 1, ...; its figures are their means")
+    trials: int = Field(
+        32, ge=1, description="for each student and arm; the first one is the config as it stands"
+    )
+    trials_per_process: int = Field(
+        1,
+        ge=1,
+        description="so many trials of one student and arm learn in one process, on the same batches",
+    )
+    seeds: int = Field(
+        1,
+        ge=1,
+        description="trainings of a trial, with seed, seed + 1, ...; its figures are their means",
+    )
     search: Literal["tpe", "random", "pbt"] = "tpe"
     early_stopping: Literal["asha", "none"] = "asha"
-    validation_windows: tuple[int, int] = Field(description="first and last window whose NE scores a trial")
-    holdout_windows: tuple[int, int] = Field(description="first and last window on which the best ones are judged")
+    validation_windows: tuple[int, int] = Field(
+        description="first and last window whose NE scores a trial"
+    )
+    holdout_windows: tuple[int, int] = Field(
+        description="first and last window on which the best ones are judged"
+    )
     judge_seeds: int = Field(3, ge=1)
-    calibration: tuple[float, float] = Field((0.95, 1.05), description="a trial outside ranks behind all that are within")
+    calibration: tuple[float, float] = Field(
+        (0.95, 1.05), description="a trial outside ranks behind all that are within"
+    )
     max_concurrent: int = Field(2, ge=1, description="processes side by side, a logical CPU each")
-    space: Annotated[dict[str, Distribution], BeforeValidator(current_names)] = Field({}, description="setting -> distribution; empty: a space of sensible ranges")
+    space: Annotated[dict[str, Distribution], BeforeValidator(current_names)] = Field(
+        {}, description="setting -> distribution; empty: a space of sensible ranges"
+    )
 
     @model_validator(mode="after")
     def _windows(self) -> Self:
-        for setting, (first, last) in (("validation_windows", self.validation_windows), ("holdout_windows", self.holdout_windows)):
+        for setting, (first, last) in (
+            ("validation_windows", self.validation_windows),
+            ("holdout_windows", self.holdout_windows),
+        ):
             if not 0 <= first <= last:
-                raise ValueError(f"tune.{setting} is [{first}, {last}]: give the first and the last window, in this order")
+                raise ValueError(
+                    f"tune.{setting} is [{first}, {last}]: give the first and the last window, in this order"
+                )
         if self.holdout_windows[0] <= self.validation_windows[1]:
             raise ValueError(
                 f"tune.holdout_windows begin at {self.holdout_windows[0]}, tune.validation_windows end at {self.validation_windows[1]}: "
                 "what judges must lie after what chose; begin later"
             )
         if not 0 <= self.calibration[0] < 1 < self.calibration[1]:
-            raise ValueError(f"tune.calibration is {list(self.calibration)}: give a bound below 1 and one above")
+            raise ValueError(
+                f"tune.calibration is {list(self.calibration)}: give a bound below 1 and one above"
+            )
         return self
 
     @model_validator(mode="after")
@@ -192,11 +240,17 @@ class TuneConfig(FrozenModel):
         for setting, distribution in self.space.items():
             for other, value in distribution.when.items():
                 if other not in before:
-                    raise ValueError(f"tune.space '{setting}': when names '{other}', which the space does not name before it")
+                    raise ValueError(
+                        f"tune.space '{setting}': when names '{other}', which the space does not name before it"
+                    )
                 if not before[other].choice:
-                    raise ValueError(f"tune.space '{setting}': when names '{other}', which is a range; only a choice can be a condition")
+                    raise ValueError(
+                        f"tune.space '{setting}': when names '{other}', which is a range; only a choice can be a condition"
+                    )
                 if value not in before[other].choice:
-                    raise ValueError(f"tune.space '{setting}': when asks for {other} = {as_text(value)}, which is none of its choices")
+                    raise ValueError(
+                        f"tune.space '{setting}': when asks for {other} = {as_text(value)}, which is none of its choices"
+                    )
                 if self.trials_per_process > 1 and other in STACKABLE and setting not in STACKABLE:
                     raise ValueError(
                         f"tune.space '{setting}': when names '{other}', in which trials of one process differ, but '{setting}' must be equal "
@@ -221,22 +275,36 @@ class TuneConfig(FrozenModel):
         if self.search != "pbt":
             return self
         if self.trials_per_process < POPULATION:
-            raise ValueError(f"tune.trials_per_process is {self.trials_per_process}: search pbt makes it the size of a population; give at least {POPULATION}")
+            raise ValueError(
+                f"tune.trials_per_process is {self.trials_per_process}: search pbt makes it the size of a population; give at least {POPULATION}"
+            )
         if self.trials % self.trials_per_process:
-            raise ValueError(f"tune.trials is {self.trials}: search pbt trains whole populations; give a multiple of tune.trials_per_process = {self.trials_per_process}")
+            raise ValueError(
+                f"tune.trials is {self.trials}: search pbt trains whole populations; give a multiple of tune.trials_per_process = {self.trials_per_process}"
+            )
         if self.early_stopping != "none":
-            raise ValueError(f"tune.early_stopping is {self.early_stopping}: search pbt replaces poor trials itself; set it to none")
+            raise ValueError(
+                f"tune.early_stopping is {self.early_stopping}: search pbt replaces poor trials itself; set it to none"
+            )
         if self.seeds > 1:
-            raise ValueError(f"tune.seeds is {self.seeds}: search pbt copies one training to another; set it to 1")
+            raise ValueError(
+                f"tune.seeds is {self.seeds}: search pbt copies one training to another; set it to 1"
+            )
         if self.validation_windows[0] == self.validation_windows[1]:
-            raise ValueError("tune.validation_windows holds one window: search pbt replaces trials between two; give more windows")
+            raise ValueError(
+                "tune.validation_windows holds one window: search pbt replaces trials between two; give more windows"
+            )
         return self
 
     def space_of(self, arm: str) -> dict[str, Distribution]:
         """The settings that an arm searches."""
         space = self.space or default_space()
         known = Arm(arm)
-        return {name: d for name, d in space.items() if (known in d.arms if d.arms else _bears(name, known))}
+        return {
+            name: d
+            for name, d in space.items()
+            if (known in d.arms if d.arms else _bears(name, known))
+        }
 
 
 def _bears(setting: str, arm: Arm) -> bool:

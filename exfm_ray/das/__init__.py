@@ -1,1 +1,2 @@
-"""The Data Augmentation System: FM snapshots in, supervision beside the training data out, once per example."""
+"""The Data Augmentation System: FM snapshots in, supervision beside the training data out, once per
+example."""

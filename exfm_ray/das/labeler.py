@@ -19,7 +19,8 @@ from exfm_ray.storage.paths import store_root_of_run
 
 @dataclass
 class Labeler:
-    """Supervision for the windows of one stream by one teacher, the FM where none is named. `readers`: see `LabelingSpec`."""
+    """Supervision for the windows of one stream by one teacher, the FM where none is named.
+    `readers`: see `LabelingSpec`."""
 
     config: Config
     stream: EventStream
@@ -28,46 +29,80 @@ class Labeler:
 
     def __post_init__(self) -> None:
         self.order = LabelingSpec.from_config(self.config, teacher=self.teacher)
-        self.snapshots, self.store = self.order.snapshots, self.order.store
+        self.snapshots = self.order.snapshots
+        self.store = self.order.store
 
     def missing(self, windows: Sequence[int]) -> list[int]:
-        """Windows that have a teacher but lack committed supervision, or what their students are given beside it."""
-        return [w for w in windows if self.order.policy.version(w) is not None and not self.order.has(w)]
+        """Windows that have a teacher but lack committed supervision, or what their students are
+        given beside it."""
+        return [
+            w for w in windows if self.order.policy.version(w) is not None and not self.order.has(w)
+        ]
 
     def done(self, spans: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
-        """Seconds, without waiting, and examples of the windows scored so far, by the run's timeline."""
+        """Seconds, without waiting, and examples of the windows scored so far, by the run's
+        timeline."""
         lines = [line for line in spans if line["role"] == self.order.role]
-        return sum(line["ended_s"] - line["started_s"] - line["waited_s"] for line in lines), sum(line["examples"] for line in lines)
+        return sum(line["ended_s"] - line["started_s"] - line["waited_s"] for line in lines), sum(
+            line["examples"] for line in lines
+        )
 
     def label_locally(self, windows: Sequence[int]) -> int:
-        """Score what is missing in this process, without Ray and without waiting for snapshots; the rows."""
-        scorer, rows, missing = Scorer(self.order), 0, self.missing(windows)
+        """Score what is missing in this process, without Ray and without waiting for snapshots; the
+        rows."""
+        scorer = Scorer(self.order)
+        rows = 0
+        missing = self.missing(windows)
         self._check_windows(missing)
         for window in missing:
             version = self.order.policy.version(window)
             assert version is not None
             manifest = self.stream.window(window)
-            rows += sum(scorer.score(window, fragment, version).rows for fragment in manifest.fragments)
+            rows += sum(
+                scorer.score(window, fragment, version).rows for fragment in manifest.fragments
+            )
             if self.order.gifts:
                 self.order.gifts.publish(self.stream, self.snapshots, manifest, version)
             self.store.commit(manifest, version, self.snapshots.tasks(version), self.order.policy)
         return rows
 
-    def run(self, windows: Sequence[int], progress: Callable[[int, int], None], watch: Callable[[], None]) -> None:
-        """Have what is missing labelled, by the service that is at work on this store or one of our own; see `client.label`."""
+    def run(
+        self,
+        windows: Sequence[int],
+        progress: Callable[[int, int], None],
+        watch: Callable[[], None],
+    ) -> None:
+        """Have what is missing labelled, by the service that is at work on this store or one of our
+        own; see `client.label`."""
         missing = self.missing(windows)
         self._check_windows(missing)
         if missing:
-            label(LabelingSpec.from_config(self.config, self.readers, self.teacher), missing, progress, watch)
+            label(
+                LabelingSpec.from_config(self.config, self.readers, self.teacher),
+                missing,
+                progress,
+                watch,
+            )
 
     def _check_windows(self, windows: Sequence[int]) -> None:
-        """UserError where another run's teacher has learnt windows of other bounds than this stream's: it might know what it is to supervise
-        (rule 2). Nothing is known where that run's stream is gone."""
-        root = store_root_of_run(self.teacher.run) / "stream" if self.teacher and self.teacher.run else None
+        """UserError where another run's teacher has learnt windows of other bounds than this
+        stream's: it might know what it is to supervise (rule 2). Nothing is known where that run's
+        stream is gone."""
+        root = (
+            store_root_of_run(self.teacher.run) / "stream"
+            if self.teacher and self.teacher.run
+            else None
+        )
         if root is None or not (root / "schema.json").exists():
             return
         other = EventStream.open(root)
-        for learnt in sorted({version - 1 for window in windows if (version := self.order.policy.version(window)) is not None}):
+        for learnt in sorted(
+            {
+                version - 1
+                for window in windows
+                if (version := self.order.policy.version(window)) is not None
+            }
+        ):
             if other.has(learnt) and self.stream.has(learnt):
                 here, there = (stream.window(learnt) for stream in (self.stream, other))
                 if (here.start_ms, here.end_ms) != (there.start_ms, there.end_ms):

@@ -1,4 +1,5 @@
-"""The pool of scorer actors: grows and shrinks with the backlog, outlives the death of an actor, rolls over a few at a time."""
+"""The pool of scorer actors: grows and shrinks with the backlog, outlives the death of an actor,
+rolls over a few at a time."""
 
 from __future__ import annotations
 
@@ -14,15 +15,18 @@ from exfm_ray.das.queue import ScoreTask
 from exfm_ray.das.scorer import MAX_IN_FLIGHT, MAX_LOADED, ScoreResult
 
 SHRINK_S = 20.0
-"""An actor is given up when the backlog has been too small for it for so long; to start one takes seconds."""
+"""An actor is given up when the backlog has been too small for it for so long; to start one takes
+seconds."""
 START_TRIES = 3
 CALL_S = 3600.0
-"""Longest that an actor may take for a fragment, a snapshot's loading included; then it is killed."""
+"""Longest that an actor may take for a fragment, a snapshot's loading included; then it is
+killed."""
 
 
 @dataclass
 class ActorSlot:
-    """An actor: not `up` before its process runs. `held`: the versions that it has scored with, the latest last."""
+    """An actor: not `up` before its process runs. `held`: the versions that it has scored with, the
+    latest last."""
 
     actor: Any
     number: int
@@ -44,15 +48,20 @@ class ActorSlot:
 
     @property
     def is_loading(self) -> bool:
-        """True while it exchanges a snapshot that it holds for another; a fresh actor takes up its first without holding up any other."""
+        """True while it exchanges a snapshot that it holds for another; a fresh actor takes up its
+        first without holding up any other."""
         return bool(self.held and self.loading_versions)
 
     def status(self) -> dict[str, Any]:
         """What `das status` shows of it."""
         return {
-            "number": self.number, "process": self.process, "up": self.up, "snapshots": list(self.held), "coming": sorted(self.loading_versions),
+            "number": self.number,
+            "process": self.process,
+            "up": self.up,
+            "snapshots": list(self.held),
+            "coming": sorted(self.loading_versions),
             "fragments": len(self.running),
-        }  # fmt: skip
+        }
 
     def has_capacity(self, work: ScoreTask) -> bool:
         """Whether it can have one more."""
@@ -63,7 +72,8 @@ class ActorSlot:
 
 @dataclass
 class Completion:
-    """What came back for a work: what it took, or the error. `died`: its actor did, `beside` so many other works."""
+    """What came back for a work: what it took, or the error. `died`: its actor did, `beside` so
+    many other works."""
 
     work: ScoreTask
     scored: ScoreResult | None = None
@@ -74,7 +84,8 @@ class Completion:
 
 @dataclass
 class Pool:
-    """`min_actors` to `max_actors` actors that `start` makes; at most `rollover` of them load a next snapshot at once."""
+    """`min_actors` to `max_actors` actors that `start` makes; at most `rollover` of them load a
+    next snapshot at once."""
 
     start: Callable[[], Any]
     min_actors: int
@@ -87,7 +98,8 @@ class Pool:
     _failed_starts: int = 0
 
     def resize(self, fragments: int) -> None:
-        """An actor for each fragment that is left, within the bounds: grows at once, shrinks by one after a while."""
+        """An actor for each fragment that is left, within the bounds: grows at once, shrinks by one
+        after a while."""
         wanted = min(max(fragments, self.min_actors), self.max_actors)
         while len(self.members) < wanted:
             self._start()
@@ -108,7 +120,9 @@ class Pool:
 
     def _remove(self, member: ActorSlot) -> None:
         self.members = [other for other in self.members if other is not member]
-        self._starting = {ref: other for ref, other in self._starting.items() if other is not member}
+        self._starting = {
+            ref: other for ref, other in self._starting.items() if other is not member
+        }
 
     def submit(self, work: ScoreTask) -> bool:
         """Hand a work to the actor that has least in hand; False when none can have it now."""
@@ -116,7 +130,9 @@ class Pool:
         fit = [member for member in free if work.version in member.held]
         if not fit and sum(member.is_loading for member in self.members) < self.rollover:
             fit = free
-        fit = fit or [member for member in free if not member.held or work.version in member.loading_versions]
+        fit = fit or [
+            member for member in free if not member.held or work.version in member.loading_versions
+        ]
         if not fit:
             return False
         member = min(fit, key=lambda member: len(member.running))
@@ -125,8 +141,11 @@ class Pool:
         return True
 
     def has(self, window: int) -> bool:
-        """True while an actor has a fragment of a window in hand, be it by a version that is no longer wanted: it may still write."""
-        return any(work.window == window for member in self.members for work in member.running.values())
+        """True while an actor has a fragment of a window in hand, be it by a version that is no
+        longer wanted: it may still write."""
+        return any(
+            work.window == window for member in self.members for work in member.running.values()
+        )
 
     def wait(self, timeout_s: float) -> list[Any]:
         """References that are ready, after waiting for the first."""
@@ -139,7 +158,8 @@ class Pool:
         return ready
 
     def collect(self, ready: Sequence[Any]) -> list[Completion]:
-        """What has come back by these references; an actor that has died, or does not answer, is replaced."""
+        """What has come back by these references; an actor that has died, or does not answer, is
+        replaced."""
         running = {ref: member for member in self.members for ref in member.running}
         came: list[Completion] = []
         for ref in ready:
@@ -157,7 +177,8 @@ class Pool:
         member = self._starting.pop(ref)
         try:
             member.process = ray.get(ref)
-            member.up, self._failed_starts = True, 0
+            member.up = True
+            self._failed_starts = 0
         except RayActorError:
             self._remove(member)
             self._failed_starts += 1
@@ -169,7 +190,9 @@ class Pool:
         try:
             scored: ScoreResult = ray.get(ref)
         except RayError as error:
-            if isinstance(error, RayTaskError) or not isinstance(error, RayActorError):  # raised by the call; the actor lives
+            if isinstance(error, RayTaskError) or not isinstance(
+                error, RayActorError
+            ):  # raised by the call; the actor lives
                 return [Completion(member.running.pop(ref), error=error)]
             return self._lost(member, error)
         work = member.running.pop(ref)
@@ -189,4 +212,5 @@ class Pool:
         """End all actors."""
         for member in self.members:
             ray.kill(member.actor)
-        self.members, self._starting = [], {}
+        self.members = []
+        self._starting = {}

@@ -1,4 +1,5 @@
-"""How a DAS works: fragments are given to scorer actors, what comes back is collected, whole windows are committed. No clients here."""
+"""How a DAS works: fragments are given to scorer actors, what comes back is collected, whole
+windows are committed. No clients here."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from exfm_ray.stores.supervision import NotScoredError
 
 TICK_S = 0.05
 LOOK_S = 0.2
-"""How often the stream and the snapshots are looked at for what is new; less often where they are remote."""
+"""How often the stream and the snapshots are looked at for what is new; less often where they are
+remote."""
 SPEED_S = 30.0
 """Examples per second are those of so many seconds, or of fewer since the start."""
 RECENT = 20
@@ -34,7 +36,8 @@ RECENT = 20
 
 @dataclass(frozen=True)
 class CommittedWindow:
-    """A window's supervision: when the window ended, its snapshot was published, itself begun and committed; seconds since the epoch."""
+    """A window's supervision: when the window ended, its snapshot was published, itself begun and
+    committed; seconds since the epoch."""
 
     window: int
     snapshot: int
@@ -47,22 +50,31 @@ class CommittedWindow:
 
 
 class Scheduler:
-    """Scores the windows that are wanted, in order. Calls must not come side by side, but for `wait`."""
+    """Scores the windows that are wanted, in order. Calls must not come side by side, but for
+    `wait`."""
 
     def __init__(self, order: LabelingSpec, wanted: Callable[[], Mapping[int, float]]) -> None:
         """`wanted`: window -> since when, in seconds since the epoch."""
-        self._order, self._wanted = order, wanted
+        self._order = order
+        self._wanted = wanted
         self._stream = EventStream.open(order.stream_root)
         das = order.das
         self._queue = WorkQueue(order.failed_list, das.max_attempts)
-        self._pool = Pool(lambda: ScorerActor.options(label_selector=order.labels).remote(order), das.min_actors, das.max_actors, das.max_concurrent_reloads)
+        self._pool = Pool(
+            lambda: ScorerActor.options(label_selector=order.labels).remote(order),
+            das.min_actors,
+            das.max_actors,
+            das.max_concurrent_reloads,
+        )
         self._versions = SnapshotSelector(order.snapshots, order.policy, das.max_attempts)
         self._committed: set[int] = set()
         self._rows: dict[int, int] = {}
         self._recent: deque[tuple[float, int]] = deque()
         self._faults: deque[tuple[float, str]] = deque(maxlen=RECENT)
         self._written: deque[CommittedWindow] = deque(maxlen=RECENT)
-        self._held_back, self._looked_s, self._free_s = "", 0.0, time.time()
+        self._held_back = ""
+        self._looked_s = 0.0
+        self._free_s = time.time()
         self._giving = StudentDataPublisher(order, self._stream)
         self._started_s = time.monotonic()
 
@@ -84,7 +96,8 @@ class Scheduler:
             self._finish(window)
 
     def retry(self, windows: Iterable[int]) -> None:
-        """Forget the faults of some windows and of all snapshots, and that the windows were done: they may have been removed since."""
+        """Forget the faults of some windows and of all snapshots, and that the windows were done:
+        they may have been removed since."""
         self._queue.unpark(set(windows))
         self._committed -= set(windows)
         self._versions.forget_faults()
@@ -96,8 +109,11 @@ class Scheduler:
             self._queue.drop(window)
 
     def progress(self) -> dict[str, Any]:
-        """Window -> rows scored, the windows committed, and the causes for which windows are parked."""
-        closed = {p.window: p.cause for p in self._queue.failed_items if p.window not in self._queue.open}
+        """Window -> rows scored, the windows committed, and the causes for which windows are
+        parked."""
+        closed = {
+            p.window: p.cause for p in self._queue.failed_items if p.window not in self._queue.open
+        }
         return {"rows": dict(self._rows), "committed": set(self._committed), "parked": closed}
 
     def status(self) -> dict[str, Any]:
@@ -105,17 +121,23 @@ class Scheduler:
         self._forget_old(time.time())
         seconds = min(SPEED_S, max(time.monotonic() - self._started_s, TICK_S))
         return {
-            "backlog": self._left(), "committed": len(self._committed), "examples_per_s": sum(rows for _, rows in self._recent) / seconds,
-            "actors": [member.status() for member in self._pool.members], "written": [asdict(written) for written in self._written],
-            "held_back": self._held_back, "parked": [asdict(parked) for parked in self._queue.failed_items], "faults": list(self._faults),
-        }  # fmt: skip
+            "backlog": self._left(),
+            "committed": len(self._committed),
+            "examples_per_s": sum(rows for _, rows in self._recent) / seconds,
+            "actors": [member.status() for member in self._pool.members],
+            "written": [asdict(written) for written in self._written],
+            "held_back": self._held_back,
+            "parked": [asdict(parked) for parked in self._queue.failed_items],
+            "faults": list(self._faults),
+        }
 
     def _asked_s(self, window: int) -> float:
         """Since when the window was waited for: it was asked for, and the one before it begun."""
         return max(self._free_s, self._wanted().get(window, 0.0))
 
     def _look_again(self) -> None:
-        """Look, where it is time. A storage that cannot be used now is looked at again later: whoever follows a stream outlives that."""
+        """Look, where it is time. A storage that cannot be used now is looked at again later:
+        whoever follows a stream outlives that."""
         if time.monotonic() - self._looked_s < poll_interval(self._order.stream_root, LOOK_S):
             return
         before = self._held_back
@@ -128,9 +150,12 @@ class Scheduler:
         self._looked_s = time.monotonic()
 
     def _look(self) -> None:
-        """Open the wanted windows that can be scored now, in order, as far as the actors have too little to do."""
+        """Open the wanted windows that can be scored now, in order, as far as the actors have too
+        little to do."""
         self._held_back = ""
-        done = self._committed | self._queue.open.keys() | {p.window for p in self._queue.failed_items}
+        done = (
+            self._committed | self._queue.open.keys() | {p.window for p in self._queue.failed_items}
+        )
         enough = 2 * MAX_IN_FLIGHT * self._order.das.max_actors
         for window in sorted(self._wanted().keys() - done):
             if len(self._queue.waiting) >= enough or not self._stream.has(window):
@@ -148,7 +173,9 @@ class Scheduler:
         try:
             version = self._versions.choose(window)
             if version is None:
-                self._held_back = f"window {window} waits for snapshot {self._order.policy.version(window)}"
+                self._held_back = (
+                    f"window {window} waits for snapshot {self._order.policy.version(window)}"
+                )
                 return False
             self._queue.add(self._stream.window(window), version, self._asked_s(window))
             self._free_s = time.time()
@@ -163,7 +190,11 @@ class Scheduler:
         if self._order.das.max_windows_ahead is None or not self._order.readers:
             return False
         before = sum(other < window for other in self._stream.windows())
-        return before >= min(windows_learnt(reader) for reader in self._order.readers) + self._order.das.max_windows_ahead
+        return (
+            before
+            >= min(windows_learnt(reader) for reader in self._order.readers)
+            + self._order.das.max_windows_ahead
+        )
 
     def _give(self) -> None:
         refused: set[int] = set()
@@ -191,25 +222,33 @@ class Scheduler:
         else:
             cause = f"its actor died: {one_line(came.error)}" if came.died else one_line(came.error)
             work.isolate = work.isolate or came.died
-            self._fault(f"window {work.window}, {work.fragment.file}, snapshot {work.version}: {cause}")
+            self._fault(
+                f"window {work.window}, {work.fragment.file}, snapshot {work.version}: {cause}"
+            )
             self._queue.failed(work, cause, blame=not came.beside)
 
     def _snapshot_failed(self, work: ScoreTask, cause: str) -> None:
-        """A snapshot that cannot be loaded: tried again, then left out; the windows that it was to score are opened anew."""
+        """A snapshot that cannot be loaded: tried again, then left out; the windows that it was to
+        score are opened anew."""
         if not self._versions.failed(work.version, cause):
             self._queue.failed(work, cause, blame=False)
             return
         self._fault(f"snapshot {work.version} is left out: {cause}")
-        for window in [w.manifest.index for w in self._queue.open.values() if w.version == work.version]:
+        for window in [
+            w.manifest.index for w in self._queue.open.values() if w.version == work.version
+        ]:
             self._queue.drop(window)
             self._looked_s = 0.0
 
     def _finish(self, window: OpenWindow) -> None:
-        """All its fragments are scored, or parked. Whatever fails now is a failure of this window, not of the service."""
+        """All its fragments are scored, or parked. Whatever fails now is a failure of this window,
+        not of the service."""
         index = window.manifest.index
         if not window.parked:
             try:
-                if self._pool.has(index) or not self._giving.ensure_published(window, self._will_be_scored):
+                if self._pool.has(index) or not self._giving.ensure_published(
+                    window, self._will_be_scored
+                ):
                     return
                 self._commit(window)
             except Exception as error:
@@ -218,35 +257,70 @@ class Scheduler:
                 if self._queue.window_failed(window, one_line(error), again):
                     return
         self._queue.drop(index)
-        self._free_s, self._looked_s = time.time(), 0.0
+        self._free_s = time.time()
+        self._looked_s = 0.0
 
     def _will_be_scored(self, window: int) -> bool:
         """Whether a window is still to be scored. UserError where it is parked."""
-        if window not in self._queue.open and any(p.window == window for p in self._queue.failed_items):
-            raise UserError(f"window {window + 1} is given each user's history up to window {window}, which is parked")
+        if window not in self._queue.open and any(
+            p.window == window for p in self._queue.failed_items
+        ):
+            raise UserError(
+                f"window {window + 1} is given each user's history up to window {window}, which is parked"
+            )
         return window in self._wanted() and window not in self._committed
 
     def _commit(self, window: OpenWindow) -> None:
-        order, manifest, version = self._order, window.manifest, window.version
-        tasks, published_s = order.snapshots.tasks(version), order.snapshots.published_s(version)
+        order = self._order
+        manifest = window.manifest
+        version = window.version
+        tasks = order.snapshots.tasks(version)
+        published_s = order.snapshots.published_s(version)
         order.store.commit(manifest, version, tasks, order.policy)
         self._committed.add(manifest.index)
         now = time.time()
         begun_s = window.begun_s or now
-        written = CommittedWindow(manifest.index, version, manifest.rows, manifest.end_ms / 1000, published_s, min(window.asked_s, begun_s), begun_s, now)
+        written = CommittedWindow(
+            manifest.index,
+            version,
+            manifest.rows,
+            manifest.end_ms / 1000,
+            published_s,
+            min(window.asked_s, begun_s),
+            begun_s,
+            now,
+        )
         self._written.append(written)
         try:
             self._log(written)
             if order.owns_snapshots:
                 there = self._stream.windows()
-                self._versions.remove_unneeded((w for w in there if not order.has(w)), there[-1] + 1, order.gifts)
+                self._versions.remove_unneeded(
+                    (w for w in there if not order.has(w)), there[-1] + 1, order.gifts
+                )
         except Exception as error:  # the window is committed all the same
-            self._fault(f"window {manifest.index} is committed, but what follows failed: {one_line(error)}")
+            self._fault(
+                f"window {manifest.index} is committed, but what follows failed: {one_line(error)}"
+            )
 
     def _log(self, written: CommittedWindow) -> None:
-        span = {"role": self._order.role, "window": written.window, "phase": "score", "started_s": written.started_s, "ended_s": written.ended_s}
-        span |= {"waited_s": written.begun_s - written.started_s, "examples": written.examples, "snapshot": written.snapshot}
-        span |= {"teacher": self._order.store.teacher, "label_s": written.label_s, "snapshot_s": written.snapshot_s}
+        span = {
+            "role": self._order.role,
+            "window": written.window,
+            "phase": "score",
+            "started_s": written.started_s,
+            "ended_s": written.ended_s,
+        }
+        span |= {
+            "waited_s": written.begun_s - written.started_s,
+            "examples": written.examples,
+            "snapshot": written.snapshot,
+        }
+        span |= {
+            "teacher": self._order.store.teacher,
+            "label_s": written.label_s,
+            "snapshot_s": written.snapshot_s,
+        }
         append_jsonl(self._order.log, [span])
 
     def _fault(self, told: str) -> None:
@@ -254,12 +328,18 @@ class Scheduler:
 
     def _left(self) -> dict[str, int]:
         """Windows, fragments and examples that are wanted and not done, open or not."""
-        done = self._committed | {p.window for p in self._queue.failed_items} | self._queue.open.keys()
+        done = (
+            self._committed | {p.window for p in self._queue.failed_items} | self._queue.open.keys()
+        )
         counts = self._queue.counts()
         for window in self._wanted().keys() - done:
             if self._stream.has(window) and self._order.policy.version(window) is not None:
                 manifest = self._stream.window(window)
-                more = {"windows": 1, "fragments": len(manifest.fragments), "examples": manifest.rows}
+                more = {
+                    "windows": 1,
+                    "fragments": len(manifest.fragments),
+                    "examples": manifest.rows,
+                }
                 counts = {key: counts[key] + more[key] for key in counts}
         return counts
 
@@ -269,13 +349,18 @@ class Scheduler:
 
 
 def windows_learnt(reader: Any) -> int:
-    """How many windows a reader has learnt, from its folder of checkpoints: `windows=<n>`, or inside the next one `windows=<n>.<more>`."""
-    names = (path.parent.name.removeprefix("windows=") for path in reader.glob("windows=*/manifest.json"))
+    """How many windows a reader has learnt, from its folder of checkpoints: `windows=<n>`, or
+    inside the next one `windows=<n>.<more>`."""
+    names = (
+        path.parent.name.removeprefix("windows=") for path in reader.glob("windows=*/manifest.json")
+    )
     return max((int(name.partition(".")[0]) for name in names), default=0)
 
 
 def one_line(error: BaseException | None) -> str:
     """An error as its own words, without Ray's traceback around it."""
     cause = error.cause if isinstance(error, RayTaskError) else error
-    told = str(cause).strip() if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"
+    told = (
+        str(cause).strip() if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"
+    )
     return told.splitlines()[0] if told else repr(cause)

@@ -27,32 +27,45 @@ MAX_LOADED = 2
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """What scoring a fragment took: 0 rows when its supervision was on disk already; seconds of computing."""
+    """What scoring a fragment took: 0 rows when its supervision was on disk already; seconds of
+    computing."""
 
     rows: int
     seconds: float
 
 
-def score_rows(model: LocalModel, rows: Batch, batch_size: int) -> np.ndarray:
-    """Probabilities (rows, tasks), float32; the rows are cut every `batch_size`, from the first on."""
+def score_rows(
+    model: LocalModel,
+    rows: Batch,
+    batch_size: int,
+) -> np.ndarray:
+    """Probabilities (rows, tasks), float32; the rows are cut every `batch_size`, from the first
+    on."""
     parts = [model.score(batch).numpy() for batch in rows.split(batch_size)]
     return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
 
 
 class Scorer:
-    """Scores fragments. Calls may come side by side, each from a thread: while one computes, others read, write or load a snapshot."""
+    """Scores fragments. Calls may come side by side, each from a thread: while one computes, others
+    read, write or load a snapshot."""
 
     def __init__(self, order: LabelingSpec) -> None:
         self._order = order
         if order.das.threads:
             torch.set_num_threads(order.das.threads)
-        self._holders = start_holders(order.snapshots, order.das.table_shards, order.labels) if order.das.table_shards > 1 else []
+        self._holders = (
+            start_holders(order.snapshots, order.das.table_shards, order.labels)
+            if order.das.table_shards > 1
+            else []
+        )
         self._held: dict[int, tuple[Any, tuple[str, ...]]] = {}
-        self._loading, self._computing = threading.Lock(), threading.Lock()
+        self._loading = threading.Lock()
+        self._computing = threading.Lock()
 
     @cached_property
     def _stream(self) -> EventStream:
-        """Opened by the first call: a storage that cannot be used fails that call, not the actor's start."""
+        """Opened by the first call: a storage that cannot be used fails that call, not the actor's
+        start."""
         return EventStream.open(self._order.stream_root)
 
     def ready(self) -> int:
@@ -62,7 +75,8 @@ class Scorer:
         return os.getpid()
 
     def load_snapshot(self, version: int) -> tuple[str, ...]:
-        """Take up a snapshot, unless it is held already; returns the tasks it predicts. What is being computed goes on meanwhile."""
+        """Take up a snapshot, unless it is held already; returns the tasks it predicts. What is
+        being computed goes on meanwhile."""
         return self._take(version)[1]
 
     def _take(self, version: int) -> tuple[Any, tuple[str, ...]]:
@@ -75,18 +89,25 @@ class Scorer:
             return self._held[version]
 
     def _load(self, version: int) -> tuple[Any, tuple[str, ...]]:
-        snapshots, digest = self._order.snapshots, self._stream.schema.digest
+        snapshots = self._order.snapshots
+        digest = self._stream.schema.digest
         if not self._holders:
             return snapshots.load(version, digest)
         network, manifest = snapshots.load_dense(version, digest)
         return ShardedModel(network, manifest, version, self._holders), manifest.tasks
 
-    def score(self, window: int, fragment: Fragment, version: int) -> ScoreResult:
+    def score(
+        self,
+        window: int,
+        fragment: Fragment,
+        version: int,
+    ) -> ScoreResult:
         """Score a fragment and write its supervision; one that is on disk already costs nothing.
 
         Raises:
             SnapshotError: the snapshot is damaged, or of another schema.
-            UserError: it may have learned from the window (rule 2); the fragment cannot be read; a prediction is no number.
+            UserError: it may have learned from the window (rule 2); the fragment cannot be read; a
+                prediction is no number.
         """
         order = self._order
         if not order.policy.may_supervise(version, window):

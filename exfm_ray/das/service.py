@@ -1,7 +1,9 @@
-"""The DAS as a service: an actor that labels a stream's windows by one teacher for all who ask, with a pool of scorer actors.
+"""The DAS as a service: an actor that labels a stream's windows by one teacher for all who ask,
+with a pool of scorer actors.
 
-Everything that lasts lies on disk: the supervision, the list of what is parked, and that a service which did not follow the stream at its
-start does now. So the service can be killed at any moment; whoever asks starts it again, and it scores what is missing.
+Everything that lasts lies on disk: the supervision, the list of what is parked, and that a service
+which did not follow the stream at its start does now. So the service can be killed at any moment;
+whoever asks starts it again, and it scores what is missing.
 """
 
 from __future__ import annotations
@@ -22,15 +24,22 @@ from exfm_ray.storage.atomic import read_json, write_json
 OWN = "own"
 """The client that stands for what a lasting service does by itself."""
 SILENT_S = 600.0
-"""A client asks for its progress ten times a second; one that has not for so long was killed. If it was only stopped, it asks anew."""
+"""A client asks for its progress ten times a second; one that has not for so long was killed. If it
+was only stopped, it asks anew."""
 
 
 class Service:
-    """Scores what its clients ask for. A `detached` one scores all windows of the stream and stays when its clients have left; with `follow`
-    those that appear later, too."""
+    """Scores what its clients ask for. A `detached` one scores all windows of the stream and stays
+    when its clients have left; with `follow` those that appear later, too."""
 
-    def __init__(self, order: LabelingSpec, detached: bool = False, follow: bool = False) -> None:
-        self._order, self._lasting = order, detached
+    def __init__(
+        self,
+        order: LabelingSpec,
+        detached: bool = False,
+        follow: bool = False,
+    ) -> None:
+        self._order = order
+        self._lasting = detached
         self._told = order.failed_list.with_name("follows.json")
         self._follow = follow or self._was_told()
         self._stream = EventStream.open(order.stream_root)
@@ -38,7 +47,8 @@ class Service:
         self._asked: dict[str, dict[int, float]] = {}
         self._heard: dict[str, float] = {}
         self._error = ""
-        self._lock, self._over = threading.Lock(), threading.Event()
+        self._lock = threading.Lock()
+        self._over = threading.Event()
         if detached:
             self.ask(OWN, self._stream.windows())
         threading.Thread(target=self._run, daemon=True, name="das").start()
@@ -51,13 +61,15 @@ class Service:
         """Score these windows; what of them is parked is tried again."""
         with self._lock:
             self._check()
-            now, self._heard[client] = time.time(), time.monotonic()
+            now = time.time()
+            self._heard[client] = time.monotonic()
             self._asked.setdefault(client, {}).update(dict.fromkeys(windows, now))
             self._scheduler.retry(windows)
 
     def follow(self, follow: bool) -> None:
-        """Score all windows that are there; what is parked is tried again. With `follow` later ones, too, also when Ray has started this
-        actor again, which it does with the arguments of its first start."""
+        """Score all windows that are there; what is parked is tried again. With `follow` later
+        ones, too, also when Ray has started this actor again, which it does with the arguments of
+        its first start."""
         if follow and not self._follow:
             write_json(self._told, {"actor": _me()})
             self._follow = True
@@ -70,8 +82,8 @@ class Service:
             return not self._asked
 
     def progress(self, client: str) -> dict[str, Any] | None:
-        """See `Scheduler.progress`; rows are those of this process. None for a client that has not asked: this process may have been
-        started after another one was killed."""
+        """See `Scheduler.progress`; rows are those of this process. None for a client that has not
+        asked: this process may have been started after another one was killed."""
         with self._lock:
             self._check()
             if client not in self._asked:
@@ -83,10 +95,15 @@ class Service:
         """All that `das status` shows."""
         with self._lock:
             return {
-                "name": self._order.name, "teacher": self._order.store.teacher, "store": str(self._order.store.root),
-                "clients": len(self._asked.keys() - {OWN}), "lasting": self._lasting, "follow": self._follow, "error": self._error,
+                "name": self._order.name,
+                "teacher": self._order.store.teacher,
+                "store": str(self._order.store.root),
+                "clients": len(self._asked.keys() - {OWN}),
+                "lasting": self._lasting,
+                "follow": self._follow,
+                "error": self._error,
                 **self._scheduler.status(),
-            }  # fmt: skip
+            }
 
     def close(self) -> None:
         """Do nothing more."""
@@ -111,7 +128,8 @@ class Service:
             self._scheduler.drop_unwanted()
 
     def _wanted(self) -> dict[int, float]:
-        """Window -> since when it is asked for; 0 for those that a service that follows scores of itself."""
+        """Window -> since when it is asked for; 0 for those that a service that follows scores of
+        itself."""
         wanted = dict.fromkeys(self._stream.windows(), 0.0) if self._follow else {}
         for windows in self._asked.values():
             for window, asked_s in windows.items():
@@ -123,7 +141,11 @@ class Service:
         try:
             while not self._over.is_set():
                 with self._lock:
-                    for client in [c for c, heard_s in self._heard.items() if c != OWN and heard_s < time.monotonic() - SILENT_S]:
+                    for client in [
+                        c
+                        for c, heard_s in self._heard.items()
+                        if c != OWN and heard_s < time.monotonic() - SILENT_S
+                    ]:
                         self._forget(client)
                     self._scheduler.dispatch()
                 refs = self._scheduler.wait()

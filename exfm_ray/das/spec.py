@@ -29,7 +29,8 @@ class LabelingSpec:
         role: what the log calls this DAS.
         labels: of the nodes that its actors run on.
         gifts: what the windows' students are given beside predictions; None: nothing.
-        readers: folders in which each reader of the supervision leaves `windows=<n>/manifest.json` when it has learnt n windows.
+        readers: folders in which each reader of the supervision leaves `windows=<n>/manifest.json`
+            when it has learnt n windows.
     """
 
     stream_root: AnyPath
@@ -44,16 +45,28 @@ class LabelingSpec:
     gifts: StudentData | None = None
 
     @classmethod
-    def from_config(cls, config: Config, readers: Sequence[Path] = (), teacher: TeacherConfig | None = None) -> LabelingSpec:
+    def from_config(
+        cls,
+        config: Config,
+        readers: Sequence[Path] = (),
+        teacher: TeacherConfig | None = None,
+    ) -> LabelingSpec:
         """The order of a run: by its FM, or by another teacher."""
-        stores, name = config.stores, teacher.name if teacher else config.fm.name
+        stores = config.stores
+        name = teacher.name if teacher else config.fm.name
         elsewhere = store_root_of_run(teacher.run) if teacher and teacher.run else None
         return cls(
-            stream_root=stores / "stream", snapshots=SnapshotStore.from_config(config, name),
-            store=SupervisionStore(stores / "supervision", name), das=config.das, log=config.folder / "timeline.jsonl",
-            owns_snapshots=not config.das.keep_snapshots and elsewhere is None, readers=tuple(readers) if config.das.max_windows_ahead else (),
-            role=f"das-{name}" if teacher else "das", labels=config.placement.das, gifts=StudentData.from_config(config, name),
-        )  # fmt: skip
+            stream_root=stores / "stream",
+            snapshots=SnapshotStore.from_config(config, name),
+            store=SupervisionStore(stores / "supervision", name),
+            das=config.das,
+            log=config.folder / "timeline.jsonl",
+            owns_snapshots=not config.das.keep_snapshots and elsewhere is None,
+            readers=tuple(readers) if config.das.max_windows_ahead else (),
+            role=f"das-{name}" if teacher else "das",
+            labels=config.placement.das,
+            gifts=StudentData.from_config(config, name),
+        )
 
     @property
     def policy(self) -> SnapshotPolicy:
@@ -67,7 +80,8 @@ class LabelingSpec:
 
     @property
     def name(self) -> str:
-        """Names the service that carries the order out: the same for all who want this supervision in this store."""
+        """Names the service that carries the order out: the same for all who want this supervision
+        in this store."""
         return f"das {self.store.root.parent.name} {self.store.teacher} {short_hash([str(self.store.root), self.store.teacher])}"
 
     def has(self, window: int) -> bool:
@@ -75,7 +89,8 @@ class LabelingSpec:
         return self.store.has(window) and (self.gifts is None or self.gifts.has(window))
 
     def first_difference(self, other: LabelingSpec) -> str | None:
-        """The first thing in which two orders differ; None where they are the same but for who reads."""
+        """The first thing in which two orders differ; None where they are the same but for who
+        reads."""
         for name in ("stream_root", "snapshots", "store", "das", "labels", "gifts"):
             if getattr(self, name) != getattr(other, name):
                 return f"{name}: {getattr(self, name)} is not {getattr(other, name)}"
@@ -83,12 +98,21 @@ class LabelingSpec:
 
 
 def failed_items(order: LabelingSpec) -> list[dict[str, Any]]:
-    """What has failed too often and is not done, see `backlog.FailedItem`; with the teacher's name."""
+    """What has failed too often and is not done, see `backlog.FailedItem`; with the teacher's
+    name."""
     rows = read_json(order.failed_list) if order.failed_list.exists() else []
     return [{"teacher": order.store.teacher, **row} for row in rows if not order.has(row["window"])]
 
 
 def fallback_windows(order: LabelingSpec) -> list[dict[str, Any]]:
     """The windows that an older snapshot has scored, in the place of one that is left out."""
-    done = [order.store.manifest(window) for window in EventStream.open(order.stream_root).windows() if order.store.has(window)]
-    return [m.model_dump(include={"teacher", "window", "asked", "snapshot"}) for m in done if m.asked is not None]
+    done = [
+        order.store.manifest(window)
+        for window in EventStream.open(order.stream_root).windows()
+        if order.store.has(window)
+    ]
+    return [
+        m.model_dump(include={"teacher", "window", "asked", "snapshot"})
+        for m in done
+        if m.asked is not None
+    ]

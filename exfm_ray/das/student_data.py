@@ -1,4 +1,5 @@
-"""What the DAS gives a run's vertical models beside predictions, where their arms ask for it: rows of tables, representations."""
+"""What the DAS gives a run's vertical models beside predictions, where their arms ask for it: rows
+of tables, representations."""
 
 from __future__ import annotations
 
@@ -33,11 +34,28 @@ class StudentData:
 
     @classmethod
     def from_config(cls, config: Config, teacher: str | None = None) -> Self:
-        """What the arms of a config ask of the FM, or of another teacher. Histories are the FM's, whoever teaches."""
+        """What the arms of a config ask of the FM, or of another teacher. Histories are the FM's,
+        whoever teaches."""
         name = teacher or config.fm.name
-        domains = tuple(sorted({student.domain for student in config.vm.models if (student.teacher or config.fm.name) == name}))
-        shared, history = shared_store(config, name) if domains else None, history_store(config) if name == config.fm.name else None
-        return cls(shared, history, domains, config.distillation.share.tables, config.seed, SnapshotPolicy.from_config(config.das))
+        domains = tuple(
+            sorted(
+                {
+                    student.domain
+                    for student in config.vm.models
+                    if (student.teacher or config.fm.name) == name
+                }
+            )
+        )
+        shared = shared_store(config, name) if domains else None
+        history = history_store(config) if name == config.fm.name else None
+        return cls(
+            shared,
+            history,
+            domains,
+            config.distillation.share.tables,
+            config.seed,
+            SnapshotPolicy.from_config(config.das),
+        )
 
     def has(self, window: int) -> bool:
         """True when all that is given with a window is committed."""
@@ -48,21 +66,29 @@ class StudentData:
         return self.history is None or self.history.ready(window)
 
     def extra_versions(self, windows: Sequence[int], learnt: int) -> list[int]:
-        """Versions that must stay beside those that supervise these windows, while the teacher has learnt so many.
+        """Versions that must stay beside those that supervise these windows, while the teacher has
+        learnt so many.
 
-        An aligned history is mapped out of the space of an earlier one. A model with shared rows is stored with those of the snapshot for
-        the next window; students learn as many windows as their teacher at least, but of a followed stream the DAS goes further: it
-        scores windows whose labels are still to come.
+        An aligned history is mapped out of the space of an earlier one. A model with shared rows is
+        stored with those of the snapshot for the next window; students learn as many windows as
+        their teacher at least, but of a followed stream the DAS goes further: it scores windows
+        whose labels are still to come.
         """
         spaces = [self.history.space_before(window) for window in windows] if self.history else []
         served = [self.policy.version(learnt)] if self.shared else []
         return [version for version in (*spaces, *served) if version is not None]
 
-    def publish(self, stream: EventStream, snapshots: SnapshotStore, window: Window, version: int) -> None:
+    def publish(
+        self,
+        stream: EventStream,
+        snapshots: SnapshotStore,
+        window: Window,
+        version: int,
+    ) -> None:
         """Make what is not there yet."""
         if self.shared and not self.shared.has(window.index):
-            self.shared.publish(stream, window, snapshots, version, self.domains, self.tables, self.policy)
+            self.shared.publish(
+                stream, window, snapshots, version, self.domains, self.tables, self.policy
+            )
         if self.history and not self.history.has(window.index):
             self.history.publish(stream, window, snapshots, version, self.seed)
-
-

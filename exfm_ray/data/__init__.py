@@ -1,1 +1,2 @@
-"""The event stream: raw data to windows on disk (`prepare`), windows on disk (`stream`), windows to batches (`feed`)."""
+"""The event stream: raw data to windows on disk (`prepare`), windows on disk (`stream`), windows to
+batches (`feed`)."""

@@ -1,10 +1,12 @@
-"""Ray Data to the workers: one actor reads fragments in order, ahead of need, and every worker gets the same ones.
+"""Ray Data to the workers: one actor reads fragments in order, ahead of need, and every worker gets
+the same ones.
 
-A training job's work is a list of passes (a window, and whether it is evaluated or learnt). The feed turns the passes
-that are ready into a Ray Data dataset, one read task a fragment, and hands out the blocks in order. Each worker then
-takes its rows of every global batch (`share`). So the examples in a batch do not depend on the number of workers,
-steps agree on all of them, and no example is dropped; `streaming_split` promises neither. A block lies in shared memory
-once per node, however many workers of that node read it.
+A training job's work is a list of passes (a window, and whether it is evaluated or learnt). The
+feed turns the passes that are ready into a Ray Data dataset, one read task a fragment, and hands
+out the blocks in order. Each worker then takes its rows of every global batch (`share`). So the
+examples in a batch do not depend on the number of workers, steps agree on all of them, and no
+example is dropped; `streaming_split` promises neither. A block lies in shared memory once per node,
+however many workers of that node read it.
 """
 
 from __future__ import annotations
@@ -35,12 +37,6 @@ READERS_WITHOUT_CPU = 2
 """Read tasks side by side that ask Ray for no CPU."""
 
 
-
-
-
-
-
-
 def _datasource(reader: FragmentReader, work: Sequence[tuple[WindowPass, Fragment]]) -> Any:
     """A Ray Data source with one read task, and so one block, for each fragment."""
     from ray.data import Datasource, ReadTask
@@ -50,11 +46,21 @@ def _datasource(reader: FragmentReader, work: Sequence[tuple[WindowPass, Fragmen
         def estimate_inmemory_data_size(self) -> int | None:
             return sum(fragment.bytes for _, fragment in work)
 
-        def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
+        def get_read_tasks(
+            self,
+            parallelism: int,
+            per_task_row_limit: int | None = None,
+            data_context: Any = None,
+        ) -> list[ReadTask]:
             return [
                 ReadTask(
                     lambda task=task, fragment=fragment: [reader.read(task, fragment)],
-                    BlockMetadata(num_rows=None, size_bytes=fragment.bytes, input_files=[fragment.file], exec_stats=None),
+                    BlockMetadata(
+                        num_rows=None,
+                        size_bytes=fragment.bytes,
+                        input_files=[fragment.file],
+                        exec_stats=None,
+                    ),
                 )
                 for task, fragment in work
             ]
@@ -65,17 +71,29 @@ def _datasource(reader: FragmentReader, work: Sequence[tuple[WindowPass, Fragmen
 class _Reading:
     """One reading of some passes for a number of workers; ends when it is told to stop.
 
-    `again`: after the loss of workers those that are left may hold every CPU, so the read tasks ask for none and share theirs.
+    `again`: after the loss of workers those that are left may hold every CPU, so the read tasks ask
+    for none and share theirs.
     """
 
     def __init__(
-        self, reader: FragmentReader, passes: Sequence[WindowPass], workers: int, wait_s: float, labels: Mapping[str, str], look_s: float,
+        self,
+        reader: FragmentReader,
+        passes: Sequence[WindowPass],
+        workers: int,
+        wait_s: float,
+        labels: Mapping[str, str],
+        look_s: float,
         again: bool = False,
     ) -> None:
         self.of = (tuple(passes), workers)
-        self._asks: dict[str, int] = {"num_cpus": 0, "concurrency": READERS_WITHOUT_CPU} if again else {}
+        self._asks: dict[str, int] = (
+            {"num_cpus": 0, "concurrency": READERS_WITHOUT_CPU} if again else {}
+        )
         self.untouched = True
-        self._reader, self._wait_s, self._labels, self._look_s = reader, wait_s, dict(labels), look_s
+        self._reader = reader
+        self._wait_s = wait_s
+        self._labels = dict(labels)
+        self._look_s = look_s
         self._blocks: deque[Any] = deque()
         self._first = 0  # index of the first block still held
         self._taken = [0] * workers
@@ -100,12 +118,18 @@ class _Reading:
                 self._blocks.popleft()
                 self._first += 1
             self._changed.notify_all()
-            there = self._changed.wait_for(lambda: self._error is not None or index < self._first + len(self._blocks), bound)
+            there = self._changed.wait_for(
+                lambda: self._error is not None or index < self._first + len(self._blocks), bound
+            )
             if index < self._first + len(self._blocks):
                 return [self._blocks[index - self._first]]
-            raise self._error if there and self._error else UserError(
-                f"worker {worker} waited {bound:.0f} s for block {index} of its feed, which Ray Data has not read; "
-                f"are there CPUs left for it? workers' places in the feed: {self._taken}"
+            raise (
+                self._error
+                if there and self._error
+                else UserError(
+                    f"worker {worker} waited {bound:.0f} s for block {index} of its feed, which Ray Data has not read; "
+                    f"are there CPUs left for it? workers' places in the feed: {self._taken}"
+                )
             )
 
     def _run(self) -> None:
@@ -118,18 +142,23 @@ class _Reading:
                             return
                         self._blocks.append(ref)
                         self._changed.notify_all()
-                        self._changed.wait_for(lambda: len(self._blocks) < BLOCKS_AHEAD or self._error is not None)
+                        self._changed.wait_for(
+                            lambda: len(self._blocks) < BLOCKS_AHEAD or self._error is not None
+                        )
         except BaseException as error:  # a thread's error must reach the workers, whatever it is
             with self._changed:
                 self._error = self._error or error
                 self._changed.notify_all()
 
     def _take_ready(self, waiting: deque[WindowPass]) -> list[tuple[WindowPass, Fragment]]:
-        """Remove and return the passes at the head that are ready: at least one, after waiting for it."""
+        """Remove and return the passes at the head that are ready: at least one, after waiting for
+        it."""
         deadline = time.monotonic() + self._wait_s
         while not self._reader.ready(waiting[0]) and not self._error:
             if time.monotonic() > deadline:
-                raise UserError(f"the feed waited {self._wait_s:.0f} s for {self._reader.missing_input(waiting[0])}")
+                raise UserError(
+                    f"the feed waited {self._wait_s:.0f} s for {self._reader.missing_input(waiting[0])}"
+                )
             time.sleep(self._look_s)
         work: list[tuple[WindowPass, Fragment]] = []
         while waiting and len(work) <= FRAGMENTS_PER_DATASET and self._reader.ready(waiting[0]):
@@ -144,8 +173,11 @@ class _Reading:
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.target_max_block_size = None  # one block a fragment, never split or merged
-        source, labels = _datasource(self._reader, work), self._labels or None
-        dataset = ray.data.read_datasource(source, override_num_blocks=len(work), label_selector=labels, **self._asks)
+        source = _datasource(self._reader, work)
+        labels = self._labels or None
+        dataset = ray.data.read_datasource(
+            source, override_num_blocks=len(work), label_selector=labels, **self._asks
+        )
         for bundle in dataset.iter_internal_ref_bundles():
             for block in bundle.blocks:
                 yield block.ref
@@ -156,17 +188,27 @@ class Feed:
     """Reads a job's passes ahead of its workers. Needs max_concurrency of at least workers + 2."""
 
     def __init__(
-        self, reader: FragmentReader, passes: Sequence[WindowPass], workers: int, wait_s: float, labels: Mapping[str, str] | None = None,
+        self,
+        reader: FragmentReader,
+        passes: Sequence[WindowPass],
+        workers: int,
+        wait_s: float,
+        labels: Mapping[str, str] | None = None,
         look_s: float = LOOK_S,
-    ) -> None:  # fmt: skip
-        """`wait_s`: longest wait for a pass to become ready, after which the job fails with what was missing. `labels`: of the nodes
-        that read. `look_s`: pause between two looks whether a pass is ready."""
-        self._reader, self._wait_s, self._labels, self._look_s = reader, wait_s, labels or {}, look_s
+    ) -> None:
+        """`wait_s`: longest wait for a pass to become ready, after which the job fails with what
+        was missing. `labels`: of the nodes that read. `look_s`: pause between two looks whether a
+        pass is ready."""
+        self._reader = reader
+        self._wait_s = wait_s
+        self._labels = labels or {}
+        self._look_s = look_s
         self._failed: str | None = None
         self._reading = _Reading(reader, passes, workers, wait_s, self._labels, look_s)
 
     def restart(self, passes: Sequence[WindowPass], workers: int) -> None:
-        """Workers start, maybe again and in another number: from now on `block` counts from the first of `passes`.
+        """Workers start, maybe again and in another number: from now on `block` counts from the
+        first of `passes`.
 
         UserError where workers before them have failed by a fault that they would meet again.
         """
@@ -174,10 +216,13 @@ class Feed:
             raise UserError(self._failed)
         if not (self._reading.untouched and self._reading.of == (tuple(passes), workers)):
             self._reading.stop()
-            self._reading = _Reading(self._reader, passes, workers, self._wait_s, self._labels, self._look_s, again=True)
+            self._reading = _Reading(
+                self._reader, passes, workers, self._wait_s, self._labels, self._look_s, again=True
+            )
 
     def report_failure(self, told: str) -> None:
-        """A worker has met an error that no restart mends; the first one stands, for others may follow from it."""
+        """A worker has met an error that no restart mends; the first one stands, for others may
+        follow from it."""
         self._failed = self._failed or told
 
     def failed(self) -> str | None:
@@ -185,16 +230,25 @@ class Feed:
         return self._failed
 
     def block(self, worker: int, index: int) -> list[Any]:
-        """The reference of block `index`, in a list; blocks until it is read. Frees blocks that all workers have passed."""
+        """The reference of block `index`, in a list; blocks until it is read. Frees blocks that all
+        workers have passed."""
         return self._reading.block(worker, index)
 
 
 class FeedClient:
     """A worker's end of the feed. `waited`: seconds spent waiting for data."""
 
-    def __init__(self, feed: Any, worker: int, wait_s: float = 3 * FEED_WAIT_S) -> None:
+    def __init__(
+        self,
+        feed: Any,
+        worker: int,
+        wait_s: float = 3 * FEED_WAIT_S,
+    ) -> None:
         """`wait_s`: longest wait for a block; the feed itself gives up sooner and knows more."""
-        self._feed, self._worker, self._index, self._wait_s = feed, worker, 0, wait_s
+        self._feed = feed
+        self._worker = worker
+        self._index = 0
+        self._wait_s = wait_s
         self._next: Any = None
         self.waited = 0.0
 
@@ -203,25 +257,33 @@ class FeedClient:
         for _ in range(count):
             started = time.perf_counter()
             pending = self._next or self._feed.block.remote(self._worker, self._index)
-            ref = get_with_timeout(pending, f"worker {self._worker}", f"block {self._index} of its feed", self._wait_s)[0]
+            ref = get_with_timeout(
+                pending, f"worker {self._worker}", f"block {self._index} of its feed", self._wait_s
+            )[0]
             self._index += 1
             self._next = self._feed.block.remote(self._worker, self._index)
-            table: pa.Table = get_with_timeout(ref, f"worker {self._worker}", f"the rows of block {self._index - 1}")
+            table: pa.Table = get_with_timeout(
+                ref, f"worker {self._worker}", f"the rows of block {self._index - 1}"
+            )
             self.waited += time.perf_counter() - started
             yield table
 
 
 @dataclass(frozen=True)
 class WorkerSlice:
-    """A worker's rows of one global batch of `total` rows. All workers' shares are of length `length`; the last ones
-    may hold fewer rows than that (`table.num_rows`), down to none."""
+    """A worker's rows of one global batch of `total` rows. All workers' shares are of length
+    `length`; the last ones may hold fewer rows than that (`table.num_rows`), down to none."""
 
     table: pa.Table
     length: int
     total: int
 
 
-def worker_slice(batch: pa.Table, worker: int, workers: int) -> WorkerSlice:
+def worker_slice(
+    batch: pa.Table,
+    worker: int,
+    workers: int,
+) -> WorkerSlice:
     """This worker's rows of a global batch."""
     length = -(-batch.num_rows // workers)
     return WorkerSlice(batch.slice(worker * length, length), length, batch.num_rows)

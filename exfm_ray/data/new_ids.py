@@ -1,4 +1,5 @@
-"""How many of a window's examples have ids that no window before it had: what a model cannot know yet."""
+"""How many of a window's examples have ids that no window before it had: what a model cannot know
+yet."""
 
 from __future__ import annotations
 
@@ -16,8 +17,12 @@ Array = np.ndarray[Any, Any]
 
 
 def tracked_features(schema: Schema) -> list[str]:
-    """The features that are counted: the one by which AUC is grouped (the user), then those of the largest tables, `FEATURES` in all."""
-    return [f.name for f in sorted(schema.single[:-1], key=lambda f: (f.name != schema.group_by, -f.rows))][:FEATURES]
+    """The features that are counted: the one by which AUC is grouped (the user), then those of the
+    largest tables, `FEATURES` in all."""
+    return [
+        f.name
+        for f in sorted(schema.single[:-1], key=lambda f: (f.name != schema.group_by, -f.rows))
+    ][:FEATURES]
 
 
 def write_new_ids(stream: EventStream, path: Path) -> None:
@@ -27,30 +32,47 @@ def write_new_ids(stream: EventStream, path: Path) -> None:
 
 
 def new_ids(stream: EventStream) -> list[dict[str, Any]]:
-    """A row for each feature, window from the second on, and domain: `share` of its examples whose id's table row no example of an
-    earlier window had. A missing id is not new; an id that shares its row with an older one is not told from it.
+    """A row for each feature, window from the second on, and domain: `share` of its examples whose
+    id's table row no example of an earlier window had. A missing id is not new; an id that shares
+    its row with an older one is not told from it.
 
-    Reads two columns of the stream once. Memory: a bit for each row of the watched tables, and a window's distinct rows.
+    Reads two columns of the stream once. Memory: a bit for each row of the watched tables, and a
+    window's distinct rows.
     """
     first, *_ = stream.windows()
     names = [feature.name for feature in stream.schema.single]
     found: list[dict[str, Any]] = []
-    seen = {name: _Seen(stream.schema.single[names.index(name)].rows) for name in tracked_features(stream.schema)}
+    seen = {
+        name: _Seen(stream.schema.single[names.index(name)].rows)
+        for name in tracked_features(stream.schema)
+    }
     for window in stream.windows():
-        examples_D = np.array([fragment.domain_rows for fragment in stream.window(window).fragments], np.int64).reshape(-1, _domains(stream)).sum(0)
+        examples_D = (
+            np.array(
+                [fragment.domain_rows for fragment in stream.window(window).fragments], np.int64
+            )
+            .reshape(-1, _domains(stream))
+            .sum(0)
+        )
         new_D = {name: np.zeros(_domains(stream)) for name in seen}
         distinct: dict[str, list[Array]] = {name: [] for name in seen}
         for fragment in stream.window(window).fragments:
             table = stream.read(window, fragment, ["domain", "sparse"])
-            domain_N, sparse_NS = table["domain"].to_numpy(), list_values(table["sparse"], len(names))
+            domain_N = table["domain"].to_numpy()
+            sparse_NS = list_values(table["sparse"], len(names))
             for name, before in seen.items():
                 row_N = sparse_NS[:, names.index(name)]
-                new_D[name] += np.bincount(domain_N, weights=before.lacks(row_N), minlength=_domains(stream))
+                new_D[name] += np.bincount(
+                    domain_N, weights=before.lacks(row_N), minlength=_domains(stream)
+                )
                 distinct[name].append(np.unique(row_N))
         for name, before in seen.items():
             before.add(distinct[name])
             if window > first:
-                found += [{"feature": name, "window": window, **row} for row in _shares(stream.schema, new_D[name], examples_D)]
+                found += [
+                    {"feature": name, "window": window, **row}
+                    for row in _shares(stream.schema, new_D[name], examples_D)
+                ]
     return found
 
 
@@ -58,11 +80,19 @@ def _domains(stream: EventStream) -> int:
     return len(stream.schema.domains)
 
 
-def _shares(schema: Schema, new_D: Array, examples_D: Array) -> list[dict[str, Any]]:
+def _shares(
+    schema: Schema,
+    new_D: Array,
+    examples_D: Array,
+) -> list[dict[str, Any]]:
     """Of all domains together, where there are several, and of each that has examples."""
     rows = [(ALL_DOMAINS, new_D.sum(), examples_D.sum())] if len(schema.domains) > 1 else []
     rows += zip(schema.domains, new_D, examples_D, strict=True)
-    return [{"domain": domain, "share": float(new / examples)} for domain, new, examples in rows if examples]
+    return [
+        {"domain": domain, "share": float(new / examples)}
+        for domain, new, examples in rows
+        if examples
+    ]
 
 
 class _Seen:

@@ -18,7 +18,8 @@ from exfm_ray.storage.remote import AnyPath
 
 @dataclass(frozen=True)
 class WindowPass:
-    """One reading of a window. `number`: of the pass over a static set, counted from 1; 0 in a stream, which is read once."""
+    """One reading of a window. `number`: of the pass over a static set, counted from 1; 0 in a
+    stream, which is read once."""
 
     window: int
     purpose: Literal["evaluate", "learn"]
@@ -26,7 +27,8 @@ class WindowPass:
 
 
 class FragmentReader(Protocol):
-    """Reads the rows that a job needs; runs in Ray Data's tasks, so it is small and can be serialised."""
+    """Reads the rows that a job needs; runs in Ray Data's tasks, so it is small and can be
+    serialised."""
 
     def ready(self, work: WindowPass) -> bool:
         """True when all that the pass needs is committed."""
@@ -47,7 +49,8 @@ class FragmentReader(Protocol):
 
 @dataclass(frozen=True)
 class StreamReader:
-    """All rows of a stream's windows, with the released labels of `tasks`; to learn, with the corrections that it delivers among them."""
+    """All rows of a stream's windows, with the released labels of `tasks`; to learn, with the
+    corrections that it delivers among them."""
 
     root: AnyPath
     tasks: tuple[str, ...] = ()
@@ -70,14 +73,20 @@ class StreamReader:
         def own() -> pa.Table:
             return with_released_labels(stream, work.window, fragment, self.tasks)
 
-        return with_corrections(stream, work.window, fragment, self.tasks, own, stream.read) if work.purpose == "learn" else own()
+        return (
+            with_corrections(stream, work.window, fragment, self.tasks, own, stream.read)
+            if work.purpose == "learn"
+            else own()
+        )
 
 
 @dataclass(frozen=True)
 class ShuffledReader(StreamReader):
-    """For passes that learn, the fragments come in an order drawn from the seed and the pass, and so do the rows of each fragment.
+    """For passes that learn, the fragments come in an order drawn from the seed and the pass, and
+    so do the rows of each fragment.
 
-    Rows stay within their fragment: `data.fragment_rows` is the buffer of the shuffle. Passes that evaluate keep the order.
+    Rows stay within their fragment: `data.fragment_rows` is the buffer of the shuffle. Passes that
+    evaluate keep the order.
     """
 
     seed: int = 0
@@ -92,7 +101,13 @@ class ShuffledReader(StreamReader):
         table = super().read(work, fragment)
         if work.purpose == "evaluate":
             return table
-        return table.take(pa.array(self._generator(work, zlib.crc32(fragment.file.encode())).permutation(table.num_rows)))
+        return table.take(
+            pa.array(
+                self._generator(work, zlib.crc32(fragment.file.encode())).permutation(
+                    table.num_rows
+                )
+            )
+        )
 
     def _generator(self, work: WindowPass, part: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, work.number, work.window, part])

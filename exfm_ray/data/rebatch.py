@@ -25,7 +25,8 @@ class Rebatcher:
             return
         joined = pa.concat_tables(self._waiting)
         full = self._count - self._count % self._rows
-        self._waiting, self._count = [joined.slice(full)], self._count - full
+        self._waiting = [joined.slice(full)]
+        self._count = self._count - full
         for start in range(0, full, self._rows):
             yield joined.slice(start, self._rows)
 
@@ -33,7 +34,8 @@ class Rebatcher:
         """One last, shorter table; none when no row is left."""
         if self._count:
             yield pa.concat_tables(self._waiting)
-        self._waiting, self._count = [], 0
+        self._waiting = []
+        self._count = 0
 
 
 def regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:

@@ -1,4 +1,5 @@
-"""A network with the heads that its objective takes (ExFM, arXiv 2502.17494). Only the network is served."""
+"""A network with the heads that its objective takes (ExFM, arXiv 2502.17494). Only the network is
+served."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class Logits(NamedTuple):
     Attributes:
         serving_BT: z_S, learns the labels (in the kd arm the teacher's prediction too).
         auxiliary_BT: z_D, learns the teacher's prediction; None in the arms without it.
-        adapter_BT: z_D', learns the adapter's target; the same tensor as `auxiliary_BT` without a head of its own.
+        adapter_BT: z_D', learns the adapter's target; the same tensor as `auxiliary_BT` without a
+            head of its own.
     """
 
     serving_BT: Tensor
@@ -36,7 +38,11 @@ class _ScaleGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(
+        ctx: Any,
+        inputs: tuple[Tensor, Tensor],
+        output: Tensor,
+    ) -> None:
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
@@ -52,22 +58,41 @@ def scale_gradient(x: Tensor, beta: Tensor) -> Tensor:
 
 
 class Student(nn.Module):
-    """A network and the extra heads of its objective, each with one output per task. The foundation model is a student of labels alone."""
+    """A network and the extra heads of its objective, each with one output per task. The foundation
+    model is a student of labels alone."""
 
-    def __init__(self, network: Network, objective: Objective, config: DistillationConfig, seed: int = 0) -> None:
-        """`seed` makes the extra heads' weights; they depend on nothing else, and the network is taken as it is."""
+    def __init__(
+        self,
+        network: Network,
+        objective: Objective,
+        config: DistillationConfig,
+        seed: int = 0,
+    ) -> None:
+        """`seed` makes the extra heads' weights; they depend on nothing else, and the network is
+        taken as it is."""
         super().__init__()
         self.network = network
         self.objective = objective
         self.beta = torch.tensor(config.ah.beta)  # no buffer: bf16 engines would round it
         separate_head = objective is Objective.AH_SA and config.sa.separate_head
-        self.auxiliary_head = _extra_head(network, config.ah.mlp, seed, 1) if objective in (Objective.AH, Objective.AH_SA) else None
+        self.auxiliary_head = (
+            _extra_head(network, config.ah.mlp, seed, 1)
+            if objective in (Objective.AH, Objective.AH_SA)
+            else None
+        )
         self.adapter_head = _extra_head(network, config.ah.mlp, seed, 2) if separate_head else None
 
-    def forward(self, embedded_BRE: Tensor, dense_BD: Tensor, beta: Tensor | None = None) -> Logits:
-        """Embedded features (B, R, E) and dense ones (B, D) to the logits of all heads. `beta`: instead of the config's, no axes.
+    def forward(
+        self,
+        embedded_BRE: Tensor,
+        dense_BD: Tensor,
+        beta: Tensor | None = None,
+    ) -> Logits:
+        """Embedded features (B, R, E) and dense ones (B, D) to the logits of all heads. `beta`:
+        instead of the config's, no axes.
 
-        The gradient of the extra heads into the backbone, and through it into the tables, is multiplied by beta.
+        The gradient of the extra heads into the backbone, and through it into the tables, is
+        multiplied by beta.
         """
         x_BH = self.network.features(embedded_BRE, dense_BD)
         serving_BT = self.network.head(x_BH)
@@ -81,8 +106,14 @@ class Student(nn.Module):
         return Logits(serving_BT, auxiliary_BT, adapter_BT)
 
 
-def _extra_head(network: Network, widths: Widths | tuple[()], seed: int, number: int) -> Head:
-    """A head for the network's tasks, from a generator state of its own: one head's presence changes no other's weights."""
+def _extra_head(
+    network: Network,
+    widths: Widths | tuple[()],
+    seed: int,
+    number: int,
+) -> Head:
+    """A head for the network's tasks, from a generator state of its own: one head's presence
+    changes no other's weights."""
     final = network.head.mlp[-1]
     assert isinstance(final, nn.Linear), "a head ends in a linear layer"
     with seeded(1_000_003 * (seed + 1) + number):

@@ -1,8 +1,10 @@
-"""The dense part's float32 weights and Adam's moments, by parameter: the same at every stage of ZeRO, in fp32 and bf16.
+"""The dense part's float32 weights and Adam's moments, by parameter: the same at every stage of
+ZeRO, in fp32 and bf16.
 
-DeepSpeed lays the parameters end to end and cuts that into partitions, or cuts every parameter (stage 3). Here each of them is
-found again by its name, so a checkpoint can be read with another number of workers or at another stage. DeepSpeed's own
-checkpoints are pickles, and need a conversion for that.
+DeepSpeed lays the parameters end to end and cuts that into partitions, or cuts every parameter
+(stage 3). Here each of them is found again by its name, so a checkpoint can be read with another
+number of workers or at another stage. DeepSpeed's own checkpoints are pickles, and need a
+conversion for that.
 """
 
 from __future__ import annotations
@@ -51,18 +53,27 @@ def pieces(engine: Any) -> Iterator[Piece]:
             start = dist.get_rank() * parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
             count = min(count, parameter.ds_numel - start)  # type: ignore[attr-defined]  # the last partition is filled up
             if count > 0:
-                yield Piece(name, start, optimizer.fp32_partitioned_groups_flat[group], first, count)
+                yield Piece(
+                    name, start, optimizer.fp32_partitioned_groups_flat[group], first, count
+                )
     elif engine.zero_optimization_stage():
         for name, parameter in named:
             mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is not None:
                 master = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-                yield Piece(name, mapping.lp_fragment_address.start, master, *_address(mapping.hp_fragment_address))
+                yield Piece(
+                    name,
+                    mapping.lp_fragment_address.start,
+                    master,
+                    *_address(mapping.hp_fragment_address),
+                )
     else:
         masters = {id(parameter): parameter for _, parameter in named}
         if optimizer is not engine.basic_optimizer:  # bf16: float32 weights beside the model's
             for own, theirs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-                masters |= {id(parameter): master for parameter, master in zip(own, theirs, strict=True)}
+                masters |= {
+                    id(parameter): master for parameter, master in zip(own, theirs, strict=True)
+                }
         for name, parameter in named:
             yield Piece(name, 0, masters[id(parameter)], 0, parameter.numel())
 
@@ -72,22 +83,28 @@ def _address(address: Any) -> tuple[int, int]:
 
 
 def dense_parts(engine: Any) -> dict[str, Tensor]:
-    """This worker's stretches for a checkpoint, copied to the CPU; names as in `ShardedTensors`. Whatever all workers hold is rank 0's to give."""
+    """This worker's stretches for a checkpoint, copied to the CPU; names as in `ShardedTensors`.
+    Whatever all workers hold is rank 0's to give."""
     if dist.get_rank() and not engine.zero_optimization_stage():
         return {}
-    states, parts = engine.basic_optimizer.state, {}
+    states = engine.basic_optimizer.state
+    parts = {}
     for piece in pieces(engine):
         parts[f"{piece.name}/weight@{piece.start}"] = cpu_copy(piece.of(piece.master))
         state = states.get(piece.master)
         if state:  # none before the first step
             parts[f"{piece.name}/step"] = cpu_copy(state["step"])
-            parts |= {f"{piece.name}/{moment}@{piece.start}": cpu_copy(piece.of(state[moment])) for moment in MOMENTS}
+            parts |= {
+                f"{piece.name}/{moment}@{piece.start}": cpu_copy(piece.of(state[moment]))
+                for moment in MOMENTS
+            }
     return parts
 
 
 @torch.no_grad()
 def restore_dense(engine: Any, parts: ShardedTensors) -> None:
-    """Put the dense part back into `engine`, whatever number of workers and stage of ZeRO it was saved with; all workers call it."""
+    """Put the dense part back into `engine`, whatever number of workers and stage of ZeRO it was
+    saved with; all workers call it."""
     states = engine.basic_optimizer.state
     for piece in pieces(engine):
         piece.of(piece.master).copy_(parts.slice(f"{piece.name}/weight", piece.start, piece.numel))
@@ -97,9 +114,13 @@ def restore_dense(engine: Any, parts: ShardedTensors) -> None:
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=piece.master.device)
             state |= {moment: torch.zeros_like(piece.master) for moment in MOMENTS}
-        state["step"].copy_(torch.maximum(state["step"].cpu(), parts[f"{piece.name}/step"]))  # one for all of a partition
+        state["step"].copy_(
+            torch.maximum(state["step"].cpu(), parts[f"{piece.name}/step"])
+        )  # one for all of a partition
         for moment in MOMENTS:
-            piece.of(state[moment]).copy_(parts.slice(f"{piece.name}/{moment}", piece.start, piece.numel))
+            piece.of(state[moment]).copy_(
+                parts.slice(f"{piece.name}/{moment}", piece.start, piece.numel)
+            )
     _restore_model(engine, parts)
 
 

@@ -1,7 +1,8 @@
-"""An exponential moving average of a model's weights (Polyak and Juditsky, 1992): evaluated and published in their place.
+"""An exponential moving average of a model's weights (Polyak and Juditsky, 1992): evaluated and
+published in their place.
 
-It holds a second copy of all weights, tables included, and reads them all every few steps: meant for models whose tables
-are small beside the work of a step.
+It holds a second copy of all weights, tables included, and reads them all every few steps: meant
+for models whose tables are small beside the work of a step.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ EVERY = 8
 
 
 class EMA:
-    """The moving average of `weights`, in float32. It begins as the plain mean of the weights so far: the decay of update
-    n, counted from 0, is min(decay ** EVERY, n / (n + 1)).
+    """The moving average of `weights`, in float32. It begins as the plain mean of the weights so
+    far: the decay of update n, counted from 0, is min(decay ** EVERY, n / (n + 1)).
 
     Attributes:
         averages: one for each weight.
@@ -28,10 +29,13 @@ class EMA:
     """
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
-        """`weights`: by the names that their averages have in a checkpoint (see `ShardedTensors`)."""
+        """`weights`: by the names that their averages have in a checkpoint (see
+        `ShardedTensors`)."""
         self.averages = [weight.detach().float().clone() for weight in weights.values()]
         self.steps = 0
-        self._names, self._weights, self._decay = list(weights), list(weights.values()), decay
+        self._names = list(weights)
+        self._weights = list(weights.values())
+        self._decay = decay
 
     @torch.no_grad()
     def step(self) -> None:
@@ -60,7 +64,9 @@ class EMA:
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint, by the weights' names."""
-        return dict(zip(self._names, map(cpu_copy, self.averages), strict=True)) | {"average_steps": torch.tensor(self.steps)}
+        return dict(zip(self._names, map(cpu_copy, self.averages), strict=True)) | {
+            "average_steps": torch.tensor(self.steps)
+        }
 
     def restore(self, parts: ShardedTensors) -> None:
         """From `state()`, of any number of workers."""

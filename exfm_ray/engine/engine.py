@@ -1,4 +1,5 @@
-"""One model spread over the workers of the default process group: sharded tables, sharded dense part, checkpoints."""
+"""One model spread over the workers of the default process group: sharded tables, sharded dense
+part, checkpoints."""
 
 from __future__ import annotations
 
@@ -26,12 +27,21 @@ from exfm_ray.schema import Schema
 
 
 class Engine:
-    """Forward, backward and update of a student (the FM is one too: with all its tasks and no further head).
+    """Forward, backward and update of a student (the FM is one too: with all its tasks and no
+    further head).
 
     All workers call every method in step, with batches of one and the same length.
     """
 
-    def __init__(self, schema: Schema, config: TrainerConfig, student: Student, model: ModelConfig, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        config: TrainerConfig,
+        student: Student,
+        model: ModelConfig,
+        seed: int,
+        device: torch.device,
+    ) -> None:
         self.device = device
         self.tables = ShardedTables(schema, config, model, seed, device)
         torch.set_float32_matmul_precision(config.matmul_precision)
@@ -39,14 +49,25 @@ class Engine:
             student.network.backbone.compile()
         self.dense: Any = shard_dense(student.to(device), config, dist.get_world_size())
         weight_decay = config.optimizer.table_weight_decay
-        self._decay = RowDecay(Layout.from_config(model, schema), weight_decay, dist.get_world_size()) if weight_decay else None
-        weights = {f"tables/{shard.table}/average@{shard.first_row}": shard.weight_RW for shard in self.tables.shards()}
-        weights |= {f"dense/{name}/average@0": parameter for name, parameter in self.dense.module.named_parameters()}
+        self._decay = (
+            RowDecay(Layout.from_config(model, schema), weight_decay, dist.get_world_size())
+            if weight_decay
+            else None
+        )
+        weights = {
+            f"tables/{shard.table}/average@{shard.first_row}": shard.weight_RW
+            for shard in self.tables.shards()
+        }
+        weights |= {
+            f"dense/{name}/average@0": parameter
+            for name, parameter in self.dense.module.named_parameters()
+        }
         self._average = EMA(weights, config.optimizer.ema) if config.optimizer.ema else None
         self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
 
     def forward(self, batch: Batch, repeats_BS: Tensor | None = None) -> Logits:
-        """Logits in float32; keeps the graph when gradients are on. `repeats_BS`: see `decay`, needed to learn where `decays`."""
+        """Logits in float32; keeps the graph when gradients are on. `repeats_BS`: see `decay`,
+        needed to learn where `decays`."""
         embedded_BRE = self.tables(batch)
         if self._decay and repeats_BS is not None:
             embedded_BRE = self._decay(embedded_BRE, repeats_BS)
@@ -67,18 +88,21 @@ class Engine:
         return logits
 
     def update(self, loss: Tensor) -> None:
-        """One step of both optimizers. `loss` is this worker's share: the gradient is the mean over workers."""
+        """One step of both optimizers. `loss` is this worker's share: the gradient is the mean over
+        workers."""
         self.dense.backward(loss)
         self.dense.step()
         if self._average:
             self._average.step()
 
     def reset_rows(self, rows: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """Make table rows (table -> row numbers) fresh again, with their optimizer state and their moving average."""
+        """Make table rows (table -> row numbers) fresh again, with their optimizer state and their
+        moving average."""
         self._reset_ema_rows(self.tables.reset(rows))
 
     def give_rows(self, rows: Mapping[str, RowUpdate], weight: float) -> None:
-        """Move table rows towards those given (see `ShardedTables.give`); their moving average takes the new value at once."""
+        """Move table rows towards those given (see `ShardedTables.give`); their moving average
+        takes the new value at once."""
         self._reset_ema_rows(self.tables.write_rows(rows, weight))
 
     def _reset_ema_rows(self, written: Sequence[tuple[Shard, Tensor]]) -> None:
@@ -88,7 +112,8 @@ class Engine:
                 self._average.averages[number][row_X] = shard.weight_RW[row_X]
 
     def ema_weights(self) -> AbstractContextManager[None]:
-        """Inside, the weights are those to evaluate and to publish: their moving average, where there is one."""
+        """Inside, the weights are those to evaluate and to publish: their moving average, where
+        there is one."""
         return self._average.applied() if self._average else nullcontext()
 
     def dense_state(self) -> dict[str, Tensor]:
@@ -96,7 +121,8 @@ class Engine:
         return gathered_state(self.dense)
 
     def table_shards(self) -> dict[str, Tensor]:
-        """This worker's table rows on the CPU, keyed `table@first_row`; views, not copies, where they lie there already."""
+        """This worker's table rows on the CPU, keyed `table@first_row`; views, not copies, where
+        they lie there already."""
         return {f"{s.table}@{s.first_row}": s.weight_RW.cpu() for s in self.tables.shards()}
 
     def momentum_shards(self) -> dict[str, Tensor]:
@@ -104,21 +130,33 @@ class Engine:
         return {f"{s.table}@{s.first_row}": s.momentum_R.cpu() for s in self.tables.shards()}
 
     def state(self) -> dict[str, Tensor]:
-        """This worker's part of a checkpoint, copied to the CPU; names as `ShardedTensors` reads them."""
+        """This worker's part of a checkpoint, copied to the CPU; names as `ShardedTensors` reads
+        them."""
         state = {f"dense/{name}": tensor for name, tensor in dense_parts(self.dense).items()}
         for shard in self.tables.shards():
             state[f"tables/{shard.table}/weight@{shard.first_row}"] = cpu_copy(shard.weight_RW)
-            state[f"tables/{shard.table}/momentum@{shard.first_row}"] = cpu_copy(shard.momentum_R.view(-1))
+            state[f"tables/{shard.table}/momentum@{shard.first_row}"] = cpu_copy(
+                shard.momentum_R.view(-1)
+            )
         if self._average:
             whole = dist.get_rank() == 0
-            state |= {name: tensor for name, tensor in self._average.state().items() if whole or not name.startswith("dense/")}
+            state |= {
+                name: tensor
+                for name, tensor in self._average.state().items()
+                if whole or not name.startswith("dense/")
+            }
         return state
 
     def restore(self, parts: ShardedTensors) -> None:
-        """Take the state of a checkpoint, of any number of workers, kind of sharding and stage of ZeRO; all workers call it."""
+        """Take the state of a checkpoint, of any number of workers, kind of sharding and stage of
+        ZeRO; all workers call it."""
         restore_dense(self.dense, parts.with_prefix("dense"))
         for shard in self.tables.shards():
-            shard.weight_RW.copy_(parts.slice(f"tables/{shard.table}/weight", shard.first_row, len(shard.weight_RW)))
-            shard.momentum_R.view(-1).copy_(parts.slice(f"tables/{shard.table}/momentum", shard.first_row, len(shard.weight_RW)))
+            shard.weight_RW.copy_(
+                parts.slice(f"tables/{shard.table}/weight", shard.first_row, len(shard.weight_RW))
+            )
+            shard.momentum_R.view(-1).copy_(
+                parts.slice(f"tables/{shard.table}/momentum", shard.first_row, len(shard.weight_RW))
+            )
         if self._average:
             self._average.restore(parts)

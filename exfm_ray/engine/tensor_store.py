@@ -1,8 +1,9 @@
 """The tensors of a checkpoint, whichever workers wrote them and however many read them.
 
-Every worker writes one safetensors file of what it holds. A tensor that is spread over workers is kept in stretches along its first
-axis, named `name@first`, where `first` is the stretch's first index; whoever reads takes the stretch that it needs from those that
-overlap it. A tensor that is not spread has its plain name. So nothing in a checkpoint depends on the number of workers.
+Every worker writes one safetensors file of what it holds. A tensor that is spread over workers is
+kept in stretches along its first axis, named `name@first`, where `first` is the stretch's first
+index; whoever reads takes the stretch that it needs from those that overlap it. A tensor that is
+not spread has its plain name. So nothing in a checkpoint depends on the number of workers.
 """
 
 from __future__ import annotations
@@ -44,12 +45,20 @@ class ShardedTensors:
                 name, at, first = key.rpartition("@")
                 slice = _Chunk(int(first), file, key) if at else _Chunk(0, file, key)
                 places.setdefault(name if at else key, []).append(slice)
-        return cls({name: sorted(found, key=lambda slice: slice.first) for name, found in places.items()})
+        return cls(
+            {name: sorted(found, key=lambda slice: slice.first) for name, found in places.items()}
+        )
 
     def with_prefix(self, prefix: str) -> ShardedTensors:
         """Those whose names begin with `prefix`/, without it."""
         start = prefix + "/"
-        return ShardedTensors({name.removeprefix(start): found for name, found in self._places.items() if name.startswith(start)})
+        return ShardedTensors(
+            {
+                name.removeprefix(start): found
+                for name, found in self._places.items()
+                if name.startswith(start)
+            }
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -62,10 +71,16 @@ class ShardedTensors:
         tensor: Tensor = self._found(name)[0].file.get_tensor(self._found(name)[0].key)
         return tensor
 
-    def slice(self, name: str, first: int, count: int) -> Tensor:
+    def slice(
+        self,
+        name: str,
+        first: int,
+        count: int,
+    ) -> Tensor:
         """`count` entries along the first axis, from `first` on."""
         pieces: list[Tensor] = []
-        position, end = first, first + count
+        position = first
+        end = first + count
         for slice in self._found(name):
             stored = slice.file.get_slice(slice.key)
             last = slice.first + stored.get_shape()[0]
@@ -73,7 +88,9 @@ class ShardedTensors:
                 pieces.append(stored[position - slice.first : min(last, end) - slice.first])
                 position = min(last, end)
         if position < end:
-            raise UserError(f"checkpoint: '{name}' has no entries {position} to {end - 1}; it was written by another model")
+            raise UserError(
+                f"checkpoint: '{name}' has no entries {position} to {end - 1}; it was written by another model"
+            )
         return torch.cat(pieces) if pieces else stored[:0]
 
     def _found(self, name: str) -> Sequence[_Chunk]:
@@ -88,7 +105,8 @@ def cpu_copy(tensor: Tensor) -> Tensor:
 
 
 class RowUpdate(NamedTuple):
-    """Rows to be written into a table: their numbers, int64 ascending (X), the rows (X, W), and their Adagrad state (X) unless they keep it."""
+    """Rows to be written into a table: their numbers, int64 ascending (X), the rows (X, W), and
+    their Adagrad state (X) unless they keep it."""
 
     id_X: np.ndarray[Any, np.dtype[np.int64]]
     row_XW: Tensor

@@ -1,8 +1,10 @@
-"""Figures of a model as a summable state: states of batches, fragments and workers add up to the state of the window.
+"""Figures of a model as a summable state: states of batches, fragments and workers add up to the
+state of the window.
 
-NE (He et al. 2014, "Practical lessons from predicting clicks on ads at Facebook") is log loss over the entropy of the
-mean label rate of the same examples: 1 is no better than always saying the average. Calibration is the sum of the
-predictions over the sum of the labels. Shape suffixes: N examples, G groups, C bins.
+NE (He et al. 2014, "Practical lessons from predicting clicks on ads at Facebook") is log loss over
+the entropy of the mean label rate of the same examples: 1 is no better than always saying the
+average. Calibration is the sum of the predictions over the sum of the labels. Shape suffixes: N
+examples, G groups, C bins.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from numpy.typing import NDArray
 
 BINS = 2**16
 LOGIT_RANGE = 20.0
-"""AUC ranks logits by bins of width 40 / 2**16 = 0.0006; pairs within one bin count half. Probabilities beyond e^-20 tie."""
+"""AUC ranks logits by bins of width 40 / 2**16 = 0.0006; pairs within one bin count half.
+Probabilities beyond e^-20 tie."""
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -32,9 +35,11 @@ class MetricState:
 
     Attributes:
         examples: how many.
-        labels, predictions, log_loss: sums of labels, of predicted probabilities, of log losses in nats.
+        labels, predictions, log_loss: sums of labels, of predicted probabilities, of log losses in
+            nats.
         positives_C, negatives_C: how many examples of each class have a logit in each bin.
-        group_weight, group_auc: over groups with both classes, sum of examples and sum of examples times the group's AUC.
+        group_weight, group_auc: over groups with both classes, sum of examples and sum of examples
+            times the group's AUC.
     """
 
     examples: int = 0
@@ -47,17 +52,29 @@ class MetricState:
     negatives_C: Counts = field(default_factory=_no_counts)
 
     @classmethod
-    def from_logits(cls, logits_N: NDArray[Any], labels_N: NDArray[Any], groups_N: NDArray[Any] | None = None) -> Self:
-        """State of examples given their logits, their labels (0 or 1) and, for grouped AUC, the ids of their groups.
+    def from_logits(
+        cls,
+        logits_N: NDArray[Any],
+        labels_N: NDArray[Any],
+        groups_N: NDArray[Any] | None = None,
+    ) -> Self:
+        """State of examples given their logits, their labels (0 or 1) and, for grouped AUC, the ids
+        of their groups.
 
-        AUC within a group compares only examples of one call: give the whole window at once. ValueError for a logit that is not finite.
+        AUC within a group compares only examples of one call: give the whole window at once.
+            ValueError for a logit that is not finite.
         """
-        z_N, y_N = np.asarray(logits_N, np.float64), np.asarray(labels_N, np.float64)
+        z_N = np.asarray(logits_N, np.float64)
+        y_N = np.asarray(labels_N, np.float64)
         if not np.isfinite(z_N).all():
-            raise ValueError(f"{(~np.isfinite(z_N)).sum()} of {len(z_N)} logits are not finite: the model has diverged; lower its learning rates")
+            raise ValueError(
+                f"{(~np.isfinite(z_N)).sum()} of {len(z_N)} logits are not finite: the model has diverged; lower its learning rates"
+            )
         positive_N = y_N > 0.5
         bins_N = _bins(z_N)
-        weight, auc = (0.0, 0.0) if groups_N is None else _grouped_auc(z_N, positive_N, np.asarray(groups_N))
+        weight, auc = (
+            (0.0, 0.0) if groups_N is None else _grouped_auc(z_N, positive_N, np.asarray(groups_N))
+        )
         return cls(
             examples=len(z_N),
             labels=float(y_N.sum()),
@@ -71,10 +88,13 @@ class MetricState:
 
     def __add__(self, other: MetricState) -> MetricState:
         """The state of both's examples together."""
-        return MetricState(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+        return MetricState(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
 
     def figures(self) -> dict[str, float | None]:
-        """ne, auc, gauc, log_loss, calibration, label_rate, examples; None where undefined (no examples, one class)."""
+        """ne, auc, gauc, log_loss, calibration, label_rate, examples; None where undefined (no
+        examples, one class)."""
         rate = self.labels / self.examples if self.examples else None
         log_loss = self.log_loss / self.examples if self.examples else None
         base = entropy(rate) if rate is not None else 0.0
@@ -93,18 +113,33 @@ class MetricState:
         used = np.flatnonzero(self.positives_C + self.negatives_C)
         return {
             "examples": np.array(self.examples, np.int64),
-            "sums": np.array([self.labels, self.predictions, self.log_loss, self.group_weight, self.group_auc], np.float64),
+            "sums": np.array(
+                [self.labels, self.predictions, self.log_loss, self.group_weight, self.group_auc],
+                np.float64,
+            ),
             "bins": np.stack([used, self.positives_C[used], self.negatives_C[used]]),
         }
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Self:
         """The state that `to_arrays` wrote, exactly."""
-        labels, predictions, log_loss, group_weight, group_auc = (float(value) for value in arrays["sums"])
+        labels, predictions, log_loss, group_weight, group_auc = (
+            float(value) for value in arrays["sums"]
+        )
         used, *counts = arrays["bins"]
-        positives_C, negatives_C = _no_counts(), _no_counts()
+        positives_C = _no_counts()
+        negatives_C = _no_counts()
         positives_C[used], negatives_C[used] = counts
-        return cls(int(arrays["examples"]), labels, predictions, log_loss, group_weight, group_auc, positives_C, negatives_C)
+        return cls(
+            int(arrays["examples"]),
+            labels,
+            predictions,
+            log_loss,
+            group_weight,
+            group_auc,
+            positives_C,
+            negatives_C,
+        )
 
 
 def entropy(rate: float) -> float:
@@ -118,27 +153,38 @@ def _bins(z_N: Floats) -> Counts:
 
 
 def _auc(positives_C: Counts, negatives_C: Counts) -> float | None:
-    """Share of pairs (positive, negative) in the right order, ties half; None without a pair. Floats: the counts' product overflows."""
+    """Share of pairs (positive, negative) in the right order, ties half; None without a pair.
+    Floats: the counts' product overflows."""
     negatives = negatives_C.astype(np.float64)
     below = np.cumsum(negatives) - negatives
     pairs = float(positives_C.sum()) * float(negatives.sum())
     return float((positives_C * (below + negatives / 2)).sum() / pairs) if pairs else None
 
 
-def _grouped_auc(z_N: Floats, positive_N: NDArray[np.bool_], groups_N: NDArray[Any]) -> tuple[float, float]:
-    """(sum of examples, sum of examples times AUC) over the groups with both classes; exact, by average ranks.
+def _grouped_auc(
+    z_N: Floats,
+    positive_N: NDArray[np.bool_],
+    groups_N: NDArray[Any],
+) -> tuple[float, float]:
+    """(sum of examples, sum of examples times AUC) over the groups with both classes; exact, by
+    average ranks.
 
-    The sum of the ranks R of a group's P positives among its n examples gives AUC = (R - P (P + 1) / 2) / (P (n - P)).
+    The sum of the ranks R of a group's P positives among its n examples gives AUC = (R - P (P + 1)
+    / 2) / (P (n - P)).
     """
     if not len(z_N):
         return 0.0, 0.0
     order_N = np.lexsort((z_N, groups_N))
-    groups_N, z_N, positive_N = groups_N[order_N], z_N[order_N], positive_N[order_N]
+    groups_N = groups_N[order_N]
+    z_N = z_N[order_N]
+    positive_N = positive_N[order_N]
     new_group_N = np.r_[True, groups_N[1:] != groups_N[:-1]]
     group_N = np.cumsum(new_group_N) - 1
-    first_G, size_G = np.flatnonzero(new_group_N), np.bincount(group_N)
+    first_G = np.flatnonzero(new_group_N)
+    size_G = np.bincount(group_N)
     new_tie_N = new_group_N | np.r_[True, z_N[1:] != z_N[:-1]]
-    tie_first, tie_size = np.flatnonzero(new_tie_N), np.bincount(np.cumsum(new_tie_N) - 1)
+    tie_first = np.flatnonzero(new_tie_N)
+    tie_size = np.bincount(np.cumsum(new_tie_N) - 1)
     rank_N = np.repeat(tie_first + (tie_size + 1) / 2, tie_size) - first_G[group_N]
     rank_sum_G = np.bincount(group_N, weights=rank_N * positive_N)
     positives_G = np.bincount(group_N, weights=positive_N)

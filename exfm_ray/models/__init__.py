@@ -1,1 +1,2 @@
-"""Pure torch: embeddings, interaction models, heads. Runs on one device, without Ray, DeepSpeed or TorchRec."""
+"""Pure torch: embeddings, interaction models, heads. Runs on one device, without Ray, DeepSpeed or
+TorchRec."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 class Backbone(nn.Module):
     """Base of the interaction models. Constructed as `Backbone(config, inputs)`.
 
-    It knows no tables, tasks or losses. It may be cast to bf16; the caller casts the inputs to its dtype.
+    It knows no tables, tasks or losses. It may be cast to bf16; the caller casts the inputs to its
+    dtype.
 
     Attributes:
         out_features: H, the width of the output.

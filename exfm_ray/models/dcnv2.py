@@ -1,4 +1,5 @@
-"""DCN-V2 (arXiv 2008.13535), parallel form: full-rank cross layers beside an MLP, their outputs side by side."""
+"""DCN-V2 (arXiv 2008.13535), parallel form: full-rank cross layers beside an MLP, their outputs
+side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""DLRM (arXiv 1906.00091): dot products of all pairs of rows, dense features through a bottom MLP to one row."""
+"""DLRM (arXiv 1906.00091): dot products of all pairs of rows, dense features through a bottom MLP
+to one row."""
 
 from __future__ import annotations
 
@@ -12,14 +13,19 @@ from exfm_ray.models.layout import Inputs
 
 
 class DLRM(Backbone):
-    """x = top_mlp([bottom row, <row i, row j> for all i < j]); the bottom row is the last row, absent without dense features."""
+    """x = top_mlp([bottom row, <row i, row j> for all i < j]); the bottom row is the last row,
+    absent without dense features."""
 
     pair_index_P: Tensor
 
     def __init__(self, config: DLRMConfig, inputs: Inputs) -> None:
         super().__init__()
         rows = inputs.rows + (inputs.dense > 0)
-        self.bottom = mlp_to(inputs.dense, config.bottom_mlp, config.dim, dropout=config.dropout) if inputs.dense else None
+        self.bottom = (
+            mlp_to(inputs.dense, config.bottom_mlp, config.dim, dropout=config.dropout)
+            if inputs.dense
+            else None
+        )
         first_P, second_P = torch.triu_indices(rows, rows, offset=1)
         self.register_buffer("pair_index_P", first_P * rows + second_P, persistent=False)
         width = len(first_P) + (config.dim if inputs.dense else 0)
@@ -38,4 +44,8 @@ class DLRM(Backbone):
 
     def pairs(self, rows_BNE: Tensor) -> Tensor:
         """Dot products of all pairs of rows, (B, N, E) to (B, N (N - 1) / 2)."""
-        return torch.bmm(rows_BNE, rows_BNE.transpose(1, 2)).flatten(1).index_select(1, self.pair_index_P)
+        return (
+            torch.bmm(rows_BNE, rows_BNE.transpose(1, 2))
+            .flatten(1)
+            .index_select(1, self.pair_index_P)
+        )

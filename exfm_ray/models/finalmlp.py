@@ -1,11 +1,13 @@
-"""FinalMLP (arXiv 2304.00902): two MLPs over the same input, fused by a bilinear form with several heads.
+"""FinalMLP (arXiv 2304.00902): two MLPs over the same input, fused by a bilinear form with several
+heads.
 
     z_s = 2 sigmoid(gate_s(z)) * z        z = [embeddings, dense]; z_s = z without gates
     o_s = MLP_s(z_s)                      s = 1, 2; cut into heads o_s1, o_s2, ...
     x   = [o_1, o_2, o_11^T W_1 o_21, o_12^T W_2 o_22, ...]
 
-A linear head over x is the paper's fusion: b + w_1^T o_1 + w_2^T o_2 + the sum of the heads. The paper conditions each
-gate on features chosen by hand (say the user's, the item's); here both see all of them.
+A linear head over x is the paper's fusion: b + w_1^T o_1 + w_2^T o_2 + the sum of the heads. The
+paper conditions each gate on features chosen by hand (say the user's, the item's); here both see
+all of them.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class FinalMLP(Backbone):
 
     def __init__(self, config: FinalMLPConfig, inputs: Inputs) -> None:
         super().__init__()
-        width, first, second = inputs.rows * config.dim + inputs.dense, config.mlp_1[-1], config.mlp_2[-1]
+        width = inputs.rows * config.dim + inputs.dense
+        first = config.mlp_1[-1]
+        second = config.mlp_2[-1]
         gates = [Gate(config, width) if config.gate_mlp else nn.Identity() for _ in range(2)]
         self.stream_1 = nn.Sequential(gates[0], relu_mlp(width, config.mlp_1, config.dropout))
         self.stream_2 = nn.Sequential(gates[1], relu_mlp(width, config.mlp_2, config.dropout))
@@ -49,7 +53,11 @@ class FinalMLP(Backbone):
     def forward(self, embedded_BRE: Tensor, dense_BD: Tensor) -> Tensor:
         """(B, R, E) and (B, D) to (B, H). K heads, I and J their widths in the two streams."""
         start_BC = torch.cat([embedded_BRE.flatten(1), dense_BD], dim=1)
-        first_BI, second_BJ = self.stream_1(start_BC), self.stream_2(start_BC)
-        first_BKI, second_BKJ = first_BI.unflatten(1, (self.heads, -1)), second_BJ.unflatten(1, (self.heads, -1))
-        fused_BK = (torch.einsum("bki,kij->bkj", first_BKI, self.bilinear_KIJ) * second_BKJ).sum(dim=2)
+        first_BI = self.stream_1(start_BC)
+        second_BJ = self.stream_2(start_BC)
+        first_BKI = first_BI.unflatten(1, (self.heads, -1))
+        second_BKJ = second_BJ.unflatten(1, (self.heads, -1))
+        fused_BK = (torch.einsum("bki,kij->bkj", first_BKI, self.bilinear_KIJ) * second_BKJ).sum(
+            dim=2
+        )
         return torch.cat([first_BI, second_BJ, fused_BK], dim=1)

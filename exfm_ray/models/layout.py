@@ -1,8 +1,9 @@
 """Which rows of width E an interaction model is given, and from which ids each of them comes.
 
-Rows are in the order of the features (*schema.single, *schema.bags). A feature has one row, as a rule; it has several where
-its table has several embeddings for an id, and a sequence that the model reads unpooled has them for each of its positions,
-the newest first. A row of an absent value (an empty bag, a position beyond a sequence's length) is zero.
+Rows are in the order of the features (*schema.single, *schema.bags). A feature has one row, as a
+rule; it has several where its table has several embeddings for an id, and a sequence that the model
+reads unpooled has them for each of its positions, the newest first. A row of an absent value (an
+empty bag, a position beyond a sequence's length) is zero.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ POOLED = -1
 
 
 class SequenceRows(NamedTuple):
-    """Rows of an unpooled sequence: `length` positions of `width` rows from row `first` on; `target`: first of the `width`
-    rows of the single-valued feature whose table it shares."""
+    """Rows of an unpooled sequence: `length` positions of `width` rows from row `first` on;
+    `target`: first of the `width` rows of the single-valued feature whose table it shares."""
 
     first: int
     length: int
@@ -32,7 +33,8 @@ class SequenceRows(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What an interaction model is built for: R embedded rows, D dense features, the sequences it reads unpooled."""
+    """What an interaction model is built for: R embedded rows, D dense features, the sequences it
+    reads unpooled."""
 
     rows: int
     dense: int
@@ -41,7 +43,8 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of one value of a feature, or of its mean (`position` POOLED), with `width` rows from row `first` on."""
+    """The place of one value of a feature, or of its mean (`position` POOLED), with `width` rows
+    from row `first` on."""
 
     feature: SparseFeature
     position: int
@@ -55,13 +58,17 @@ class Slot:
 
     @property
     def key(self) -> str:
-        """Names the slot. No feature's name has a colon; an "@" TorchRec would take for the start of a table's name."""
-        return self.feature.name if self.position == POOLED else f"{self.feature.name}:{self.position}"
+        """Names the slot. No feature's name has a colon; an "@" TorchRec would take for the start
+        of a table's name."""
+        return (
+            self.feature.name if self.position == POOLED else f"{self.feature.name}:{self.position}"
+        )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The slots of a model, in the order of the rows: those of the single-valued features, then those of the bags."""
+    """The slots of a model, in the order of the rows: those of the single-valued features, then
+    those of the bags."""
 
     single: tuple[Slot, ...]
     bags: tuple[Slot, ...]
@@ -70,7 +77,8 @@ class Layout:
 
     @classmethod
     def from_config(cls, config: ModelConfig, schema: Schema) -> Self:
-        """The layout of a model over a schema. ValueError where the model names a table that the schema does not have."""
+        """The layout of a model over a schema. ValueError where the model names a table that the
+        schema does not have."""
         for table in config.embeddings:
             if table not in schema.tables:
                 known = nearest(table, schema.tables) or f" There are {', '.join(schema.tables)}."
@@ -80,9 +88,13 @@ class Layout:
         slots: list[Slot] = []
         bag_of: list[int] = []
         for feature in (*schema.single, *schema.bags):
-            unpooled = min(config.unpooled, feature.max_length) if feature.kind is Kind.SEQUENCE else 0
+            unpooled = (
+                min(config.unpooled, feature.max_length) if feature.kind is Kind.SEQUENCE else 0
+            )
             for position in range(unpooled) if unpooled else (POOLED,):
-                slots.append(Slot(feature, position, first, embeddings[feature.table or feature.name]))
+                slots.append(
+                    Slot(feature, position, first, embeddings[feature.table or feature.name])
+                )
                 first += slots[-1].width
                 if feature.kind is not Kind.SINGLE:
                     bag_of.append(schema.bags.index(feature))
@@ -95,7 +107,8 @@ class Layout:
         return sum(slot.width for slot in (*self.single, *self.bags))
 
     def inputs(self, dense: int) -> Inputs:
-        """What the model is built for. ValueError for an unpooled sequence whose table no single-valued feature reads."""
+        """What the model is built for. ValueError for an unpooled sequence whose table no
+        single-valued feature reads."""
         targets = {slot.table: slot.first for slot in reversed(self.single)}
         sequences = []
         for slot in self.bags:
@@ -110,15 +123,23 @@ class Layout:
         return Inputs(self.rows, dense, tuple(sequences))
 
 
-def expand_bags(values_V: Tensor, lengths_MB: Tensor, bag_of_O: Tensor, position_O: Tensor) -> tuple[Tensor, Tensor]:
-    """Bags as slots: slot o holds all values of bag `bag_of_O[o]`, or the one at `position_O[o]` counted from the newest.
+def expand_bags(
+    values_V: Tensor,
+    lengths_MB: Tensor,
+    bag_of_O: Tensor,
+    position_O: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Bags as slots: slot o holds all values of bag `bag_of_O[o]`, or the one at `position_O[o]`
+    counted from the newest.
 
     Returns:
-        values_W and lengths_OB, in the form of `Batch.bag_values_V` and `Batch.bag_lengths_MB`; a length is 0 for a
-        position beyond the end of its bag.
+        values_W and lengths_OB, in the form of `Batch.bag_values_V` and `Batch.bag_lengths_MB`; a
+        length is 0 for a position beyond the end of its bag.
     """
     start_MB = (lengths_MB.flatten().cumsum(0) - lengths_MB.flatten()).view_as(lengths_MB)
-    start_OB, length_OB, position_O1 = start_MB[bag_of_O], lengths_MB[bag_of_O], position_O[:, None]
+    start_OB = start_MB[bag_of_O]
+    length_OB = lengths_MB[bag_of_O]
+    position_O1 = position_O[:, None]
     pooled_O1 = position_O1 == POOLED
     kept_OB = torch.where(pooled_O1, length_OB, (length_OB > position_O1).to(length_OB.dtype))
     first_OB = torch.where(pooled_O1, start_OB, start_OB + length_OB - 1 - position_O1)

@@ -1,11 +1,14 @@
-"""MaskNet (arXiv 2102.07619), parallel form: blocks that see the embeddings through masks made from the example itself.
+"""MaskNet (arXiv 2102.07619), parallel form: blocks that see the embeddings through masks made from
+the example itself.
 
     mask  = W_2 relu(W_1 z + b_1) + b_2                               z = [embeddings, dense], not normalised
-    block = relu( LN( W (mask * [LN(e_1), ..., LN(e_R), dense]) ) )   every block with weights of its own
+    block = relu( LN( W (mask * [LN(e_1), ..., LN(e_R), dense]) ) )   every block with weights of
+    its own
     x     = MLP([block_1, ..., block_n])
 
-Each row's layer norm has a gain and a bias of its own, and all blocks share it. Dense features, which the paper embeds,
-enter as numbers and without a norm: the layer norm of a scaled row would keep no more than the number's sign.
+Each row's layer norm has a gain and a bias of its own, and all blocks share it. Dense features,
+which the paper embeds, enter as numbers and without a norm: the layer norm of a scaled row would
+keep no more than the number's sign.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ class MaskNet(Backbone):
 
     def __init__(self, config: MaskNetConfig, inputs: Inputs) -> None:
         super().__init__()
-        width, merged = inputs.rows * config.dim + inputs.dense, config.blocks * config.block_width
+        width = inputs.rows * config.dim + inputs.dense
+        merged = config.blocks * config.block_width
         self.gain_RE = nn.Parameter(torch.ones(inputs.rows, config.dim))
         self.bias_RE = nn.Parameter(torch.zeros(inputs.rows, config.dim))
         self.blocks = nn.ModuleList(MaskBlock(config, width) for _ in range(config.blocks))
@@ -48,8 +52,12 @@ class MaskNet(Backbone):
 
     def forward(self, embedded_BRE: Tensor, dense_BD: Tensor) -> Tensor:
         """(B, R, E) and (B, D) to (B, H)."""
-        normed_BRE = F.layer_norm(embedded_BRE, embedded_BRE.shape[-1:]) * self.gain_RE + self.bias_RE
+        normed_BRE = (
+            F.layer_norm(embedded_BRE, embedded_BRE.shape[-1:]) * self.gain_RE + self.bias_RE
+        )
         start_BC = torch.cat([embedded_BRE.flatten(1), dense_BD], dim=1)
         normed_BC = torch.cat([normed_BRE.flatten(1), dense_BD], dim=1)
-        x_BH: Tensor = self.mlp(torch.cat([block(start_BC, normed_BC) for block in self.blocks], dim=1))
+        x_BH: Tensor = self.mlp(
+            torch.cat([block(start_BC, normed_BC) for block in self.blocks], dim=1)
+        )
         return x_BH

@@ -1,4 +1,5 @@
-"""The serving graph: interaction model and serving head. What is exported holds this, the tables and nothing else."""
+"""The serving graph: interaction model and serving head. What is exported holds this, the tables
+and nothing else."""
 
 from __future__ import annotations
 
@@ -13,13 +14,19 @@ from exfm_ray.models.registry import build_backbone
 from exfm_ray.schema import Schema
 
 LOGIT_GAIN = 0.1
-"""Gain of a head's last layer: fresh logits stay near 0, so the first steps learn the label rate and not to undo noise."""
+"""Gain of a head's last layer: fresh logits stay near 0, so the first steps learn the label rate
+and not to undo noise."""
 
 
 class Head(nn.Module):
     """ReLU layers of `widths`, then a linear layer to `outputs` logits."""
 
-    def __init__(self, inputs: int, widths: Sequence[int], outputs: int) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        widths: Sequence[int],
+        outputs: int,
+    ) -> None:
         super().__init__()
         self.mlp = mlp_to(inputs, widths, outputs, gain=LOGIT_GAIN)
 
@@ -32,9 +39,16 @@ class Head(nn.Module):
 class Network(nn.Module):
     """An interaction model and a linear serving head with one output per task."""
 
-    def __init__(self, config: ModelConfig, schema: Schema, tasks: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        schema: Schema,
+        tasks: int,
+    ) -> None:
         super().__init__()
-        self.backbone = build_backbone(config, Layout.from_config(config, schema).inputs(len(schema.dense)))
+        self.backbone = build_backbone(
+            config, Layout.from_config(config, schema).inputs(len(schema.dense))
+        )
         self.head = Head(self.backbone.out_features, (), tasks)
 
     def forward(self, embedded_BRE: Tensor, dense_BD: Tensor) -> Tensor:
@@ -48,7 +62,13 @@ class Network(nn.Module):
         return x_BH
 
 
-def build_network(config: ModelConfig, schema: Schema, tasks: int, seed: int) -> Network:
-    """A fresh network whose weights depend on `seed` only; torch's own generator is left as it was."""
+def build_network(
+    config: ModelConfig,
+    schema: Schema,
+    tasks: int,
+    seed: int,
+) -> Network:
+    """A fresh network whose weights depend on `seed` only; torch's own generator is left as it
+    was."""
     with seeded(seed):
         return Network(config, schema, tasks)

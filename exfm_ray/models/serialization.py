@@ -1,7 +1,9 @@
-"""A model at rest: safetensors and JSON, hashed, never a pickle. FM snapshots and exported VMs have this one form.
+"""A model at rest: safetensors and JSON, hashed, never a pickle. FM snapshots and exported VMs have
+this one form.
 
-<folder>/tables.0000.safetensors   one file a worker: its rows of every table, keyed `table@first_row`
-<folder>/momentum.0000.safetensors where it is asked for, the rows' Adagrad state, in the same form
+<folder>/tables.0000.safetensors   one file a worker: its rows of every table, keyed
+`table@first_row` <folder>/momentum.0000.safetensors where it is asked for, the rows' Adagrad state,
+in the same form
 <folder>/dense.safetensors         the serving network
 <folder>/history.safetensors       of an exported arm with +history: what it reads of each user (`models.past`)
 <folder>/model.json                written last: network, schema, tasks, hashes of the files, what the writer adds
@@ -27,18 +29,28 @@ from exfm_ray.errors import UserError
 from exfm_ray.models.embeddings import LocalTables
 from exfm_ray.models.network import Network
 from exfm_ray.schema import Schema
-from exfm_ray.storage.atomic import atomic_path, read_json, remove_tree, sha256, write_json, write_text
+from exfm_ray.storage.atomic import (
+    atomic_path,
+    read_json,
+    remove_tree,
+    sha256,
+    write_json,
+    write_text,
+)
 from exfm_ray.storage.cache import local_copy, verify_sha256
 from exfm_ray.storage.remote import AnyPath
 
 MANIFEST = "model.json"
 HASH = ".sha256"
 """Beside a remote file while its model is written: its hash."""
-TABLES, MOMENTUM, DENSE = "tables", "momentum", "dense.safetensors"
+TABLES = "tables"
+MOMENTUM = "momentum"
+DENSE = "dense.safetensors"
 
 
 class StoredModel(FrozenModel):
-    """The manifest. `facts` is what the writer says of the model: teacher and version, or VM, arm and windows learnt."""
+    """The manifest. `facts` is what the writer says of the model: teacher and version, or VM, arm
+    and windows learnt."""
 
     network: ModelConfig
     example: Schema
@@ -56,7 +68,11 @@ class StoredModel(FrozenModel):
         """The schema of the stream: the example's without a history."""
         told = self.example.model_dump()
         kept = len(told["dense"]) - self.remembered
-        return Schema.model_validate(told | {"dense": told["dense"][:kept]}) if self.remembered else self.example
+        return (
+            Schema.model_validate(told | {"dense": told["dense"][:kept]})
+            if self.remembered
+            else self.example
+        )
 
 
 class LocalModel(nn.Module):
@@ -67,7 +83,13 @@ class LocalModel(nn.Module):
         self.tables = tables
         self.network = network
 
-    def forward(self, sparse_BS: Tensor, bag_values_V: Tensor, bag_lengths_MB: Tensor, dense_BD: Tensor) -> Tensor:
+    def forward(
+        self,
+        sparse_BS: Tensor,
+        bag_values_V: Tensor,
+        bag_lengths_MB: Tensor,
+        dense_BD: Tensor,
+    ) -> Tensor:
         """Logits_BT, float32."""
         embedded_BRE = self.tables.embed(sparse_BS, bag_values_V, bag_lengths_MB)
         logits_BT: Tensor = self.network(embedded_BRE, dense_BD).float()
@@ -76,23 +98,31 @@ class LocalModel(nn.Module):
     @torch.inference_mode()
     def score(self, batch: Batch) -> Tensor:
         """Probabilities_BT, float32."""
-        return torch.sigmoid(self(batch.sparse_BS, batch.bag_values_V, batch.bag_lengths_MB, batch.dense_BD))
+        return torch.sigmoid(
+            self(batch.sparse_BS, batch.bag_values_V, batch.bag_lengths_MB, batch.dense_BD)
+        )
 
 
 def remove_model(folder: AnyPath) -> None:
-    """Remove what is stored in a folder, its manifest first, before anything is written there anew: a file of a writer that was killed, or
-    had more workers, would get into the new model."""
+    """Remove what is stored in a folder, its manifest first, before anything is written there anew:
+    a file of a writer that was killed, or had more workers, would get into the new model."""
     (folder / MANIFEST).unlink(missing_ok=True)
     remove_tree(folder)
 
 
-def write_tables(folder: AnyPath, rank: int, shards: Mapping[str, Tensor], kind: str = TABLES) -> None:
+def write_tables(
+    folder: AnyPath,
+    rank: int,
+    shards: Mapping[str, Tensor],
+    kind: str = TABLES,
+) -> None:
     """Write one worker's rows of the tables, or another `kind` of numbers about its rows."""
     _write(folder / f"{kind}.{rank:04d}.safetensors", shards)
 
 
 def table_parts(folder: AnyPath, kind: str = TABLES) -> Iterator[tuple[str, int, Tensor]]:
-    """What `write_tables` wrote of a stored model: table, first row, rows; one file at a time, hashes not checked."""
+    """What `write_tables` wrote of a stored model: table, first row, rows; one file at a time,
+    hashes not checked."""
     for name, hashed in sorted(read_manifest(folder).files.items()):
         if name.startswith(f"{kind}."):
             for key, rows in load_file(local_copy(folder / name, hashed)).items():
@@ -105,13 +135,22 @@ def whole_tables(folder: AnyPath, kind: str = TABLES) -> dict[str, Tensor]:
     parts: dict[str, list[tuple[int, Tensor]]] = {}
     for table, first_row, rows in table_parts(folder, kind):
         parts.setdefault(table, []).append((first_row, rows))
-    return {name: torch.cat([rows for _, rows in sorted(p, key=lambda part: part[0])]) for name, p in parts.items()}
+    return {
+        name: torch.cat([rows for _, rows in sorted(p, key=lambda part: part[0])])
+        for name, p in parts.items()
+    }
 
 
 def commit_model(
-    folder: AnyPath, network: ModelConfig, schema: Schema, tasks: tuple[str, ...], dense: Mapping[str, Tensor], facts: dict[str, Any]
+    folder: AnyPath,
+    network: ModelConfig,
+    schema: Schema,
+    tasks: tuple[str, ...],
+    dense: Mapping[str, Tensor],
+    facts: dict[str, Any],
 ) -> None:
-    """Write the network, hash all files of the folder, write the manifest: from now on the model is there.
+    """Write the network, hash all files of the folder, write the manifest: from now on the model is
+    there.
 
     Args:
         dense: the serving network's state dict.
@@ -147,17 +186,22 @@ def read_manifest(folder: AnyPath) -> StoredModel:
     try:
         return StoredModel.model_validate(read_json(folder / MANIFEST))
     except ValidationError as error:
-        raise UserError(f"{folder / MANIFEST}: not a model manifest ({error.errors()[0]['msg']})") from None
+        raise UserError(
+            f"{folder / MANIFEST}: not a model manifest ({error.errors()[0]['msg']})"
+        ) from None
 
 
 def checked_manifest(folder: AnyPath) -> StoredModel:
-    """The manifest of a stored model whose files have the hashes that it names; UserError for a damaged one."""
+    """The manifest of a stored model whose files have the hashes that it names; UserError for a
+    damaged one."""
     manifest = read_manifest(folder)
     if DENSE not in manifest.files:
         raise UserError(f"{folder / MANIFEST}: names no {DENSE}; this model is damaged")
     for name, expected in manifest.files.items():
         if PurePath(name).name != name or not verify_sha256(folder / name, expected):
-            raise UserError(f"{folder / name}: missing or not the file that {MANIFEST} describes; this model is damaged")
+            raise UserError(
+                f"{folder / name}: missing or not the file that {MANIFEST} describes; this model is damaged"
+            )
     return manifest
 
 
@@ -168,7 +212,9 @@ def load_network(folder: AnyPath, manifest: StoredModel) -> Network:
         network.load_state_dict(load_file(local_copy(folder / DENSE, manifest.files[DENSE])))
     except RuntimeError as error:  # names or shapes of other weights
         told = str(error).splitlines()[1:2] or [str(error)]
-        raise UserError(f"{folder / MANIFEST}: describes another network than {DENSE} holds ({told[0].strip()}); this model is damaged") from None
+        raise UserError(
+            f"{folder / MANIFEST}: describes another network than {DENSE} holds ({told[0].strip()}); this model is damaged"
+        ) from None
     return network
 
 
@@ -179,21 +225,36 @@ def load_model(folder: AnyPath) -> tuple[LocalModel, StoredModel]:
     try:
         tables.load_tables(whole_tables(folder))
     except ValueError as error:
-        raise UserError(f"{folder / MANIFEST}: its files of tables are not all there is ({error}); this model is damaged") from None
+        raise UserError(
+            f"{folder / MANIFEST}: its files of tables are not all there is ({error}); this model is damaged"
+        ) from None
     return LocalModel(tables, load_network(folder, manifest)).eval(), manifest
 
 
-def load_rows(folder: AnyPath, manifest: StoredModel, rows: Mapping[str, range]) -> dict[str, Tensor]:
-    """Some consecutive rows of each table, (rows, width of the table): only they are read from the disk."""
+def load_rows(
+    folder: AnyPath,
+    manifest: StoredModel,
+    rows: Mapping[str, range],
+) -> dict[str, Tensor]:
+    """Some consecutive rows of each table, (rows, width of the table): only they are read from the
+    disk."""
     parts: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in rows}
     for file in (name for name in sorted(manifest.files) if name.startswith(f"{TABLES}.")):
         with safe_open(local_copy(folder / file, manifest.files[file]), framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
                 name, _, first = key.rpartition("@")
                 held = handle.get_slice(key)
-                start, stop = (min(max(row - int(first), 0), held.get_shape()[0]) for row in (rows[name].start, rows[name].stop))
+                start, stop = (
+                    min(max(row - int(first), 0), held.get_shape()[0])
+                    for row in (rows[name].start, rows[name].stop)
+                )
                 parts[name].append((int(first), held[start:stop]))
     for name, wanted in rows.items():
         if sum(len(part) for _, part in parts[name]) != len(wanted):
-            raise UserError(f"{folder / MANIFEST}: its files of tables lack rows of '{name}'; this model is damaged")
-    return {name: torch.cat([part for _, part in sorted(p, key=lambda item: item[0])]) for name, p in parts.items()}
+            raise UserError(
+                f"{folder / MANIFEST}: its files of tables lack rows of '{name}'; this model is damaged"
+            )
+    return {
+        name: torch.cat([part for _, part in sorted(p, key=lambda item: item[0])])
+        for name, p in parts.items()
+    }

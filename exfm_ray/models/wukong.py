@@ -1,4 +1,5 @@
-"""Wukong (arXiv 2403.02545): stacked factorization machines whose interaction order doubles with every layer.
+"""Wukong (arXiv 2403.02545): stacked factorization machines whose interaction order doubles with
+every layer.
 
     X' = LN( concat( FMB(X), LCB(X) ) + R(X) )            X (n, E) to X' (n_F + n_L, E), LN over E
     FMB(X) = reshape( MLP( LN( flatten( FM(X) ) ) ) )     n_F rows
@@ -6,9 +7,11 @@
     LCB(X) = W X                                          n_L rows, W (n_L, n), no bias
     R(X)   = X where n = n_F + n_L, otherwise P X         P (n_F + n_L, n)
 
-Y is a parameter ("learnable"), or MLP(LN(flatten(W X))) with W of few rows ("attentive"), or left out: X X^T ("plain").
+Y is a parameter ("learnable"), or MLP(LN(flatten(W X))) with W of few rows ("attentive"), or left
+out: X X^T ("plain").
 
-Shape suffixes beside those of `exfm_ray.data.batch`: N rows in, O = n_F + n_L rows out, K columns of FM(X), H features out.
+Shape suffixes beside those of `exfm_ray.data.batch`: N rows in, O = n_F + n_L rows out, K columns
+of FM(X), H features out.
 """
 
 from __future__ import annotations
@@ -22,12 +25,13 @@ from exfm_ray.models.layers import fan_in_normal_, linear, mlp_to, relu_mlp, wid
 from exfm_ray.models.layout import Inputs
 
 EPSILON = 1e-12
-"""Of the layer norms inside FMB. FM(X) is quadratic in embeddings that start small: at a standard deviation of 0.01 its
-variance is about 3e-7, which torch's own 1e-5 would hide."""
+"""Of the layer norms inside FMB. FM(X) is quadratic in embeddings that start small: at a standard
+deviation of 0.01 its variance is about 3e-7, which torch's own 1e-5 would hide."""
 
 
 class RowMix(nn.Module):
-    """Linear combinations of the rows, W X, without bias; `weight` is (rows out, rows in): the fan-in is its last axis."""
+    """Linear combinations of the rows, W X, without bias; `weight` is (rows out, rows in): the
+    fan-in is its last axis."""
 
     def __init__(self, rows_in: int, rows_out: int) -> None:
         super().__init__()
@@ -35,21 +39,29 @@ class RowMix(nn.Module):
 
     def forward(self, x_BNE: Tensor) -> Tensor:
         """(B, N, E) to (B, rows out, E)."""
-        # torch.matmul would make one product of the batch and transpose X for it: on a CPU the whole model is 1.1 to 1.3 times slower.
+        # torch.matmul would make one product of the batch and transpose X for it: on a CPU the
+        # whole model is 1.1 to 1.3 times slower.
         return torch.bmm(self.weight.expand(x_BNE.shape[0], -1, -1), x_BNE)
 
 
 class AttentiveProjection(nn.Module):
-    """Y^T X for a Y that is computed from the example, MLP(LN(flatten(W X))) with W (`attentive_rows`, n)."""
+    """Y^T X for a Y that is computed from the example, MLP(LN(flatten(W X))) with W
+    (`attentive_rows`, n)."""
 
-    def __init__(self, config: WukongConfig, rows: int, columns: int) -> None:
+    def __init__(
+        self,
+        config: WukongConfig,
+        rows: int,
+        columns: int,
+    ) -> None:
         super().__init__()
         compressed = min(config.attentive_rows, rows)
         width = compressed * config.dim
         self.compress = RowMix(rows, compressed)
         self.norm = nn.LayerNorm(width, EPSILON)
-        # Y starts at the scale of RowMix's weight, 1 / sqrt(n), for norm and ReLU layers put out a second moment of 1. Half of
-        # its variance is a bias, alike for all examples: without it gradients grow fivefold from 2 to 16 layers.
+        # Y starts at the scale of RowMix's weight, 1 / sqrt(n), for norm and ReLU layers put out a
+        # second moment of 1. Half of its variance is a bias, alike for all examples: without it
+        # gradients grow fivefold from 2 to 16 layers.
         scale = (2 * rows) ** -0.5
         last = linear(width_out(width, config.attentive_mlp), rows * columns, scale)
         nn.init.normal_(last.bias, std=scale)
@@ -63,14 +75,17 @@ class AttentiveProjection(nn.Module):
 
 
 class FactorizationMachineBlock(nn.Module):
-    """FMB: FM, layer norm, MLP, n_F rows. `project` maps X to Y^T X, or to X itself where the FM is plain."""
+    """FMB: FM, layer norm, MLP, n_F rows. `project` maps X to Y^T X, or to X itself where the FM is
+    plain."""
 
     def __init__(self, config: WukongConfig, rows: int) -> None:
         super().__init__()
         columns = rows if config.projection == "plain" else min(config.k, rows)
         self.project = projection(config, rows, columns)
         self.norm = nn.LayerNorm(rows * columns, EPSILON)
-        self.mlp = mlp_to(rows * columns, config.fmb_mlp, config.n_F * config.dim, dropout=config.dropout)
+        self.mlp = mlp_to(
+            rows * columns, config.fmb_mlp, config.n_F * config.dim, dropout=config.dropout
+        )
         self.shape = (config.n_F, config.dim)
 
     def forward(self, x_BNE: Tensor) -> Tensor:
@@ -80,11 +95,19 @@ class FactorizationMachineBlock(nn.Module):
         return rows.view(-1, *self.shape)
 
 
-def projection(config: WukongConfig, rows: int, columns: int) -> nn.Module:
+def projection(
+    config: WukongConfig,
+    rows: int,
+    columns: int,
+) -> nn.Module:
     """The module of `config.projection` for (B, N, E) to (B, K, E)."""
     if config.projection == "learnable":
         return RowMix(rows, columns)
-    return AttentiveProjection(config, rows, columns) if config.projection == "attentive" else nn.Identity()
+    return (
+        AttentiveProjection(config, rows, columns)
+        if config.projection == "attentive"
+        else nn.Identity()
+    )
 
 
 class WukongLayer(nn.Module):
@@ -106,19 +129,28 @@ class WukongLayer(nn.Module):
 
 
 class Wukong(Backbone):
-    """l layers over the embedded features and `dense_rows` rows made of the dense features; then flatten and MLP."""
+    """l layers over the embedded features and `dense_rows` rows made of the dense features; then
+    flatten and MLP."""
 
     def __init__(self, config: WukongConfig, inputs: Inputs) -> None:
         super().__init__()
         dense = inputs.dense
-        rows, out = inputs.rows + (config.dense_rows if dense else 0), config.n_F + config.n_L
+        rows = inputs.rows + (config.dense_rows if dense else 0)
+        out = config.n_F + config.n_L
         if config.n_F and config.projection != "plain" and config.k > rows:
-            raise ValueError(f"model.k is {config.k}, above the {rows} rows of the input: the projection compresses rows, set k to {rows} or less")
+            raise ValueError(
+                f"model.k is {config.k}, above the {rows} rows of the input: the projection compresses rows, set k to {rows} or less"
+            )
         size = config.dense_rows * config.dim
-        # The layer norm inside FMB spans all rows: rows of dense features start at the scale of the embeddings, or they drown them.
-        self.dense = mlp_to(dense, (size,), size, config.init_std, config.dropout) if dense else None
+        # The layer norm inside FMB spans all rows: rows of dense features start at the scale of the
+        # embeddings, or they drown them.
+        self.dense = (
+            mlp_to(dense, (size,), size, config.init_std, config.dropout) if dense else None
+        )
         self.dense_shape = (config.dense_rows, config.dim)
-        self.layers = nn.Sequential(*(WukongLayer(config, n) for n in (rows, *[out] * (config.l - 1))))
+        self.layers = nn.Sequential(
+            *(WukongLayer(config, n) for n in (rows, *[out] * (config.l - 1)))
+        )
         self.mlp = relu_mlp(out * config.dim, config.mlp, config.dropout)
         self.out_features = width_out(out * config.dim, config.mlp)
 

@@ -26,8 +26,13 @@ def prepare_stream(config: Config) -> EventStream:
         stream = prepare(config)
         check_models(config, stream.schema)
         return stream
-    embedded, done = config.data.synthetic, 0
-    total = embedded.windows * embedded.events_per_window if config.data.source == "synthetic" else config.data.max_rows
+    embedded = config.data.synthetic
+    done = 0
+    total = (
+        embedded.windows * embedded.events_per_window
+        if config.data.source == "synthetic"
+        else config.data.max_rows
+    )
     with ProgressView({"prepare": total}) as view:
 
         def progress(window: int, rows: int) -> None:
@@ -36,7 +41,9 @@ def prepare_stream(config: Config) -> EventStream:
             view.update({"prepare": (window, done)})
 
         stream = prepare(config, progress, lambda schema: check_models(config, schema))
-    check_models(config, stream.schema)  # once more, where the stream was there already and its raw data are not
+    check_models(
+        config, stream.schema
+    )  # once more, where the stream was there already and its raw data are not
     return stream
 
 
@@ -66,10 +73,19 @@ def check_models(config: Config, schema: Schema) -> None:
     check_sharing(config, schema)
     check_history(config, schema)
     for i, student in enumerate(config.vm.models):
-        _check_sizes(f"vm.models.{i}.model" if student.model else "vm.model", student.model or config.vm.model, schema)
+        _check_sizes(
+            f"vm.models.{i}.model" if student.model else "vm.model",
+            student.model or config.vm.model,
+            schema,
+        )
 
 
-def _check_student(setting: str, student: StudentConfig, config: Config, schema: Schema) -> None:
+def _check_student(
+    setting: str,
+    student: StudentConfig,
+    config: Config,
+    schema: Schema,
+) -> None:
     try:
         schema.domain_index(student.domain)
     except ValueError as error:
@@ -80,23 +96,40 @@ def _check_student(setting: str, student: StudentConfig, config: Config, schema:
         except ValueError as error:
             raise UserError(f"setting '{setting}.task': {error}") from None
         taught = _taught(config, schema, student.teacher)
-        if any(arm.uses_supervision for arm in config.vm.arms) and taught is not None and task not in taught:
+        if (
+            any(arm.uses_supervision for arm in config.vm.arms)
+            and taught is not None
+            and task not in taught
+        ):
             of = f"the tasks of '{student.teacher}'" if student.teacher else "fm.tasks"
-            raise UserError(f"setting '{setting}.task': '{task}' is none of {of}, so '{student.name}' would have no teacher for it")
+            raise UserError(
+                f"setting '{setting}.task': '{task}' is none of {of}, so '{student.name}' would have no teacher for it"
+            )
 
 
-def _taught(config: Config, schema: Schema, teacher: str | None) -> tuple[str, ...] | None:
+def _taught(
+    config: Config,
+    schema: Schema,
+    teacher: str | None,
+) -> tuple[str, ...] | None:
     """The tasks that a teacher predicts; None for another run's, whose snapshots will tell."""
     if teacher in (None, config.fm.name):
         return fm_tasks(config, schema)
     return next((student.tasks for student in config.vm.models if student.name == teacher), None)
 
 
-def _check_sizes(setting: str, model: ModelConfig, schema: Schema) -> None:
-    """Build the network without memory for it: sizes that do not fit are found before any worker starts."""
+def _check_sizes(
+    setting: str,
+    model: ModelConfig,
+    schema: Schema,
+) -> None:
+    """Build the network without memory for it: sizes that do not fit are found before any worker
+    starts."""
     if model.dim % TABLE_DIM_MULTIPLE:
         up = -(-model.dim // TABLE_DIM_MULTIPLE) * TABLE_DIM_MULTIPLE
-        raise UserError(f"setting '{setting}.dim' is {model.dim}: fbgemm's tables take multiples of {TABLE_DIM_MULTIPLE}; set it to {up}")
+        raise UserError(
+            f"setting '{setting}.dim' is {model.dim}: fbgemm's tables take multiples of {TABLE_DIM_MULTIPLE}; set it to {up}"
+        )
     try:
         with torch.device("meta"):
             Network(model, schema, tasks=1)

@@ -1,4 +1,5 @@
-"""summary.json: a run's figures over all evaluated windows after the warm-up, the arms against each other."""
+"""summary.json: a run's figures over all evaluated windows after the warm-up, the arms against each
+other."""
 
 from __future__ import annotations
 
@@ -25,32 +26,51 @@ ORACLE = "truth"
 TRUTH_LOGIT_LIMIT = 1e-12
 
 
-def summary_rows(config: Config, stream: EventStream, results: Iterable[JobResult]) -> list[dict[str, Any]]:
-    """One row for each model, arm, domain and task, with ne_gain and transfer_ratio for the arms of a VM."""
+def summary_rows(
+    config: Config,
+    stream: EventStream,
+    results: Iterable[JobResult],
+) -> list[dict[str, Any]]:
+    """One row for each model, arm, domain and task, with ne_gain and transfer_ratio for the arms of
+    a VM."""
     states: dict[Key, MetricState] = {}
     for result in results:
         states |= result.states
     windows = stream.windows()
     best = oracle_ne(stream, [w for w in windows if w >= config.metrics.warmup_windows])
     ne = {key: state.figures()["ne"] for key, state in states.items()}
-    models, arms = list(dict.fromkeys(key[0] for key in states)), [FM_ARM, *config.vm.arms]
+    models = list(dict.fromkeys(key[0] for key in states))
+    arms = [FM_ARM, *config.vm.arms]
     rows = []
     for key in sorted(states, key=lambda key: (models.index(key[0]), arms.index(key[1]))):
         (model, arm, domain, task), state = key, states[key]
         role = "fm" if arm == FM_ARM else "vm"
-        row: dict[str, Any] = {"role": role, **describe(key), "seed": config.seed, **state.figures(), "best_ne": best.get((domain, task))}
-        row["snapshot"] = supervising_version(key, windows[-1] + 1, SnapshotPolicy.from_config(config.das)) if windows else None
+        row: dict[str, Any] = {
+            "role": role,
+            **describe(key),
+            "seed": config.seed,
+            **state.figures(),
+            "best_ne": best.get((domain, task)),
+        }
+        row["snapshot"] = (
+            supervising_version(key, windows[-1] + 1, SnapshotPolicy.from_config(config.das))
+            if windows
+            else None
+        )
         if role == "vm":
             labels = ne.get((model, LABELS, domain, task))
             row["ne_gain"] = ne_gain(ne[key], labels)
             row["fm_ne_gain"] = ne_gain(ne.get((config.fm.name, FM_ARM, domain, task)), labels)
-            row["transfer_ratio"] = transfer_ratio(row["ne_gain"], row["fm_ne_gain"]) if arm != LABELS else None
+            row["transfer_ratio"] = (
+                transfer_ratio(row["ne_gain"], row["fm_ne_gain"]) if arm != LABELS else None
+            )
         rows.append(row)
     return rows
 
 
 def oracle_ne(stream: EventStream, windows: Sequence[int]) -> dict[tuple[str, str], float]:
-    """(domain, task) -> NE of the true probabilities, where the stream's maker wrote them down; empty otherwise."""
+    """(domain, task) -> NE of the true probabilities, where the stream's maker wrote them down;
+    empty otherwise."""
     totals: dict[tuple[str, str], MetricState] = {}
     for window in windows:
         truth = stream.root / ORACLE / f"{window_name(window)}.parquet"
@@ -61,18 +81,32 @@ def oracle_ne(stream: EventStream, windows: Sequence[int]) -> dict[tuple[str, st
     return {key: ne for key, ne in figures.items() if ne is not None}
 
 
-def _truth_states(stream: EventStream, window: int, path: AnyPath) -> Mapping[tuple[str, str], MetricState]:
-    schema, truth = stream.schema, pq.read_table(parquet_source(path), partitioning=None)
+def _truth_states(
+    stream: EventStream,
+    window: int,
+    path: AnyPath,
+) -> Mapping[tuple[str, str], MetricState]:
+    schema = stream.schema
+    truth = pq.read_table(parquet_source(path), partitioning=None)
     tasks = [task for task in schema.tasks if is_released(stream, window, (task,))]
-    tables = [with_released_labels(stream, window, fragment, tasks, ["domain", "labels"]) for fragment in stream.window(window).fragments]
+    tables = [
+        with_released_labels(stream, window, fragment, tasks, ["domain", "labels"])
+        for fragment in stream.window(window).fragments
+    ]
     domain_N = np.concatenate([table["domain"].to_numpy() for table in tables])
-    labels_NT = np.concatenate([list_values(table["labels"], len(schema.tasks)) for table in tables])
+    labels_NT = np.concatenate(
+        [list_values(table["labels"], len(schema.tasks)) for table in tables]
+    )
     states = {}
     for i, task in ((schema.task_index(task), task) for task in tasks):
-        p_N = np.clip(truth[task].to_numpy().astype(np.float64), TRUTH_LOGIT_LIMIT, 1 - TRUTH_LOGIT_LIMIT)
+        p_N = np.clip(
+            truth[task].to_numpy().astype(np.float64), TRUTH_LOGIT_LIMIT, 1 - TRUTH_LOGIT_LIMIT
+        )
         logits_N = np.log(p_N) - np.log1p(-p_N)
         states[ALL_DOMAINS, task] = MetricState.from_logits(logits_N, labels_NT[:, i])
         for index in np.unique(domain_N) if len(schema.domains) > 1 else ():
             chosen = domain_N == index
-            states[schema.domains[index], task] = MetricState.from_logits(logits_N[chosen], labels_NT[chosen, i])
+            states[schema.domains[index], task] = MetricState.from_logits(
+                logits_N[chosen], labels_NT[chosen, i]
+            )
     return states

@@ -6,14 +6,16 @@ import psutil
 
 
 class MemoryMeter:
-    """Peak memory of this process and all its descendants, in bytes: their own pages, and the largest shared part once."""
+    """Peak memory of this process and all its descendants, in bytes: their own pages, and the
+    largest shared part once."""
 
     def __init__(self) -> None:
         self.peak = 0
 
     def sample(self) -> None:
         """Measure now."""
-        own, shared = 0, 0
+        own = 0
+        shared = 0
         me = psutil.Process()
         for process in [me, *me.children(recursive=True)]:
             try:

@@ -12,16 +12,29 @@ DATA_CPUS = 2
 
 
 def missing_resources(config: Config, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a run will wait for, in words: CPUs, or nodes with the labels of `placement`. `nodes`: the living ones, of `ray.nodes()`."""
-    asked, there = logical_cpus(config), _cpus(nodes)
-    found = [f"the cluster has {there:g} CPUs and this run asks for {asked}: it waits until nodes join"] if there < asked else []
+    """What a run will wait for, in words: CPUs, or nodes with the labels of `placement`. `nodes`:
+    the living ones, of `ray.nodes()`."""
+    asked = logical_cpus(config)
+    there = _cpus(nodes)
+    found = (
+        [f"the cluster has {there:g} CPUs and this run asks for {asked}: it waits until nodes join"]
+        if there < asked
+        else []
+    )
     for role, labels in config.placement:
         fitting = [node for node in nodes if labels.items() <= node["Labels"].items()]
-        needs, given = role_cpus(config)[role], _cpus(fitting)
+        needs = role_cpus(config)[role]
+        given = _cpus(fitting)
         if labels and given < needs:
-            those = f"the nodes with {_written(labels)} have {given:g} CPUs" if fitting else f"no node has {_written(labels)}"
+            those = (
+                f"the nodes with {_written(labels)} have {given:g} CPUs"
+                if fitting
+                else f"no node has {_written(labels)}"
+            )
             wanted = "1 CPU is" if needs == 1 else f"{needs} CPUs are"
-            found.append(f"setting 'placement.{role}': {those}, {wanted} asked for; what is to run there waits until such nodes join")
+            found.append(
+                f"setting 'placement.{role}': {those}, {wanted} asked for; what is to run there waits until such nodes join"
+            )
     return found
 
 
@@ -44,4 +57,7 @@ def role_cpus(config: Config) -> dict[str, int]:
 
 def logical_cpus(config: Config) -> int:
     """CPUs that the roles, or a sweep's trials, ask for, and some for Ray Data."""
-    return max(sum(role_cpus(config).values()), (config.tune.max_concurrent if config.tune else 0) + DATA_CPUS)
+    return max(
+        sum(role_cpus(config).values()),
+        (config.tune.max_concurrent if config.tune else 0) + DATA_CPUS,
+    )

@@ -30,8 +30,8 @@ CONNECT_S = 5.0
 
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Connect to RAY_ADDRESS, if set, or start Ray here with enough logical CPUs for every role side by side. A session
-    that is open already is used as it is."""
+    """Connect to RAY_ADDRESS, if set, or start Ray here with enough logical CPUs for every role
+    side by side. A session that is open already is used as it is."""
     if ray.is_initialized():
         yield
         return
@@ -41,14 +41,23 @@ def ray_session(config: Config) -> Iterator[None]:
     options: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
         _check_one_machine(config)
-        options = {"address": "local", "num_cpus": max(logical_cpus(config), os.cpu_count() or 1), "include_dashboard": False}
-        # Workers inherit the environment; a runtime_env would make Ray throw away the workers that it starts ahead.
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        options = {
+            "address": "local",
+            "num_cpus": max(logical_cpus(config), os.cpu_count() or 1),
+            "include_dashboard": False,
+        }
+        # Workers inherit the environment; a runtime_env would make Ray throw away the workers that
+        # it starts ahead.
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])
+        )
     try:
         if not options:
             _check_reachable()
         with _stderr_to(logs / "driver.log"):  # Ray's C++ core does not log, it prints
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+            ray.init(
+                log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options
+            )
     except (OSError, RuntimeError, ValueError) as error:
         if options:
             raise
@@ -78,17 +87,25 @@ def _check_one_machine(config: Config) -> None:
 
 @contextmanager
 def running_ray() -> Iterator[None]:
-    """Connect to a Ray that runs already: RAY_ADDRESS, else the one that `ray start` has started on this machine. UserError without any."""
+    """Connect to a Ray that runs already: RAY_ADDRESS, else the one that `ray start` has started on
+    this machine. UserError without any."""
     if ray.is_initialized():
         yield
         return
     try:
         _check_reachable()
         with _stderr_to(Path(os.devnull)):
-            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+            ray.init(
+                address="auto",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+            )
     except (OSError, RuntimeError, ValueError) as error:
         told = str(error).strip().splitlines()[0]
-        raise UserError(f"no running Ray to connect to ({told}); set RAY_ADDRESS, or start one here with `ray start --head`") from None
+        raise UserError(
+            f"no running Ray to connect to ({told}); set RAY_ADDRESS, or start one here with `ray start --head`"
+        ) from None
     restrict_token_file()
     try:
         yield
@@ -104,7 +121,8 @@ def _check_reachable() -> None:
 
 
 def _check_cluster(config: Config) -> None:
-    """Say what the run will wait for; UserError where one of the cluster's nodes does not see the run's folder."""
+    """Say what the run will wait for; UserError where one of the cluster's nodes does not see the
+    run's folder."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     for line in missing_resources(config, nodes):
         print(line, file=sys.stderr)
@@ -113,12 +131,24 @@ def _check_cluster(config: Config) -> None:
     marker = config.folder / "logs" / f"seen-{uuid.uuid4().hex}"
     marker.touch()
     try:
-        tasks = [ray.remote(_exists).options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], False)) for n in others]
+        tasks = [
+            ray.remote(_exists).options(
+                num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], False)
+            )
+            for n in others
+        ]
         where = ", ".join(node["NodeManagerAddress"] for node in others)
-        seen = get_with_timeout([task.remote(marker) for task in tasks], "the run", f"the nodes {where} to look for {config.folder}", NODES_S)
+        seen = get_with_timeout(
+            [task.remote(marker) for task in tasks],
+            "the run",
+            f"the nodes {where} to look for {config.folder}",
+            NODES_S,
+        )
     finally:
         marker.unlink()
-    blind = [node["NodeManagerAddress"] for node, sees in zip(others, seen, strict=True) if not sees]
+    blind = [
+        node["NodeManagerAddress"] for node, sees in zip(others, seen, strict=True) if not sees
+    ]
     if blind:
         raise UserError(
             f"{config.folder}: {', '.join(blind)} does not see this folder; put run.dir, or EXFM_HOME, on a file system that all nodes share"
@@ -127,16 +157,6 @@ def _check_cluster(config: Config) -> None:
 
 def _exists(path: Path) -> bool:
     return path.exists()
-
-
-
-
-
-
-
-
-
-
 
 
 def _log_to(path: Path) -> None:
@@ -182,7 +202,10 @@ def user_error(error: BaseException) -> UserError | None:
         if isinstance(current, UserError) and not isinstance(current, RayTaskError):
             return current
         failures = getattr(current, "worker_failures", {})
-        waiting += [getattr(current, "cause", None), current.__cause__, current.__context__, *failures.values()]
+        waiting += [
+            getattr(current, "cause", None),
+            current.__cause__,
+            current.__context__,
+            *failures.values(),
+        ]
     return None
-
-

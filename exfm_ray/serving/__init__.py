@@ -1,1 +1,2 @@
-"""Students as they are served: one graph from table rows to probabilities, in files that need nothing of this project."""
+"""Students as they are served: one graph from table rows to probabilities, in files that need
+nothing of this project."""

@@ -28,11 +28,13 @@ from exfm_ray.models.user_features import HISTORY, UserFeatures
 from exfm_ray.serving.program import TABLES
 from exfm_ray.storage.atomic import read_json, sha256, write_json
 
-MANIFEST, SCHEMA = "manifest.json", "schema.json"
+MANIFEST = "manifest.json"
+SCHEMA = "schema.json"
 
 
 class TensorSpec(FrozenModel):
-    """An input or the output: sizes are numbers, or the letter of an axis whose size a call chooses."""
+    """An input or the output: sizes are numbers, or the letter of an axis whose size a call
+    chooses."""
 
     name: str
     dtype: str
@@ -40,7 +42,8 @@ class TensorSpec(FrozenModel):
 
 
 class ExportManifest(FrozenModel):
-    """The manifest. `student`: VM, arm, windows learnt and seed; `checked`: rows compared, and file to largest difference."""
+    """The manifest. `student`: VM, arm, windows learnt and seed; `checked`: rows compared, and file
+    to largest difference."""
 
     run: str
     student: dict[str, Any]
@@ -56,7 +59,8 @@ class ExportManifest(FrozenModel):
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`; it takes that name when the block ends without an error and is removed otherwise.
+    """Yield an empty folder beside `folder`; it takes that name when the block ends without an
+    error and is removed otherwise.
 
     Raises:
         UserError: something is there already, or nothing can be made there.
@@ -67,7 +71,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made there ({error.strerror}); choose another folder") from None
+        raise UserError(
+            f"{folder}: cannot be made there ({error.strerror}); choose another folder"
+        ) from None
     try:
         yield temporary
         temporary.replace(folder)
@@ -88,17 +94,24 @@ def read_tables(folder: Path, manifest: ExportManifest) -> dict[str, Tensor]:
 
 
 def read_past(folder: Path, manifest: ExportManifest) -> UserFeatures | None:
-    """The feature store of a served folder, where its arm has one; UserError where the file is not the manifest's."""
+    """The feature store of a served folder, where its arm has one; UserError where the file is not
+    the manifest's."""
     if HISTORY not in manifest.files:
         return None
     check_file(folder, HISTORY, manifest.files)
     return UserFeatures.read(folder)
 
 
-def check_file(folder: Path, name: str, files: Mapping[str, str]) -> None:
+def check_file(
+    folder: Path,
+    name: str,
+    files: Mapping[str, str],
+) -> None:
     """UserError where a file is missing or has another hash than the manifest says."""
     if not (folder / name).is_file() or sha256(folder / name) != files.get(name):
-        raise UserError(f"{folder / name}: missing or not the file that {MANIFEST} describes; this folder is damaged")
+        raise UserError(
+            f"{folder / name}: missing or not the file that {MANIFEST} describes; this folder is damaged"
+        )
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -116,4 +129,6 @@ def read_served(folder: Path) -> ExportManifest:
     try:
         return ExportManifest.model_validate(read_json(folder / MANIFEST))
     except ValidationError as error:
-        raise UserError(f"{folder / MANIFEST}: not the manifest of a served student ({error.errors()[0]['msg']})") from None
+        raise UserError(
+            f"{folder / MANIFEST}: not the manifest of a served student ({error.errors()[0]['msg']})"
+        ) from None

@@ -1,4 +1,5 @@
-"""schema.json of a served folder: how raw values become the graph's inputs, told so that another language can do it."""
+"""schema.json of a served folder: how raw values become the graph's inputs, told so that another
+language can do it."""
 
 from __future__ import annotations
 
@@ -15,7 +16,11 @@ from exfm_ray.models.user_features import HISTORY
 from exfm_ray.schema import DOMAIN_FEATURE, Encoding, Schema, SparseFeature
 from exfm_ray.storage.atomic import read_json
 
-EXAMPLES: dict[str, tuple[Any, ...]] = {"text": ("", "a", "café", "12345"), "integer": (0, 12345, -1), "number": (0.0, 0.5)}
+EXAMPLES: dict[str, tuple[Any, ...]] = {
+    "text": ("", "a", "café", "12345"),
+    "integer": (0, 12345, -1),
+    "number": (0.0, 0.5),
+}
 LOOK_UP = "row of feature `key` -> its place in `users` (ascending) -> that row of `inputs`, zeros where it is not there; behind the rest of dense_BD"
 MAPPING = {
     "missing": "row 0 of every table",
@@ -31,8 +36,13 @@ MAPPING = {
 }
 
 
-def served_schema(schema: Schema, stream: EventStream, history: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The content of schema.json: columns of the inputs in order, tables with examples, normalisation after the stream's last window.
+def served_schema(
+    schema: Schema,
+    stream: EventStream,
+    history: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of schema.json: columns of the inputs in order, tables with examples,
+    normalisation after the stream's last window.
 
     `history`: what a stored model says of its own (`StoredModel.facts`), where it has one.
     """
@@ -40,7 +50,10 @@ def served_schema(schema: Schema, stream: EventStream, history: Mapping[str, Any
         "digest": schema.digest,
         "tasks": list(schema.tasks),
         "sparse_BS": [_column(feature) for feature in schema.single],
-        "bags": [{**_column(feature), "kind": str(feature.kind), "max_length": feature.max_length} for feature in schema.bags],
+        "bags": [
+            {**_column(feature), "kind": str(feature.kind), "max_length": feature.max_length}
+            for feature in schema.bags
+        ],
         "dense_BD": _dense(schema, stream),
         "limit": LIMIT,
         "domains": {name: schema.domain_index(name) + 1 for name in schema.domains},
@@ -58,8 +71,15 @@ def _table(feature: SparseFeature) -> dict[str, Any]:
     told: dict[str, Any] = {"rows": feature.rows, "encoding": str(feature.encoding)}
     if feature.encoding is Encoding.INDEX:
         return told
-    rows = {kind: hash_rows(pa.array(values), feature.name, feature.rows).tolist() for kind, values in EXAMPLES.items()}
-    examples = [[kind, value, row] for kind, values in EXAMPLES.items() for value, row in zip(values, rows[kind], strict=True)]
+    rows = {
+        kind: hash_rows(pa.array(values), feature.name, feature.rows).tolist()
+        for kind, values in EXAMPLES.items()
+    }
+    examples = [
+        [kind, value, row]
+        for kind, values in EXAMPLES.items()
+        for value, row in zip(values, rows[kind], strict=True)
+    ]
     return {**told, "salt": f"0x{int(salt(feature.name)):016X}", "examples": examples}
 
 
@@ -69,5 +89,15 @@ def _dense(schema: Schema, stream: EventStream) -> list[dict[str, Any]]:
     moments = read_json(stream.root / "manifest.json").get("dense", {})
     for feature in schema.dense:
         if feature.name not in moments:
-            raise UserError(f"{stream.root / 'manifest.json'}: has no mean and std of dense feature '{feature.name}'; prepare the stream again")
-    return [{"name": f.name, "transform": f.transform, "mean": moments[f.name]["mean"], "std": moments[f.name]["std"]} for f in schema.dense]
+            raise UserError(
+                f"{stream.root / 'manifest.json'}: has no mean and std of dense feature '{feature.name}'; prepare the stream again"
+            )
+    return [
+        {
+            "name": f.name,
+            "transform": f.transform,
+            "mean": moments[f.name]["mean"],
+            "std": moments[f.name]["std"],
+        }
+        for f in schema.dense
+    ]

@@ -1,4 +1,5 @@
-"""Files that are whole or absent: every write goes to a temporary name beside its target and is renamed; a remote file is put in one step."""
+"""Files that are whole or absent: every write goes to a temporary name beside its target and is
+renamed; a remote file is put in one step."""
 
 from __future__ import annotations
 
@@ -19,15 +20,17 @@ from exfm_ray.storage.remote import AnyPath, RemotePath
 
 @contextmanager
 def atomic_path(path: AnyPath) -> Iterator[Path]:
-    """Yield a temporary path in `path`'s folder; rename it to `path` when the block ends without an error. Of a remote file the temporary
-    one lies on this machine."""
+    """Yield a temporary path in `path`'s folder; rename it to `path` when the block ends without an
+    error. Of a remote file the temporary one lies on this machine."""
     if isinstance(path, RemotePath):
         with tempfile.TemporaryDirectory(prefix="exfm-ray.") as folder:
             yield Path(folder) / path.name
             path.upload(Path(folder) / path.name)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # threads, and other nodes, may write the same file
+    temporary = path.with_name(
+        f".{path.name}.{uuid.uuid4().hex}.tmp"
+    )  # threads, and other nodes, may write the same file
     try:
         yield temporary
         with temporary.open("rb") as handle:
@@ -55,11 +58,14 @@ def read_json(path: AnyPath) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:  # not JSON, not text, or nested without end
-        raise UserError(f"{path}: not valid JSON ({error}); remove it and run the step that writes it again") from None
+        raise UserError(
+            f"{path}: not valid JSON ({error}); remove it and run the step that writes it again"
+        ) from None
 
 
 def parquet_source(path: AnyPath) -> Any:
-    """What pyarrow reads a Parquet file from: a local one where it lies, a remote one from memory, fetched whole in one go."""
+    """What pyarrow reads a Parquet file from: a local one where it lies, a remote one from memory,
+    fetched whole in one go."""
     if isinstance(path, Path):
         return path
     import pyarrow as pa
@@ -92,7 +98,8 @@ def append_text(path: Path, line: str) -> None:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """The rows of a file of JSON lines; a last line that is not whole (being written, or cut short by a kill) is left out.
+    """The rows of a file of JSON lines; a last line that is not whole (being written, or cut short
+    by a kill) is left out.
 
     UserError where a line before it is damaged.
     """
@@ -104,7 +111,9 @@ def read_jsonl(path: Path) -> list[Any]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is damaged ({error}); remove the line") from None
+            raise UserError(
+                f"{path}: line {number} is damaged ({error}); remove the line"
+            ) from None
         if not isinstance(row, dict):
             raise UserError(f"{path}: line {number} is no JSON object; remove the line")
         rows.append(row)

@@ -1,7 +1,7 @@
 """Remote files on this machine: one copy for all processes of the node, checked by its hash.
 
-A local file is its own copy. The copies lie below the folder for temporary files (TMPDIR); one that nobody has asked for within `CACHE_TTL_S` goes
-when the next comes.
+A local file is its own copy. The copies lie below the folder for temporary files (TMPDIR); one that
+nobody has asked for within `CACHE_TTL_S` goes when the next comes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from exfm_ray.storage.atomic import sha256, short_hash
 from exfm_ray.storage.remote import AnyPath, RemotePath
 
 CACHE_TTL_S = 3600.0
-FETCH_S, LOOK_S = 3600.0, 0.1
-"""Longest wait for another process of this node that fetches the same file, and the pause between two looks."""
+FETCH_S = 3600.0
+LOOK_S = 0.1
+"""Longest wait for another process of this node that fetches the same file, and the pause between
+two looks."""
 
 
 def verify_sha256(path: AnyPath, expected: str) -> bool:
@@ -39,7 +41,8 @@ def verify_sha256(path: AnyPath, expected: str) -> bool:
 
 
 def local_copy(path: AnyPath, expected: str) -> Path:
-    """The file on this machine. One that is fetched for this has the SHA-256 `expected`, or it is a UserError; a local one is not looked at."""
+    """The file on this machine. One that is fetched for this has the SHA-256 `expected`, or it is a
+    UserError; a local one is not looked at."""
     if isinstance(path, Path):
         return path
     copy = _copy(path, expected)
@@ -49,10 +52,12 @@ def local_copy(path: AnyPath, expected: str) -> Path:
 
 
 def _copy(path: RemotePath, expected: str) -> Path:
-    """The copy of a remote file as it is now, by its time (S3's are whole seconds) and size. A new one that has not this SHA-256 is not kept,
-    and `sha256` of it finds no file."""
+    """The copy of a remote file as it is now, by its time (S3's are whole seconds) and size. A new
+    one that has not this SHA-256 is not kept, and `sha256` of it finds no file."""
     there = path.stat()
-    copy = _folder() / short_hash([path.root, *path.parts, there.st_mtime_ns, there.st_size, expected])
+    copy = _folder() / short_hash(
+        [path.root, *path.parts, there.st_mtime_ns, there.st_size, expected]
+    )
     with _exclusive(copy.with_suffix(".lock")):
         if copy.exists():
             os.utime(copy)
@@ -80,7 +85,9 @@ def _exclusive(path: Path) -> Iterator[None]:
         deadline = time.monotonic() + FETCH_S
         while not _locked(lock):
             if time.monotonic() > deadline:
-                raise UserError(f"{path}: waited {FETCH_S:.0f} s for another process of this node that fetches the same file, and gave up")
+                raise UserError(
+                    f"{path}: waited {FETCH_S:.0f} s for another process of this node that fetches the same file, and gave up"
+                )
             time.sleep(LOOK_S)
         yield
 

@@ -1,4 +1,5 @@
-"""One driver for each role of a run: a second one in the same folder would write its rows a second time and remove its checkpoints."""
+"""One driver for each role of a run: a second one in the same folder would write its rows a second
+time and remove its checkpoints."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ _held: dict[Path, IO[str]] = {}
 
 
 def acquire_role_lock(folder: Path, roles: Iterable[str]) -> None:
-    """Be the one process that drives these roles of the run in `folder`, until this process ends; the kernel frees them at any kill.
+    """Be the one process that drives these roles of the run in `folder`, until this process ends;
+    the kernel frees them at any kill.
 
-    A file system without locks holds nobody back. UserError where another process drives one of them.
+    A file system without locks holds nobody back. UserError where another process drives one of
+    them.
     """
     for role in roles:
         path = (folder / "logs" / f"{role}.lock").absolute()

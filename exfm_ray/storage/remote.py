@@ -1,7 +1,9 @@
-"""Files on a remote file system, named by a URL: as much of pathlib as the stores of a run need, over pyarrow's file systems.
+"""Files on a remote file system, named by a URL: as much of pathlib as the stores of a run need,
+over pyarrow's file systems.
 
-S3 and Google Cloud Storage are built into pyarrow; any other scheme is fsspec's. A file is put whole: an object of S3 or GCS appears when its
-upload is complete; elsewhere a file is written under another name and moved. Credentials come from the environment alone.
+S3 and Google Cloud Storage are built into pyarrow; any other scheme is fsspec's. A file is put
+whole: an object of S3 or GCS appears when its upload is complete; elsewhere a file is written under
+another name and moved. Credentials come from the environment alone.
 """
 
 from __future__ import annotations
@@ -20,13 +22,19 @@ from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from exfm_ray.errors import UserError
 
-OBJECT_STORES = {"s3": "S3 (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)", "gs": "Google Cloud (GOOGLE_APPLICATION_CREDENTIALS)"}
+OBJECT_STORES = {
+    "s3": "S3 (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)",
+    "gs": "Google Cloud (GOOGLE_APPLICATION_CREDENTIALS)",
+}
 """Schemes whose files are objects, put in one step; and where their credentials come from."""
 OPTIONS = {"s3": {"region", "endpoint_override", "scheme"}, "gs": {"endpoint_override", "scheme"}}
 """What may follow the `?` of their URLs."""
-PROBE_ATTEMPTS, TRIES = 3, 8
-"""Tries of a request, with pauses that double from half a second: at the first look, where a mistake is likely; then some 40 s in all."""
-CONNECT_S, GCS_S = 10.0, 60.0
+PROBE_ATTEMPTS = 3
+TRIES = 8
+"""Tries of a request, with pauses that double from half a second: at the first look, where a
+mistake is likely; then some 40 s in all."""
+CONNECT_S = 10.0
+GCS_S = 60.0
 POLL_S = 1.0
 """Shortest pause between two looks at a remote place for what may have come."""
 
@@ -36,10 +44,13 @@ class StorageError(UserError):
 
 
 def check_url(url: str) -> str:
-    """The URL; ValueError where it is none, holds credentials, or no file system that is installed reads it."""
+    """The URL; ValueError where it is none, holds credentials, or no file system that is installed
+    reads it."""
     parts = urlsplit(url)
     if "://" not in url or not parts.scheme:
-        raise ValueError("is no URL; write it as s3://bucket/prefix, or remove it: without it all lies below run.dir")
+        raise ValueError(
+            "is no URL; write it as s3://bucket/prefix, or remove it: without it all lies below run.dir"
+        )
     if parts.password or (parts.username and parts.scheme in OBJECT_STORES):
         raise ValueError(
             "holds credentials, which would be written into the run's folder; put them into the environment of all nodes"
@@ -48,9 +59,13 @@ def check_url(url: str) -> str:
     options = parse_qs(parts.query)
     allowed = OPTIONS.get(parts.scheme, set())
     if unknown := sorted(options.keys() - allowed):
-        raise ValueError(f"has the option '{unknown[0]}'; known for '{parts.scheme}': {', '.join(sorted(allowed)) or 'none'}")
+        raise ValueError(
+            f"has the option '{unknown[0]}'; known for '{parts.scheme}': {', '.join(sorted(allowed)) or 'none'}"
+        )
     if any("@" in value for values in options.values() for value in values):
-        raise ValueError("holds credentials in an option; put them into the environment of all nodes")
+        raise ValueError(
+            "holds credentials in an option; put them into the environment of all nodes"
+        )
     if parts.scheme in OBJECT_STORES and not parts.netloc:
         raise ValueError(f"names no bucket; write it as {parts.scheme}://bucket/prefix")
     if parts.scheme not in OBJECT_STORES:
@@ -59,7 +74,9 @@ def check_url(url: str) -> str:
         try:
             fsspec.get_filesystem_class(parts.scheme)
         except (ImportError, ValueError) as error:
-            raise ValueError(f"no file system for '{parts.scheme}' is installed ({error}); s3 and gs are built in") from None
+            raise ValueError(
+                f"no file system for '{parts.scheme}' is installed ({error}); s3 and gs are built in"
+            ) from None
     return url
 
 
@@ -71,16 +88,20 @@ def redact_url(url: str) -> str:
 
 @lru_cache(maxsize=8)
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """The file system of a checked URL, and the URL's path on it. It is looked at once: UserError where it cannot be used."""
+    """The file system of a checked URL, and the URL's path on it. It is looked at once: UserError
+    where it cannot be used."""
     from pyarrow import fs
 
-    parts, shown = urlsplit(url), redact_url(url)
+    parts = urlsplit(url)
+    shown = redact_url(url)
     base = f"{parts.netloc}{parts.path}".rstrip("/")
     try:
         if parts.scheme == "s3":
             door, system = (_s3(parts, tries) for tries in (PROBE_ATTEMPTS, TRIES))
         elif parts.scheme == "gs":
-            door = system = fs.GcsFileSystem(retry_time_limit=timedelta(seconds=GCS_S), **_options(parts))
+            door = system = fs.GcsFileSystem(
+                retry_time_limit=timedelta(seconds=GCS_S), **_options(parts)
+            )
         else:
             import fsspec
 
@@ -94,7 +115,9 @@ def open_filesystem(url: str) -> tuple[Any, str]:
             f"{place}, may they list the bucket, and is the address right?"
         ) from None
     if parts.scheme in OBJECT_STORES and found.type is fs.FileType.NotFound:
-        raise UserError(f"setting 'run.storage': {shown}: there is no bucket '{parts.netloc}'; create it, or correct the name")
+        raise UserError(
+            f"setting 'run.storage': {shown}: there is no bucket '{parts.netloc}'; create it, or correct the name"
+        )
     return system, base
 
 
@@ -103,20 +126,32 @@ def _options(parts: SplitResult) -> dict[str, str]:
 
 
 def _s3(parts: SplitResult, tries: int) -> Any:
-    """The endpoint and region of the URL, else the environment's, else Amazon's and the bucket's own."""
+    """The endpoint and region of the URL, else the environment's, else Amazon's and the bucket's
+    own."""
     from pyarrow import fs
 
-    options, environment = _options(parts), os.environ
-    named = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")  # pyarrow itself does not look at them
+    options = _options(parts)
+    environment = os.environ
+    named = environment.get("AWS_ENDPOINT_URL_S3") or environment.get(
+        "AWS_ENDPOINT_URL"
+    )  # pyarrow itself does not look at them
     if named and "endpoint_override" not in options:
         scheme, _, address = named.rstrip("/").rpartition("://")
-        options |= {"endpoint_override": address, "scheme": options.get("scheme", scheme or "https")}
+        options |= {
+            "endpoint_override": address,
+            "scheme": options.get("scheme", scheme or "https"),
+        }
     if "region" not in options:
         region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
-        options["region"] = region or ("us-east-1" if "endpoint_override" in options else fs.resolve_s3_region(parts.netloc))
+        options["region"] = region or (
+            "us-east-1" if "endpoint_override" in options else fs.resolve_s3_region(parts.netloc)
+        )
     return fs.S3FileSystem(
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=tries), connect_timeout=CONNECT_S, allow_delayed_open=True, **options,
-    )  # fmt: skip
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=tries),
+        connect_timeout=CONNECT_S,
+        allow_delayed_open=True,
+        **options,
+    )
 
 
 def _plain(error: OSError) -> str:
@@ -134,9 +169,11 @@ class Stat:
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A file, or what lies under a prefix: `root` is a URL that `check_url` has passed, `parts` the names below it.
+    """A file, or what lies under a prefix: `root` is a URL that `check_url` has passed, `parts` the
+    names below it.
 
-    As with pathlib, a missing file is a FileNotFoundError. Whatever else goes wrong is a StorageError.
+    As with pathlib, a missing file is a FileNotFoundError. Whatever else goes wrong is a
+    StorageError.
     """
 
     root: str
@@ -174,7 +211,9 @@ class RemotePath:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise StorageError(f"{self}: {_plain(error)}; the same command goes on when the storage can be used again") from None
+            raise StorageError(
+                f"{self}: {_plain(error)}; the same command goes on when the storage can be used again"
+            ) from None
 
     def _info(self) -> Any:
         with self._at() as (system, path):
@@ -205,7 +244,11 @@ class RemotePath:
 
     def download(self, target: Path) -> None:
         """Copy the file to this machine."""
-        with self._at() as (system, path), system.open_input_stream(path, compression=None) as file, target.open("wb") as copy:
+        with (
+            self._at() as (system, path),
+            system.open_input_stream(path, compression=None) as file,
+            target.open("wb") as copy,
+        ):
             while piece := file.read(1 << 24):
                 copy.write(piece)
 
@@ -239,8 +282,9 @@ class RemotePath:
             system.delete_dir(path)
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
-        """What lies below, as deep as the pattern and matching it part by part: for a pattern of one part files and prefixes, for a longer one
-        files. A request for each thousand files below."""
+        """What lies below, as deep as the pattern and matching it part by part: for a pattern of
+        one part files and prefixes, for a longer one files. A request for each thousand files
+        below."""
         wanted = pattern.split("/")
         for path in self._relative(recursive=len(wanted) > 1):
             names = path.parts[len(self.parts) :]
@@ -255,7 +299,9 @@ class RemotePath:
         from pyarrow.fs import FileSelector
 
         with self._at() as (system, path):
-            found = system.get_file_info(FileSelector(path, recursive=recursive, allow_not_found=True))
+            found = system.get_file_info(
+                FileSelector(path, recursive=recursive, allow_not_found=True)
+            )
         for info in found:
             if info.is_file or not recursive:
                 yield self / info.path[len(path) :].strip("/")

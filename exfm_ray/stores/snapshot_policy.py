@@ -12,14 +12,16 @@ from exfm_ray.config.das import DASConfig
 
 
 def newest_allowed_version(window: int, fm_lag: int) -> int | None:
-    """The newest version that may supervise `window`: it has learned windows <= window - fm_lag. None while there is no such one."""
+    """The newest version that may supervise `window`: it has learned windows <= window - fm_lag.
+    None while there is no such one."""
     version = window - fm_lag + 1
     return version if version >= 1 else None
 
 
 @dataclass(frozen=True)
 class SnapshotPolicy:
-    """Which of the versions that may supervise a window does: the newest, the newest of every k-th, or a pinned one."""
+    """Which of the versions that may supervise a window does: the newest, the newest of every k-th,
+    or a pinned one."""
 
     fm_lag: int
     every: int = 1
@@ -39,7 +41,11 @@ class SnapshotPolicy:
         """The version that supervises `window`; None for a window without a teacher."""
         newest = newest_allowed_version(window, self.fm_lag)
         if newest is None or self.pinned is not None:
-            return self.pinned if newest is not None and self.pinned is not None and self.pinned <= newest else None
+            return (
+                self.pinned
+                if newest is not None and self.pinned is not None and self.pinned <= newest
+                else None
+            )
         return newest - (newest - 1) % self.every
 
     def may_supervise(self, version: int, window: int) -> bool:

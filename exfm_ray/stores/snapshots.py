@@ -1,7 +1,7 @@
 """Published snapshots of the FM.
 
-`<store>/<teacher>/version=003/` holds a stored model (`models.stored`) whose facts are the teacher's name, the version
-(see `das.lag`) and the run's seed.
+`<store>/<teacher>/version=003/` holds a stored model (`models.stored`) whose facts are the
+teacher's name, the version (see `das.lag`) and the run's seed.
 """
 
 from __future__ import annotations
@@ -46,10 +46,13 @@ class SnapshotStore:
 
     @classmethod
     def from_config(cls, config: Config, teacher: str | None = None) -> Self:
-        """Those of a run's FM, or of another of its teachers: another run's, or made in this one."""
+        """Those of a run's FM, or of another of its teachers: another run's, or made in this
+        one."""
         name = teacher or config.fm.name
         elsewhere = next((other.run for other in config.teachers if other.name == name), None)
-        return cls((store_root_of_run(elsewhere) if elsewhere else config.stores) / "snapshots", name)
+        return cls(
+            (store_root_of_run(elsewhere) if elsewhere else config.stores) / "snapshots", name
+        )
 
     def folder(self, version: int) -> AnyPath:
         """Where a version lies."""
@@ -65,7 +68,8 @@ class SnapshotStore:
         return sorted(int(path.parent.name.removeprefix("version=")) for path in found)
 
     def manifest(self, version: int, schema: Schema) -> StoredModel:
-        """The manifest of a version, with the checks of `load` but for the files' hashes; its error says what is otherwise in its schema."""
+        """The manifest of a version, with the checks of `load` but for the files' hashes; its error
+        says what is otherwise in its schema."""
         folder = self._published(version)
         manifest = read_manifest(folder)
         if manifest.example.digest != schema.digest:
@@ -83,7 +87,8 @@ class SnapshotStore:
         return table_parts(self.folder(version))
 
     def load(self, version: int, schema_digest: str) -> tuple[LocalModel, tuple[str, ...]]:
-        """Model and its tasks, on the CPU; SnapshotError when it is damaged, not what its name says or of another schema."""
+        """Model and its tasks, on the CPU; SnapshotError when it is damaged, not what its name says
+        or of another schema."""
         folder = self._published(version)
         try:
             model, manifest = load_model(folder)
@@ -95,7 +100,8 @@ class SnapshotStore:
         return model, manifest.tasks
 
     def load_dense(self, version: int, schema_digest: str) -> tuple[Network, StoredModel]:
-        """The network and the manifest, with the checks of `load`, of a version whose tables others hold."""
+        """The network and the manifest, with the checks of `load`, of a version whose tables others
+        hold."""
         folder = self._published(version)
         try:
             manifest = checked_manifest(folder)
@@ -108,22 +114,37 @@ class SnapshotStore:
 
     def _published(self, version: int) -> AnyPath:
         if not self.has(version):
-            raise SnapshotError(f"{self.folder(version)}: snapshot {version} of teacher '{self.teacher}' is not published; train the FM further")
+            raise SnapshotError(
+                f"{self.folder(version)}: snapshot {version} of teacher '{self.teacher}' is not published; train the FM further"
+            )
         return self.folder(version)
 
-    def _check(self, version: int, manifest: StoredModel, schema_digest: str) -> None:
+    def _check(
+        self,
+        version: int,
+        manifest: StoredModel,
+        schema_digest: str,
+    ) -> None:
         folder = self.folder(version)
-        if manifest.facts.get("teacher") != self.teacher or manifest.facts.get("version") != version:
-            raise SnapshotError(f"{folder / MANIFEST}: names {manifest.facts}, not version {version} of teacher '{self.teacher}'")
+        if (
+            manifest.facts.get("teacher") != self.teacher
+            or manifest.facts.get("version") != version
+        ):
+            raise SnapshotError(
+                f"{folder / MANIFEST}: names {manifest.facts}, not version {version} of teacher '{self.teacher}'"
+            )
         if manifest.example.digest != schema_digest:
-            raise SnapshotError(f"{folder}: this snapshot was trained on another schema than the stream's; train the FM on this stream")
+            raise SnapshotError(
+                f"{folder}: this snapshot was trained on another schema than the stream's; train the FM on this stream"
+            )
 
     def published_s(self, version: int) -> float:
         """When a version was published, in seconds since the epoch."""
         return (self.folder(version) / MANIFEST).stat().st_mtime
 
     def momentum(self, version: int) -> dict[str, Tensor]:
-        """Adagrad state of a version's tables, float32 (rows) by name; empty where it was published without."""
+        """Adagrad state of a version's tables, float32 (rows) by name; empty where it was published
+        without."""
         return whole_tables(self.folder(version), MOMENTUM)
 
     def tasks(self, version: int) -> tuple[str, ...]:
@@ -143,5 +164,6 @@ class SnapshotStore:
 
 
 def rebuild_hint(folder: AnyPath) -> str:
-    """The way out of an error about a window's `folder`: only the snapshot that made it can make it again."""
+    """The way out of an error about a window's `folder`: only the snapshot that made it can make it
+    again."""
     return f"with das.keep_snapshots=true from the start: remove {folder} and run the DAS again; without: start a run under another --name"

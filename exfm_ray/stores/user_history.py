@@ -1,14 +1,18 @@
-"""What the teacher thought of a user's earlier examples: representations as int8, and a feature store made of them.
+"""What the teacher thought of a user's earlier examples: representations as int8, and a feature
+store made of them.
 
-    <store>/<teacher>/window=003/fragment=0000.parquet   example_id int64, scale float32, code int8[D]: value = scale * code
+    <store>/<teacher>/window=003/fragment=0000.parquet   example_id int64, scale float32, code
+    int8[D]: value = scale * code
     <store>/<teacher>/window=003/after.safetensors       the feature store after the window: users int64 (U) ascending, count int64 (U),
-                                                         total float32 (U, D), last float32 (U, L, D), newest first
+                                                         total float32 (U, D), last float32 (U, L,
+                                                         D), newest first
     <store>/<teacher>/window=003/manifest.json           written last
     <store>/<teacher>/projection.safetensors             float32 (H, D), drawn from the run's seed
     <store>/<teacher>/pinned/                            the first snapshot, where it represents all windows
 
-An example of window t is given what the store held after window t - 1: nothing of its own window, so never itself. A window is
-represented by the snapshot that supervises it, which has not learned it, or by the first one.
+An example of window t is given what the store held after window t - 1: nothing of its own window,
+so never itself. A window is represented by the snapshot that supervises it, which has not learned
+it, or by the first one.
 """
 
 from __future__ import annotations
@@ -93,31 +97,52 @@ class HistoryStore:
         folder = self.folder(window)
         path = folder / "manifest.json"
         if not path.exists():
-            raise UserError(f"{folder}: window {window} is not represented by teacher '{self.teacher}'; run the DAS on it")
+            raise UserError(
+                f"{folder}: window {window} is not represented by teacher '{self.teacher}'; run the DAS on it"
+            )
         try:
             return HistoryManifest.model_validate(read_json(path))
         except ValidationError as error:
-            raise UserError(f"{path}: not a manifest of representations ({error.errors()[0]['msg']}); {rebuild_hint(folder)}") from None
+            raise UserError(
+                f"{path}: not a manifest of representations ({error.errors()[0]['msg']}); {rebuild_hint(folder)}"
+            ) from None
 
     def state_before(self, window: int, schema: Schema) -> FeatureStore:
-        """What was known before a window; UserError where it is not there, damaged, or not what it says: see `_checked`."""
+        """What was known before a window; UserError where it is not there, damaged, or not what it
+        says: see `_checked`."""
         if window <= self.policy.first:
             return FeatureStore.empty(self.settings.dim, self.settings.last_k)
-        manifest, path = self._checked(window - 1, schema), self.folder(window - 1) / "after.safetensors"
+        manifest = self._checked(window - 1, schema)
+        path = self.folder(window - 1) / "after.safetensors"
         try:
-            return _read_store(path, path.stat().st_mtime_ns, manifest.sha256, self.settings.dim, self.settings.last_k)
+            return _read_store(
+                path,
+                path.stat().st_mtime_ns,
+                manifest.sha256,
+                self.settings.dim,
+                self.settings.last_k,
+            )
         except FileNotFoundError:
             raise _damaged(path) from None
 
     def _checked(self, window: int, schema: Schema) -> HistoryManifest:
-        """The manifest of a window: of this teacher and schema, these settings, and of snapshots that have not learned the window (rule 2)."""
-        manifest, folder, policy = self.manifest(window), self.folder(window), self.policy
+        """The manifest of a window: of this teacher and schema, these settings, and of snapshots
+        that have not learned the window (rule 2)."""
+        manifest = self.manifest(window)
+        folder = self.folder(window)
+        policy = self.policy
         if (manifest.window, manifest.teacher) != (window, self.teacher):
-            raise UserError(f"{folder}: of window {manifest.window} and teacher '{manifest.teacher}'; {rebuild_hint(folder)}")
+            raise UserError(
+                f"{folder}: of window {manifest.window} and teacher '{manifest.teacher}'; {rebuild_hint(folder)}"
+            )
         if manifest.settings != self.settings:
-            raise UserError(f"{folder}: made with other settings of distillation.history; start a run under another --name")
+            raise UserError(
+                f"{folder}: made with other settings of distillation.history; start a run under another --name"
+            )
         if manifest.schema_digest != schema.digest:
-            raise UserError(f"{folder}: of a stream with another schema (other features, rows or encodings); start a run under another --name")
+            raise UserError(
+                f"{folder}: of a stream with another schema (other features, rows or encodings); start a run under another --name"
+            )
         if not policy.may_supervise(max(manifest.snapshot, manifest.space), window):
             raise UserError(
                 f"{folder}: represented by snapshot {manifest.snapshot} in the space of {manifest.space}, but with das.fm_lag = {policy.fm_lag} it "
@@ -126,37 +151,67 @@ class HistoryStore:
         return manifest
 
     def space_before(self, window: int) -> int | None:
-        """Of an aligned history the version out of whose space a window's snapshot maps the store; None where there is nothing to map."""
+        """Of an aligned history the version out of whose space a window's snapshot maps the store;
+        None where there is nothing to map."""
         if self.settings.embedding_space != "aligned" or window <= self.policy.first:
             return None
-        return self.manifest(window - 1).space if self.has(window - 1) else self.policy.version(window - 1)
+        return (
+            self.manifest(window - 1).space
+            if self.has(window - 1)
+            else self.policy.version(window - 1)
+        )
 
-    def join(self, window: int, events: pa.Table, schema: Schema) -> pa.Table:
+    def join(
+        self,
+        window: int,
+        events: pa.Table,
+        schema: Schema,
+    ) -> pa.Table:
         """Add `HISTORY_COLUMN` to a window's rows."""
-        column, width = key_column(schema, self.settings), len(schema.single)
-        summary_NF = self.state_before(window, schema).summary(list_values(events["sparse"], width)[:, column].astype(np.int64))
-        return events.append_column(HISTORY_COLUMN, pa.FixedSizeListArray.from_arrays(summary_NF.ravel(), summary_NF.shape[1]))
+        column = key_column(schema, self.settings)
+        width = len(schema.single)
+        summary_NF = self.state_before(window, schema).summary(
+            list_values(events["sparse"], width)[:, column].astype(np.int64)
+        )
+        return events.append_column(
+            HISTORY_COLUMN,
+            pa.FixedSizeListArray.from_arrays(summary_NF.ravel(), summary_NF.shape[1]),
+        )
 
-    def publish(self, stream: EventStream, window: Window, snapshots: SnapshotStore, version: int, seed: int) -> None:
-        """Represent a window's examples and move the feature store on. Refuses a snapshot that may have learned the window (rule 2)."""
+    def publish(
+        self,
+        stream: EventStream,
+        window: Window,
+        snapshots: SnapshotStore,
+        version: int,
+        seed: int,
+    ) -> None:
+        """Represent a window's examples and move the feature store on. Refuses a snapshot that may
+        have learned the window (rule 2)."""
         if not self.policy.may_supervise(version, window.index):
             raise UserError(
                 f"window {window.index} must not be represented by snapshot {version}: with das.fm_lag = {self.policy.fm_lag} it takes one that "
                 f"has learned no window after {window.index - self.policy.fm_lag}"
             )
-        settings, schema, folder = self.settings, stream.schema, self.folder(window.index)
+        settings = self.settings
+        schema = stream.schema
+        folder = self.folder(window.index)
         model, space = self._model(snapshots, version, schema)
         store = self.state_before(window.index, schema)
         held = self.space_before(window.index)
         earlier = None if held is None else snapshots.load(held, schema.digest)[0]
         column = key_column(schema, settings)
-        users, values, old = [], [], []
+        users = []
+        values = []
+        old = []
         for fragment in window.fragments:
             table = stream.read(window.index, fragment)
             value_ND = self._represent(model, table, schema, seed)
             code_ND, scale_N = quantised(value_ND)
             self._write(window.index, fragment, table["example_id"], code_ND, scale_N)
-            users.append(list_values(table["sparse"], len(schema.single))[:, column].astype(np.int64))
+            users.append(
+                list_values(table["sparse"], len(schema.single))[:, column].astype(np.int64)
+            )
             values.append(code_ND.astype(np.float32) * scale_N[:, None])
             if earlier:
                 old.append(self._represent(earlier, table, schema, seed))
@@ -167,48 +222,101 @@ class HistoryStore:
         if users:
             store = store.updated(np.concatenate(users), np.concatenate(values))
         with atomic_path(folder / "after.safetensors") as temporary:
-            save_file({name: np.ascontiguousarray(array) for name, array in store.arrays().items() if array.size}, temporary)
-            size, hashed = temporary.stat().st_size, sha256(temporary)
+            save_file(
+                {
+                    name: np.ascontiguousarray(array)
+                    for name, array in store.arrays().items()
+                    if array.size
+                },
+                temporary,
+            )
+            size = temporary.stat().st_size
+            hashed = sha256(temporary)
         facts = HistoryManifest(
-            window=window.index, teacher=self.teacher, snapshot=version, space=space, schema_digest=schema.digest, settings=settings,
-            users=len(store.users_U), sha256=hashed, bytes=size,
-        )  # fmt: skip
+            window=window.index,
+            teacher=self.teacher,
+            snapshot=version,
+            space=space,
+            schema_digest=schema.digest,
+            settings=settings,
+            users=len(store.users_U),
+            sha256=hashed,
+            bytes=size,
+        )
         write_json(folder / "manifest.json", facts.model_dump(mode="json"))
 
-    def _model(self, snapshots: SnapshotStore, version: int, schema: Schema) -> tuple[LocalModel, int]:
-        """What represents: the snapshot itself, or the first one, of which a copy is kept; and its version."""
+    def _model(
+        self,
+        snapshots: SnapshotStore,
+        version: int,
+        schema: Schema,
+    ) -> tuple[LocalModel, int]:
+        """What represents: the snapshot itself, or the first one, of which a copy is kept; and its
+        version."""
         if self.settings.embedding_space != "pinned":
             return snapshots.load(version, schema.digest)[0], version
-        kept, first = self.root / self.teacher / "pinned", self.policy.version(self.policy.first)
+        kept = self.root / self.teacher / "pinned"
+        first = self.policy.version(self.policy.first)
         assert first is not None
         if not (kept / MANIFEST).exists():
             copy_model(snapshots.folder(first), kept)
         model, stored = load_model(kept)
         if stored.example.digest != schema.digest:
-            raise UserError(f"{kept}: this snapshot was trained on another schema than the stream's; start a run under another --name")
+            raise UserError(
+                f"{kept}: this snapshot was trained on another schema than the stream's; start a run under another --name"
+            )
         return model, first
 
-    def _represent(self, model: LocalModel, table: pa.Table, schema: Schema, seed: int) -> Array:
-        parts = [extract_features(model, batch, self.settings.layer) for batch in to_batch(table, schema).split(512)]
+    def _represent(
+        self,
+        model: LocalModel,
+        table: pa.Table,
+        schema: Schema,
+        seed: int,
+    ) -> Array:
+        parts = [
+            extract_features(model, batch, self.settings.layer)
+            for batch in to_batch(table, schema).split(512)
+        ]
         x_NH = torch.cat(parts)
         return (x_NH @ projection(x_NH.shape[1], self.settings.dim, seed)).numpy()
 
-    def _write(self, window: int, fragment: Fragment, ids: pa.ChunkedArray, code_ND: Array, scale_N: Array) -> None:
+    def _write(
+        self,
+        window: int,
+        fragment: Fragment,
+        ids: pa.ChunkedArray,
+        code_ND: Array,
+        scale_N: Array,
+    ) -> None:
         codes = pa.FixedSizeListArray.from_arrays(pa.array(code_ND.ravel()), code_ND.shape[1])
         with atomic_path(self.folder(window) / Path(fragment.file).name) as temporary:
-            pq.write_table(pa.table({"example_id": ids, "scale": scale_N, "code": codes}), temporary, compression="zstd")
+            pq.write_table(
+                pa.table({"example_id": ids, "scale": scale_N, "code": codes}),
+                temporary,
+                compression="zstd",
+            )
 
 
 @lru_cache(maxsize=2)
-def _read_store(path: AnyPath, written_ns: int, expected: str, dim: int, last: int) -> FeatureStore:
-    """Read, and its hash checked, once per process: all fragments of a window look into the same one."""
+def _read_store(
+    path: AnyPath,
+    written_ns: int,
+    expected: str,
+    dim: int,
+    last: int,
+) -> FeatureStore:
+    """Read, and its hash checked, once per process: all fragments of a window look into the same
+    one."""
     if not verify_sha256(path, expected):
         raise _damaged(path)
     return FeatureStore.from_arrays(load_file(local_copy(path, expected)), dim, last)
 
 
 def _damaged(path: AnyPath) -> UserError:
-    return UserError(f"{path}: missing or not the file that its manifest describes; {rebuild_hint(path.parent)}")
+    return UserError(
+        f"{path}: missing or not the file that its manifest describes; {rebuild_hint(path.parent)}"
+    )
 
 
 def quantised(value_ND: Array) -> tuple[Array, Array]:
@@ -218,18 +326,29 @@ def quantised(value_ND: Array) -> tuple[Array, Array]:
 
 
 @lru_cache(maxsize=4)
-def projection(width: int, dim: int, seed: int) -> Tensor:
-    """Random (H, D), entries of variance 1 / H: keeps distances to within about 1 / sqrt(D) (Johnson and Lindenstrauss)."""
+def projection(
+    width: int,
+    dim: int,
+    seed: int,
+) -> Tensor:
+    """Random (H, D), entries of variance 1 / H: keeps distances to within about 1 / sqrt(D)
+    (Johnson and Lindenstrauss)."""
     generator = torch.Generator().manual_seed(1_000_033 * (seed + 1))
     matrix_HD: Tensor = torch.randn(width, dim, generator=generator) / width**0.5
     return matrix_HD
 
 
 @torch.inference_mode()
-def extract_features(model: LocalModel, batch: Any, layer: str) -> Tensor:
+def extract_features(
+    model: LocalModel,
+    batch: Any,
+    layer: str,
+) -> Tensor:
     """float32 (B, H): what a module of the network puts out, flattened."""
     found: list[Tensor] = []
-    hook = model.network.get_submodule(layer).register_forward_hook(lambda module, inputs, output: found.append(output))
+    hook = model.network.get_submodule(layer).register_forward_hook(
+        lambda module, inputs, output: found.append(output)
+    )
     try:
         model.score(batch)
     finally:
@@ -238,23 +357,31 @@ def extract_features(model: LocalModel, batch: Any, layer: str) -> Tensor:
 
 
 def key_column(schema: Schema, settings: HistoryConfig) -> int:
-    """Which single-valued feature tells whose examples belong together; UserError where there is none."""
-    key, names = settings.key or schema.group_by, [feature.name for feature in schema.single]
+    """Which single-valued feature tells whose examples belong together; UserError where there is
+    none."""
+    key = settings.key or schema.group_by
+    names = [feature.name for feature in schema.single]
     if key not in names:
         told = nearest(key, names) if key else " The schema has no group_by."
-        raise UserError(f"setting 'distillation.history.key' is {key}: name a single-valued feature: {', '.join(names)}.{told}")
+        raise UserError(
+            f"setting 'distillation.history.key' is {key}: name a single-valued feature: {', '.join(names)}.{told}"
+        )
     return names.index(key)
 
 
 def with_history(schema: Schema, settings: HistoryConfig) -> Schema:
     """The schema of examples with `HISTORY_COLUMN` after their dense features."""
     width = 1 + max(settings.last_k, 1) * settings.dim
-    dense = [*schema.model_dump()["dense"], *({"name": f"history.{number}"} for number in range(width))]
+    dense = [
+        *schema.model_dump()["dense"],
+        *({"name": f"history.{number}"} for number in range(width)),
+    ]
     return Schema.model_validate(schema.model_dump() | {"dense": dense})
 
 
 def check_history(config: Config, schema: Schema) -> None:
-    """UserError where the config's arms remember by a feature, or a layer of the FM, that is not there."""
+    """UserError where the config's arms remember by a feature, or a layer of the FM, that is not
+    there."""
     settings = config.distillation.history
     if not any(arm.uses_history for arm in config.arms):
         return
@@ -264,13 +391,25 @@ def check_history(config: Config, schema: Schema) -> None:
         known = [name for name, _ in network.named_modules() if name]
         if settings.layer not in known:
             told = nearest(settings.layer, known) or f" There are {', '.join(known)}."
-            raise UserError(f"setting 'distillation.history.layer': the FM's network has no module '{settings.layer}'.{told}")
+            raise UserError(
+                f"setting 'distillation.history.layer': the FM's network has no module '{settings.layer}'.{told}"
+            )
         found: list[object] = []
-        hook = network.get_submodule(settings.layer).register_forward_hook(lambda module, inputs, output: found.append(output))
+        hook = network.get_submodule(settings.layer).register_forward_hook(
+            lambda module, inputs, output: found.append(output)
+        )
         examples = 3
-        network(torch.zeros(examples, Layout.from_config(config.fm.model, schema).rows, config.fm.model.dim), torch.zeros(examples, len(schema.dense)))
+        network(
+            torch.zeros(
+                examples, Layout.from_config(config.fm.model, schema).rows, config.fm.model.dim
+            ),
+            torch.zeros(examples, len(schema.dense)),
+        )
         hook.remove()
-    if not any(isinstance(output, Tensor) and output.ndim > 1 and len(output) == examples for output in found[-1:]):
+    if not any(
+        isinstance(output, Tensor) and output.ndim > 1 and len(output) == examples
+        for output in found[-1:]
+    ):
         raise UserError(
             f"setting 'distillation.history.layer' is {settings.layer}: this module of the FM's network puts out no numbers for each example; "
             "name one that does, such as backbone"
@@ -280,4 +419,13 @@ def check_history(config: Config, schema: Schema) -> None:
 def history_store(config: Config) -> HistoryStore | None:
     """A run's; None where no arm remembers."""
     remembers = any(arm.uses_history for arm in config.arms)
-    return HistoryStore(config.stores / "history", config.fm.name, config.distillation.history, SnapshotPolicy.from_config(config.das)) if remembers else None
+    return (
+        HistoryStore(
+            config.stores / "history",
+            config.fm.name,
+            config.distillation.history,
+            SnapshotPolicy.from_config(config.das),
+        )
+        if remembers
+        else None
+    )

@@ -1,4 +1,5 @@
-"""How arms, phases and domains look: each differs by dash, symbol or pattern as well as by colour."""
+"""How arms, phases and domains look: each differs by dash, symbol or pattern as well as by
+colour."""
 
 from __future__ import annotations
 
@@ -15,7 +16,14 @@ class PlotStyle(NamedTuple):
 
 
 # Okabe and Ito's colours, told apart without colour vision by lightness.
-INK, ORANGE, SKY, GREEN, VERMILION, BLUE, YELLOW, PURPLE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#F0E442", "#CC79A7"
+INK = "#000000"
+ORANGE = "#E69F00"
+SKY = "#56B4E9"
+GREEN = "#009E73"
+VERMILION = "#D55E00"
+BLUE = "#0072B2"
+YELLOW = "#F0E442"
+PURPLE = "#CC79A7"
 
 MARKS = {
     "fm": PlotStyle(INK, "solid", "star", ""),
@@ -29,18 +37,33 @@ MARKS = {
 _SYMBOLS_WITH = {
     "share": {"labels": "hexagon", "kd": "cross", "ah": "diamond-tall", "ah_sa": "triangle-down"},
     "history": {"labels": "pentagon", "kd": "x", "ah": "diamond-wide", "ah_sa": "triangle-left"},
-    "share+history": {"labels": "octagon", "kd": "hexagram", "ah": "star-diamond", "ah_sa": "triangle-right"},
+    "share+history": {
+        "labels": "octagon",
+        "kd": "hexagram",
+        "ah": "star-diamond",
+        "ah_sa": "triangle-right",
+    },
 }
-_LINES_WITH = {"share": ("12px,3px", "-"), "history": ("3px,6px", "|"), "share+history": ("12px,3px,3px,3px", "+")}
+_LINES_WITH = {
+    "share": ("12px,3px", "-"),
+    "history": ("3px,6px", "|"),
+    "share+history": ("12px,3px,3px,3px", "+"),
+}
 """Options of an arm -> dash and pattern."""
 
 
 def mark_of(arm: str) -> PlotStyle:
-    """The mark of an arm, or of the FM: with options the objective's colour, and a symbol, a dash and a pattern of their own."""
+    """The mark of an arm, or of the FM: with options the objective's colour, and a symbol, a dash
+    and a pattern of their own."""
     objective, _, options = arm.partition("+")
     if not options:
         return MARKS[objective]
-    return PlotStyle(MARKS[objective].colour, _LINES_WITH[options][0], _SYMBOLS_WITH[options][objective], _LINES_WITH[options][1])
+    return PlotStyle(
+        MARKS[objective].colour,
+        _LINES_WITH[options][0],
+        _SYMBOLS_WITH[options][objective],
+        _LINES_WITH[options][1],
+    )
 
 
 def at_serving(arm: str) -> str:
@@ -69,4 +92,9 @@ _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", 
 
 def numbered(number: int) -> PlotStyle:
     """The mark of the domain of this number; no two of the first 280 are alike."""
-    return PlotStyle(_COLOURS[number % len(_COLOURS)], _DASHES[number % len(_DASHES)], _SYMBOLS[number % len(_SYMBOLS)], "")
+    return PlotStyle(
+        _COLOURS[number % len(_COLOURS)],
+        _DASHES[number % len(_DASHES)],
+        _SYMBOLS[number % len(_SYMBOLS)],
+        "",
+    )

@@ -1,8 +1,10 @@
 """The one writer of a run's metrics, and the place where its progress is known.
 
-    <run>/metrics.jsonl    a line for each window, model, arm, domain and task
-    <run>/timeline.jsonl   a line for each pass of a role over a window: role, window, phase (evaluate | learn | score), started_s and
-                           ended_s (seconds since the epoch), waited_s (of these, for data or a snapshot), examples
+<run>/metrics.jsonl    a line for each window, model, arm, domain and task
+<run>/timeline.jsonl   a line for each pass of a role over a window: role, window, phase (evaluate |
+learn | score), started_s and
+                       ended_s (seconds since the epoch), waited_s (of these, for data or a
+                       snapshot), examples
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ TIMELINE = "timeline.jsonl"
 
 
 class Recorder:
-    """Appends rows to metrics.jsonl, each once: a job that goes on after a kill may send a window's rows again."""
+    """Appends rows to metrics.jsonl, each once: a job that goes on after a kill may send a window's
+    rows again."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +39,10 @@ class Recorder:
 
     @staticmethod
     def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
-        return (row.get("pass"), *(row[key] for key in IDENTITY))  # `pass` stands only in the rows of a static set
+        return (
+            row.get("pass"),
+            *(row[key] for key in IDENTITY),
+        )  # `pass` stands only in the rows of a static set
 
     def metrics(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append the rows that are not there yet, in one write."""
@@ -47,10 +53,16 @@ class Recorder:
         self._known.update(self._identity(row) for row in new)
 
     def timeline(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Append what a job did when. A window that is done again after a kill has rows of both times."""
+        """Append what a job did when. A window that is done again after a kill has rows of both
+        times."""
         append_jsonl(self._timeline, rows)
 
-    def progress(self, job: str, window: int, examples: int) -> None:
+    def progress(
+        self,
+        job: str,
+        window: int,
+        examples: int,
+    ) -> None:
         """`examples` more were learnt (or scored) by `job`, which is at `window`."""
         self._progress[job] = (window, self._progress.get(job, (0, 0))[1] + examples)
 
@@ -73,7 +85,9 @@ def _rows(path: Path, fields: set[str]) -> list[dict[str, Any]]:
     rows = read_jsonl(path)
     for number, row in enumerate(rows, start=1):
         if not row.keys() >= fields:
-            raise UserError(f"{path}: line {number} has no {sorted(fields - row.keys())[0]}; remove the line")
+            raise UserError(
+                f"{path}: line {number} has no {sorted(fields - row.keys())[0]}; remove the line"
+            )
     return rows
 
 

@@ -15,10 +15,24 @@ from exfm_ray.tracking.run_files import Row, RunFiles, panels
 from exfm_ray.tracking.timeline import PAUSE_S, bars, seconds
 
 COLUMNS = {
-    "model": "model", "domain": "domain", "task": "task", "arm": "arm", "pass": "pass", "window": "window", "ne": "NE", "fm_ne": "FM's NE",
-    "best_ne": "best NE", "ne_gain": "NE gain", "fm_ne_gain": "FM's NE gain", "transfer_ratio": "transfer ratio", "calibration": "calibration",
-    "auc": "AUC", "gauc": "gAUC", "log_loss": "log loss", "examples": "examples",
-}  # fmt: skip
+    "model": "model",
+    "domain": "domain",
+    "task": "task",
+    "arm": "arm",
+    "pass": "pass",
+    "window": "window",
+    "ne": "NE",
+    "fm_ne": "FM's NE",
+    "best_ne": "best NE",
+    "ne_gain": "NE gain",
+    "fm_ne_gain": "FM's NE gain",
+    "transfer_ratio": "transfer ratio",
+    "calibration": "calibration",
+    "auc": "AUC",
+    "gauc": "gAUC",
+    "log_loss": "log loss",
+    "examples": "examples",
+}
 GAINS = (
     "NE gain is over the same model's labels arm; the transfer ratio is the share of the FM's NE gain on the same examples that an arm has. "
     "The least NE of each model is bold. "
@@ -54,7 +68,8 @@ td:nth-child(-n+4), th:nth-child(-n+4) { text-align: left } tr.best td { font-we
 
 
 def write_report(folder: Path) -> Path:
-    """Write <folder>/report.html from the run's files; returns its path. UserError where the folder holds no run."""
+    """Write <folder>/report.html from the run's files; returns its path. UserError where the folder
+    holds no run."""
     run = RunFiles.open(folder)
     body = run_facts(run) + _figures(run) + _windows(run) + _times(run) + _drift(run)
     write_page(folder / "report.html", run.name, body, STYLE + DARK + TABLES)
@@ -67,23 +82,37 @@ def run_facts(run: RunFiles) -> str:
     worked = [at for span in run.spans for at in (span["started_s"], span["ended_s"])]
     unit = "passes" if run.static else f"of {run.windows} windows"
     facts = {
-        "state": f"{run.state}: " + ", ".join(f"{name} {done} {unit}" for name, done in run.done.items()),
+        "state": f"{run.state}: "
+        + ", ".join(f"{name} {done} {unit}" for name, done in run.done.items()),
         "run": f"{_date(min(worked))} to {_date(max(worked))}" if worked else "",
         "data": f"{data.get('source')}, {run.windows} windows; {_role_of_windows(run)}",
         "FM": f"{_model(fm.get('model', {}))}; {_training(fm)}",
-        "supervision": f"by the snapshot that has learnt up to {run.setting('das.fm_lag', 1)} window(s) before" if vm.get("models") else "",
+        "supervision": f"by the snapshot that has learnt up to {run.setting('das.fm_lag', 1)} window(s) before"
+        if vm.get("models")
+        else "",
         "vertical models": f"{_students(vm)}; {_training(vm)}" if vm.get("models") else "",
         "arms": ", ".join(vm.get("arms", ())) if vm.get("models") else "",
-        "shared rows": _shared(run) if any("share" in arm.split("+") for arm in vm.get("arms", ())) else "",
-        "histories": _remembered(run) if any("history" in arm.split("+") for arm in vm.get("arms", ())) else "",
+        "shared rows": _shared(run)
+        if any("share" in arm.split("+") for arm in vm.get("arms", ()))
+        else "",
+        "histories": _remembered(run)
+        if any("history" in arm.split("+") for arm in vm.get("arms", ()))
+        else "",
         "further cost at serving": _serving(vm.get("arms", ())) if vm.get("models") else "",
         "weights": _weights(run) if vm.get("models") else "",
         "peak memory": f"{run.summary['peak_memory_bytes'] / 2**30:.1f} GiB" if run.summary else "",
         "seed": f"{run.setting('seed', 0)}",
         "versions": ", ".join(run.versions),
     }
-    lacks = "".join(f"<p class=lacks>{escape(line)}</p>" for line in missing_supervision(run.summary or {}))
-    return lacks + "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items() if fact) + "</dl>"
+    lacks = "".join(
+        f"<p class=lacks>{escape(line)}</p>" for line in missing_supervision(run.summary or {})
+    )
+    return (
+        lacks
+        + "<dl>"
+        + "".join(f"<dt>{name}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items() if fact)
+        + "</dl>"
+    )
 
 
 def _role_of_windows(run: RunFiles) -> str:
@@ -98,7 +127,11 @@ def _date(at: float) -> str:
 
 def _model(model: Mapping[str, Any]) -> str:
     """A network and its sizes, those at rest left out."""
-    sizes = ", ".join(f"{name} {value}" for name, value in model.items() if name != "type" and value not in ({}, [], 0, 0.0, None, False))
+    sizes = ", ".join(
+        f"{name} {value}"
+        for name, value in model.items()
+        if name != "type" and value not in ({}, [], 0, 0.0, None, False)
+    )
     return f"{model.get('type')} ({sizes})"
 
 
@@ -115,13 +148,18 @@ def _students(vm: Mapping[str, Any]) -> str:
     for student in vm["models"]:
         tasks = student.get("task", student.get("tasks", ()))
         tasks = [tasks] if isinstance(tasks, str) else tasks
-        told.append(f"{student['name']} ({student['domain']}, {' and '.join(tasks)}, {(student.get('model') or vm['model'])['type']})")
+        told.append(
+            f"{student['name']} ({student['domain']}, {' and '.join(tasks)}, {(student.get('model') or vm['model'])['type']})"
+        )
     return ", ".join(told)
 
 
 def _serving(arms: Sequence[str]) -> str:
     """Which arms cost what beside labels, in the arms' order."""
-    costs = {cost: [arm for arm in arms if at_serving(arm) == cost] for cost in ("nothing", "a feature store")}
+    costs = {
+        cost: [arm for arm in arms if at_serving(arm) == cost]
+        for cost in ("nothing", "a feature store")
+    }
     return "; ".join(f"{cost}: {', '.join(those)}" for cost, those in costs.items() if those)
 
 
@@ -133,7 +171,12 @@ def _weights(run: RunFiles) -> str:
 def _shared(run: RunFiles) -> str:
     """How arms with +share take the teacher's rows; settings that do not matter are left out."""
     share = run.setting("distillation.share", {})
-    matter = ("mode", *{"average": ("weight",), "unseen": ("unseen_below",)}.get(share.get("mode"), ()), "optimizer", "projection")
+    matter = (
+        "mode",
+        *{"average": ("weight",), "unseen": ("unseen_below",)}.get(share.get("mode"), ()),
+        "optimizer",
+        "projection",
+    )
     told = ", ".join(f"{name} {share.get(name)}" for name in matter)
     return f"rate {share.get('table_lr')} (tables), of tables {', '.join(share.get('tables', ())) or 'all'}, {told}"
 
@@ -150,15 +193,29 @@ def _figures(run: RunFiles) -> str:
     """The table over all windows, and gains to look at."""
     if not run.figures:
         return "<h2>Figures</h2><p>No window after the warm-up has been evaluated yet.</p>"
-    vms = sorted((row for row in run.figures if row["role"] == "vm" and row["ne"] is not None), key=lambda row: -row["ne"])
-    best = {(row["model"], row["domain"], row["task"]): row["arm"] for row in vms}  # the last one stays: the least NE
-    columns = {key: title for key, title in COLUMNS.items() if any(row.get(key) is not None for row in run.figures)}
+    vms = sorted(
+        (row for row in run.figures if row["role"] == "vm" and row["ne"] is not None),
+        key=lambda row: -row["ne"],
+    )
+    best = {
+        (row["model"], row["domain"], row["task"]): row["arm"] for row in vms
+    }  # the last one stays: the least NE
+    columns = {
+        key: title
+        for key, title in COLUMNS.items()
+        if any(row.get(key) is not None for row in run.figures)
+    }
     if not run.static:
         columns.pop("log_loss", None)
     wanted = {(row["domain"], row["task"]) for row in run.figures if row["role"] == "vm"}
-    rows = [row for row in run.figures if row["role"] == "vm" or row["domain"] == "all" or not wanted]
+    rows = [
+        row for row in run.figures if row["role"] == "vm" or row["domain"] == "all" or not wanted
+    ]
     rows.sort(key=lambda row: (row["role"] == "vm", row["model"], row["task"]))
-    body = "".join(_table_row(row, columns, best.get((row["model"], row["domain"], row["task"])) == row["arm"]) for row in rows)
+    body = "".join(
+        _table_row(row, columns, best.get((row["model"], row["domain"], row["task"])) == row["arm"])
+        for row in rows
+    )
     head = "".join(f"<th>{title}</th>" for title in columns.values())
     pairs = list(dict.fromkeys((row["model"], row["task"]) for row in rows if row["role"] == "vm"))
     plots = [charts.gains(run.figures, *pair) for pair in pairs]
@@ -170,16 +227,28 @@ def _figures(run: RunFiles) -> str:
     )
 
 
-def _table_row(row: Row, columns: Mapping[str, str], best: bool) -> str:
-    cells = "".join(f'<td data-name="{title}">{_cell(key, row.get(key))}</td>' for key, title in columns.items())
-    return f'<tr{" class=best" if best else ""}>{cells}</tr>'
+def _table_row(
+    row: Row,
+    columns: Mapping[str, str],
+    best: bool,
+) -> str:
+    cells = "".join(
+        f'<td data-name="{title}">{_cell(key, row.get(key))}</td>' for key, title in columns.items()
+    )
+    return f"<tr{' class=best' if best else ''}>{cells}</tr>"
 
 
 def _cell(key: str, value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:+.2%}" if key in PERCENT else f"{value:.2f}" if key == "transfer_ratio" else f"{value:.4f}"
+        return (
+            f"{value:+.2%}"
+            if key in PERCENT
+            else f"{value:.2f}"
+            if key == "transfer_ratio"
+            else f"{value:.4f}"
+        )
     return f"{value:,}" if isinstance(value, int) else escape(str(value))
 
 
@@ -188,9 +257,12 @@ def _windows(run: RunFiles) -> str:
     drawn = [panel for panel in panels(run) if panel.curves]
     if not drawn:
         return ""
-    over, warmup = "pass" if run.static else "window", run.setting("metrics.warmup_windows", 0)
+    over = "pass" if run.static else "window"
+    warmup = run.setting("metrics.warmup_windows", 0)
     ne = _grid(((charts.by_window(panel, "ne", warmup), 350) for panel in drawn), "ne")
-    calibration = _grid(((charts.by_window(panel, "calibration", warmup), 350) for panel in drawn), "calibration")
+    calibration = _grid(
+        ((charts.by_window(panel, "calibration", warmup), 350) for panel in drawn), "calibration"
+    )
     return (
         f"<h2>Normalised entropy by {over}</h2><p>Each point comes from a model that had not learnt its window"
         f"{': the validation window, after each pass' if run.static else ''}. Lower is better; 1 is no better than the mean rate. "
@@ -207,7 +279,11 @@ def _times(run: RunFiles) -> str:
         return ""
     totals = seconds(found)
     height = 140 + 55 * len(totals)
-    pauses = f" Pauses of more than {PAUSE_S:.0f} s in which no role worked, {cut:,.0f} s in all, are cut out." if cut else ""
+    pauses = (
+        f" Pauses of more than {PAUSE_S:.0f} s in which no role worked, {cut:,.0f} s in all, are cut out."
+        if cut
+        else ""
+    )
     return (
         "<h2>Timeline</h2><p>Which window (the number in a bar) each role worked on when; a role's waiting for data or for a snapshot is drawn "
         f"before the phase that it belongs to. The start of the workers is not shown.{pauses}</p>"
@@ -226,11 +302,23 @@ def _drift(run: RunFiles) -> str:
     features = list(dict.fromkeys(row["feature"] for row in run.new_ids))
     plots += [charts.new_ids(run.rows, run.new_ids, feature) for feature in features]
     left_out = len({row["domain"] for row in run.rows}) - len(charts.largest(run.rows))
-    some = f"<p>{left_out} smaller domains without a vertical model are left out.</p>" if left_out else ""
-    new = "<p>New ids: the share of a window's examples whose id no earlier window had.</p>" if features else ""
-    return f"<h2>The data by window</h2>{some}{new}{_grid(((plot, 370) for plot in plots), 'drift')}"
+    some = (
+        f"<p>{left_out} smaller domains without a vertical model are left out.</p>"
+        if left_out
+        else ""
+    )
+    new = (
+        "<p>New ids: the share of a window's examples whose id no earlier window had.</p>"
+        if features
+        else ""
+    )
+    return (
+        f"<h2>The data by window</h2>{some}{new}{_grid(((plot, 370) for plot in plots), 'drift')}"
+    )
 
 
 def _grid(plots: Iterable[tuple[Part, int]], name: str) -> str:
-    shown = "".join(place_figure(plot, f"{name}-{i}", height) for i, (plot, height) in enumerate(plots))
+    shown = "".join(
+        place_figure(plot, f"{name}-{i}", height) for i, (plot, height) in enumerate(plots)
+    )
     return f'<div class="grid">{shown}</div>'

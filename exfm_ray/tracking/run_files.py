@@ -1,4 +1,5 @@
-"""A run as its files tell it, whole or not: settings, figures by window and over all of them, how far it has come."""
+"""A run as its files tell it, whole or not: settings, figures by window and over all of them, how
+far it has come."""
 
 from __future__ import annotations
 
@@ -26,17 +27,22 @@ LABELS = "labels"
 SECTIONS = ("data", "fm", "fm.model", "vm", "vm.model", "metrics")
 """Parts of a run's settings without which nothing can be told of it."""
 NOT_ADDITIVE = ("auc", "gauc", "best_ne", "calibration")
-"""Figures over several windows that only summary.json has: they do not follow from those of the windows."""
+"""Figures over several windows that only summary.json has: they do not follow from those of the
+windows."""
 
 
 def _figures_of(summary: Row) -> bool:
     """True where a summary holds rows of figures."""
     rows = summary.get("figures")
-    return isinstance(rows, list) and all(isinstance(row, dict) and {*KEY, "examples"} <= row.keys() and _numbers(row) for row in rows)
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and {*KEY, "examples"} <= row.keys() and _numbers(row) for row in rows
+    )
 
 
 def _numbers(row: Row) -> bool:
-    return all(key in KEY or value is None or isinstance(value, int | float) for key, value in row.items())
+    return all(
+        key in KEY or value is None or isinstance(value, int | float) for key, value in row.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -50,14 +56,22 @@ class RunFiles:
         """UserError where the folder holds no run."""
         if not (folder / "config.yaml").exists():
             near = folder.parent / "runs" / folder.name
-            hint = f"; did you mean {near}?" if (near / "config.yaml").exists() else "; `run.py runs DIR` lists the runs of a folder"
-            raise UserError(f"{folder}: {'no run here: it has no config.yaml' if folder.is_dir() else 'no such folder'}{hint}")
+            hint = (
+                f"; did you mean {near}?"
+                if (near / "config.yaml").exists()
+                else "; `run.py runs DIR` lists the runs of a folder"
+            )
+            raise UserError(
+                f"{folder}: {'no run here: it has no config.yaml' if folder.is_dir() else 'no such folder'}{hint}"
+            )
         run = cls(folder)
         if not isinstance(run.config, dict):
             raise UserError(f"{folder / 'config.yaml'}: not the settings of a run")
         lacking = [name for name in SECTIONS if not isinstance(run.setting(name), dict)]
         if lacking:
-            raise UserError(f"{folder / 'config.yaml'}: has no section '{lacking[0]}'; give the run's command again in a folder without this file")
+            raise UserError(
+                f"{folder / 'config.yaml'}: has no section '{lacking[0]}'; give the run's command again in a folder without this file"
+            )
         return run
 
     @cached_property
@@ -66,7 +80,9 @@ class RunFiles:
         try:
             return next(iter(yaml.safe_load_all((self.folder / "config.yaml").read_text())), None)
         except (yaml.YAMLError, UnicodeDecodeError):
-            raise UserError(f"{self.folder / 'config.yaml'}: not valid YAML; start the run again, which writes it anew") from None
+            raise UserError(
+                f"{self.folder / 'config.yaml'}: not valid YAML; start the run again, which writes it anew"
+            ) from None
 
     def setting(self, name: str, default: Any = None) -> Any:
         """The value of a dotted setting; `default` where the run's version did not have it."""
@@ -84,7 +100,11 @@ class RunFiles:
     def versions(self) -> list[str]:
         """Packages and their versions."""
         text = (self.folder / "config.yaml").read_text()
-        return [line.removeprefix("# ") for line in text.partition("\n---\n")[2].splitlines() if line.startswith("# ")]
+        return [
+            line.removeprefix("# ")
+            for line in text.partition("\n---\n")[2].splitlines()
+            if line.startswith("# ")
+        ]
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -109,7 +129,9 @@ class RunFiles:
         path = self.folder / "summary.json"
         summary: Row | None = read_json(path) if path.exists() else None
         if summary is not None and not (isinstance(summary, dict) and _figures_of(summary)):
-            raise UserError(f"{path}: not the summary of a run; give the run's command again, which writes it anew")
+            raise UserError(
+                f"{path}: not the summary of a run; give the run's command again, which writes it anew"
+            )
         return summary
 
     @property
@@ -126,25 +148,37 @@ class RunFiles:
     def done(self) -> dict[str, int]:
         """Model -> windows (or passes) whose figures are there."""
         place = "pass" if self.static else "window"
-        names = [self.setting("fm.name", "fm"), *(student["name"] for student in self.setting("vm.models") or ())]
-        return {name: len({row[place] for row in self.rows if row["model"] == name}) for name in names}
+        names = [
+            self.setting("fm.name", "fm"),
+            *(student["name"] for student in self.setting("vm.models") or ()),
+        ]
+        return {
+            name: len({row[place] for row in self.rows if row["model"] == name}) for name in names
+        }
 
     @property
     def state(self) -> str:
         """done, failed or unfinished; a run that is at work now is unfinished, too."""
         if (self.folder / "logs" / "error.txt").exists():
             return "failed"
-        whole = self.summary is not None if self.static else self.windows and min(self.done.values()) >= self.windows
+        whole = (
+            self.summary is not None
+            if self.static
+            else self.windows and min(self.done.values()) >= self.windows
+        )
         return "done" if whole else "unfinished"
 
     @cached_property
     def figures(self) -> list[Row]:
-        """Over all windows after the warm-up that are done so far; of a static set those of the best pass. In the arms' order."""
+        """Over all windows after the warm-up that are done so far; of a static set those of the
+        best pass. In the arms' order."""
         summed = self.summary["figures"] if self.summary else []
         if self.static:
             return list(summed)
         told = {tuple(row[key] for key in KEY): row for row in summed}
-        rows = combine_windows([row for row in self.rows if row["window"] >= self.setting("metrics.warmup_windows", 0)])
+        rows = combine_windows(
+            [row for row in self.rows if row["window"] >= self.setting("metrics.warmup_windows", 0)]
+        )
         for row in rows:
             same = told.get(tuple(row[key] for key in KEY), {})
             if same.get("examples") == row["examples"]:  # or the summary is of fewer windows
@@ -153,41 +187,70 @@ class RunFiles:
 
 
 def combine_windows(rows: Sequence[Row]) -> list[Row]:
-    """The rows of each model, arm, domain and task as one: sums of log loss, labels and predictions add up over windows."""
+    """The rows of each model, arm, domain and task as one: sums of log loss, labels and predictions
+    add up over windows."""
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         if row["examples"]:
             groups[tuple(row[key] for key in KEY)].append(row)
-    return [dict(zip(KEY, key, strict=True)) | _sums(groups[key]) for key in sorted(groups, key=lambda key: listing(key[2]))]
+    return [
+        dict(zip(KEY, key, strict=True)) | _sums(groups[key])
+        for key in sorted(groups, key=lambda key: listing(key[2]))
+    ]
 
 
 def _sums(rows: Sequence[Row]) -> Row:
-    examples, labels = sum(row["examples"] for row in rows), sum(row["examples"] * row["label_rate"] for row in rows)
-    log_loss, base = sum(row["examples"] * row["log_loss"] for row in rows) / examples, entropy(labels / examples)
-    known = labels and all(row["calibration"] is not None for row in rows)  # a window without labels does not tell its predictions
-    calibration = sum(row["calibration"] * row["examples"] * row["label_rate"] for row in rows) / labels if known else None
-    return {"examples": examples, "label_rate": labels / examples, "log_loss": log_loss, "ne": log_loss / base if base else None,
-            "calibration": calibration}  # fmt: skip
+    examples = sum(row["examples"] for row in rows)
+    labels = sum(row["examples"] * row["label_rate"] for row in rows)
+    log_loss = sum(row["examples"] * row["log_loss"] for row in rows) / examples
+    base = entropy(labels / examples)
+    known = labels and all(
+        row["calibration"] is not None for row in rows
+    )  # a window without labels does not tell its predictions
+    calibration = (
+        sum(row["calibration"] * row["examples"] * row["label_rate"] for row in rows) / labels
+        if known
+        else None
+    )
+    return {
+        "examples": examples,
+        "label_rate": labels / examples,
+        "log_loss": log_loss,
+        "ne": log_loss / base if base else None,
+        "calibration": calibration,
+    }
 
 
 def with_gains(rows: Sequence[Row]) -> list[Row]:
-    """The rows, those of vertical models with ne_gain, fm_ne (the FM's on the same examples), fm_ne_gain and transfer_ratio."""
+    """The rows, those of vertical models with ne_gain, fm_ne (the FM's on the same examples),
+    fm_ne_gain and transfer_ratio."""
     fm = {(row["domain"], row["task"]): row["ne"] for row in rows if row["role"] == "fm"}
-    labels = {(row["model"], row["domain"], row["task"]): row["ne"] for row in rows if row["arm"] == LABELS}
+    labels = {
+        (row["model"], row["domain"], row["task"]): row["ne"]
+        for row in rows
+        if row["arm"] == LABELS
+    }
     return [row | _gains(row, fm, labels) if row["role"] == "vm" else row for row in rows]
 
 
-def _gains(row: Row, fm: Mapping[tuple[str, str], float | None], labels: Mapping[tuple[str, str, str], float | None]) -> Row:
+def _gains(
+    row: Row,
+    fm: Mapping[tuple[str, str], float | None],
+    labels: Mapping[tuple[str, str, str], float | None],
+) -> Row:
     place = (row["domain"], row["task"])
-    teacher, baseline = fm.get(place), labels.get((row["model"], *place))
-    gain, fm_gain = ne_gain(row["ne"], baseline), ne_gain(teacher, baseline)
+    teacher = fm.get(place)
+    baseline = labels.get((row["model"], *place))
+    gain = ne_gain(row["ne"], baseline)
+    fm_gain = ne_gain(teacher, baseline)
     ratio = transfer_ratio(gain, fm_gain) if row["arm"] != LABELS else None
     return {"fm_ne": teacher, "ne_gain": gain, "fm_ne_gain": fm_gain, "transfer_ratio": ratio}
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What is drawn together: a vertical model's arms, with the FM on the same examples; or the FM alone (`model` None)."""
+    """What is drawn together: a vertical model's arms, with the FM on the same examples; or the FM
+    alone (`model` None)."""
 
     model: str | None
     domain: str
@@ -202,21 +265,34 @@ class Panel:
 
 
 def panels(run: RunFiles) -> list[Panel]:
-    """The FM over all domains, then each vertical model. Of a static set: on its validation window, pass by pass."""
-    rows, by = run.rows, "window"
+    """The FM over all domains, then each vertical model. Of a static set: on its validation window,
+    pass by pass."""
+    rows = run.rows
+    by = "window"
     if run.static and rows:
-        validation, by = min(row["window"] for row in rows), "pass"
+        validation = min(row["window"] for row in rows)
+        by = "pass"
         rows = [row for row in rows if row["window"] == validation]
     curves: dict[tuple[str, str, str, str, str], list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: row[by]):
         curves[row["role"], row["model"], row["arm"], row["domain"], row["task"]].append(row)
     places: dict[tuple[str | None, str, str], None]
-    places = {(None, domain, task): None for role, _, _, domain, task in curves if role == "fm" and domain == ALL_DOMAINS}
-    places |= {(model, domain, task): None for role, model, _, domain, task in curves if role == "vm"}
+    places = {
+        (None, domain, task): None
+        for role, _, _, domain, task in curves
+        if role == "fm" and domain == ALL_DOMAINS
+    }
+    places |= {
+        (model, domain, task): None for role, model, _, domain, task in curves if role == "vm"
+    }
     found = []
     for model, domain, task in places:
         mine = {
-            arm: curve for (role, name, arm, d, t), curve in curves.items() if (d, t) == (domain, task) and (role == "fm" or name == model)
-        }  # fmt: skip
-        found.append(Panel(model, domain, task, {arm: mine[arm] for arm in sorted(mine, key=listing)}))
+            arm: curve
+            for (role, name, arm, d, t), curve in curves.items()
+            if (d, t) == (domain, task) and (role == "fm" or name == model)
+        }
+        found.append(
+            Panel(model, domain, task, {arm: mine[arm] for arm in sorted(mine, key=listing)})
+        )
     return found

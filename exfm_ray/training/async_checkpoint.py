@@ -1,7 +1,8 @@
 """Writing checkpoints while training goes on: the state is copied, a thread writes the copy.
 
-Every worker writes its own file and, beside it, its hash. Worker 0's thread waits for all hashes and commits the checkpoint by its
-manifest; the newest few stay. What fails in the thread fails the training, at the next checkpoint at the latest.
+Every worker writes its own file and, beside it, its hash. Worker 0's thread waits for all hashes
+and commits the checkpoint by its manifest; the newest few stay. What fails in the thread fails the
+training, at the next checkpoint at the latest.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from torch import Tensor
 
 from exfm_ray.errors import UserError
 from exfm_ray.storage.atomic import atomic_path, read_json, sha256, write_json
-from exfm_ray.training.checkpoint import MANIFEST, Checkpoints, Cursor, Manifest, rank_file, state_of, timings_as_json
+from exfm_ray.training.checkpoint import (
+    MANIFEST,
+    Checkpoints,
+    Cursor,
+    Manifest,
+    rank_file,
+    state_of,
+    timings_as_json,
+)
 from exfm_ray.training.loop import Loop
 from exfm_ray.training.nan_check import not_finite
 
@@ -48,33 +57,51 @@ class AsyncCheckpointer:
     _error: BaseException | None = field(default=None, init=False)
 
     def stage(self, loop: Loop) -> None:
-        """Copy the state, once the checkpoint before is written: what the next `save` writes, whatever happens to the model until then.
+        """Copy the state, once the checkpoint before is written: what the next `save` writes,
+        whatever happens to the model until then.
 
-        UserError where the one before could not be written: the disk is full, or the model's weights are no longer numbers.
+        UserError where the one before could not be written: the disk is full, or the model's
+            weights are no longer numbers.
         """
         begun = time.perf_counter()
         self.finish()
         self._taken = state_of(loop)
         self.seconds += time.perf_counter() - begun
 
-    def save(self, mark: Cursor, loop: Loop, teacher: int | None = None, stopping: dict[str, Any] | None = None) -> None:
-        """Begin to write the state at `mark`: the one taken, or else as it is now. UserError as `take`."""
+    def save(
+        self,
+        mark: Cursor,
+        loop: Loop,
+        teacher: int | None = None,
+        stopping: dict[str, Any] | None = None,
+    ) -> None:
+        """Begin to write the state at `mark`: the one taken, or else as it is now. UserError as
+        `take`."""
         if self._taken is None:
             self.stage(loop)
         assert self._taken is not None
-        begun, folder = time.perf_counter(), self.checkpoints.folder(mark)
-        state, self._taken = self._taken, None
+        begun = time.perf_counter()
+        folder = self.checkpoints.folder(mark)
+        state = self._taken
+        self._taken = None
         if dist.get_rank() == 0:
             with self.checkpoints.writing(f"{folder}: the checkpoint"):
                 shutil.rmtree(folder, ignore_errors=True)  # what a killed run had begun
                 folder.mkdir(parents=True)
         dist.barrier()
         facts = {
-            "windows": mark.windows, "examples": mark.examples, "workers": dist.get_world_size(), "teacher": teacher,
-            "timings": timings_as_json(loop.timings), "underway": asdict(loop.underway) if loop.underway else None, "stopping": stopping,
-        }  # fmt: skip
+            "windows": mark.windows,
+            "examples": mark.examples,
+            "workers": dist.get_world_size(),
+            "teacher": teacher,
+            "timings": timings_as_json(loop.timings),
+            "underway": asdict(loop.underway) if loop.underway else None,
+            "stopping": stopping,
+        }
         arguments = (folder, dist.get_rank(), state, facts)
-        self._thread = threading.Thread(target=self._write, args=arguments, daemon=True, name=f"checkpoint {folder.name}")
+        self._thread = threading.Thread(
+            target=self._write, args=arguments, daemon=True, name=f"checkpoint {folder.name}"
+        )
         self._thread.start()
         self.seconds += time.perf_counter() - begun
 
@@ -86,14 +113,23 @@ class AsyncCheckpointer:
         if self._error:
             raise self._error
 
-    def _write(self, folder: Path, rank: int, state: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    def _write(
+        self,
+        folder: Path,
+        rank: int,
+        state: Mapping[str, Tensor],
+        facts: dict[str, Any],
+    ) -> None:
         try:
             self._check(folder, state)
             with self.checkpoints.writing(f"{folder}: the checkpoint"):
                 write_part(folder, rank, state)
                 if rank == 0:
                     files = self._await_parts(folder, facts["workers"])
-                    write_json(folder / MANIFEST, Manifest(files=files, **facts).sealed().model_dump(mode="json"))
+                    write_json(
+                        folder / MANIFEST,
+                        Manifest(files=files, **facts).sealed().model_dump(mode="json"),
+                    )
                     remove_old(self.checkpoints, self.keep)
         except BaseException as error:  # a thread's error must reach the worker, whatever it is
             self._error = error
@@ -115,12 +151,21 @@ class AsyncCheckpointer:
         while waiting:
             waiting = [rank for rank in waiting if not _hash_file(folder, rank).exists()]
             if waiting and time.monotonic() > deadline:
-                raise TimeoutError(f"{folder}: worker 0 waited {PATIENCE_S:.0f} s for the parts of workers {waiting}")
+                raise TimeoutError(
+                    f"{folder}: worker 0 waited {PATIENCE_S:.0f} s for the parts of workers {waiting}"
+                )
             time.sleep(POLL_S if waiting else 0)
-        return {rank_file(rank): read_json(_hash_file(folder, rank))["sha256"] for rank in range(workers)}
+        return {
+            rank_file(rank): read_json(_hash_file(folder, rank))["sha256"]
+            for rank in range(workers)
+        }
 
 
-def write_part(folder: Path, rank: int, state: Mapping[str, Tensor]) -> None:
+def write_part(
+    folder: Path,
+    rank: int,
+    state: Mapping[str, Tensor],
+) -> None:
     """Write one worker's file, then its hash."""
     with atomic_path(folder / rank_file(rank)) as temporary:
         save_file(dict(state), temporary)
@@ -129,7 +174,8 @@ def write_part(folder: Path, rank: int, state: Mapping[str, Tensor]) -> None:
 
 
 def remove_old(checkpoints: Checkpoints, keep: int) -> None:
-    """Remove all committed checkpoints but the newest `keep`, and what killed runs have left half-written before them."""
+    """Remove all committed checkpoints but the newest `keep`, and what killed runs have left
+    half-written before them."""
     committed: Sequence[Path] = checkpoints.committed()
     for old in committed[:-keep]:
         (old / MANIFEST).unlink(missing_ok=True)

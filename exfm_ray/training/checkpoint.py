@@ -1,10 +1,11 @@
 """Checkpoints on disk: safetensors and JSON with hashes, whole or absent, the newest few kept.
 
-    <root>/windows=003/                    at the end of a window
-    <root>/windows=003.examples=00051200/  inside the next one, after so many of its examples
-        state.rank0000.safetensors         what worker 0 holds of tables, dense parts, optimizers, averages and adapters (`engine.parts`),
-                                           its random state; worker 0 also has metric states and when table rows were last used
-        manifest.json                      written last: how far the job is, hashes of the files, timings
+<root>/windows=003/                    at the end of a window
+<root>/windows=003.examples=00051200/  inside the next one, after so many of its examples
+    state.rank0000.safetensors         what worker 0 holds of tables, dense parts, optimizers, averages and adapters (`engine.parts`),
+                                       its random state; worker 0 also has metric states and when
+                                       table rows were last used
+    manifest.json                      written last: how far the job is, hashes of the files, timings
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ class Manifest(FrozenModel):
 
     def sealed(self) -> Manifest:
         """With the digest of all the rest."""
-        return self.model_copy(update={"digest": short_hash(self.model_dump(mode="json", exclude={"digest"}))})
+        return self.model_copy(
+            update={"digest": short_hash(self.model_dump(mode="json", exclude={"digest"}))}
+        )
 
     @property
     def mark(self) -> Cursor:
@@ -85,7 +88,8 @@ class Manifest(FrozenModel):
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job has to tell: metric states summed over the windows after the warm-up, and where its time went."""
+    """What a job has to tell: metric states summed over the windows after the warm-up, and where
+    its time went."""
 
     states: dict[Key, MetricState]
     timings: list[Timing]
@@ -97,7 +101,8 @@ class JobResult:
 
     @property
     def seconds(self) -> float:
-        """Seconds in which windows were evaluated and learnt, without the job's start and its checkpoints."""
+        """Seconds in which windows were evaluated and learnt, without the job's start and its
+        checkpoints."""
         return sum(t.evaluate_s + t.learn_s for t in self.timings)
 
 
@@ -114,7 +119,14 @@ class Checkpoints:
 
     def committed(self) -> list[Path]:
         """Folders of the whole checkpoints, the oldest first."""
-        return sorted((path.parent for path in self.root.glob(f"windows=*/{MANIFEST}") if NAME.fullmatch(path.parent.name)), key=_order)
+        return sorted(
+            (
+                path.parent
+                for path in self.root.glob(f"windows=*/{MANIFEST}")
+                if NAME.fullmatch(path.parent.name)
+            ),
+            key=_order,
+        )
 
     def latest(self) -> Cursor:
         """How far the job was at the newest whole checkpoint; `BEGINNING` without any."""
@@ -122,7 +134,8 @@ class Checkpoints:
         return _manifest(found[-1]).mark if found else BEGINNING
 
     def set_aside_damaged(self) -> Iterator[str]:
-        """Rename the newest checkpoints as long as they are damaged, so that the one before is gone on from; says which and why.
+        """Rename the newest checkpoints as long as they are damaged, so that the one before is gone
+        on from; says which and why.
 
         Says too which newer folders are no checkpoint for lack of a manifest.
         """
@@ -137,7 +150,11 @@ class Checkpoints:
                 aside = folder.with_name(f"damaged.{folder.name}.{number}")
             folder.rename(aside)
             before = self.committed()
-            goes_on = f"the one before, {before[-1].name}, is gone on from" if before else "there is none before, so this job begins anew"
+            goes_on = (
+                f"the one before, {before[-1].name}, is gone on from"
+                if before
+                else "there is none before, so this job begins anew"
+            )
             yield f"checkpoint {folder} is damaged ({damage}); {goes_on}. It was renamed to {aside.name}"
         yield from self._without_manifest()
 
@@ -145,7 +162,11 @@ class Checkpoints:
         committed = self.committed()
         newest = _order(committed[-1]) if committed else (-1, -1)
         goes_on = f"{committed[-1].name} is gone on from" if committed else "this job begins anew"
-        for folder in sorted(path for path in self.root.glob("windows=*") if NAME.fullmatch(path.name) and path not in committed):
+        for folder in sorted(
+            path
+            for path in self.root.glob("windows=*")
+            if NAME.fullmatch(path.name) and path not in committed
+        ):
             if _order(folder) > newest:
                 yield (
                     f"checkpoint {folder} has no {MANIFEST} and is not used: it was not written to its end, as when a run is killed, or that file "
@@ -155,17 +176,26 @@ class Checkpoints:
     def last_good(self) -> str:
         """For an error's message."""
         committed = self.committed()
-        return f"the last good checkpoint is {committed[-1]}" if committed else "there is no checkpoint before"
+        return (
+            f"the last good checkpoint is {committed[-1]}"
+            if committed
+            else "there is no checkpoint before"
+        )
 
     @contextmanager
     def writing(self, what: object) -> Iterator[None]:
-        """Inside, `what` is written: a full disk is a UserError that names it, the last good checkpoint and the way out."""
+        """Inside, `what` is written: a full disk is a UserError that names it, the last good
+        checkpoint and the way out."""
         try:
             yield
         except (OSError, SafetensorError) as error:
-            cause = str(error).strip().splitlines()[-1:]  # of an actor's error all before is its traceback
+            cause = (
+                str(error).strip().splitlines()[-1:]
+            )  # of an actor's error all before is its traceback
             told = f"{what} could not be written ({cause[0] if cause else type(error).__name__}); {self.last_good()}"
-            raise UserError(f"{told}. Make room, or mend what is named, and give the command again") from error
+            raise UserError(
+                f"{told}. Make room, or mend what is named, and give the command again"
+            ) from error
 
     def load(self, mark: Cursor, loop: Loop) -> None:
         """Restore the state of a checkpoint of any number of workers; every worker calls it."""
@@ -181,11 +211,14 @@ class Checkpoints:
             if group.usage:
                 own = parts.with_prefix(f"usage/{group.lanes[0].model}")
                 group.usage.restore({name: own[name].numpy() for name in own})
-        own = parts.with_prefix(f"random/{dist.get_rank() % manifest.workers}")  # dropout draws from it
+        own = parts.with_prefix(
+            f"random/{dist.get_rank() % manifest.workers}"
+        )  # dropout draws from it
         torch.set_rng_state(own["cpu"])
         if "cuda" in own and torch.cuda.is_available():
             torch.cuda.set_rng_state(own["cuda"])
-        loop.states, loop.timings = _states(parts), _timings(manifest)
+        loop.states = _states(parts)
+        loop.timings = _timings(manifest)
         loop.underway = LoopProgress(**manifest.underway) if manifest.underway else None
 
     def stopping(self) -> dict[str, Any] | None:
@@ -216,17 +249,27 @@ def state_of(loop: Loop) -> dict[str, Tensor]:
     if rank == 0:
         for group in loop.groups:
             if group.sharing and group.sharing.uses:
-                state |= {f"uses/{group.lanes[0].model}/{name}": torch.from_numpy(array) for name, array in group.sharing.uses.state().items()}
+                state |= {
+                    f"uses/{group.lanes[0].model}/{name}": torch.from_numpy(array)
+                    for name, array in group.sharing.uses.state().items()
+                }
             if group.usage:
                 arrays = group.usage.state()
-                state |= {f"usage/{group.lanes[0].model}/{name}": torch.from_numpy(array) for name, array in arrays.items()}
+                state |= {
+                    f"usage/{group.lanes[0].model}/{name}": torch.from_numpy(array)
+                    for name, array in arrays.items()
+                }
         for key, metric in loop.states.items():
-            state |= {f"metrics/{json.dumps(key)}/{name}": cpu_copy(torch.from_numpy(np.asarray(a))) for name, a in metric.to_arrays().items()}
+            state |= {
+                f"metrics/{json.dumps(key)}/{name}": cpu_copy(torch.from_numpy(np.asarray(a)))
+                for name, a in metric.to_arrays().items()
+            }
     return state
 
 
 def _order(folder: Path) -> tuple[int, int]:
-    """Windows and examples, from a folder's name (which sorts wrongly as text from 1000 windows on)."""
+    """Windows and examples, from a folder's name (which sorts wrongly as text from 1000 windows
+    on)."""
     match = NAME.fullmatch(folder.name)
     assert match
     return int(match[1]), int(match[2] or 0)
@@ -236,7 +279,9 @@ def _manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(read_json(folder / MANIFEST))
     except ValidationError as error:
-        raise UserError(f"{folder / MANIFEST}: not a checkpoint's manifest ({error.errors()[0]['msg']})") from None
+        raise UserError(
+            f"{folder / MANIFEST}: not a checkpoint's manifest ({error.errors()[0]['msg']})"
+        ) from None
 
 
 def _damage(folder: Path) -> str | None:
@@ -269,7 +314,11 @@ def _parts(folder: Path, manifest: Manifest) -> ShardedTensors:
 
 
 def _timings(manifest: Manifest) -> list[Timing]:
-    return [Timing(**{**t, "window": int(t["window"]), "examples": int(t["examples"])}) for t in manifest.timings]  # type: ignore[arg-type]
+    timings = []
+    for row in manifest.timings:
+        whole = {"window": int(row["window"]), "examples": int(row["examples"])}
+        timings.append(Timing(**{**row, **whole}))  # type: ignore[arg-type]
+    return timings
 
 
 def _states(parts: ShardedTensors) -> dict[Key, MetricState]:

@@ -33,7 +33,8 @@ class Predictions:
     Attributes:
         logits: lane -> float32 (N, tasks of the lane).
         labels_NT: float32, all tasks of the stream.
-        domain_N, group_N: int32; the domain, and the id by which AUC is grouped (0 where the schema groups by nothing).
+        domain_N, group_N: int32; the domain, and the id by which AUC is grouped (0 where the schema
+            groups by nothing).
     """
 
     logits: dict[str, np.ndarray]
@@ -46,7 +47,10 @@ class Predictions:
         """One after the other."""
         return cls(
             {name: np.concatenate([p.logits[name] for p in parts]) for name in parts[0].logits},
-            *(np.concatenate([getattr(p, column) for p in parts]) for column in ("labels_NT", "domain_N", "group_N")),
+            *(
+                np.concatenate([getattr(p, column) for p in parts])
+                for column in ("labels_NT", "domain_N", "group_N")
+            ),
         )
 
 
@@ -55,8 +59,8 @@ class BatchGroup:
     """Lanes that see the same rows: one domain's, or all (`domain` None).
 
     Attributes:
-        teacher_columns: which of the `teacher_tasks` columns of predictions are the lanes' tasks, in their order; where the lane
-            teaches several models, those of each of them.
+        teacher_columns: which of the `teacher_tasks` columns of predictions are the lanes' tasks,
+            in their order; where the lane teaches several models, those of each of them.
         evict_after_windows: after how many windows without use a row is reset; None: never.
         sharing: where its arms with +share find the teacher's table rows.
     """
@@ -73,15 +77,22 @@ class BatchGroup:
     _usage: RowLastUse | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._usage = RowLastUse(self.schema, self.evict_after_windows) if self.evict_after_windows else None
+        self._usage = (
+            RowLastUse(self.schema, self.evict_after_windows) if self.evict_after_windows else None
+        )
         names = [f.name for f in self.schema.single]
         self._group_column = names.index(self.schema.group_by) if self.schema.group_by else None
-        self._worker, self._workers = dist.get_rank(), dist.get_world_size()
-        self._repeats = RowCounts(self.schema) if any(lane.engine.decays for lane in self.lanes) else None
+        self._worker = dist.get_rank()
+        self._workers = dist.get_world_size()
+        self._repeats = (
+            RowCounts(self.schema) if any(lane.engine.decays for lane in self.lanes) else None
+        )
 
     def select(self, table: pa.Table) -> pa.Table:
         """The group's rows of a fragment."""
-        return table if self.domain is None else table.filter(pc.equal(table["domain"], self.domain))
+        return (
+            table if self.domain is None else table.filter(pc.equal(table["domain"], self.domain))
+        )
 
     def begin_window(self, window: int) -> None:
         """A window is going to be evaluated: give the arms with +share the rows of its ids."""
@@ -92,7 +103,8 @@ class BatchGroup:
                 lane.engine.give_rows(rows, self.sharing.weight)
 
     def refresh(self, windows: int) -> None:
-        """So many windows are learnt: give the arms with +share all of the teacher's rows that are known now, to be served with."""
+        """So many windows are learnt: give the arms with +share all of the teacher's rows that are
+        known now, to be served with."""
         lanes = [lane for lane in self.lanes if lane.arm and lane.arm.shares_tables]
         if self.sharing and lanes:
             for rows in self.sharing.rows_after(windows):
@@ -124,7 +136,13 @@ class BatchGroup:
         """One step of every lane on a global batch."""
         mine = worker_slice(rows, self._worker, self._workers)
         batches = self._batches(mine)
-        repeats_BS = self._share_of(self._repeats.count(list_values(rows["sparse"], len(self.schema.single))), mine) if self._repeats else None
+        repeats_BS = (
+            self._share_of(
+                self._repeats.count(list_values(rows["sparse"], len(self.schema.single))), mine
+            )
+            if self._repeats
+            else None
+        )
         weight_B = torch.zeros(mine.length, device=self.device)
         weight_B[: mine.table.num_rows] = self._workers / mine.total
         teacher_BT = self._teacher(mine)
@@ -134,7 +152,8 @@ class BatchGroup:
     def evaluate(self, rows: pa.Table) -> Predictions:
         """What the models, as they are, say of this worker's rows of a global batch."""
         mine = worker_slice(rows, self._worker, self._workers)
-        batches, count = self._batches(mine), mine.table.num_rows
+        batches = self._batches(mine)
+        count = mine.table.num_rows
         predicted: dict[str, Tensor] = {}
         for lane in self.lanes:
             predicted |= lane.predict(batches[lane.uses_history])
@@ -143,11 +162,14 @@ class BatchGroup:
             logits={name: logits_BT[:count].cpu().numpy() for name, logits_BT in predicted.items()},
             labels_NT=list_values(mine.table["labels"], len(self.schema.tasks)),
             domain_N=mine.table["domain"].to_numpy(),
-            group_N=np.zeros(count, np.int32) if self._group_column is None else sparse_NS[:, self._group_column],
+            group_N=np.zeros(count, np.int32)
+            if self._group_column is None
+            else sparse_NS[:, self._group_column],
         )
 
     def gather(self, mine: Sequence[Predictions]) -> Predictions | None:
-        """All workers' parts together on rank 0; None elsewhere, and where the window has no row for this group."""
+        """All workers' parts together on rank 0; None elsewhere, and where the window has no row
+        for this group."""
         if self._workers == 1:
             return Predictions.join(mine) if mine else None
         everyone: list[Any] | None = [None] * self._workers if self._worker == 0 else None
@@ -156,7 +178,8 @@ class BatchGroup:
         return Predictions.join(parts) if parts else None
 
     def _batches(self, mine: WorkerSlice) -> tuple[Batch, Batch]:
-        """This worker's examples; and the same with their history among the dense features, where they have one."""
+        """This worker's examples; and the same with their history among the dense features, where
+        they have one."""
         batch = to_batch(mine.table, self.schema)
         remembered = batch
         if HISTORY_COLUMN in mine.table.column_names:
@@ -175,12 +198,15 @@ class BatchGroup:
         values = teacher_values(mine.table, self.teacher_tasks)
         if values is None:
             return None
-        teacher_BT = torch.from_numpy(values[:, np.array(self.teacher_columns)]).movedim(0, -2)  # (K, B, T) with several models
+        teacher_BT = torch.from_numpy(values[:, np.array(self.teacher_columns)]).movedim(
+            0, -2
+        )  # (K, B, T) with several models
         return F.pad(teacher_BT, (0, 0, 0, mine.length - mine.table.num_rows)).to(self.device)
 
 
 def pad(batch: Batch, length: int) -> Batch:
-    """Fill a batch up to `length` rows with rows of missing values, so that all workers step with equal lengths."""
+    """Fill a batch up to `length` rows with rows of missing values, so that all workers step with
+    equal lengths."""
     short = length - len(batch)
     if short <= 0:
         return batch

@@ -1,4 +1,5 @@
-"""A training job: whose models it trains, what it reads, how far it is. What its workers run is in `worker`, which imports seconds of engine."""
+"""A training job: whose models it trains, what it reads, how far it is. What its workers run is in
+`worker`, which imports seconds of engine."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from exfm_ray.training.static import EarlyStopping, StaticSet
 
 @dataclass(frozen=True)
 class Job:
-    """The FM's training (`students` empty) or that of some vertical models, in all arms of the config."""
+    """The FM's training (`students` empty) or that of some vertical models, in all arms of the
+    config."""
 
     name: str
     config: Config
@@ -40,10 +42,13 @@ class Job:
         return self.config.vm if self.students else self.config.fm
 
     def trainer_for(self, arm: Arm | None) -> TrainerConfig:
-        """The same of one arm (None: the FM): tables that are given rows have a rate of their own."""
+        """The same of one arm (None: the FM): tables that are given rows have a rate of their
+        own."""
         if arm is None or not arm.shares_tables:
             return self.trainer
-        optimizer = self.trainer.optimizer.model_copy(update={"table_lr": self.config.distillation.share.table_lr})
+        optimizer = self.trainer.optimizer.model_copy(
+            update={"table_lr": self.config.distillation.share.table_lr}
+        )
         return self.trainer.model_copy(update={"optimizer": optimizer})
 
     @property
@@ -68,7 +73,9 @@ class Job:
     @property
     def teacher(self) -> str:
         """Whose supervision the students read: the same for all of them."""
-        return next((student.teacher for student in self.students if student.teacher), self.config.fm.name)
+        return next(
+            (student.teacher for student in self.students if student.teacher), self.config.fm.name
+        )
 
     def reader(self, schema: Schema) -> FragmentReader:
         """What the feed reads for this job."""
@@ -77,27 +84,50 @@ class Job:
         if not self.students:
             return StreamReader(self.stream_root, fm_tasks(self.config, schema))
         taught = any(arm.uses_supervision for arm in self.config.vm.arms)
-        store = SupervisionStore(self.config.stores / "supervision", self.teacher) if taught else None
+        store = (
+            SupervisionStore(self.config.stores / "supervision", self.teacher) if taught else None
+        )
         domains = tuple(sorted({schema.domain_index(student.domain) for student in self.students}))
         given = shared_store(self.config, self.teacher), history_store(self.config)
-        return AugmentedReader(self.stream_root, store, SnapshotPolicy.from_config(self.config.das), domains, self.tasks(), *given)
+        return AugmentedReader(
+            self.stream_root,
+            store,
+            SnapshotPolicy.from_config(self.config.das),
+            domains,
+            self.tasks(),
+            *given,
+        )
 
     def static(self, windows: Sequence[int]) -> StaticSet | None:
         """The windows as a static set, where the config says so."""
         return StaticSet(self.config.fm.static, tuple(windows)) if self.config.fm.static else None
 
     def passes(self, windows: Sequence[int], done: Cursor) -> list[WindowPass]:
-        """What is read, in order, from a mark on: each window to evaluate, then to learn; over a static set, each pass."""
+        """What is read, in order, from a mark on: each window to evaluate, then to learn; over a
+        static set, each pass."""
         static = self.static(windows)
         if static:
-            works = [work for number in range(done.windows + 1, static.config.passes + 1) for work in static.passes(number)]
+            works = [
+                work
+                for number in range(done.windows + 1, static.config.passes + 1)
+                for work in static.passes(number)
+            ]
         else:
-            works = [work for window in windows[done.windows :] for work in (WindowPass(window, "evaluate"), WindowPass(window, "learn"))]
+            works = [
+                work
+                for window in windows[done.windows :]
+                for work in (WindowPass(window, "evaluate"), WindowPass(window, "learn"))
+            ]
         return works[done.work :]
 
     def superseded(self, best: int) -> list[int]:
-        """Published passes over a static set that are not the best one: a kill may leave one behind."""
-        return [version for version in SnapshotStore.from_config(self.config).versions() if version != best]
+        """Published passes over a static set that are not the best one: a kill may leave one
+        behind."""
+        return [
+            version
+            for version in SnapshotStore.from_config(self.config).versions()
+            if version != best
+        ]
 
     def finished(self, windows: Sequence[int]) -> bool:
         """True when nothing is left to do."""

@@ -1,4 +1,5 @@
-"""A training job without Ray: the same lanes, loop and files in this process. For sweeps' trials, benchmarks and tests."""
+"""A training job without Ray: the same lanes, loop and files in this process. For sweeps' trials,
+benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -23,11 +24,14 @@ from exfm_ray.training.worker import build_groups
 
 
 class LocalClient:
-    """The passes' fragments in order, read here when they are asked for. `waited`: seconds that reading took."""
+    """The passes' fragments in order, read here when they are asked for. `waited`: seconds that
+    reading took."""
 
     def __init__(self, reader: FragmentReader, passes: Sequence[WindowPass]) -> None:
         self.waited = 0.0
-        self._tables = (reader.read(work, fragment) for work in passes for fragment in reader.fragments(work))
+        self._tables = (
+            reader.read(work, fragment) for work in passes for fragment in reader.fragments(work)
+        )
 
     def fragments(self, count: int) -> Iterator[pa.Table]:
         """The next `count` fragments."""
@@ -62,12 +66,17 @@ def init_single_process() -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0"
+    )
     dist.init_process_group("gloo")
 
 
 def local_loop(
-    job: Job, windows: Sequence[int], reader: FragmentReader | None = None, groups: Sequence[BatchGroup] | None = None
+    job: Job,
+    windows: Sequence[int],
+    reader: FragmentReader | None = None,
+    groups: Sequence[BatchGroup] | None = None,
 ) -> tuple[Loop, InMemoryReport]:
     """The job's loop, ready to run `windows` from fresh models.
 
@@ -78,10 +87,17 @@ def local_loop(
     init_single_process()
     schema = EventStream.open(job.stream_root).schema
     torch.manual_seed(job.config.seed)
-    report, reader = InMemoryReport(), reader or job.reader(schema)
+    report = InMemoryReport()
+    reader = reader or job.reader(schema)
     client: Any = LocalClient(reader, job.passes(windows, BEGINNING))
     loop = Loop(
-        role=job.role, seed=job.config.seed, groups=groups or build_groups(job, schema, torch.device("cpu")), reader=reader, client=client,
-        report=report, policy=SnapshotPolicy.from_config(job.config.das), warmup_windows=job.config.metrics.warmup_windows,
-    )  # fmt: skip
+        role=job.role,
+        seed=job.config.seed,
+        groups=groups or build_groups(job, schema, torch.device("cpu")),
+        reader=reader,
+        client=client,
+        report=report,
+        policy=SnapshotPolicy.from_config(job.config.das),
+        warmup_windows=job.config.metrics.warmup_windows,
+    )
     return loop, report

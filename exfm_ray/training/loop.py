@@ -1,4 +1,5 @@
-"""The streaming loop: evaluate a window, learn it, go on to the next. Every model sees every window so, once, in order."""
+"""The streaming loop: evaluate a window, learn it, go on to the next. Every model sees every window
+so, once, in order."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ class Report(Protocol):
 
 
 class Timing(NamedTuple):
-    """Seconds of one window, or of one pass over a static set; both kinds of waiting for data are part of the seconds before them."""
+    """Seconds of one window, or of one pass over a static set; both kinds of waiting for data are
+    part of the seconds before them."""
 
     window: int
     examples: int
@@ -70,7 +72,8 @@ class LoopProgress:
         learnt: examples, for each group.
         seconds, waited: by purpose, see `Timing`.
         lane_seconds: spent learning, for each lane.
-        rows: for metrics.jsonl, without their speed; each with the numbers of its group and of its lane in it (rank 0).
+        rows: for metrics.jsonl, without their speed; each with the numbers of its group and of its
+            lane in it (rank 0).
         spans: for timeline.jsonl.
     """
 
@@ -85,14 +88,20 @@ class LoopProgress:
     spans: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, number: int, groups: int, lanes: int) -> LoopProgress:
+    def begin(
+        cls,
+        number: int,
+        groups: int,
+        lanes: int,
+    ) -> LoopProgress:
         """Nothing done yet."""
         return cls(number, [0] * groups, [0.0] * lanes)
 
 
 @dataclass
 class Loop:
-    """Runs groups of lanes over windows. Rank 0 holds the metric states, summed over the windows after the warm-up.
+    """Runs groups of lanes over windows. Rank 0 holds the metric states, summed over the windows
+    after the warm-up.
 
     Attributes:
         between: called after each batch is learnt, with the number of its group.
@@ -120,11 +129,15 @@ class Loop:
         self.run_passes([WindowPass(window, "evaluate"), WindowPass(window, "learn")], window)
 
     def run_passes(self, passes: Sequence[WindowPass], number: int) -> list[dict[str, Any]]:
-        """Evaluate and learn what `passes` says, in that order; the rows for metrics.jsonl, reported too (rank 0).
+        """Evaluate and learn what `passes` says, in that order; the rows for metrics.jsonl,
+        reported too (rank 0).
 
-        `number` names the passes in the timings. Where `underway` was restored from a checkpoint, the passes go on from there.
+        `number` names the passes in the timings. Where `underway` was restored from a checkpoint,
+        the passes go on from there.
         """
-        under = self.underway = self.underway or LoopProgress.begin(number, len(self.groups), len(self.lanes))
+        under = self.underway = self.underway or LoopProgress.begin(
+            number, len(self.groups), len(self.lanes)
+        )
         for lane, seconds in zip(self.lanes, under.lane_seconds, strict=True):
             lane.seconds = seconds
         try:
@@ -132,10 +145,21 @@ class Loop:
                 self._pass(passes[under.work], under)
         finally:
             self.underway = None
-        took, waited = under.seconds, under.waited
-        timing = Timing(number, sum(under.learnt), took["evaluate"], took["learn"], waited["evaluate"], waited["learn"])
+        took = under.seconds
+        waited = under.waited
+        timing = Timing(
+            number,
+            sum(under.learnt),
+            took["evaluate"],
+            took["learn"],
+            waited["evaluate"],
+            waited["learn"],
+        )
         self.timings.append(timing)
-        rows = [row | {"examples_per_s": self._speed(under, group, lane)} for group, lane, row in under.rows]
+        rows = [
+            row | {"examples_per_s": self._speed(under, group, lane)}
+            for group, lane, row in under.rows
+        ]
         if self.report:
             with self.report_guard():
                 self.report.metrics(rows)
@@ -144,7 +168,10 @@ class Loop:
 
     def _pass(self, work: WindowPass, under: LoopProgress) -> None:
         """One pass, from its beginning or from where a checkpoint was taken."""
-        started, begun, examples, waited = time.time(), time.perf_counter(), sum(under.learnt), self.client.waited
+        started = time.time()
+        begun = time.perf_counter()
+        examples = sum(under.learnt)
+        waited = self.client.waited
         self.start_clock()
         if work.purpose == "evaluate":
             for number, result in enumerate(self._evaluate(work)):
@@ -152,10 +179,16 @@ class Loop:
         else:
             self._learn(work, under)
         self.stop_clock(work, under)
-        span: dict[str, Any] = {"window": work.window, "phase": work.purpose, "started_s": started, "ended_s": started + time.perf_counter() - begun}
+        span: dict[str, Any] = {
+            "window": work.window,
+            "phase": work.purpose,
+            "started_s": started,
+            "ended_s": started + time.perf_counter() - begun,
+        }
         span |= {"waited_s": self.client.waited - waited, "examples": sum(under.learnt) - examples}
         under.spans.append(({"pass": work.number} if work.number else {}) | span)
-        under.work, under.batches = under.work + 1, 0
+        under.work = under.work + 1
+        under.batches = 0
 
     def start_clock(self) -> None:
         """From now on time counts as the pass's."""
@@ -172,11 +205,18 @@ class Loop:
         """Of all groups."""
         return [lane for group in self.groups for lane in group.lanes]
 
-    def _speed(self, under: LoopProgress, group: int, lane: int) -> float | None:
+    def _speed(
+        self,
+        under: LoopProgress,
+        group: int,
+        lane: int,
+    ) -> float | None:
         seconds = self.groups[group].lanes[lane].seconds
         return under.learnt[group] / seconds if seconds else None
 
-    def _batches(self, work: WindowPass, size: Callable[[BatchGroup], int]) -> Iterator[tuple[int, pa.Table]]:
+    def _batches(
+        self, work: WindowPass, size: Callable[[BatchGroup], int]
+    ) -> Iterator[tuple[int, pa.Table]]:
         """Global batches of one pass, each with the number of the group whose rows they are."""
         regroups = [Rebatcher(size(group)) for group in self.groups]
         for fragment in self.client.fragments(len(self.reader.fragments(work))):
@@ -208,7 +248,8 @@ class Loop:
             if position < under.batches:  # learnt before the checkpoint that the job goes on from
                 continue
             self.groups[i].learn(rows)
-            under.batches, under.learnt[i] = position + 1, under.learnt[i] + rows.num_rows
+            under.batches = position + 1
+            under.learnt[i] = under.learnt[i] + rows.num_rows
             if self.report:
                 self.report.progress(work.window, rows.num_rows)
             if self.on_batch_end:
@@ -216,10 +257,18 @@ class Loop:
         for group in self.groups:
             group.end_window()
 
-    def _rows(self, work: WindowPass, number: int, result: Predictions) -> list[tuple[int, int, dict[str, Any]]]:
-        """One row, without its speed, for each lane, domain and task of group `number`; for lanes over all domains also one for the
-        domains together. Each with the numbers of the group and of the lane in it."""
-        rows, window, group = [], work.window, self.groups[number]
+    def _rows(
+        self,
+        work: WindowPass,
+        number: int,
+        result: Predictions,
+    ) -> list[tuple[int, int, dict[str, Any]]]:
+        """One row, without its speed, for each lane, domain and task of group `number`; for lanes
+        over all domains also one for the domains together. Each with the numbers of the group and
+        of the lane in it."""
+        rows = []
+        window = work.window
+        group = self.groups[number]
         place = {"pass": work.number, "window": window} if work.number else {"window": window}
         for position, lane in enumerate(group.lanes):
             for learner, (domain, chosen_N) in product(lane.learners, _domains(group, result)):
@@ -227,18 +276,30 @@ class Loop:
                     key = (learner.model, str(lane.arm or FM_ARM), domain, group.schema.tasks[task])
                     group_N = result.group_N[chosen_N] if group.schema.group_by else None
                     try:
-                        state = MetricState.from_logits(result.logits[learner.name][chosen_N, column], result.labels_NT[chosen_N, task], group_N)
+                        state = MetricState.from_logits(
+                            result.logits[learner.name][chosen_N, column],
+                            result.labels_NT[chosen_N, task],
+                            group_N,
+                        )
                     except ValueError as error:
-                        raise UserError(f"window {window}, evaluation of '{learner.name}' on {domain}, {key[3]}: {error}") from None
+                        raise UserError(
+                            f"window {window}, evaluation of '{learner.name}' on {domain}, {key[3]}: {error}"
+                        ) from None
                     if window >= self.warmup_windows:
                         self.states[key] = self.states.get(key, MetricState()) + state
-                    identity = {"role": self.role, **describe(key), "seed": self.seed, "snapshot": supervising_version(key, window, self.policy)}
+                    identity = {
+                        "role": self.role,
+                        **describe(key),
+                        "seed": self.seed,
+                        "snapshot": supervising_version(key, window, self.policy),
+                    }
                     rows.append((number, position, {**place, **identity, **state.figures()}))
         return rows
 
 
 def evaluation_batch(group: BatchGroup) -> int:
-    """Rows in a batch: as many logits for all models of a lane together, lest their temporaries outgrow the cache."""
+    """Rows in a batch: as many logits for all models of a lane together, lest their temporaries
+    outgrow the cache."""
     return EVALUATION_BATCH // max(1, *(len(lane.learners) for lane in group.lanes))
 
 
@@ -247,9 +308,14 @@ def describe(key: Key) -> dict[str, str]:
     return dict(zip(("model", "arm", "domain", "task"), key, strict=True))
 
 
-def supervising_version(key: Key, window: int, policy: SnapshotPolicy) -> int | None:
-    """Version of the newest snapshot that a model knows when `window` is evaluated: the one that supervised the window before, or, in
-    an arm with +share, whose rows it is given for this one; None without a teacher."""
+def supervising_version(
+    key: Key,
+    window: int,
+    policy: SnapshotPolicy,
+) -> int | None:
+    """Version of the newest snapshot that a model knows when `window` is evaluated: the one that
+    supervised the window before, or, in an arm with +share, whose rows it is given for this one;
+    None without a teacher."""
     if key[1] in (FM_ARM, LABELS):
         return None
     return policy.version(window if Arm(key[1]).shares_tables else window - 1)

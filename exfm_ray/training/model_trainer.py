@@ -1,4 +1,5 @@
-"""A lane is one model that learns in this process; lanes of one domain form a group and see the same batches."""
+"""A lane is one model that learns in this process; lanes of one domain form a group and see the
+same batches."""
 
 from __future__ import annotations
 
@@ -64,9 +65,15 @@ class ModelTrainer:
         """Serving logits_BT, float32, of each learner by name."""
         return {self.name: self.engine.predict(batch)}
 
-    def learn(self, batch: Batch, weight_B: Tensor, teacher_BT: Tensor | None, repeats_BS: Tensor | None = None) -> None:
-        """One step. `weight_B` makes the sum over this worker's rows the mean over the global batch after averaging
-        over workers; it is 0 for rows that only fill up the share."""
+    def learn(
+        self,
+        batch: Batch,
+        weight_B: Tensor,
+        teacher_BT: Tensor | None,
+        repeats_BS: Tensor | None = None,
+    ) -> None:
+        """One step. `weight_B` makes the sum over this worker's rows the mean over the global batch
+        after averaging over workers; it is 0 for rows that only fill up the share."""
         started = time.perf_counter()
         logits = self.engine.forward(batch, repeats_BS)
         labels_BT = batch.labels_BT[:, list(self.tasks)]
@@ -74,11 +81,21 @@ class ModelTrainer:
         if self.arm is None:
             loss_B = labels_objective_B(logits.serving_BT, labels_BT)
         elif adapted_BT is not None:
-            # One backward pass serves both: the adapter's target carries no gradient, so neither loss reaches the other's weights.
-            loss_B = objective_B(self.arm.objective, self.weights, logits, labels_BT, teacher_BT, target_BT(adapted_BT))
+            # One backward pass serves both: the adapter's target carries no gradient, so neither
+            # loss reaches the other's weights.
+            loss_B = objective_B(
+                self.arm.objective,
+                self.weights,
+                logits,
+                labels_BT,
+                teacher_BT,
+                target_BT(adapted_BT),
+            )
             loss_B = loss_B + labels_objective_B(adapted_BT, labels_BT)
         else:
-            loss_B = objective_B(self.arm.objective, self.weights, logits, labels_BT, teacher_BT, None)
+            loss_B = objective_B(
+                self.arm.objective, self.weights, logits, labels_BT, teacher_BT, None
+            )
         loss = (loss_B * weight_B).sum()
         self.losses.append(loss.detach())
         self.engine.update(loss)
@@ -87,7 +104,8 @@ class ModelTrainer:
         self.seconds += time.perf_counter() - started
 
     def first_bad_loss(self) -> int | None:
-        """Which of the steps since the last call had a loss that is not a number; None where all are. Waits for the device."""
+        """Which of the steps since the last call had a loss that is not a number; None where all
+        are. Waits for the device."""
         if not self.losses:
             return None
         bad_X = torch.nonzero(~torch.isfinite(torch.stack(list(self.losses))))
@@ -106,9 +124,3 @@ class ModelTrainer:
         self.engine.restore(parts)
         if isinstance(self.adapter, ReplicatedModule):
             self.adapter.restore(parts.with_prefix("adapter"))
-
-
-
-
-
-

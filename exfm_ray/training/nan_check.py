@@ -1,4 +1,5 @@
-"""Looks for losses and weights that are not numbers; for losses without waiting for the device at every step."""
+"""Looks for losses and weights that are not numbers; for losses without waiting for the device at
+every step."""
 
 from __future__ import annotations
 
@@ -17,27 +18,49 @@ NONE = 2**62
 
 
 class FiniteCheck:
-    """Checks the losses of all lanes every `LOSSES_KEPT` batches, and whenever it is asked to; all workers call it in step."""
+    """Checks the losses of all lanes every `LOSSES_KEPT` batches, and whenever it is asked to; all
+    workers call it in step."""
 
-    def __init__(self, loop: Loop, checkpoints: Checkpoints, section: str) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        checkpoints: Checkpoints,
+        section: str,
+    ) -> None:
         """`section`: of the config, whose rates the user may lower."""
-        self._loop, self._checkpoints, self._section = loop, checkpoints, section
-        self._learnt: list[tuple[int, int, int]] = []  # window, batch and group of the batches since the last check
+        self._loop = loop
+        self._checkpoints = checkpoints
+        self._section = section
+        self._learnt: list[
+            tuple[int, int, int]
+        ] = []  # window, batch and group of the batches since the last check
 
-    def observe(self, window: int, batch: int, group: int) -> None:
+    def observe(
+        self,
+        window: int,
+        batch: int,
+        group: int,
+    ) -> None:
         """A batch of a group was learnt."""
         self._learnt.append((window, batch, group))
         if len(self._learnt) == LOSSES_KEPT:
             self.check()
 
     def check(self) -> None:
-        """UserError that names the first batch since the last check whose loss is not a number, on any worker."""
-        lanes = [(number, lane) for number, group in enumerate(self._loop.groups) for lane in group.lanes]
+        """UserError that names the first batch since the last check whose loss is not a number, on
+        any worker."""
+        lanes = [
+            (number, lane) for number, group in enumerate(self._loop.groups) for lane in group.lanes
+        ]
         first = NONE
         for code, (number, lane) in enumerate(lanes):
             bad = lane.first_bad_loss()
             if bad is not None:
-                own = [position for position, (_, _, group) in enumerate(self._learnt) if group == number]
+                own = [
+                    position
+                    for position, (_, _, group) in enumerate(self._learnt)
+                    if group == number
+                ]
                 first = min(first, own[bad] * len(lanes) + code)
         if dist.get_world_size() > 1:
             found = torch.tensor(first)
@@ -49,14 +72,25 @@ class FiniteCheck:
             self._stop(window, batch, lanes[code][1].name)
         self._learnt = []
 
-    def _stop(self, window: int, batch: int, lane: str) -> None:
+    def _stop(
+        self,
+        window: int,
+        batch: int,
+        lane: str,
+    ) -> None:
         raise UserError(
             f"window {window}, batch {batch}: the loss of '{lane}' is not a number, training stops; {self._checkpoints.last_good()}. "
             f"Lower {self._section}.optimizer's learning rates under another --name"
         )
 
-    def check_weights(self, when: str, lane: str, weights: Mapping[str, Tensor]) -> None:
-        """UserError, on all workers, where one of a lane's weights that are about to be stored is not finite on any of them."""
+    def check_weights(
+        self,
+        when: str,
+        lane: str,
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        """UserError, on all workers, where one of a lane's weights that are about to be stored is
+        not finite on any of them."""
         found: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(found, not_finite(weights))
         bad = next((name for name in found if name), None)
@@ -70,6 +104,10 @@ class FiniteCheck:
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds a NaN or an infinity; None without any."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
+        if (
+            tensor.is_floating_point()
+            and tensor.numel()
+            and not torch.isfinite(torch.stack(tensor.aminmax())).all()
+        ):
             return name
     return None

@@ -1,4 +1,5 @@
-"""When each table row was last used, so that the rows of ids that have left can be reset; and how often."""
+"""When each table row was last used, so that the rows of ids that have left can be reset; and how
+often."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class _AllRows:
 
 
 class RowUseCounts(_AllRows):
-    """How often examples of finished windows have read each row. All workers hold the same, as with `RowLastUse`."""
+    """How often examples of finished windows have read each row. All workers hold the same, as with
+    `RowLastUse`."""
 
     def __init__(self, schema: Schema) -> None:
         super().__init__(schema)
@@ -48,7 +50,8 @@ class RowUseCounts(_AllRows):
                 np.add.at(self._now_R, number_X.ravel(), 1)
 
     def end_window(self) -> None:
-        """A window is learnt: its uses count from now on. Within a window nothing does, so that going on there marks it whole again."""
+        """A window is learnt: its uses count from now on. Within a window nothing does, so that
+        going on there marks it whole again."""
         self._count_R += self._now_R
         self._now_R[:] = 0
 
@@ -68,8 +71,9 @@ class RowUseCounts(_AllRows):
 class RowLastUse(_AllRows):
     """The last window in which an example used a row.
 
-    Only windows with examples count, from 0 on: a silence of the stream makes no row stale. Every worker marks the rows of
-    whole fragments, not of its share, so all workers hold the same and need not ask each other.
+    Only windows with examples count, from 0 on: a silence of the stream makes no row stale. Every
+    worker marks the rows of whole fragments, not of its share, so all workers hold the same and
+    need not ask each other.
     """
 
     def __init__(self, schema: Schema, windows: int) -> None:
@@ -77,7 +81,8 @@ class RowLastUse(_AllRows):
         super().__init__(schema)
         self._windows = windows
         self._last_R = np.full(self._rows, NEVER, np.int32)
-        self._window, self._marked = 0, False
+        self._window = 0
+        self._marked = False
 
     def mark(self, rows: pa.Table) -> None:
         """The window's examples `rows` use their table rows."""
@@ -88,24 +93,36 @@ class RowLastUse(_AllRows):
         self._marked = True
 
     def end_window(self) -> dict[str, Array]:
-        """The rows that none of the last `windows` windows used, by table, int64 ascending; from now on they count as never used.
+        """The rows that none of the last `windows` windows used, by table, int64 ascending; from
+        now on they count as never used.
 
         Row 0, the missing value, is never among them.
         """
         if not self._marked:
             return {}
         self._last_R[self._first_T] = NEVER
-        stale_X = np.flatnonzero((self._last_R != NEVER) & (self._last_R <= self._window - self._windows))
+        stale_X = np.flatnonzero(
+            (self._last_R != NEVER) & (self._last_R <= self._window - self._windows)
+        )
         self._last_R[stale_X] = NEVER
-        self._window, self._marked = self._window + 1, False
+        self._window = self._window + 1
+        self._marked = False
         parts = np.split(stale_X, np.searchsorted(stale_X, self._first_T[1:]))
-        return {table: part - first for table, first, part in zip(self._schema.tables, self._first_T, parts, strict=True) if len(part)}
+        return {
+            table: part - first
+            for table, first, part in zip(self._schema.tables, self._first_T, parts, strict=True)
+            if len(part)
+        }
 
     def state(self) -> dict[str, Array]:
         """For a checkpoint: a copy."""
-        return {"last": self._last_R.copy(), "window": np.array([self._window, self._marked], np.int64)}
+        return {
+            "last": self._last_R.copy(),
+            "window": np.array([self._window, self._marked], np.int64),
+        }
 
     def restore(self, state: Mapping[str, Array]) -> None:
         """From `state()`."""
         self._last_R = np.array(state["last"], np.int32)
-        self._window, self._marked = int(state["window"][0]), bool(state["window"][1])
+        self._window = int(state["window"][0])
+        self._marked = bool(state["window"][1])

@@ -1,4 +1,5 @@
-"""A lane of several models: one student and arm under different settings and seeds, learning from the same batches as one."""
+"""A lane of several models: one student and arm under different settings and seeds, learning from
+the same batches as one."""
 
 from __future__ import annotations
 
@@ -41,25 +42,39 @@ class Stack(ModelTrainer):
     @property
     def everyone(self) -> list[ModelName]:
         """All learners, in the order of the jobs: the student's name with a number."""
-        return [ModelName(f"{self.name}#{number}", f"{self.model}#{number}") for number in range(len(self.jobs))]
+        return [
+            ModelName(f"{self.name}#{number}", f"{self.model}#{number}")
+            for number in range(len(self.jobs))
+        ]
 
     @property
     def learners(self) -> Sequence[ModelName]:
         """Those that have not failed."""
-        return [learner for number, learner in enumerate(self.everyone) if number not in self.failed]
+        return [
+            learner for number, learner in enumerate(self.everyone) if number not in self.failed
+        ]
 
     def predict(self, batch: Batch) -> Mapping[str, Tensor]:
         logits_KBT = self.engine.predict(batch)
         self.failed.update(torch.nonzero((~logits_KBT.isfinite()).any(dim=(1, 2)))[:, 0].tolist())
-        return {learner.name: logits_BT for learner, logits_BT in zip(self.everyone, logits_KBT, strict=True)}
+        return {
+            learner.name: logits_BT
+            for learner, logits_BT in zip(self.everyone, logits_KBT, strict=True)
+        }
 
-    def move(self, source: int, target: int, job: Job) -> None:
+    def move(
+        self,
+        source: int,
+        target: int,
+        job: Job,
+    ) -> None:
         """Make one model what another is, and let it learn on under `job`'s settings."""
         self.jobs[target] = job
         self.failed.discard(target)
         self.weights = stacked_weights([job.config for job in self.jobs])
         assert isinstance(self.engine, StackedEngine)
-        students, tables = self.engine.dense, self.engine.tables
+        students = self.engine.dense
+        tables = self.engine.tables
         students.copy(source, target)
         students.set_rates(target, dense_rates(job.trainer))
         students.beta_K[target] = job.config.distillation.ah.beta
@@ -70,34 +85,59 @@ class Stack(ModelTrainer):
             self.adapter.set_rates(target, {"lr": job.config.distillation.sa.lr})
 
 
-def stacked(jobs: Sequence[Job], schema: Schema, teachers: Sequence[int]) -> tuple[Stack, BatchGroup]:
+def stacked(
+    jobs: Sequence[Job],
+    schema: Schema,
+    teachers: Sequence[int],
+) -> tuple[Stack, BatchGroup]:
     """The stack of `jobs` and its group; each is of one student and one arm, the same for all.
 
     Args:
-        teachers: for each job, which teacher's predictions it reads where the rows hold several's side by side.
+        teachers: for each job, which teacher's predictions it reads where the rows hold several's
+            side by side.
 
-    UserError where the jobs differ in more than their seeds and `STACKABLE`, or have a setting that only a model alone can have.
+    UserError where the jobs differ in more than their seeds and `STACKABLE`, or have a setting that
+    only a model alone can have.
     """
     check_alike(jobs)
     first = jobs[0]
     (student,), (arm,) = first.students, first.config.vm.arms
-    network, seeds = student.model or first.config.vm.model, [job.config.seed for job in jobs]
+    network = student.model or first.config.vm.model
+    seeds = [job.config.seed for job in jobs]
     configs = [job.config.distillation for job in jobs]
     tasks = tuple(schema.task_index(task) for task in student.tasks)
-    plain, schema = schema, arm_schema(arm, schema, first.config)
-    students = [Student(build_network(network, schema, len(tasks), s), arm.objective, c, s) for s, c in zip(seeds, configs, strict=True)]
+    plain = schema
+    schema = arm_schema(arm, schema, first.config)
+    students = [
+        Student(build_network(network, schema, len(tasks), s), arm.objective, c, s)
+        for s, c in zip(seeds, configs, strict=True)
+    ]
     adapter = None
     if arm.objective is Objective.AH_SA:
         adapters = [Adapter(c.sa, len(tasks), s) for s, c in zip(seeds, configs, strict=True)]
         adapter = StackedModule(adapters, torch.optim.Adam, [{"lr": c.sa.lr} for c in configs])
     engine = StackedEngine(schema, [job.trainer_for(arm) for job in jobs], students, network, seeds)
-    stack = Stack(student.name, arm, tasks, engine, stacked_weights([job.config for job in jobs]), adapter, jobs=list(jobs))
+    stack = Stack(
+        student.name,
+        arm,
+        tasks,
+        engine,
+        stacked_weights([job.config for job in jobs]),
+        adapter,
+        jobs=list(jobs),
+    )
     columns = [[teacher * len(tasks) + task for task in range(len(tasks))] for teacher in teachers]
     width = (max(teachers) + 1) * len(tasks)
     return stack, BatchGroup(
-        plain, [stack], schema.domain_index(student.domain), first.config.vm.batch_size, engine.device, columns, width,
+        plain,
+        [stack],
+        schema.domain_index(student.domain),
+        first.config.vm.batch_size,
+        engine.device,
+        columns,
+        width,
         sharing=TableSharing.from_config(first.config, student, plain),
-    )  # fmt: skip
+    )
 
 
 def stacked_weights(configs: Sequence[Config]) -> Weights:
@@ -110,26 +150,41 @@ def check_alike(jobs: Sequence[Job]) -> None:
     """UserError where jobs cannot learn together."""
     config = jobs[0].config
     alone = {
-        "vm.precision": config.vm.precision != "fp32", "vm.optimizer.ema": config.vm.optimizer.ema > 0, "vm.compile": config.vm.compile,
-        "vm.optimizer.table_weight_decay": config.vm.optimizer.table_weight_decay > 0, "vm.evict_after_windows": config.vm.evict_after_windows is not None,
-        "vm.model.dropout": any((student.model or config.vm.model).dropout > 0 for student in jobs[0].students),
-    }  # fmt: skip
+        "vm.precision": config.vm.precision != "fp32",
+        "vm.optimizer.ema": config.vm.optimizer.ema > 0,
+        "vm.compile": config.vm.compile,
+        "vm.optimizer.table_weight_decay": config.vm.optimizer.table_weight_decay > 0,
+        "vm.evict_after_windows": config.vm.evict_after_windows is not None,
+        "vm.model.dropout": any(
+            (student.model or config.vm.model).dropout > 0 for student in jobs[0].students
+        ),
+    }
     for setting, used in alone.items():
         if used:
-            raise UserError(f"setting '{setting}' is in use: models that learn together cannot have it; leave it out, or set tune.trials_per_process=1")
+            raise UserError(
+                f"setting '{setting}' is in use: models that learn together cannot have it; leave it out, or set tune.trials_per_process=1"
+            )
     for job in jobs[1:]:
         if job.students != jobs[0].students or _common(job.config) != _common(config):
-            raise UserError(f"models that learn together may differ in their seeds and in {', '.join(sorted(STACKABLE))} only")
+            raise UserError(
+                f"models that learn together may differ in their seeds and in {', '.join(sorted(STACKABLE))} only"
+            )
 
 
 def _common(config: Config) -> dict[str, object]:
     """What must be equal: every setting but the seed and the stackable ones."""
-    return {name: value for name, value in _flat(config.model_dump(mode="json"), "").items() if name not in STACKABLE | {"seed"}}
+    return {
+        name: value
+        for name, value in _flat(config.model_dump(mode="json"), "").items()
+        if name not in STACKABLE | {"seed"}
+    }
 
 
 def _flat(section: Mapping[str, Any], prefix: str) -> dict[str, object]:
     """Dotted name -> value."""
     found: dict[str, object] = {}
     for key, value in section.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return found

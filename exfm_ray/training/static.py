@@ -1,7 +1,8 @@
 """Static sets: several passes over the training windows, stopped early by a validation window.
 
-For benchmarks of sets without time. The windows before `validation_window` are learnt, that window decides when to stop and
-which pass is the best, the windows after it (tests) are only evaluated. Rule 1 holds: no held-out window is ever learnt.
+For benchmarks of sets without time. The windows before `validation_window` are learnt, that window
+decides when to stop and which pass is the best, the windows after it (tests) are only evaluated.
+Rule 1 holds: no held-out window is ever learnt.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ class StaticSet:
         return tuple(window for window in self.windows if window >= self.config.validation_window)
 
     def passes(self, number: int) -> list[WindowPass]:
-        """What pass `number`, counted from 1, reads: the training windows to learn, then the others to evaluate."""
+        """What pass `number`, counted from 1, reads: the training windows to learn, then the others
+        to evaluate."""
         return [
             *(WindowPass(window, "learn", number) for window in self.learnt),
             *(WindowPass(window, "evaluate", number) for window in self.held_out),
-        ]  # fmt: skip
+        ]
 
 
 @dataclass
@@ -48,7 +50,8 @@ class EarlyStopping:
 
     Attributes:
         best: number of the best pass; 0 before the first.
-        value: its figure on the validation window, the mean over the tasks; None where it is undefined, as with labels of one class.
+        value: its figure on the validation window, the mean over the tasks; None where it is
+            undefined, as with labels of one class.
         last: number of the last pass.
     """
 
@@ -74,10 +77,15 @@ class EarlyStopping:
     def take(self, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Take in the metric rows of a pass; True where it is the best so far."""
         self.last += 1
-        values = [r[self.config.monitor] for r in rows if r["window"] == self.config.validation_window and r["domain"] == ALL_DOMAINS]
+        values = [
+            r[self.config.monitor]
+            for r in rows
+            if r["window"] == self.config.validation_window and r["domain"] == ALL_DOMAINS
+        ]
         value = float(np.mean(values)) if values and None not in values else None
         if not self.best or self._better(value):
-            self.best, self.value = self.last, value
+            self.best = self.last
+            self.value = value
             return True
         return False
 

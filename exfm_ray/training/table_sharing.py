@@ -1,4 +1,5 @@
-"""What arms with +share are given: the teacher's table rows for a window's ids, made to fit the vertical model's tables."""
+"""What arms with +share are given: the teacher's table rows for a window's ids, made to fit the
+vertical model's tables."""
 
 from __future__ import annotations
 
@@ -23,45 +24,82 @@ from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.training.row_usage import RowUseCounts
 
 
-def widths(config: Config, student: StudentConfig | None, schema: Schema) -> dict[str, int]:
+def widths(
+    config: Config,
+    student: StudentConfig | None,
+    schema: Schema,
+) -> dict[str, int]:
     """Width of each table's rows in a student, or in the FM (None)."""
     model = config.fm.model if student is None else student.model or config.vm.model
     embeddings = Layout.from_config(model, schema).embeddings
     return {table: number * model.dim for table, number in embeddings.items()}
 
 
-def teachers_widths(config: Config, teacher: str | None, schema: Schema) -> dict[str, int] | None:
-    """Width of each table's rows in a teacher: the FM, a vertical model of this run, or another run's FM, by its first snapshot; None
-    where that one has published none yet."""
+def teachers_widths(
+    config: Config,
+    teacher: str | None,
+    schema: Schema,
+) -> dict[str, int] | None:
+    """Width of each table's rows in a teacher: the FM, a vertical model of this run, or another
+    run's FM, by its first snapshot; None where that one has published none yet."""
     if teacher in (None, config.fm.name):
         return widths(config, None, schema)
     if any(other.name == teacher and other.run for other in config.teachers):
         snapshots = SnapshotStore.from_config(config, teacher)
         first = snapshots.versions()[:1]
         stored = snapshots.manifest(first[0], schema) if first else None
-        return {name: number * stored.network.dim for name, number in Layout.from_config(stored.network, schema).embeddings.items()} if stored else None
-    return widths(config, next(student for student in config.vm.models if student.name == teacher), schema)
+        return (
+            {
+                name: number * stored.network.dim
+                for name, number in Layout.from_config(stored.network, schema).embeddings.items()
+            }
+            if stored
+            else None
+        )
+    return widths(
+        config, next(student for student in config.vm.models if student.name == teacher), schema
+    )
 
 
 def check_sharing(config: Config, schema: Schema) -> None:
-    """UserError where the config's arms share tables that are not there, or rows that do not fit and have no projection."""
+    """UserError where the config's arms share tables that are not there, or rows that do not fit
+    and have no projection."""
     share = config.distillation.share
     if not any(arm.shares_tables for arm in config.arms):
         return
-    searched = config.tune.space["distillation.share.tables"].choice if config.tune and "distillation.share.tables" in config.tune.space else ()
-    for setting, names in (("distillation.share.tables", share.tables), *(("tune.space", choice) for choice in searched)):
+    searched = (
+        config.tune.space["distillation.share.tables"].choice
+        if config.tune and "distillation.share.tables" in config.tune.space
+        else ()
+    )
+    for setting, names in (
+        ("distillation.share.tables", share.tables),
+        *(("tune.space", choice) for choice in searched),
+    ):
         for name in names if isinstance(names, tuple) else ():
             if name not in schema.tables:
-                told = nearest(str(name), schema.tables) or f" There are {', '.join(schema.tables)}."
+                told = (
+                    nearest(str(name), schema.tables) or f" There are {', '.join(schema.tables)}."
+                )
                 raise UserError(f"setting '{setting}': no table is named '{name}'.{told}")
     for student in config.vm.models:
         theirs = teachers_widths(config, student.teacher, schema)
         for name, width in widths(config, student, schema).items() if theirs else ():
-            if (name in share.tables or not share.tables) and theirs and width != theirs[name] and share.projection == "none":
+            if (
+                (name in share.tables or not share.tables)
+                and theirs
+                and width != theirs[name]
+                and share.projection == "none"
+            ):
                 raise misfit(student, name, theirs[name], width)
 
 
-def misfit(student: StudentConfig, table: str, given: int, width: int) -> UserError:
+def misfit(
+    student: StudentConfig,
+    table: str,
+    given: int,
+    width: int,
+) -> UserError:
     """That rows of `given` numbers cannot be written into a table of `width`."""
     teacher = f"teacher '{student.teacher}'" if student.teacher else "the FM"
     return UserError(
@@ -91,10 +129,17 @@ class TableSharing:
         self.uses = RowUseCounts(self.schema) if self._share.mode == "unseen" else None
 
     @classmethod
-    def from_config(cls, config: Config, student: StudentConfig, schema: Schema) -> TableSharing | None:
+    def from_config(
+        cls,
+        config: Config,
+        student: StudentConfig,
+        schema: Schema,
+    ) -> TableSharing | None:
         """None where no arm takes rows."""
         store = shared_store(config, student.teacher)
-        return cls(config, store, schema, student, widths(config, student, schema)) if store else None
+        return (
+            cls(config, store, schema, student, widths(config, student, schema)) if store else None
+        )
 
     @property
     def weight(self) -> float:
@@ -110,7 +155,8 @@ class TableSharing:
         return {name: self._fit(name, rows) for name, rows in given.items() if self._takes(name)}
 
     def rows_after(self, windows: int) -> Iterator[dict[str, RowUpdate]]:
-        """What a student is served with after so many windows: all rows of the snapshot that is to supervise the next one, in parts."""
+        """What a student is served with after so many windows: all rows of the snapshot that is to
+        supervise the next one, in parts."""
         version = SnapshotPolicy.from_config(self.config.das).version(windows)
         if version is None:
             return
@@ -140,10 +186,15 @@ class TableSharing:
         if self.uses:
             few_X = self.uses.of(name)[id_X] < self._share.min_uses
             chosen = torch.from_numpy(few_X)
-            id_X, row_XW, momentum_X = id_X[few_X], row_XW[chosen], None if momentum_X is None else momentum_X[chosen]
-        given, width = row_XW.shape[1], self.widths[name]
+            id_X = id_X[few_X]
+            row_XW = row_XW[chosen]
+            momentum_X = None if momentum_X is None else momentum_X[chosen]
+        given = row_XW.shape[1]
+        width = self.widths[name]
         if given != width:
-            if self._share.projection == "none":  # another run's teacher, whose snapshots came after `check_sharing`
+            if (
+                self._share.projection == "none"
+            ):  # another run's teacher, whose snapshots came after `check_sharing`
                 raise misfit(self.student, name, given, width)
             row_XW = row_XW @ self._maps[name]
         if self._share.optimizer == "keep":
@@ -159,7 +210,8 @@ class TableSharing:
 
     @cached_property
     def _maps(self) -> dict[str, Tensor]:
-        """(W of the teacher, W of the student) for each table of another width, from the first rows that were given."""
+        """(W of the teacher, W of the student) for each table of another width, from the first rows
+        that were given."""
         policy = SnapshotPolicy.from_config(self.config.das)
         window = policy.first
         domain = self.student.domain
@@ -169,16 +221,21 @@ class TableSharing:
         theirs = self.store.manifest(window).widths
         none = torch.empty(0)
         return {
-            name: principal_map(first[name].row_XW if name in first else none.view(0, width), self.widths[name])
-            for name, width in theirs.items() if width != self.widths[name]
-        }  # fmt: skip
+            name: principal_map(
+                first[name].row_XW if name in first else none.view(0, width), self.widths[name]
+            )
+            for name, width in theirs.items()
+            if width != self.widths[name]
+        }
 
 
 def principal_map(row_XW: Tensor, width: int) -> Tensor:
-    """The linear map of rows onto the `width` directions in which they are largest (eigenvectors of their second moment), float32 (W, width).
+    """The linear map of rows onto the `width` directions in which they are largest (eigenvectors of
+    their second moment), float32 (W, width).
 
-    Orthonormal, so it keeps lengths and angles as well as any map to that width can; to a greater width the rows are filled up with
-    zeros. The sign of each direction is such that its largest component is positive.
+    Orthonormal, so it keeps lengths and angles as well as any map to that width can; to a greater
+    width the rows are filled up with zeros. The sign of each direction is such that its largest
+    component is positive.
     """
     wide = row_XW.shape[1]
     if width >= wide:

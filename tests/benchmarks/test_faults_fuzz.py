@@ -24,8 +24,14 @@ def run(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_malformed_inputs_are_told(run: Path, tmp_path: Path) -> None:
-    """Wrong: a damaged file, or a config that makes no sense, is read as if it were whole or ends in a traceback."""
+    """Wrong: a damaged file, or a config that makes no sense, is read as if it were whole or ends
+    in a traceback."""
     found = fuzz(run, tmp_path, 5 * len(TARGETS))
     assert found["wrong"] == []
-    assert found["told"] + found["harmless"] == found["inputs"] == 5 * len(TARGETS) + len(BAD_CONFIGS) > 100
+    assert (
+        found["told"] + found["harmless"]
+        == found["inputs"]
+        == 5 * len(TARGETS) + len(BAD_CONFIGS)
+        > 100
+    )
     assert found["told"] > 80

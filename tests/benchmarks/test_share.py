@@ -1,4 +1,5 @@
-"""The benchmark of shared rows and histories: it goes on after a kill, and its controls are what they say."""
+"""The benchmark of shared rows and histories: it goes on after a kill, and its controls are what
+they say."""
 
 from __future__ import annotations
 
@@ -24,8 +25,11 @@ from exfm_ray.training.job import Job
 
 
 @pytest.mark.usefixtures("cluster")
-def test_parts_that_are_kept_are_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Wrong: a benchmark that was killed begins anew, gives a part another's result, or ends at the first part that fails."""
+def test_parts_that_are_kept_are_not_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong: a benchmark that was killed begins anew, gives a part another's result, or ends at the
+    first part that fails."""
     started: list[int] = []
 
     def doubled(number: int) -> list[int]:
@@ -46,25 +50,41 @@ def test_parts_that_are_kept_are_not_run_again(tmp_path: Path, capsys: pytest.Ca
     assert first.finish("doubles", [part(number) for number in (3, -1)]) == {"parts/3": [3, 6]}
     assert list(first.failed) == ["parts/-1"] and "negative" in first.failed["parts/-1"]
     started.clear()
-    assert Parts(tmp_path, 2).finish("doubles", [part(number) for number in (3, 4)]) == {"parts/3": [3, 6], "parts/4": [4, 8]}
+    assert Parts(tmp_path, 2).finish("doubles", [part(number) for number in (3, 4)]) == {
+        "parts/3": [3, 6],
+        "parts/4": [4, 8],
+    }
     assert started == [4]
     assert Parts(tmp_path, 2).kept("parts/4", lambda: 1 / 0) == [4, 8]
     assert "doubles: 1 of 2 parts are there" in capsys.readouterr().out
 
 
-def test_permuted_rows_are_anothers(groups: dict[int, Workers], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: the control keeps most ids' own rows, gives an id now this one's and now that one's, or rows of no snapshot that may be given."""
-    config = small_config(tmp_path, "run", vm={"arms": ["labels", "labels+share"]}, das={"keep_snapshots": True})
+def test_permuted_rows_are_anothers(
+    groups: dict[int, Workers],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wrong: the control keeps most ids' own rows, gives an id now this one's and now that one's,
+    or rows of no snapshot that may be given."""
+    config = small_config(
+        tmp_path, "run", vm={"arms": ["labels", "labels+share"]}, das={"keep_snapshots": True}
+    )
     stream = prepare_stream(config)
     groups[1].run(train, Job("fm", config), stream.windows(), None)
     groups[1].run(score, config)
     monkeypatch.setattr(share_teach, "WINDOWS", range(WINDOWS))
     share_teach.permute_rows(config, tmp_path / "permuted", stream)
-    own, other = (SharedStore(folder / "shared", config.fm.name) for folder in (config.folder, tmp_path / "permuted"))
-    policy, snapshots = SnapshotPolicy.from_config(config.das), SnapshotStore.from_config(config, config.fm.name)
+    own, other = (
+        SharedStore(folder / "shared", config.fm.name)
+        for folder in (config.folder, tmp_path / "permuted")
+    )
+    policy = SnapshotPolicy.from_config(config.das)
+    snapshots = SnapshotStore.from_config(config, config.fm.name)
     anothers: dict[tuple[str, int], int] = {}
     for window in (window for window in stream.windows() if own.has(window)):
-        tables = snapshots.load(own.manifest(window).snapshot, stream.schema.digest)[0].tables.tables()
+        tables = snapshots.load(own.manifest(window).snapshot, stream.schema.digest)[
+            0
+        ].tables.tables()
         for domain in own.manifest(window).domains:
             mixed = other.read(window, domain, stream.schema, policy)
             for name, rows in own.read(window, domain, stream.schema, policy).items():
@@ -76,44 +96,88 @@ def test_permuted_rows_are_anothers(groups: dict[int, Workers], tmp_path: Path, 
     assert len(moved) > 50 and np.mean(moved) > 0.9
 
 
-def test_mixed_users_have_anothers_past(groups: dict[int, Workers], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: users keep their own past, it is another's in each window, or more or fewer users are known than without the control."""
-    config = small_config(tmp_path, "run", vm={"arms": ["labels", "labels+history"]}, distillation={"history": {"dim": 4}})
+def test_mixed_users_have_anothers_past(
+    groups: dict[int, Workers],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wrong: users keep their own past, it is another's in each window, or more or fewer users are
+    known than without the control."""
+    config = small_config(
+        tmp_path,
+        "run",
+        vm={"arms": ["labels", "labels+history"]},
+        distillation={"history": {"dim": 4}},
+    )
     stream = prepare_stream(config)
     groups[1].run(train, Job("fm", config), stream.windows(), None)
     groups[1].run(score, config)
     mixed = with_settings(config, {"name": "mixed"})
     monkeypatch.setattr(share_teach, "WINDOWS", range(WINDOWS))
     share_teach.mix_users(config, mixed)
-    own, other = history_store(config), history_store(mixed)
+    own = history_store(config)
+    other = history_store(mixed)
     assert own and other
     whose: dict[int, int] = {}
     for window in range(2, WINDOWS + 1):
-        store, renamed = own.state_before(window, stream.schema), other.before(window, stream.schema)
+        store = own.state_before(window, stream.schema)
+        renamed = other.before(window, stream.schema)
         np.testing.assert_array_equal(store.users_U, renamed.users_U)
-        past = {tuple(row): user for user, row in zip(store.users_U.tolist(), store.total_UD.tolist(), strict=True)}
-        found = {user: past[tuple(row)] for user, row in zip(renamed.users_U.tolist(), renamed.total_UD.tolist(), strict=True)}
+        past = {
+            tuple(row): user
+            for user, row in zip(store.users_U.tolist(), store.total_UD.tolist(), strict=True)
+        }
+        found = {
+            user: past[tuple(row)]
+            for user, row in zip(renamed.users_U.tolist(), renamed.total_UD.tolist(), strict=True)
+        }
         assert whose.items() <= found.items()
         whose = found
-    assert sorted(whose.values()) == sorted(whose) and np.mean([user == its for user, its in whose.items()]) < 0.1
+    assert (
+        sorted(whose.values()) == sorted(whose)
+        and np.mean([user == its for user, its in whose.items()]) < 0.1
+    )
 
 
 def rows(ne: float, windows: range) -> list[dict[str, float]]:
-    """Rows of metrics: half of the labels are 1, and the log loss is `ne` times that of the mean label."""
-    return [{"window": w, "examples": 100, "label_rate": 0.5, "log_loss": ne * np.log(2), "calibration": 1.0} for w in windows]
+    """Rows of metrics: half of the labels are 1, and the log loss is `ne` times that of the mean
+    label."""
+    return [
+        {
+            "window": w,
+            "examples": 100,
+            "label_rate": 0.5,
+            "log_loss": ne * np.log(2),
+            "calibration": 1.0,
+        }
+        for w in windows
+    ]
 
 
 def test_settings_are_chosen_and_judged_on_other_windows() -> None:
-    """Wrong: what is judged was chosen on the windows that judge, controls choose for themselves, or a failed variant takes all with it."""
+    """Wrong: what is judged was chosen on the windows that judge, controls choose for themselves,
+    or a failed variant takes all with it."""
     better_late = [[*rows(0.95, SCORED), *rows(0.5, JUDGED)] for _ in GRID]
     better_late[3] = [*rows(0.9, SCORED), *rows(0.99, JUDGED)]
-    labels = [[*rows(0.8 + 0.01 * number, SCORED), *rows(1.0 + 0.01 * number, JUDGED)] for number in range(len(GRID))]
-    wanted = [Variant("labels", "labels", {}), Variant("kd", "kd", {}), Variant("labels as kd", "labels", {}, "", "kd"), Variant("ah", "ah", {})]
+    labels = [
+        [*rows(0.8 + 0.01 * number, SCORED), *rows(1.0 + 0.01 * number, JUDGED)]
+        for number in range(len(GRID))
+    ]
+    wanted = [
+        Variant("labels", "labels", {}),
+        Variant("kd", "kd", {}),
+        Variant("labels as kd", "labels", {}, "", "kd"),
+        Variant("ah", "ah", {}),
+    ]
     told = judge(wanted, {"labels": {0: labels}, "kd": {0: better_late}}, {0: rows(0.9, JUDGED)})
     assert sorted(told) == ["kd", "labels", "labels as kd"]
     assert told["kd"]["settings"] == told["labels as kd"]["settings"] == GRID[3]
     (kd,), (control,) = told["kd"]["seeds"], told["labels as kd"]["seeds"]
-    assert kd["ne"] == pytest.approx(0.99) and kd["ne_gain"] == pytest.approx(0.01) and kd["transfer_ratio"] == pytest.approx(0.1)
+    assert (
+        kd["ne"] == pytest.approx(0.99)
+        and kd["ne_gain"] == pytest.approx(0.01)
+        and kd["transfer_ratio"] == pytest.approx(0.1)
+    )
     assert control["ne_gain"] == pytest.approx(-0.03)
 
 
@@ -121,5 +185,8 @@ def test_each_variant_has_a_training_of_its_own() -> None:
     """Wrong: the file of one training is read as another's."""
     wanted = variants()
     assert len({variant.name for variant in wanted}) == len(wanted)
-    trained = {variant.training: (variant.arm, tuple(variant.settings.items()), variant.rows) for variant in wanted}
+    trained = {
+        variant.training: (variant.arm, tuple(variant.settings.items()), variant.rows)
+        for variant in wanted
+    }
     assert len(set(trained.values())) == len(trained) and all("/" not in name for name in trained)

@@ -37,7 +37,8 @@ def told(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
 
 def waiting(capsys: pytest.CaptureFixture[str], *named: object) -> str:
     """What the status shows when the service has looked at its stream."""
-    deadline, shown = time.monotonic() + 60, ""
+    deadline = time.monotonic() + 60
+    shown = ""
     while "window 1 waits for snapshot 1" not in shown:
         assert time.monotonic() < deadline, shown
         with suppress(RayActorError):  # it is being started again
@@ -53,9 +54,13 @@ def restarted(capsys: pytest.CaptureFixture[str], *named: object) -> str:
     return waiting(capsys, *named)
 
 
-def test_start_status_stop(cluster: None, capsys: pytest.CaptureFixture[str], file: Path) -> None:
-    """Wrong: a service starts without a stream or does not start, forgets that it was told to follow when Ray starts it again, its state
-    cannot be seen, or it cannot be ended."""
+def test_start_status_stop(
+    cluster: None,
+    capsys: pytest.CaptureFixture[str],
+    file: Path,
+) -> None:
+    """Wrong: a service starts without a stream or does not start, forgets that it was told to
+    follow when Ray starts it again, its state cannot be seen, or it cannot be ended."""
     named = ("--config", file)
     code, out = told(capsys, "das", "status", *named)
     assert code == 2 and "no DAS of run 'served' runs in this Ray" in out
@@ -80,20 +85,40 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
         code, out = told(capsys, "das", "status")
         assert code == 2 and "no running Ray to connect to ([Errno 111] Connection refused)" in out
     for words, message in (
-        (("strat",), "invalid choice: 'strat'"), (("start",), "the following arguments are required: --config"),
+        (("strat",), "invalid choice: 'strat'"),
+        (("start",), "the following arguments are required: --config"),
         (("status", "--name", "x"), "--set and --name go with --config"),
-    ):  # fmt: skip
+    ):
         code, out = told(capsys, "das", *words)
         assert code == 2 and message in out
 
 
 STATE: dict[str, Any] = {
-    "teacher": "fm", "store": "/runs/a/supervision", "clients": 2, "lasting": True, "follow": False, "examples_per_s": 1234.5, "error": "",
-    "backlog": {"windows": 2, "fragments": 7, "examples": 70_000}, "committed": 3, "held_back": "window 4 waits for snapshot 4",
-    "actors": [{"number": 3, "process": 77, "up": True, "snapshots": [2], "coming": [3], "fragments": 2}],
-    "written": [{"window": 3, "snapshot": 2, "examples": 9000, "label_s": 1000.0, "snapshot_s": 5000.0, "ended_s": 5012.3}],
+    "teacher": "fm",
+    "store": "/runs/a/supervision",
+    "clients": 2,
+    "lasting": True,
+    "follow": False,
+    "examples_per_s": 1234.5,
+    "error": "",
+    "backlog": {"windows": 2, "fragments": 7, "examples": 70_000},
+    "committed": 3,
+    "held_back": "window 4 waits for snapshot 4",
+    "actors": [
+        {"number": 3, "process": 77, "up": True, "snapshots": [2], "coming": [3], "fragments": 2}
+    ],
+    "written": [
+        {
+            "window": 3,
+            "snapshot": 2,
+            "examples": 9000,
+            "label_s": 1000.0,
+            "snapshot_s": 5000.0,
+            "ended_s": 5012.3,
+        }
+    ],
     "parked": [{"window": 1, "fragment": None, "snapshot": 0, "cause": "no snapshot", "tries": 1}],
-}  # fmt: skip
+}
 
 
 def test_status_shows_what_the_service_tells() -> None:
@@ -102,12 +127,24 @@ def test_status_shows_what_the_service_tells() -> None:
     for table in status_tables(STATE | {"faults": [(time.time() - 90, "an actor died")]}):
         console.print(table)
     shown = " ".join(console.export_text().split())
-    for part in ("2 windows, 7 fragments, 70,000 examples", "1,234 examples/s", "waits for snapshot 4", "2, 3 (coming)", "at work", "2 client(s)",
-                 "│ 3 │ 2 │ 2 │ 9,000 │ 12.3 s │ 1:06:52 │", "│ 1 │ all │ │ 1 │ no snapshot │", "│ 0:01:30 │ an actor died │"):  # fmt: skip
+    for part in (
+        "2 windows, 7 fragments, 70,000 examples",
+        "1,234 examples/s",
+        "waits for snapshot 4",
+        "2, 3 (coming)",
+        "at work",
+        "2 client(s)",
+        "│ 3 │ 2 │ 2 │ 9,000 │ 12.3 s │ 1:06:52 │",
+        "│ 1 │ all │ │ 1 │ no snapshot │",
+        "│ 0:01:30 │ an actor died │",
+    ):
         assert part in shown, (part, shown)
 
 
-@pytest.mark.parametrize(("value", "expected"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (3600.0, "1:00:00"), (90_000.0, "1 day, 1:00:00")])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0.04, "0.0 s"), (59.94, "59.9 s"), (3600.0, "1:00:00"), (90_000.0, "1 day, 1:00:00")],
+)
 def test_ages(value: float, expected: str) -> None:
     """Wrong: an age in days reads as seconds."""
     assert seconds(value) == expected

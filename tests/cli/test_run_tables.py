@@ -33,7 +33,8 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Wrong: a run is missing, a damaged one hides the others, or a state, figure or arm is another run's."""
+    """Wrong: a run is missing, a damaged one hides the others, or a state, figure or arm is another
+    run's."""
     whole, _ = write_run(tmp_path, "whole")
     write_run(tmp_path, "killed", windows=2, roles=("fm",))
     damaged, _ = write_run(tmp_path, "damaged")
@@ -42,42 +43,87 @@ def test_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = told(capsys, "runs", tmp_path)
     assert "3 run(s)" in text and "no_run" not in text
     figures = RunFiles.open(whole.folder).figures
-    click = next(row for row in figures if (row["model"], row["domain"], row["task"]) == ("fm", "all", "click"))
-    best = max((row for row in figures if row["model"] == "stories"), key=lambda row: row["ne_gain"])
+    click = next(
+        row
+        for row in figures
+        if (row["model"], row["domain"], row["task"]) == ("fm", "all", "click")
+    )
+    best = max(
+        (row for row in figures if row["model"] == "stories"), key=lambda row: row["ne_gain"]
+    )
     assert line(text, "whole")[1:2] == ["done"] and "4 of 4 windows" in text
     assert line(text, "whole")[-6:-3] == ["click", f"{click['ne']:.4f}", "feed"]
-    assert best["arm"] != "labels" and f"stories conversion: {best['arm']} {100 * best['ne_gain']:+.2f}" in re.sub(" +", " ", text)
+    assert best[
+        "arm"
+    ] != "labels" and f"stories conversion: {best['arm']} {100 * best['ne_gain']:+.2f}" in re.sub(
+        " +", " ", text
+    )
     assert line(text, "killed")[1] == "unfinished" and "fm 2 of 4" in text and "feed 0 of 4" in text
     assert line(text, "damaged")[1] == "damaged"
     assert time.strftime("%Y-%m-%d") in text
 
 
 def test_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Wrong: A and B are swapped, a difference has the wrong sign, or a setting that differs is not listed or one that does not is."""
+    """Wrong: A and B are swapped, a difference has the wrong sign, or a setting that differs is not
+    listed or one that does not is."""
     first, _ = write_run(tmp_path, "one")
-    second, _ = write_run(tmp_path, "two", windows=3, distillation={"ah": {"beta": 2.0}}, vm={"arms": ["labels", "kd"]})
+    second, _ = write_run(
+        tmp_path,
+        "two",
+        windows=3,
+        distillation={"ah": {"beta": 2.0}},
+        vm={"arms": ["labels", "kd"]},
+    )
     text = told(capsys, "compare", first.folder, second.folder)
     a, b = (
-        next(row for row in RunFiles.open(config.folder).figures if (row["model"], row["arm"]) == ("feed", "kd")) for config in (first, second)
+        next(
+            row
+            for row in RunFiles.open(config.folder).figures
+            if (row["model"], row["arm"]) == ("feed", "kd")
+        )
+        for config in (first, second)
     )
     cells = line(text, "feed", "kd", "feed", "click")[4:]
     assert a["ne"] != b["ne"]
-    assert cells[:3] == [f"{a['ne']:.4f}", f"{b['ne']:.4f}", f"{100 * (b['ne'] / a['ne'] - 1):+.2f}"]
+    assert cells[:3] == [
+        f"{a['ne']:.4f}",
+        f"{b['ne']:.4f}",
+        f"{100 * (b['ne'] / a['ne'] - 1):+.2f}",
+    ]
     assert cells[3:5] == [f"{100 * a['ne_gain']:+.2f}", f"{100 * b['ne_gain']:+.2f}"]
     assert line(text, "distillation.ah.beta") == ["distillation.ah.beta", "4.0", "2.0"]
-    assert line(text, "vm.arms")[1:] == ["['labels',", "'kd',", "'ah',", "'ah_sa']", "['labels',", "'kd']"]
-    listed = [one.split()[0] for one in text.split("settings that differ")[1].splitlines() if one.strip()]
-    assert sorted(listed) == ["distillation.ah.beta", "setting", "vm.arms"]  # neither the name nor the folder
+    assert line(text, "vm.arms")[1:] == [
+        "['labels',",
+        "'kd',",
+        "'ah',",
+        "'ah_sa']",
+        "['labels',",
+        "'kd']",
+    ]
+    listed = [
+        one.split()[0] for one in text.split("settings that differ")[1].splitlines() if one.strip()
+    ]
+    assert sorted(listed) == [
+        "distillation.ah.beta",
+        "setting",
+        "vm.arms",
+    ]  # neither the name nor the folder
 
 
-def test_report_writes_the_page_and_says_where(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_report_writes_the_page_and_says_where(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """Wrong: the page is not written anew, or its place and the figures are not told."""
     config, _ = write_run(tmp_path, "r")
     page = config.folder / "report.html"
     page.write_text("old")
     text = told(capsys, "report", config.folder)
     assert text.splitlines()[-1] == str(page) and "plotly" in page.read_text()
-    row = next(row for row in RunFiles.open(config.folder).figures if (row["model"], row["arm"]) == ("stories", "ah"))
+    row = next(
+        row
+        for row in RunFiles.open(config.folder).figures
+        if (row["model"], row["arm"]) == ("stories", "ah")
+    )
     assert f"{row['ne']:.4f}" in line(text, "stories", "conversion", "stories", "ah")
 
 
@@ -94,8 +140,14 @@ def test_report_writes_the_page_and_says_where(capsys: pytest.CaptureFixture[str
         (["compare", "RUNS/r"], "the following arguments are required: B"),
     ],
 )
-def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str) -> None:
-    """Wrong: a folder that is no run ends in a traceback, a page is written into it, or the exit code is 0."""
+def test_mistakes(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    """Wrong: a folder that is no run ends in a traceback, a page is written into it, or the exit
+    code is 0."""
     write_run(tmp_path, "r")
     before = set(tmp_path.rglob("*"))
     assert main([argument.replace("RUNS", str(tmp_path)) for argument in arguments]) == 2

@@ -1,4 +1,5 @@
-"""The launcher's files against Ray's own schema, the Kubernetes files against KubeRay's fields, and what both must not do."""
+"""The launcher's files against Ray's own schema, the Kubernetes files against KubeRay's fields, and
+what both must not do."""
 
 from __future__ import annotations
 
@@ -67,16 +68,28 @@ def test_launched_clusters_ask_for_the_token_and_show_no_dashboard(name: str) ->
 
 @pytest.mark.parametrize("name", LAUNCHER)
 def test_launched_clusters_have_bounds_a_shared_folder_and_a_gpu_group(name: str) -> None:
-    """Wrong: the cluster grows without end, its nodes do not see the run's folder, or the FM finds no GPU or not its group."""
+    """Wrong: the cluster grows without end, its nodes do not see the run's folder, or the FM finds
+    no GPU or not its group."""
     config = read(name)
     types = config["available_node_types"]
     workers = {key: value for key, value in types.items() if key != config["head_node_type"]}
     assert sum(value["max_workers"] for value in workers.values()) <= config["max_workers"]
     assert all(value["min_workers"] <= value["max_workers"] for value in workers.values())
-    assert {name: type_["labels"] for name, type_ in workers.items()} == {name: {"exfm-group": name} for name in ("cpu", "fm")}
-    assert types["fm"]["resources"]["GPU"] == 1 and "GPU" not in types["cpu"]["resources"] and types["head"]["resources"] == {"CPU": 0}
-    assert {"--env EXFM_HOME=/mnt/exfm", "--volume /mnt/exfm:/mnt/exfm"} <= set(config["docker"]["run_options"])
-    assert any("mount -t nfs" in command and command.endswith(" /mnt/exfm") for command in config["initialization_commands"])
+    assert {name: type_["labels"] for name, type_ in workers.items()} == {
+        name: {"exfm-group": name} for name in ("cpu", "fm")
+    }
+    assert (
+        types["fm"]["resources"]["GPU"] == 1
+        and "GPU" not in types["cpu"]["resources"]
+        and types["head"]["resources"] == {"CPU": 0}
+    )
+    assert {"--env EXFM_HOME=/mnt/exfm", "--volume /mnt/exfm:/mnt/exfm"} <= set(
+        config["docker"]["run_options"]
+    )
+    assert any(
+        "mount -t nfs" in command and command.endswith(" /mnt/exfm")
+        for command in config["initialization_commands"]
+    )
 
 
 @pytest.mark.parametrize("name", RAY)
@@ -87,36 +100,55 @@ def test_kubernetes_files_fit_kuberays_fields(name: str) -> None:
     assert document["apiVersion"] == "ray.io/v1"
     jsonschema.validate(document["spec"], schemas | schemas[document["kind"]])
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(document["spec"] | {"rayversion": "2"}, schemas | schemas[document["kind"]])
+        jsonschema.validate(
+            document["spec"] | {"rayversion": "2"}, schemas | schemas[document["kind"]]
+        )
 
 
 @pytest.mark.parametrize("name", RAY)
 def test_kubernetes_clusters_ask_for_the_token_and_stay_inside(name: str) -> None:
-    """Wrong: a cluster without authentication, with a port that is reached from beyond, or outside the NetworkPolicy."""
+    """Wrong: a cluster without authentication, with a port that is reached from beyond, or outside
+    the NetworkPolicy."""
     cluster = cluster_of(name)
     assert cluster["authOptions"] == {"mode": "token", "secretName": "exfm-ray-token"}
-    assert tuple(int(part) for part in cluster["rayVersion"].split(".")) >= (2, 52) and cluster["rayVersion"] == ray.__version__
+    assert (
+        tuple(int(part) for part in cluster["rayVersion"].split(".")) >= (2, 52)
+        and cluster["rayVersion"] == ray.__version__
+    )
     assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
     text = (CLUSTER / name).read_text()
-    assert not re.search(r"hostPort|hostNetwork|NodePort|LoadBalancer|[iI]ngress|RAY_AUTH_TOKEN|privileged: true", text)
+    assert not re.search(
+        r"hostPort|hostNetwork|NodePort|LoadBalancer|[iI]ngress|RAY_AUTH_TOKEN|privileged: true",
+        text,
+    )
     policy, initialize_run_dir = yaml.safe_load_all((CLUSTER / "base.yaml").read_text())
     label = policy["spec"]["podSelector"]["matchLabels"]
     assert policy["spec"]["policyTypes"] == ["Ingress"] and label
     among, operator = policy["spec"]["ingress"]
     assert among == {"from": [{"podSelector": {"matchLabels": label}}]}
-    assert operator["ports"] == [{"protocol": "TCP", "port": 8265}] and {"namespaceSelector", "podSelector"} == operator["from"][0].keys()
+    assert (
+        operator["ports"] == [{"protocol": "TCP", "port": 8265}]
+        and {"namespaceSelector", "podSelector"} == operator["from"][0].keys()
+    )
     for pod in pods(name):
         assert label.items() <= pod["metadata"]["labels"].items()
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
-        assert all(container["securityContext"]["allowPrivilegeEscalation"] is False for container in pod["spec"]["containers"])
+        assert all(
+            container["securityContext"]["allowPrivilegeEscalation"] is False
+            for container in pod["spec"]["containers"]
+        )
         for volume in pod["spec"].get("volumes", []):
-            assert volume["persistentVolumeClaim"]["claimName"] == initialize_run_dir["metadata"]["name"]
+            assert (
+                volume["persistentVolumeClaim"]["claimName"]
+                == initialize_run_dir["metadata"]["name"]
+            )
     assert initialize_run_dir["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
 @pytest.mark.parametrize("name", RAY)
 def test_kubernetes_clusters_have_bounds_resources_and_a_gpu_group(name: str) -> None:
-    """Wrong: the cluster grows without end, a pod's Ray counts more than its limits, or the FM finds no GPU."""
+    """Wrong: the cluster grows without end, a pod's Ray counts more than its limits, or the FM
+    finds no GPU."""
     cluster = cluster_of(name)
     assert cluster["enableInTreeAutoscaling"] is True
     assert cluster["autoscalerOptions"]["version"] == "v2", "the first version does not heed labels"
@@ -127,17 +159,23 @@ def test_kubernetes_clusters_have_bounds_resources_and_a_gpu_group(name: str) ->
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"] <= 10
     for pod in pods(name):
         (container,) = pod["spec"]["containers"]
-        assert {"cpu", "memory"} <= container["resources"]["limits"].keys() & container["resources"]["requests"].keys()
+        assert {"cpu", "memory"} <= container["resources"]["limits"].keys() & container[
+            "resources"
+        ]["requests"].keys()
         gpu = "nvidia.com/gpu" in container["resources"]["limits"]
         assert container["image"] == f"FILL_IN_REGISTRY/exfm-ray:{'cuda' if gpu else 'cpu'}"
         mounted = [mount["mountPath"] for mount in container.get("volumeMounts", [])]
         assert mounted == ([] if container["name"] == "ray-job-submitter" else ["/mnt/exfm"])
-    assert groups["fm"]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert (
+        groups["fm"]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+        == "1"
+    )
     assert cluster["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
 
 
 def test_the_image_has_all_code_and_no_root() -> None:
-    """Wrong: the image lacks a package or uploads a virtual environment to docker, runs as root or without authentication."""
+    """Wrong: the image lacks a package or uploads a virtual environment to docker, runs as root or
+    without authentication."""
     lines = (CLUSTER / "Dockerfile").read_text().splitlines()
     copied = {word for line in lines if line.startswith("COPY") for word in line.split()[2:-1]}
     packages = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {"benchmarks"}
@@ -145,7 +183,9 @@ def test_the_image_has_all_code_and_no_root() -> None:
     ignored = (CLUSTER / "Dockerfile.dockerignore").read_text().split()
     assert ignored[0] == "*" and {line[1:] for line in ignored if line.startswith("!")} == copied
     users = [line for line in lines if line.startswith("USER")]
-    assert users == ["USER 1000"] and any("RAY_AUTH_MODE=token EXFM_HOME=/mnt/exfm" in line for line in lines)
+    assert users == ["USER 1000"] and any(
+        "RAY_AUTH_MODE=token EXFM_HOME=/mnt/exfm" in line for line in lines
+    )
     assert "ARG EXTRA=cpu" in lines and "FROM python:3.11-slim-bookworm" in lines
 
 
@@ -153,7 +193,11 @@ def test_what_is_to_fill_in_is_refused_as_it_stands() -> None:
     """Wrong: a name to fill in is overlooked and means something."""
     for name in [*LAUNCHER, *RAY, "base.yaml"]:
         text = (CLUSTER / name).read_text()
-        assert "FILL_IN_" in text and "TODO" not in text and not re.search(r"<[a-z-]+>|ami-|example\.com", text)
+        assert (
+            "FILL_IN_" in text
+            and "TODO" not in text
+            and not re.search(r"<[a-z-]+>|ami-|example\.com", text)
+        )
 
 
 def test_the_page_places_roles_on_groups_that_there_are() -> None:
@@ -162,4 +206,9 @@ def test_the_page_places_roles_on_groups_that_there_are() -> None:
     told = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
     placement = Config.model_validate(told).placement
     groups = [{"exfm-group": name} for name in ("cpu", "fm")]
-    assert {role: groups.index(labels) for role, labels in placement} == {"fm": 1, "vm": 0, "das": 0, "data": 0}
+    assert {role: groups.index(labels) for role, labels in placement} == {
+        "fm": 1,
+        "vm": 0,
+        "das": 0,
+        "data": 0,
+    }

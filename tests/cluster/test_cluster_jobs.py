@@ -1,4 +1,5 @@
-"""`run.py submit` against a real head with a token: exit codes, resuming, stopping, what listens where."""
+"""`run.py submit` against a real head with a token: exit codes, resuming, stopping, what listens
+where."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ TINY = [
     "das.threads=1",
     "wandb.mode=disabled",
 ]
-PLACEMENT = "{fm: {exfm-group: fm}, vm: {exfm-group: vm}, das: {exfm-group: das}, data: {exfm-group: fm}}"
+PLACEMENT = (
+    "{fm: {exfm-group: fm}, vm: {exfm-group: vm}, das: {exfm-group: das}, data: {exfm-group: fm}}"
+)
 PIPELINE = ["pipeline", "--config", "configs/demo.yaml", *(f"--set={setting}" for setting in TINY)]
 
 
@@ -60,7 +63,8 @@ def until_logged(process: subprocess.Popen[str], text: str) -> None:
 
 
 def where(head: Head, labels: dict[str, str]) -> dict[str, set[str]]:
-    """Labels (by the nodes' ids) of the nodes on which the workers of both jobs, the DAS, the feeds and Ray Data's read tasks ran."""
+    """Labels (by the nodes' ids) of the nodes on which the workers of both jobs, the DAS, the feeds
+    and Ray Data's read tasks ran."""
     ran = [(actor["class_name"], actor["node_id"]) for actor in head.told("actors")]
     ran += [(task["name"], task["node_id"]) for task in head.told("tasks")]
     roles = ("RayTrainWorker", "Scorer", "Feed", "ReadFragments")
@@ -76,31 +80,51 @@ def undisturbed(head: Head) -> Path:
         nodes.append(head.join(2, f"exfm-group={label}"))
         found |= dict.fromkeys(head.alive() - found.keys(), label)
     assert len(found) == 3
-    code, out, errors = ended(head.submit("--id", "tiny", "--", *PIPELINE, "--name", "tiny", "--set", f"placement={PLACEMENT}"))
+    code, out, errors = ended(
+        head.submit(
+            "--id", "tiny", "--", *PIPELINE, "--name", "tiny", "--set", f"placement={PLACEMENT}"
+        )
+    )
     assert code == 0, out + errors
     run = head.home / "runs" / "tiny"
     assert "setting 'placement" not in out and f"this run: {run}" in out and "NE gain" in out
-    assert where(head, found) == {"RayTrainWorker": {"fm", "vm"}, "Scorer": {"das"}, "Feed": {"fm"}, "ReadFragments": {"fm"}}
+    assert where(head, found) == {
+        "RayTrainWorker": {"fm", "vm"},
+        "Scorer": {"das"},
+        "Feed": {"fm"},
+        "ReadFragments": {"fm"},
+    }
     for node in nodes:
         head.kill(node)
     return run
 
 
 def test_a_pipeline_ends_with_its_figures(undisturbed: Path) -> None:
-    """Wrong: a cluster's run lacks figures, its folder is lost with the job, or a role runs on other nodes than the setting `placement` says."""
+    """Wrong: a cluster's run lacks figures, its folder is lost with the job, or a role runs on
+    other nodes than the setting `placement` says."""
     summary = read_json(undisturbed / "summary.json")
-    assert {(row["model"], row["arm"]) for row in summary["figures"]} == {("fm", "fm"), ("feed", "labels"), ("feed", "ah_sa")}
+    assert {(row["model"], row["arm"]) for row in summary["figures"]} == {
+        ("fm", "fm"),
+        ("feed", "labels"),
+        ("feed", "ah_sa"),
+    }
     assert summary["roles"]["fm"]["examples"] == 3 * 600
     assert (undisturbed / "report.html").stat().st_size > 1000
 
 
 def test_no_file_of_a_run_holds_a_secret(head: Head, undisturbed: Path) -> None:
-    """Wrong: wandb's key, which every process of the run has in its environment, or Ray's token reaches a log, the config, the report or a
-    model of any role."""
+    """Wrong: wandb's key, which every process of the run has in its environment, or Ray's token
+    reaches a log, the config, the report or a model of any role."""
     secrets = (WANDB_KEY.encode(), head.token.read_bytes())
     assert head.processes()[0].environ()["WANDB_API_KEY"] == WANDB_KEY
     files = {path for path in undisturbed.rglob("*") if path.is_file()}
-    for expected in ("config.yaml", "report.html", "logs/driver.log", "logs/fm.rank0.log", "logs/vm.rank0.log"):
+    for expected in (
+        "config.yaml",
+        "report.html",
+        "logs/driver.log",
+        "logs/fm.rank0.log",
+        "logs/vm.rank0.log",
+    ):
         assert undisturbed / expected in files, expected
     for path in files:
         data = path.read_bytes()
@@ -109,13 +133,17 @@ def test_no_file_of_a_run_holds_a_secret(head: Head, undisturbed: Path) -> None:
 
 def rows(run: Path) -> list[dict[str, object]]:
     """The run's rows without its speed, in one order."""
-    found = [{key: value for key, value in row.items() if key != "examples_per_s"} for row in read_metrics(run / "metrics.jsonl")]
+    found = [
+        {key: value for key, value in row.items() if key != "examples_per_s"}
+        for row in read_metrics(run / "metrics.jsonl")
+    ]
     return sorted(found, key=lambda row: str(sorted(row.items())))
 
 
 def test_a_run_survives_the_loss_of_a_node(head: Head, undisturbed: Path) -> None:
-    """Wrong: after a node's death, with another in its place, a run on two nodes hangs, cannot go on, or has other figures; or Ray's own client,
-    which uploads the working folder as it stands, cannot send it."""
+    """Wrong: after a node's death, with another in its place, a run on two nodes hangs, cannot go
+    on, or has other figures; or Ray's own client, which uploads the working folder as it stands,
+    cannot send it."""
     command = [*PIPELINE, "--name", "lost"]
     node = head.join(cpus=3)  # the run asks for 5 CPUs: the head alone does not do
     first = head.submit("--id", "lost", "--", *command)
@@ -127,9 +155,31 @@ def test_a_run_survives_the_loss_of_a_node(head: Head, undisturbed: Path) -> Non
     head.join(cpus=3)
     code, out, errors = ended(first)
     for _ in range(ATTEMPTS if code else 0):
-        again = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", head.url, "--working-dir", ".", "--", "python", "run.py"]
-        process = subprocess.run([*again, *command], cwd=REPOSITORY, env=head.environment, capture_output=True, text=True, timeout=SUBMIT_S)
-        code, out, errors = process.returncode, process.stdout, process.stderr
+        again = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "job",
+            "submit",
+            "--address",
+            head.url,
+            "--working-dir",
+            ".",
+            "--",
+            "python",
+            "run.py",
+        ]
+        process = subprocess.run(
+            [*again, *command],
+            cwd=REPOSITORY,
+            env=head.environment,
+            capture_output=True,
+            text=True,
+            timeout=SUBMIT_S,
+        )
+        code = process.returncode
+        out = process.stdout
+        errors = process.stderr
         if code == 0:
             break
     assert code == 0, out + errors
@@ -139,7 +189,8 @@ def test_a_run_survives_the_loss_of_a_node(head: Head, undisturbed: Path) -> Non
 
 
 def test_a_mistake_in_the_config_is_one_line_and_exit_code_2(head: Head, tmp_path: Path) -> None:
-    """Wrong: a failed job ends as if it had succeeded, or its error is not told; or a config of the user's own does not go up."""
+    """Wrong: a failed job ends as if it had succeeded, or its error is not told; or a config of the
+    user's own does not go up."""
     own = tmp_path / "own.yaml"
     own.write_text("fm: {batchsize: 3}\n")
     command = ["submit", "--address", head.url, "--", "pipeline", "--config", "own.yaml"]
@@ -159,23 +210,45 @@ def test_a_mistake_in_the_config_is_one_line_and_exit_code_2(head: Head, tmp_pat
 
 def waiting(name: str) -> list[str]:
     """A run whose FM asks for a node that never comes, and so waits for ever."""
-    settings = ["data.synthetic={windows: 2, events_per_window: 600, users: 150, ads: 80, advertisers: 10}", "placement.fm={exfm-group: nowhere}"]
-    return ["train-fm", "--config", "configs/demo.yaml", "--name", name, *(f"--set={setting}" for setting in settings)]
+    settings = [
+        "data.synthetic={windows: 2, events_per_window: 600, users: 150, ads: 80, advertisers: 10}",
+        "placement.fm={exfm-group: nowhere}",
+    ]
+    return [
+        "train-fm",
+        "--config",
+        "configs/demo.yaml",
+        "--name",
+        name,
+        *(f"--set={setting}" for setting in settings),
+    ]
 
 
 @pytest.mark.slow
 def test_a_job_is_left_refused_stopped_and_resubmitted(head: Head) -> None:
-    """Wrong: Ctrl-C ends the job, or does not say how to stop it; a run waits for a node without saying which; two jobs write one run;
-    --stop leaves a job running; an id cannot be used again; a stopped job ends with 0."""
+    """Wrong: Ctrl-C ends the job, or does not say how to stop it; a run waits for a node without
+    saying which; two jobs write one run; --stop leaves a job running; an id cannot be used again; a
+    stopped job ends with 0."""
     first = head.submit("--id", "waiting", "--", *waiting("waiting"))
-    until_logged(first, "setting 'placement.fm': no node has exfm-group=nowhere, 1 CPU is asked for; what is to run there waits until ")
+    until_logged(
+        first,
+        "setting 'placement.fm': no node has exfm-group=nowhere, 1 CPU is asked for; what is to run there waits until ",
+    )
     code, out, errors = ended(head.submit("--id", "waiting", "--", *waiting("waiting")))
-    assert code == 2 and out == "" and errors.startswith("error: job 'waiting' is running: ") and "run.py submit --stop waiting" in errors
+    assert (
+        code == 2
+        and out == ""
+        and errors.startswith("error: job 'waiting' is running: ")
+        and "run.py submit --stop waiting" in errors
+    )
 
     first.send_signal(signal.SIGINT)
     code, out, errors = ended(first)
     assert code == 130, out + errors
-    assert "job waiting goes on; `ray job logs --follow waiting` follows it, `run.py submit --stop waiting` stops it\n" in errors
+    assert (
+        "job waiting goes on; `ray job logs --follow waiting` follows it, `run.py submit --stop waiting` stops it\n"
+        in errors
+    )
     assert head.get("/api/jobs/waiting", head.token.read_text()).json()["status"] == "RUNNING"
     assert ended(head.submit("--stop", "waiting")) == (0, "job waiting: stopped\n", "")
 
@@ -183,8 +256,14 @@ def test_a_job_is_left_refused_stopped_and_resubmitted(head: Head) -> None:
     until_logged(second, "relative folders lie below")
     assert ended(head.submit("--stop", "waiting")) == (0, "job waiting.2: stopped\n", "")
     code, out, errors = ended(second)
-    assert code == 130 and "job waiting.2: " in errors and "Running entrypoint" not in out, "an attempt has a log of its own"
-    drivers = [process for process in head.processes() if process.is_running() and "train-fm" in process.cmdline()]
+    assert code == 130 and "job waiting.2: " in errors and "Running entrypoint" not in out, (
+        "an attempt has a log of its own"
+    )
+    drivers = [
+        process
+        for process in head.processes()
+        if process.is_running() and "train-fm" in process.cmdline()
+    ]
     assert not drivers
 
 
@@ -195,16 +274,28 @@ def test_nobody_gets_in_without_the_token(head: Head) -> None:
     assert head.get("/api/jobs/").status_code == 401
     assert head.get("/api/jobs/", "0" * 64).status_code == 403
     code, out, errors = ended(head.submit("--stop", "x", RAY_AUTH_MODE="disabled"))
-    assert code == 2 and out == "" and errors.startswith(f"error: {head.url} refuses the token, or got none: set RAY_AUTH_MODE=token")
+    assert (
+        code == 2
+        and out == ""
+        and errors.startswith(
+            f"error: {head.url} refuses the token, or got none: set RAY_AUTH_MODE=token"
+        )
+    )
     assert errors.count("\n") == 1
     spied = subprocess.run(
-        [sys.executable, "-c", KEYS.format(head.port)], env=head.environment | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True
+        [sys.executable, "-c", KEYS.format(head.port)],
+        env=head.environment | {"RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
     )
-    assert spied.returncode != 0 and "uthent" in spied.stderr and "read" not in spied.stdout, spied.stderr
+    assert spied.returncode != 0 and "uthent" in spied.stderr and "read" not in spied.stdout, (
+        spied.stderr
+    )
 
 
 def test_only_loopback_leads_to_the_job_server(head: Head) -> None:
-    """Wrong: the job server listens beyond this machine, or another of Ray's ports takes jobs without the token."""
+    """Wrong: the job server listens beyond this machine, or another of Ray's ports takes jobs
+    without the token."""
     listening = [
         (place.laddr.ip, place.laddr.port)
         for process in head.processes()
@@ -218,7 +309,9 @@ def test_only_loopback_leads_to_the_job_server(head: Head) -> None:
         host = "127.0.0.1" if ip in ("0.0.0.0", "::") else ip.removeprefix("::ffff:")
         for path in ("/api/jobs/", "/api/job_agent/jobs/"):
             try:
-                answer = requests.post(f"http://{host}:{port}{path}", json={"entrypoint": "true"}, timeout=3)
+                answer = requests.post(
+                    f"http://{host}:{port}{path}", json={"entrypoint": "true"}, timeout=3
+                )
             except requests.RequestException:
                 continue  # gRPC, not HTTP
             assert answer.status_code in (401, 403, 404, 405), (port, path, answer.status_code)
@@ -228,13 +321,21 @@ def test_mistakes_before_anything_is_sent(head: Head) -> None:
     """Wrong: a mistake is found only by the cluster, or a wrong address ends in a traceback."""
     for arguments, told in [
         (["--id", "a/b", "--", *PIPELINE], "--id a/b: letters, digits"),
-        (["--", "pipeline", "--config", "../x.yaml"], "--config ../x.yaml: only a file below the working folder"),
+        (
+            ["--", "pipeline", "--config", "../x.yaml"],
+            "--config ../x.yaml: only a file below the working folder",
+        ),
         (["--", "pipeline", "--config", "none.yaml"], "none.yaml: no such config file here"),
         (["--stop", "nobody"], "the cluster knows no job 'nobody'"),
-        (["--address", "http://127.0.0.1:1", "--stop", "x"], "no Ray job server answers at http://127.0.0.1:1"),
+        (
+            ["--address", "http://127.0.0.1:1", "--stop", "x"],
+            "no Ray job server answers at http://127.0.0.1:1",
+        ),
     ]:
         code, out, errors = ended(head.submit(*arguments))
-        assert (code, out, errors.count("\n")) == (2, "", 1) and errors.startswith(f"error: {told}"), (arguments, errors)
+        assert (code, out, errors.count("\n")) == (2, "", 1) and errors.startswith(
+            f"error: {told}"
+        ), (arguments, errors)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +346,11 @@ def test_mistakes_before_anything_is_sent(head: Head) -> None:
         ([], "submit takes a command of run.py after --, or --stop NAME"),
     ],
 )
-def test_mistakes_on_the_command_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_on_the_command_line(
+    arguments: list[str],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Wrong: what is no command goes to a cluster."""
     assert main(["submit", "--address", "http://127.0.0.1:1", *arguments]) == 2
     assert capsys.readouterr().err.startswith(f"error: {told}")
@@ -253,8 +358,19 @@ def test_mistakes_on_the_command_line(arguments: list[str], told: str, capsys: p
 
 @pytest.mark.parametrize(
     ("status", "driver", "code"),
-    [("SUCCEEDED", 0, 0), ("STOPPED", None, 130), ("FAILED", 2, 2), ("FAILED", None, 1), ("FAILED", -9, 137)],
+    [
+        ("SUCCEEDED", 0, 0),
+        ("STOPPED", None, 130),
+        ("FAILED", 2, 2),
+        ("FAILED", None, 1),
+        ("FAILED", -9, 137),
+    ],
 )
-def test_exit_codes(status: str, driver: int | None, code: int) -> None:
-    """Wrong: a job that was stopped, killed or never started looks like a success (Ray's own client says 0 for a stopped one)."""
+def test_exit_codes(
+    status: str,
+    driver: int | None,
+    code: int,
+) -> None:
+    """Wrong: a job that was stopped, killed or never started looks like a success (Ray's own client
+    says 0 for a stopped one)."""
     assert exit_code(SimpleNamespace(status=JobStatus(status), driver_exit_code=driver)) == code

@@ -1,4 +1,5 @@
-"""Elastic training on two nodes of which one dies: the job goes on by itself on the CPU that is left."""
+"""Elastic training on two nodes of which one dies: the job goes on by itself on the CPU that is
+left."""
 
 from __future__ import annotations
 
@@ -13,12 +14,17 @@ from exfm_ray.storage.atomic import read_json
 from exfm_ray.tracking.recorder import read_metrics
 from exfm_ray.training.checkpoint import Checkpoints
 
-WINDOWS, EVENTS = 4, 3000
+WINDOWS = 4
+EVENTS = 3000
 TRAIN = [
-    "train-fm", "--config", "configs/demo.yaml", *(f"--set={setting}" for setting in TINY),
+    "train-fm",
+    "--config",
+    "configs/demo.yaml",
+    *(f"--set={setting}" for setting in TINY),
     f"--set=data.synthetic={{windows: {WINDOWS}, events_per_window: {EVENTS}, users: 150, ads: 80, advertisers: 10}}",
-    "--set=fm.batch_size=64", "--set=checkpoint.every_examples=300",
-]  # fmt: skip
+    "--set=fm.batch_size=64",
+    "--set=checkpoint.every_examples=300",
+]
 ELASTIC = ["--set=fm.workers=2", "--set=fm.min_workers=1", "--set=fm.zero_stage=1"]
 TOLERANCE = 1e-2
 
@@ -33,7 +39,8 @@ def head() -> Iterator[Head]:
 
 @pytest.mark.slow
 def test_an_elastic_job_outlives_a_node(head: Head) -> None:
-    """Wrong: a node's death ends an elastic job, or it waits for CPUs that are gone, or goes on at another place in the data."""
+    """Wrong: a node's death ends an elastic job, or it waits for CPUs that are gone, or goes on at
+    another place in the data."""
     node = head.join(cpus=2)
     assert ended(head.submit("--id", "alone", "--", *TRAIN, "--name", "alone"))[0] == 0
     job = head.submit("--id", "elastic", "--", *TRAIN, *ELASTIC, "--name", "elastic")
@@ -45,9 +52,17 @@ def test_an_elastic_job_outlives_a_node(head: Head) -> None:
     code, out, errors = ended(job)
     assert code == 0, out + errors
     checkpoints = Checkpoints(run / "checkpoints" / "fm")
-    assert [timing.examples for timing in checkpoints.result(checkpoints.latest()).timings] == [EVENTS] * WINDOWS
+    assert [timing.examples for timing in checkpoints.result(checkpoints.latest()).timings] == [
+        EVENTS
+    ] * WINDOWS
     alone = head.home / "runs" / "alone"
-    found, expected = ({(row["window"], row["domain"], row["task"]): row for row in read_metrics(r / "metrics.jsonl")} for r in (run, alone))
+    found, expected = (
+        {
+            (row["window"], row["domain"], row["task"]): row
+            for row in read_metrics(r / "metrics.jsonl")
+        }
+        for r in (run, alone)
+    )
     assert found.keys() == expected.keys() and len(found) > WINDOWS
     for key, row in expected.items():
         assert found[key]["examples"] == row["examples"]

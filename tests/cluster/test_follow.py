@@ -1,4 +1,5 @@
-"""Following a job without a cluster: connections lost and opened again, each character of the log once."""
+"""Following a job without a cluster: connections lost and opened again, each character of the log
+once."""
 
 from __future__ import annotations
 
@@ -15,13 +16,18 @@ LOG = "".join(f"line {i}\n" for i in range(50))
 
 
 class Server:
-    """A job server that drops the log after so many characters, and ends the job when the log has once been read to its end."""
+    """A job server that drops the log after so many characters, and ends the job when the log has
+    once been read to its end."""
 
     def __init__(self, drops: list[int]) -> None:
-        self.drops, self.status, self.ended = drops, "RUNNING", False
+        self.drops = drops
+        self.status = "RUNNING"
+        self.ended = False
 
     def get_job_info(self, job: str) -> SimpleNamespace:
-        return SimpleNamespace(status=JobStatus("SUCCEEDED" if self.ended else "RUNNING"), driver_exit_code=0)
+        return SimpleNamespace(
+            status=JobStatus("SUCCEEDED" if self.ended else "RUNNING"), driver_exit_code=0
+        )
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
         drop = self.drops.pop(0) if self.drops else len(LOG)
@@ -32,7 +38,9 @@ class Server:
         self.ended = True
 
 
-def test_each_character_is_printed_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_character_is_printed_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Wrong: after a lost connection the log begins anew, has a gap, or the job is given up."""
     monkeypatch.setattr(jobs, "POLL_S", 0.0)
     server = Server([100, 20, 0, 203])
@@ -42,14 +50,16 @@ def test_each_character_is_printed_once(capsys: pytest.CaptureFixture[str], monk
 
 
 def test_a_head_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: a client waits for ever for a cluster that is gone, or gives up a job whose log was silent for long."""
+    """Wrong: a client waits for ever for a cluster that is gone, or gives up a job whose log was
+    silent for long."""
     monkeypatch.setattr(jobs, "POLL_S", 0.0)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head")
     now = [0.0]
     monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
 
     class Gone(Server):
-        """Away for a moment, then silent for long, then away for good: seconds and whether it answers, call by call."""
+        """Away for a moment, then silent for long, then away for good: seconds and whether it
+        answers, call by call."""
 
         calls = iter([(1, True), (1, False), (1, True), (10_000, False)])
 
@@ -67,6 +77,8 @@ def test_a_head_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
             self.answer()
             yield "never"
 
-    with pytest.raises(UserError, match="lost the connection to http://head \\(refused\\); job x may be running"):
+    with pytest.raises(
+        UserError, match="lost the connection to http://head \\(refused\\); job x may be running"
+    ):
         jobs.follow(Gone([]), "x")
     assert 10_000 + jobs.LOST_S < now[0] < 10_000 + jobs.LOST_S + 100

@@ -16,14 +16,17 @@ def files(folder: Path) -> set[str]:
 
 
 def test_code_and_configs_go_up_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: a module is missing on the cluster, or data, runs, tests, the git history or the environment are sent."""
+    """Wrong: a module is missing on the cluster, or data, runs, tests, the git history or the
+    environment are sent."""
     monkeypatch.chdir(REPOSITORY)
     with staged(["pipeline", "--config", "configs/demo.yaml"]) as folder:
         found = files(folder)
     expected = {"run.py", "pyproject.toml"}
     for part in ("exfm_ray", "tuning", "configs"):
         expected |= {
-            str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / part).rglob("*") if path.is_file() and "__pycache__" not in path.parts
+            str(path.relative_to(REPOSITORY))
+            for path in (REPOSITORY / part).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
         }
     assert found == expected
     assert not folder.exists()
@@ -50,7 +53,11 @@ def test_the_same_code_is_uploaded_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("words", [["--config", "mine/own.yaml"], ["--config=mine/own.yaml"]])
-def test_a_config_of_ones_own_goes_up_at_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+def test_a_config_of_ones_own_goes_up_at_its_place(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+) -> None:
     """Wrong: the cluster does not find the config that the command names."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
@@ -62,9 +69,13 @@ def test_a_config_of_ones_own_goes_up_at_its_place(tmp_path: Path, monkeypatch: 
 
 
 def test_configs_that_cannot_go_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: a config that is not there, or lies outside, is found missing only by the cluster; or the cluster's own is refused."""
+    """Wrong: a config that is not there, or lies outside, is found missing only by the cluster; or
+    the cluster's own is refused."""
     monkeypatch.chdir(tmp_path)
-    for config, told in (("none.yaml", "no such config file here"), ("../own.yaml", "only a file below the working folder")):
+    for config, told in (
+        ("none.yaml", "no such config file here"),
+        ("../own.yaml", "only a file below the working folder"),
+    ):
         with pytest.raises(UserError, match=told), staged(["pipeline", "--config", config]):
             pass
     with staged(["pipeline", "--config", "/mnt/exfm/own.yaml"]), staged(["export", "runs/demo"]):

@@ -9,19 +9,33 @@ from exfm_ray.config.data import FollowConfig, KafkaConfig
 from exfm_ray.errors import UserError
 
 
-@pytest.mark.parametrize("name", ["sasl.password", "ssl.key.password", "ssl.key.pem", "sasl.oauthbearer.client.secret"])
+@pytest.mark.parametrize(
+    "name", ["sasl.password", "ssl.key.password", "ssl.key.pem", "sasl.oauthbearer.client.secret"]
+)
 def test_a_secret_does_not_stand_in_a_config(name: str) -> None:
     """Wrong: a password for Kafka is written into runs/<name>/config.yaml and sent to wandb."""
-    with pytest.raises(ValidationError, match=rf"option {name} would be written into the run's config") as told:
-        KafkaConfig.model_validate({"servers": "b:9092", "topic": "t", "options": {name: "hunter2"}})
+    with pytest.raises(
+        ValidationError, match=rf"option {name} would be written into the run's config"
+    ) as told:
+        KafkaConfig.model_validate(
+            {"servers": "b:9092", "topic": "t", "options": {name: "hunter2"}}
+        )
     assert "hunter2" not in told.value.errors()[0]["msg"]
 
 
 def test_secrets_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: librdkafka is given the variable's name, the config holds its value, or a variable that is not set is an empty password."""
-    config = KafkaConfig(servers="b:9092", topic="t", options={"sasl.password": "${EXFM_TEST_PASSWORD}", "security.protocol": "SSL"})
+    """Wrong: librdkafka is given the variable's name, the config holds its value, or a variable
+    that is not set is an empty password."""
+    config = KafkaConfig(
+        servers="b:9092",
+        topic="t",
+        options={"sasl.password": "${EXFM_TEST_PASSWORD}", "security.protocol": "SSL"},
+    )
     monkeypatch.delenv("EXFM_TEST_PASSWORD", raising=False)
-    with pytest.raises(UserError, match=r"sasl.password is \$\{EXFM_TEST_PASSWORD\}, which the environment does not have"):
+    with pytest.raises(
+        UserError,
+        match=r"sasl.password is \$\{EXFM_TEST_PASSWORD\}, which the environment does not have",
+    ):
         config.resolved()
     monkeypatch.setenv("EXFM_TEST_PASSWORD", "hunter2")
     assert config.resolved() == {"sasl.password": "hunter2", "security.protocol": "SSL"}
@@ -30,7 +44,8 @@ def test_secrets_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("pattern", ["/etc/*.csv", "../labels/*.csv", "a/../../b.csv", ""])
 def test_label_files_lie_below_the_root(pattern: str) -> None:
-    """Wrong: files elsewhere on the disk are read as labels, or the pattern ends in pathlib's traceback."""
+    """Wrong: files elsewhere on the disk are read as labels, or the pattern ends in pathlib's
+    traceback."""
     with pytest.raises(ValidationError, match=r"does not lie below data.root; set data.root"):
         FollowConfig(labels=pattern)
     assert FollowConfig(labels="labels/..part-*.csv").labels == "labels/..part-*.csv"

@@ -68,7 +68,8 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("override", MISTAKES)
 def test_tells_the_setting_at_fault(file: Path, override: str) -> None:
-    """Wrong: a misspelt or impossible setting is taken, or told without its name, its value or the nearest known name."""
+    """Wrong: a misspelt or impossible setting is taken, or told without its name, its value or the
+    nearest known name."""
     with pytest.raises(UserError, match=MISTAKES[override]):
         load_config(file, [override])
 
@@ -82,37 +83,73 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
 def test_overrides_come_after_the_file_and_the_name_last(file: Path) -> None:
     """Wrong: an override is ignored or takes the rest of its section with it."""
     assert load_config(file).name == "mine"
-    config = load_config(file, ["fm.workers=2", "fm.model.type=wukong", "fm.model.l=3", "name=other", "vm.arms=[kd]", "data.max_rows=null"], "third")
-    assert (config.name, config.seed, config.fm.batch_size, config.fm.workers) == ("third", 5, 32, 2)
-    assert isinstance(config.fm.model, WukongConfig) and config.fm.model.l == 3 and config.vm.arms == (Objective.KD,)
+    config = load_config(
+        file,
+        [
+            "fm.workers=2",
+            "fm.model.type=wukong",
+            "fm.model.l=3",
+            "name=other",
+            "vm.arms=[kd]",
+            "data.max_rows=null",
+        ],
+        "third",
+    )
+    assert (config.name, config.seed, config.fm.batch_size, config.fm.workers) == (
+        "third",
+        5,
+        32,
+        2,
+    )
+    assert (
+        isinstance(config.fm.model, WukongConfig)
+        and config.fm.model.l == 3
+        and config.vm.arms == (Objective.KD,)
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [(b"seed: [1", "not valid YAML"), (b"- 1\n", "a config is a mapping of sections, this is a list"), (b"7", "this is a int"),
-     (b"\xff\xfe\x00", "cannot be read as a config"), (b"a: \x00", "not valid YAML")],
-)  # fmt: skip
-def test_files_that_are_no_config(tmp_path: Path, content: bytes, told: str) -> None:
+    [
+        (b"seed: [1", "not valid YAML"),
+        (b"- 1\n", "a config is a mapping of sections, this is a list"),
+        (b"7", "this is a int"),
+        (b"\xff\xfe\x00", "cannot be read as a config"),
+        (b"a: \x00", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_config(
+    tmp_path: Path,
+    content: bytes,
+    told: str,
+) -> None:
     """Wrong: a file that is no config ends in a traceback."""
     path = tmp_path / "bad.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError, match=told):
         load_config(path)
-    for missing, problem in ((tmp_path / "none.yaml", "no such config file"), (tmp_path, "cannot be read as a config")):
+    for missing, problem in (
+        (tmp_path / "none.yaml", "no such config file"),
+        (tmp_path, "cannot be read as a config"),
+    ):
         with pytest.raises(UserError, match=problem):
             load_config(missing)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_ready_configs_load_and_survive_a_dump(path: Path) -> None:
-    """Wrong: a config of the project does not load, or config.yaml in a run's folder is not the run's config."""
+    """Wrong: a config of the project does not load, or config.yaml in a run's folder is not the
+    run's config."""
     config = load_config(path)
     assert Config.model_validate(yaml.safe_load(dump_config(config))) == config
 
 
 def test_a_vertical_model_has_one_task_or_several(file: Path) -> None:
-    """Wrong: one name is taken for a list of letters, a list loses its order, or a run's config.yaml does not load again."""
-    config = load_config(file, ["vm.models=[{name: a, domain: d, task: t}, {name: b, domain: d, task: [u, t]}]"])
+    """Wrong: one name is taken for a list of letters, a list loses its order, or a run's
+    config.yaml does not load again."""
+    config = load_config(
+        file, ["vm.models=[{name: a, domain: d, task: t}, {name: b, domain: d, task: [u, t]}]"]
+    )
     assert [student.tasks for student in config.vm.models] == [("t",), ("u", "t")]
     assert Config.model_validate(yaml.safe_load(dump_config(config))) == config
 
@@ -120,7 +157,11 @@ def test_a_vertical_model_has_one_task_or_several(file: Path) -> None:
 def test_folders_are_absolute(file: Path) -> None:
     """Wrong: a run's workers, which work elsewhere, look for the run in their own folder."""
     config = load_config(file)
-    assert config.run.dir.is_absolute() and config.data.root.is_absolute() and config.folder == config.run.dir / "mine"
+    assert (
+        config.run.dir.is_absolute()
+        and config.data.root.is_absolute()
+        and config.folder == config.run.dir / "mine"
+    )
 
 
 def test_nearest() -> None:

@@ -14,83 +14,184 @@ from exfm_ray.config.root import Config
 from exfm_ray.errors import UserError
 
 GOOD = {"validation_windows": [1, 2], "holdout_windows": [3, 4]}
-W, SA_W, SA_LR, SA_MLP = "distillation.ah.w", "distillation.sa.w", "distillation.sa.lr", "distillation.sa.mlp"
+W = "distillation.ah.w"
+SA_W = "distillation.sa.w"
+SA_LR = "distillation.sa.lr"
+SA_MLP = "distillation.sa.mlp"
 RANGE = {"low": 1, "high": 2}
-PBT: dict[str, object] = {"search": "pbt", "trials_per_process": 4, "trials": 8, "early_stopping": "none"}
+PBT: dict[str, object] = {
+    "search": "pbt",
+    "trials_per_process": 4,
+    "trials": 8,
+    "early_stopping": "none",
+}
 SPACES = {
-    "typo": ({"distillation.ah.wt": RANGE}, r"tune.space: unknown setting 'distillation.ah.wt'. Did you mean 'distillation.ah.w'\?"),
+    "typo": (
+        {"distillation.ah.wt": RANGE},
+        r"tune.space: unknown setting 'distillation.ah.wt'. Did you mean 'distillation.ah.w'\?",
+    ),
     "not searchable": ({"fm.batch_size": RANGE}, r"unknown setting 'fm.batch_size'"),
-    "nothing near": ({"zzz": RANGE}, r"unknown setting 'zzz'. A sweep may search distillation.kd.w, "),
-    "history": ({"distillation.history.dim": RANGE}, r"'distillation.history.dim' cannot be searched: the DAS .* before the sweep begins"),
-    "history's layer": ({"distillation.history.layer": {"choice": ["backbone"]}}, r"'distillation.history.layer' cannot be searched"),
-    "history, typo": ({"distillation.history.dims": RANGE}, r"unknown setting 'distillation.history.dims'"),
-    "projection": ({"distillation.share.projection": {"choice": ["none"]}}, r"'distillation.share.projection' cannot be searched: rows that fit"),
-    "no tables": ({"distillation.share.tables": {"choice": ["user"]}}, r"tune.space: setting 'distillation.share.tables'"),
-    "value": ({W: {"low": -1, "high": 1}}, r"tune.space: setting 'distillation.ah.w': .*greater than or equal to 0"),
-    "choice": ({"distillation.sa.input": {"choice": ["logit", "lo"]}}, r"tune.space: setting 'distillation.sa.input': .*'lo'"),
-    "order of ends": ({W: {"low": 2, "high": 1}}, r"tune.space.distillation.ah.w': low is 2, which is not below high = 1"),
+    "nothing near": (
+        {"zzz": RANGE},
+        r"unknown setting 'zzz'. A sweep may search distillation.kd.w, ",
+    ),
+    "history": (
+        {"distillation.history.dim": RANGE},
+        r"'distillation.history.dim' cannot be searched: the DAS .* before the sweep begins",
+    ),
+    "history's layer": (
+        {"distillation.history.layer": {"choice": ["backbone"]}},
+        r"'distillation.history.layer' cannot be searched",
+    ),
+    "history, typo": (
+        {"distillation.history.dims": RANGE},
+        r"unknown setting 'distillation.history.dims'",
+    ),
+    "projection": (
+        {"distillation.share.projection": {"choice": ["none"]}},
+        r"'distillation.share.projection' cannot be searched: rows that fit",
+    ),
+    "no tables": (
+        {"distillation.share.tables": {"choice": ["user"]}},
+        r"tune.space: setting 'distillation.share.tables'",
+    ),
+    "value": (
+        {W: {"low": -1, "high": 1}},
+        r"tune.space: setting 'distillation.ah.w': .*greater than or equal to 0",
+    ),
+    "choice": (
+        {"distillation.sa.input": {"choice": ["logit", "lo"]}},
+        r"tune.space: setting 'distillation.sa.input': .*'lo'",
+    ),
+    "order of ends": (
+        {W: {"low": 2, "high": 1}},
+        r"tune.space.distillation.ah.w': low is 2, which is not below high = 1",
+    ),
     "log": ({W: {"low": 0, "high": 1, "log": True}}, r"log is set with low = 0"),
     "integer": ({"vm.batch_size": {"low": 1.5, "high": 4, "integer": True}}, r"give whole numbers"),
     "both": ({W: {**RANGE, "choice": [1]}}, r"low and high, or a choice, not both"),
     "neither": ({W: {"low": 0}}, r"give low and high, or a choice"),
     "twice": ({W: {"choice": [1, 2, 1]}}, r"names a value twice"),
     "key": ({W: {"lo": 0, "high": 1}}, r"unknown setting 'tune.space.distillation.ah.w.lo'"),
-    "condition": ({SA_LR: {**RANGE, "when": {SA_MLP: [8]}}}, r"which the space does not name before"),
-    "range as condition": ({SA_W: RANGE, SA_LR: {**RANGE, "when": {SA_W: 1}}}, r"when names 'distillation.sa.w', which is a range"),
-    "condition's value": ({SA_MLP: {"choice": [[4]]}, SA_LR: {**RANGE, "when": {SA_MLP: [8]}}}, r"distillation.sa.mlp = \[8\], which is none"),
+    "condition": (
+        {SA_LR: {**RANGE, "when": {SA_MLP: [8]}}},
+        r"which the space does not name before",
+    ),
+    "range as condition": (
+        {SA_W: RANGE, SA_LR: {**RANGE, "when": {SA_W: 1}}},
+        r"when names 'distillation.sa.w', which is a range",
+    ),
+    "condition's value": (
+        {SA_MLP: {"choice": [[4]]}, SA_LR: {**RANGE, "when": {SA_MLP: [8]}}},
+        r"distillation.sa.mlp = \[8\], which is none",
+    ),
 }
-MISTAKES: dict[str, tuple[dict[str, object], str]] = {name: ({"space": space}, told) for name, (space, told) in SPACES.items()} | {
-    "student": ({"students": ["tab22"]}, r"tune.students names 'tab22', which is none of vm.models. Did you mean 'tab2'\?"),
+MISTAKES: dict[str, tuple[dict[str, object], str]] = {
+    name: ({"space": space}, told) for name, (space, told) in SPACES.items()
+} | {
+    "student": (
+        {"students": ["tab22"]},
+        r"tune.students names 'tab22', which is none of vm.models. Did you mean 'tab2'\?",
+    ),
     "arm": ({"arms": ["labels", "ahh"]}, r"setting 'tune.arms.1'"),
     "no labels": ({"arms": ["ah"]}, r"tune.arms leaves out labels"),
-    "overlap": ({"holdout_windows": [2, 4]}, r"tune.holdout_windows begin at 2, tune.validation_windows end at 2: what judges must lie after what chose"),
+    "overlap": (
+        {"holdout_windows": [2, 4]},
+        r"tune.holdout_windows begin at 2, tune.validation_windows end at 2: what judges must lie after what chose",
+    ),
     "backwards": ({"validation_windows": [2, 1]}, r"tune.validation_windows is \[2, 1\]"),
-    "calibration": ({"calibration": [1.05, 1.1]}, r"tune.calibration is \[1.05, 1.1\]: give a bound below 1"),
+    "calibration": (
+        {"calibration": [1.05, 1.1]},
+        r"tune.calibration is \[1.05, 1.1\]: give a bound below 1",
+    ),
     "trials_per_process": ({"trials_per_process": 0}, r"setting 'tune.trials_per_process'"),
     "alike": (
-        {"trials_per_process": 2, "arms": ["labels", "ah"], "space": {"distillation.ah.mlp": {"choice": [[], [8]]}}},
+        {
+            "trials_per_process": 2,
+            "arms": ["labels", "ah"],
+            "space": {"distillation.ah.mlp": {"choice": [[], [8]]}},
+        },
         r"tune.trials_per_process is 2: trials of arm ah would be alike within a process, for of what it searches \(distillation.ah.mlp\)",
     ),
     "condition in a block": (
-        {"trials_per_process": 2, "space": {W: {"choice": [1, 2]}, "distillation.ah.mlp": {"choice": [[], [8]], "when": {W: 1}}}},
+        {
+            "trials_per_process": 2,
+            "space": {
+                W: {"choice": [1, 2]},
+                "distillation.ah.mlp": {"choice": [[], [8]], "when": {W: 1}},
+            },
+        },
         r"'distillation.ah.mlp': when names 'distillation.ah.w', in which trials of one process differ",
     ),
-    "small population": ({"search": "pbt", "trials_per_process": 3, "early_stopping": "none", "trials": 3}, r"tune.trials_per_process is 3: .*give at least 4"),
-    "part of a population": ({**PBT, "trials": 6}, r"tune.trials is 6: .*give a multiple of tune.trials_per_process = 4"),
-    "population and halving": ({**PBT, "early_stopping": "asha"}, r"tune.early_stopping is asha: .*set it to none"),
+    "small population": (
+        {"search": "pbt", "trials_per_process": 3, "early_stopping": "none", "trials": 3},
+        r"tune.trials_per_process is 3: .*give at least 4",
+    ),
+    "part of a population": (
+        {**PBT, "trials": 6},
+        r"tune.trials is 6: .*give a multiple of tune.trials_per_process = 4",
+    ),
+    "population and halving": (
+        {**PBT, "early_stopping": "asha"},
+        r"tune.early_stopping is asha: .*set it to none",
+    ),
     "population with seeds": ({**PBT, "seeds": 2}, r"tune.seeds is 2: .*set it to 1"),
-    "population over one window": ({**PBT, "validation_windows": [2, 2]}, r"tune.validation_windows holds one window"),
+    "population over one window": (
+        {**PBT, "validation_windows": [2, 2]},
+        r"tune.validation_windows holds one window",
+    ),
     "unknown key": ({"trails": 3}, r"unknown setting 'tune.trails'. Did you mean 'trials'\?"),
 }
 
 
 def written(folder: Path, tune: object) -> Path:
     path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump({"vm": {"models": [{"name": "tab2", "domain": "2", "task": "click"}]}, "tune": tune}, sort_keys=False))
+    path.write_text(
+        yaml.safe_dump(
+            {"vm": {"models": [{"name": "tab2", "domain": "2", "task": "click"}]}, "tune": tune},
+            sort_keys=False,
+        )
+    )
     return path
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes(tmp_path: Path, name: str) -> None:
-    """Wrong: a sweep starts with a space that fails in every trial, or chooses on the windows that judge it."""
+    """Wrong: a sweep starts with a space that fails in every trial, or chooses on the windows that
+    judge it."""
     change, told = MISTAKES[name]
     with pytest.raises(UserError, match=told):
         load_config(written(tmp_path, {**GOOD, **change}))
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    """Wrong: a run's folder holds another sweep than the one that was asked for, and its own config is refused."""
-    space = {"distillation.ah.mlp": {"choice": [[], [8, 4]]}, "distillation.ah.w": {"low": 0.1, "high": 3, "when": {"distillation.ah.mlp": [8, 4]}}}
+    """Wrong: a run's folder holds another sweep than the one that was asked for, and its own config
+    is refused."""
+    space = {
+        "distillation.ah.mlp": {"choice": [[], [8, 4]]},
+        "distillation.ah.w": {"low": 0.1, "high": 3, "when": {"distillation.ah.mlp": [8, 4]}},
+    }
     config = load_config(written(tmp_path, {**GOOD, "space": space}))
     assert Config.model_validate(yaml.safe_load(dump_config(config))) == config
-    assert config.tune is not None and config.tune.space["distillation.ah.mlp"].choice == ((), (8, 4))
+    assert config.tune is not None and config.tune.space["distillation.ah.mlp"].choice == (
+        (),
+        (8, 4),
+    )
 
 
 def test_populations_and_blocks(tmp_path: Path) -> None:
     """Wrong: a sweep in blocks that could run is refused."""
     assert load_config(written(tmp_path, {**GOOD, **PBT})).tune is not None
-    space = {"distillation.ah.mlp": {"choice": [[], [8]]}, W: {**RANGE, "when": {"distillation.ah.mlp": [8]}}}
-    assert load_config(written(tmp_path, {**GOOD, "trials_per_process": 3, "seeds": 2, "space": space})).tune is not None
+    space = {
+        "distillation.ah.mlp": {"choice": [[], [8]]},
+        W: {**RANGE, "when": {"distillation.ah.mlp": [8]}},
+    }
+    assert (
+        load_config(
+            written(tmp_path, {**GOOD, "trials_per_process": 3, "seeds": 2, "space": space})
+        ).tune
+        is not None
+    )
 
 
 def test_with_settings() -> None:
@@ -98,7 +199,10 @@ def test_with_settings() -> None:
     config = Config()
     changed = with_settings(config, {"distillation.sa.mlp": (), "vm.optimizer.dense_lr": 0.5})
     assert (changed.distillation.sa.mlp, changed.vm.optimizer.dense_lr) == ((), 0.5)
-    assert with_settings(changed, {"distillation.sa.mlp": (16,), "vm.optimizer.dense_lr": 0.001}) == config
+    assert (
+        with_settings(changed, {"distillation.sa.mlp": (16,), "vm.optimizer.dense_lr": 0.001})
+        == config
+    )
     with pytest.raises(ValueError, match="greater than 0"):
         with_settings(config, {"distillation.ah.alpha": 0})
     assert json.dumps(config.model_dump(mode="json"))  # the original is untouched and whole
@@ -106,11 +210,25 @@ def test_with_settings() -> None:
 
 def test_settings_of_shared_rows_are_searched_where_rows_are_shared() -> None:
     """Wrong: a sweep leaves the settings of +share out, or asks arms for them that have none."""
-    rate, mode, given = "vm.optimizer.table_lr", "distillation.share.mode", "distillation.share.table_lr"
-    space = {mode: {"choice": ["replace", "average"]}, W: RANGE, rate: {"low": 0.1, "high": 0.2}, given: {"low": 0.01, "high": 0.02}}
-    tune = Config.model_validate({"tune": {**GOOD, "arms": ["labels", "ah", "labels+share", "ah+share"], "space": space}}).tune
+    rate = "vm.optimizer.table_lr"
+    mode = "distillation.share.mode"
+    given = "distillation.share.table_lr"
+    space = {
+        mode: {"choice": ["replace", "average"]},
+        W: RANGE,
+        rate: {"low": 0.1, "high": 0.2},
+        given: {"low": 0.01, "high": 0.02},
+    }
+    tune = Config.model_validate(
+        {"tune": {**GOOD, "arms": ["labels", "ah", "labels+share", "ah+share"], "space": space}}
+    ).tune
     assert tune is not None
-    searched = {"labels": {rate}, "ah": {W, rate}, "labels+share": {mode, given}, "ah+share": {mode, W, given}}
+    searched = {
+        "labels": {rate},
+        "ah": {W, rate},
+        "labels+share": {mode, given},
+        "ah+share": {mode, W, given},
+    }
     assert {str(arm): set(tune.space_of(arm)) for arm in tune.arms} == searched
 
 
@@ -118,21 +236,40 @@ def test_tables_that_the_das_does_not_give_are_not_searched() -> None:
     """Wrong: a trial shares fewer tables than it says, for the DAS has published no others."""
     tables = {"choice": [["user"], ["user", "ad"]]}
     tune = {**GOOD, "arms": ["labels", "kd+share"], "space": {"distillation.share.tables": tables}}
-    assert Config.model_validate({"tune": tune, "distillation": {"share": {"tables": ["ad", "user"]}}}).tune is not None
+    assert (
+        Config.model_validate(
+            {"tune": tune, "distillation": {"share": {"tables": ["ad", "user"]}}}
+        ).tune
+        is not None
+    )
     whole = Config.model_validate({"tune": tune}).tune
-    assert whole is not None and whole.space["distillation.share.tables"].choice == (("user",), ("user", "ad"))
+    assert whole is not None and whole.space["distillation.share.tables"].choice == (
+        ("user",),
+        ("user", "ad"),
+    )
     for given, asked in ((["user"], ["user", "ad"]), (["user"], [])):
         tune["space"] = {"distillation.share.tables": {"choice": [asked]}}
-        with pytest.raises(ValueError, match=r"asks for \[.*before the sweep begins the DAS gives rows of \[\"user\"\] alone"):
+        with pytest.raises(
+            ValueError,
+            match=r"asks for \[.*before the sweep begins the DAS gives rows of \[\"user\"\] alone",
+        ):
             Config.model_validate({"tune": tune, "distillation": {"share": {"tables": given}}})
 
 
 def test_the_default_space_searches_shared_rows_where_they_are_shared() -> None:
-    """Wrong: a sweep over arms with +share leaves their own settings as they stand, or asks for weights where nothing is averaged."""
-    tune = Config.model_validate({"tune": {**GOOD, "arms": ["labels", "kd", "kd+share", "ah+share+history"]}}).tune
+    """Wrong: a sweep over arms with +share leaves their own settings as they stand, or asks for
+    weights where nothing is averaged."""
+    tune = Config.model_validate(
+        {"tune": {**GOOD, "arms": ["labels", "kd", "kd+share", "ah+share+history"]}}
+    ).tune
     assert tune is not None
-    share = {f"distillation.share.{key}" for key in ("mode", "weight", "min_uses", "optimizer", "table_lr")}
+    share = {
+        f"distillation.share.{key}"
+        for key in ("mode", "weight", "min_uses", "optimizer", "table_lr")
+    }
     spaces = {str(arm): tune.space_of(arm) for arm in tune.arms}
     assert share & set(spaces["labels"]) == share & set(spaces["kd"]) == set()
     assert share <= set(spaces["kd+share"]) and share <= set(spaces["ah+share+history"])
-    assert spaces["kd+share"]["distillation.share.weight"].when == {"distillation.share.mode": "average"}
+    assert spaces["kd+share"]["distillation.share.weight"].when == {
+        "distillation.share.mode": "average"
+    }

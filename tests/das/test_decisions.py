@@ -1,4 +1,5 @@
-"""What the service decides, without Ray: windows in order, faults named and parked, no more than readers and snapshots allow."""
+"""What the service decides, without Ray: windows in order, faults named and parked, no more than
+readers and snapshots allow."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def windows_of(order: LabelingSpec) -> list[int]:
 
 
 def test_follows_a_stream_that_grows(local: Local, tmp_path: Path) -> None:
-    """Wrong: windows that are prepared, or snapshots that are published, while the service runs are not seen."""
+    """Wrong: windows that are prepared, or snapshots that are published, while the service runs are
+    not seen."""
     make_place(tmp_path, windows=2)
     order = make_order(tmp_path)
     service = local(order, detached=True, follow=True)
@@ -46,7 +48,10 @@ def test_follows_a_stream_that_grows(local: Local, tmp_path: Path) -> None:
     publish(tmp_path / "snapshots", 2)
     until(lambda: order.store.has(2))
     state = service.state()
-    assert [(w["window"], w["snapshot"], w["label_s"]) for w in state["written"]] == [(1, 1, 2.0), (2, 2, 3.0)]
+    assert [(w["window"], w["snapshot"], w["label_s"]) for w in state["written"]] == [
+        (1, 1, 2.0),
+        (2, 2, 3.0),
+    ]
     assert state["backlog"] == {"windows": 0, "fragments": 0, "examples": 0}
 
 
@@ -58,46 +63,75 @@ def damage(path: Path) -> bytes:
 
 
 def test_a_fragment_that_cannot_be_read_is_parked(local: Local, tmp_path: Path) -> None:
-    """Wrong: one damaged fragment stops the other windows, commits its own, is tried for ever, or is never tried again."""
+    """Wrong: one damaged fragment stops the other windows, commits its own, is tried for ever, or
+    is never tried again."""
     order = make_order(make_place(tmp_path, windows=4), tries=2)
     stream = EventStream.open(order.stream_root)
     path = stream.path(2, stream.window(2).fragments[1])
     whole = damage(path)
-    with pytest.raises(UserError, match=rf"{path}: \d+ bytes where the manifest says .* no supervision of window\(s\) 2 by 'fm'"):
+    with pytest.raises(
+        UserError,
+        match=rf"{path}: \d+ bytes where the manifest says .* no supervision of window\(s\) 2 by 'fm'",
+    ):
         finish(local(order), order, windows_of(order))
     assert [order.store.has(w) for w in range(4)] == [False, True, False, True]
     (listed,) = read_json(order.store.root / "fm" / "parked.json")
-    assert (listed["window"], listed["fragment"], listed["snapshot"], listed["tries"]) == (2, path.name, 2, 2)
+    assert (listed["window"], listed["fragment"], listed["snapshot"], listed["tries"]) == (
+        2,
+        path.name,
+        2,
+        2,
+    )
     (told,) = failed_items(order)
-    assert told["teacher"] == "fm" and told["cause"].startswith(f"{path}: "), "for summary and report"
+    assert told["teacher"] == "fm" and told["cause"].startswith(f"{path}: "), (
+        "for summary and report"
+    )
     path.write_bytes(whole)
-    assert finish(local(order), order, windows_of(order)) == {2: 400}, "the other fragments of the window were scored before"
+    assert finish(local(order), order, windows_of(order)) == {2: 400}, (
+        "the other fragments of the window were scored before"
+    )
     assert read_json(order.store.root / "fm" / "parked.json") == [] == failed_items(order)
     assert written(order) == undisturbed(order)
 
 
 def test_a_damaged_snapshot_is_never_taken(local: Local, tmp_path: Path) -> None:
-    """Wrong: a damaged snapshot scores, ends the run, or is hidden; the one before it has to serve on, and be named in every row."""
+    """Wrong: a damaged snapshot scores, ends the run, or is hidden; the one before it has to serve
+    on, and be named in every row."""
     order = make_order(make_place(tmp_path, windows=4), tries=2)
     damage(order.snapshots.folder(2) / "dense.safetensors")
     service = local(order)
     finish(service, order, range(4))
     ((_, fault),) = service.state()["faults"]
-    assert fault.startswith("snapshot 2 is left out") and "dense.safetensors: missing or not the file" in fault
-    assert [(order.store.manifest(w).snapshot, order.store.manifest(w).asked) for w in (1, 2, 3)] == [(1, None), (1, 2), (3, None)]
+    assert (
+        fault.startswith("snapshot 2 is left out")
+        and "dense.safetensors: missing or not the file" in fault
+    )
+    assert [
+        (order.store.manifest(w).snapshot, order.store.manifest(w).asked) for w in (1, 2, 3)
+    ] == [(1, None), (1, 2), (3, None)]
     assert fallback_windows(order) == [{"teacher": "fm", "window": 2, "asked": 2, "snapshot": 1}]
 
 
 @pytest.mark.parametrize("fault", ["half published", "another schema", "pinned"])
-def test_snapshots_that_cannot_serve(local: Local, tmp_path: Path, fault: str) -> None:
-    """Wrong: the only snapshot that may score a window is damaged and it is committed all the same, or the cause is not named."""
+def test_snapshots_that_cannot_serve(
+    local: Local,
+    tmp_path: Path,
+    fault: str,
+) -> None:
+    """Wrong: the only snapshot that may score a window is damaged and it is committed all the same,
+    or the cause is not named."""
     pinned = 2 if fault == "pinned" else None
-    order, told = make_order(make_place(tmp_path), tries=2, pinned=pinned), "missing or not the file"
+    order = make_order(make_place(tmp_path), tries=2, pinned=pinned)
+    told = "missing or not the file"
     if fault == "half published":  # by a trainer that was killed in between, and went on
         (order.snapshots.folder(1) / MANIFEST).unlink()
         told = "snapshot 1 of teacher 'fm' is not there, though later ones are"
     elif fault == "another schema":
-        publish(tmp_path / "snapshots", 1, Schema.model_validate(SCHEMA.model_dump() | {"tasks": ("click", "like")}))
+        publish(
+            tmp_path / "snapshots",
+            1,
+            Schema.model_validate(SCHEMA.model_dump() | {"tasks": ("click", "like")}),
+        )
         told = "another schema than the stream's"
     else:
         damage(order.snapshots.folder(2) / "dense.safetensors")
@@ -108,10 +142,14 @@ def test_snapshots_that_cannot_serve(local: Local, tmp_path: Path, fault: str) -
 
 
 def test_nan_is_not_committed(local: Local, tmp_path: Path) -> None:
-    """Wrong: a teacher that has diverged stops the windows that others supervise, or its NaN is committed."""
+    """Wrong: a teacher that has diverged stops the windows that others supervise, or its NaN is
+    committed."""
     order = make_order(make_place(tmp_path), tries=1)
     publish(tmp_path / "snapshots", 1, scale=float("nan"))
-    with pytest.raises(UserError, match=r"snapshot 1 of teacher 'fm' predicts NaN for task 'click'.* no supervision of window\(s\) 1 by"):
+    with pytest.raises(
+        UserError,
+        match=r"snapshot 1 of teacher 'fm' predicts NaN for task 'click'.* no supervision of window\(s\) 1 by",
+    ):
         finish(local(order), order, windows_of(order))
     assert order.store.has(2) and not order.store.has(1)
 
@@ -131,15 +169,24 @@ def test_a_full_disk(local: Local, tmp_path: Path) -> None:
 
 
 def test_holds_back_when_readers_fall_behind(local: Local, tmp_path: Path) -> None:
-    """Wrong: supervision runs further ahead of the slowest reader than das.max_windows_ahead says, or stops for good."""
+    """Wrong: supervision runs further ahead of the slowest reader than das.max_windows_ahead says,
+    or stops for good."""
     readers = (tmp_path / "fast", tmp_path / "slow")
     order = replace(make_order(make_place(tmp_path, windows=6), ahead=2), readers=readers)
     service = local(order, detached=True)
 
-    def learnt(reader: Path, windows: int, inside: str = ".examples=00000100") -> None:
+    def learnt(
+        reader: Path,
+        windows: int,
+        inside: str = ".examples=00000100",
+    ) -> None:
         write_json(reader / f"windows={windows:03d}{inside}" / "manifest.json", {})
 
-    until(lambda: "window 2 is das.max_windows_ahead = 2 windows ahead" in service.state()["held_back"])
+    until(
+        lambda: (
+            "window 2 is das.max_windows_ahead = 2 windows ahead" in service.state()["held_back"]
+        )
+    )
     until(lambda: order.store.has(1))
     learnt(readers[0], 6, inside="")
     learnt(readers[1], 2)
@@ -151,21 +198,27 @@ def test_holds_back_when_readers_fall_behind(local: Local, tmp_path: Path) -> No
 
 
 def test_old_snapshots_go_when_nobody_needs_them(local: Local, tmp_path: Path) -> None:
-    """Wrong: a snapshot goes that a window in flight, a parked one or one to come needs; or none ever goes."""
-    order = replace(make_order(make_place(tmp_path, windows=6), fm_lag=2, tries=1), owns_snapshots=True)
+    """Wrong: a snapshot goes that a window in flight, a parked one or one to come needs; or none
+    ever goes."""
+    order = replace(
+        make_order(make_place(tmp_path, windows=6), fm_lag=2, tries=1), owns_snapshots=True
+    )
     stream = EventStream.open(order.stream_root)
     path = stream.path(4, stream.window(4).fragments[0])
     whole = damage(path)
     with pytest.raises(UserError, match=r"no supervision of window\(s\) 4"):
         finish(local(order), order, windows_of(order))
-    assert order.snapshots.versions() == [2, 3, 4, 5], "3 scores the parked window 4, 2 stands in for it"
+    assert order.snapshots.versions() == [2, 3, 4, 5], (
+        "3 scores the parked window 4, 2 stands in for it"
+    )
     path.write_bytes(whole)
     finish(local(order), order, windows_of(order))
     assert order.snapshots.versions() == [4, 5], "5 scores the window to come, 4 stands in for it"
 
 
 def test_supervision_that_was_removed_is_written_again(local: Local, tmp_path: Path) -> None:
-    """Wrong: a service that has once committed a window believes for ever that its supervision is there."""
+    """Wrong: a service that has once committed a window believes for ever that its supervision is
+    there."""
     order = make_order(make_place(tmp_path))
     service = local(order)
     finish(service, order, [1, 2])
@@ -174,17 +227,29 @@ def test_supervision_that_was_removed_is_written_again(local: Local, tmp_path: P
     assert written(order) == undisturbed(order)
 
 
-def test_a_parked_window_holds_back_those_that_wait_for_its_readers(local: Local, tmp_path: Path) -> None:
-    """Wrong: a client waits for windows that the service gives to no actor, for readers that cannot learn a parked one; or gives up others."""
-    order = replace(make_order(make_place(tmp_path, windows=6), ahead=2, tries=1), readers=(tmp_path / "reader",))
+def test_a_parked_window_holds_back_those_that_wait_for_its_readers(
+    local: Local, tmp_path: Path
+) -> None:
+    """Wrong: a client waits for windows that the service gives to no actor, for readers that cannot
+    learn a parked one; or gives up others."""
+    order = replace(
+        make_order(make_place(tmp_path, windows=6), ahead=2, tries=1),
+        readers=(tmp_path / "reader",),
+    )
     full = order.store.root / "fm" / "window=002"
     full.parent.mkdir(parents=True)
     full.touch()  # no folder can be made here
     write_json(tmp_path / "reader" / "windows=002" / "manifest.json", {})  # it can learn no more
     service = local(order, detached=True)
-    until(lambda: "window 4 is das.max_windows_ahead = 2 windows ahead" in service.state()["held_back"])
+    until(
+        lambda: (
+            "window 4 is das.max_windows_ahead = 2 windows ahead" in service.state()["held_back"]
+        )
+    )
     until(lambda: order.store.has(3))
     assert {row["window"] for row in failed_items(order)} == {2}
     lacking = {window for window in windows_of(order)[1:] if not order.store.has(window)}
     assert lacking == {2, 4, 5} and out_of_reach(order, lacking, {2}) == {4, 5}
-    assert not out_of_reach(replace(order, readers=()), lacking, {2}) and not out_of_reach(order, lacking, set())
+    assert not out_of_reach(replace(order, readers=()), lacking, {2}) and not out_of_reach(
+        order, lacking, set()
+    )

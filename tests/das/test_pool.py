@@ -1,4 +1,5 @@
-"""Which actor gets which fragment, and how many actors there are. The actors are names here; tests/das/test_service.py has real ones."""
+"""Which actor gets which fragment, and how many actors there are. The actors are names here;
+tests/das/test_service.py has real ones."""
 
 from __future__ import annotations
 
@@ -25,16 +26,30 @@ def start() -> Any:
     return SimpleNamespace(ready=SimpleNamespace(remote=call), score=SimpleNamespace(remote=call))
 
 
-def work(version: int, isolate: bool = False, number: int = 0) -> ScoreTask:
-    return ScoreTask(version, Fragment(file=f"{number}.parquet", rows=1, bytes=1, domain_rows=(1,)), version, isolate=isolate)
+def work(
+    version: int,
+    isolate: bool = False,
+    number: int = 0,
+) -> ScoreTask:
+    return ScoreTask(
+        version,
+        Fragment(file=f"{number}.parquet", rows=1, bytes=1, domain_rows=(1,)),
+        version,
+        isolate=isolate,
+    )
 
 
-def make_pool(actors: int, rollover: int = 1, held: tuple[int, ...] = ()) -> Pool:
+def make_pool(
+    actors: int,
+    rollover: int = 1,
+    held: tuple[int, ...] = (),
+) -> Pool:
     """A pool whose actors are up and hold some versions."""
     pool = Pool(start, actors, actors, rollover)
     pool.resize(0)
     for member in pool.members:
-        member.up, member.held = True, list(held)
+        member.up = True
+        member.held = list(held)
     return pool
 
 
@@ -44,7 +59,8 @@ def in_hand(pool: Pool) -> list[list[int]]:
 
 
 def test_spreads_work_and_keeps_no_more_than_calls_in_hand() -> None:
-    """Wrong: one actor gets all fragments while another idles, or so many that the end of a window waits for one actor."""
+    """Wrong: one actor gets all fragments while another idles, or so many that the end of a window
+    waits for one actor."""
     pool = make_pool(2)
     given = [pool.submit(work(1, number=number)) for number in range(2 * MAX_IN_FLIGHT + 1)]
     assert given == [True] * 2 * MAX_IN_FLIGHT + [False]
@@ -74,7 +90,8 @@ def test_fresh_actors_hold_up_nobody() -> None:
 
 
 def test_a_suspect_gets_an_actor_by_itself() -> None:
-    """Wrong: a fragment that kills its actor takes innocent ones with it again and again, until they are parked, too."""
+    """Wrong: a fragment that kills its actor takes innocent ones with it again and again, until
+    they are parked, too."""
     pool = make_pool(1, held=(1,))
     assert pool.submit(work(1)) and not pool.submit(work(1, isolate=True))
     pool.members[0].running.clear()
@@ -82,18 +99,23 @@ def test_a_suspect_gets_an_actor_by_itself() -> None:
 
 
 def test_an_actor_that_is_not_up_gets_nothing() -> None:
-    """Wrong: on a cluster with too few CPUs, fragments wait for actors that cannot start while others are idle."""
+    """Wrong: on a cluster with too few CPUs, fragments wait for actors that cannot start while
+    others are idle."""
     pool = make_pool(2)
     pool.members[1].up = False
-    assert [pool.submit(work(1)) for _ in range(MAX_IN_FLIGHT + 1)] == [True] * MAX_IN_FLIGHT + [False]
+    assert [pool.submit(work(1)) for _ in range(MAX_IN_FLIGHT + 1)] == [True] * MAX_IN_FLIGHT + [
+        False
+    ]
     assert in_hand(pool)[1] == []
 
 
 def test_grows_and_shrinks_within_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: the pool takes more actors than allowed, or fewer, kills busy ones, or shrinks at every ebb."""
+    """Wrong: the pool takes more actors than allowed, or fewer, kills busy ones, or shrinks at
+    every ebb."""
     killed: list[Any] = []
     monkeypatch.setattr(ray, "kill", killed.append)
-    pool, sizes = Pool(start, 1, 3, 1), []
+    pool = Pool(start, 1, 3, 1)
+    sizes = []
     for fragments, patience in ((0, 99), (2, 99), (9, 99), (0, 99), (0, 0), (0, 0), (0, 0)):
         monkeypatch.setattr(pool_module, "SHRINK_S", patience)
         time.sleep(0.001)
@@ -117,7 +139,8 @@ def test_a_window_that_actors_have_in_hand() -> None:
 
 
 def test_an_actor_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: an actor that hangs holds its fragments, and so the service, for ever; or others lose theirs with it; or nobody says who it was."""
+    """Wrong: an actor that hangs holds its fragments, and so the service, for ever; or others lose
+    theirs with it; or nobody says who it was."""
     killed: list[Any] = []
     monkeypatch.setattr(ray, "kill", killed.append)
     pool = make_pool(2)
@@ -129,13 +152,22 @@ def test_an_actor_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPat
     assert pool.collect([]) == []
     late.given_s -= pool_module.CALL_S + 1
     came = pool.collect([])
-    assert [(one.work, one.died, one.beside) for one in came] == [(late, True, 1), (beside, True, 1)]
+    assert [(one.work, one.died, one.beside) for one in came] == [
+        (late, True, 1),
+        (beside, True, 1),
+    ]
     assert str(came[0].error) == "actor 1 (process 77) has not answered for 3601 s and was killed"
-    assert killed == [hung.actor] and well in pool.members and hung not in pool.members and len(pool.members) == 2
+    assert (
+        killed == [hung.actor]
+        and well in pool.members
+        and hung not in pool.members
+        and len(pool.members) == 2
+    )
 
 
 def test_what_an_actor_holds_and_takes_up() -> None:
-    """Wrong: an actor that scores with one snapshot while it loads the next counts as idle, or as one that holds both."""
+    """Wrong: an actor that scores with one snapshot while it loads the next counts as idle, or as
+    one that holds both."""
     member = ActorSlot(start(), 1, held=[1])
     assert not member.is_loading
     member.running[object()] = work(2)

@@ -1,4 +1,5 @@
-"""What fails of one window stays with that window; what fails for a while is tried again. Without Ray."""
+"""What fails of one window stays with that window; what fails for a while is tried again. Without
+Ray."""
 
 from __future__ import annotations
 
@@ -46,7 +47,13 @@ class Histories:
     def ready(self, window: int) -> bool:
         return window <= 1 or self.has(window - 1)
 
-    def publish(self, stream: EventStream, snapshots: SnapshotStore, window: Any, version: int) -> None:
+    def publish(
+        self,
+        stream: EventStream,
+        snapshots: SnapshotStore,
+        window: Any,
+        version: int,
+    ) -> None:
         if window.index in self.fails:
             raise FULL
         if not self.ready(window.index):
@@ -59,9 +66,16 @@ def causes(order: Any) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("where", ["commit", "gifts"])
-def test_whatever_fails_of_one_window_parks_that_window(local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """Wrong: a full disk, which safetensors tells as an error of its own kind, ends the whole service, or is not named."""
-    order, commit = make_order(make_place(tmp_path, windows=4), tries=2), SupervisionStore.commit
+def test_whatever_fails_of_one_window_parks_that_window(
+    local: Local,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    """Wrong: a full disk, which safetensors tells as an error of its own kind, ends the whole
+    service, or is not named."""
+    order = make_order(make_place(tmp_path, windows=4), tries=2)
+    commit = SupervisionStore.commit
 
     def fails(self: SupervisionStore, window: Any, *arguments: Any) -> None:
         if window.index == 2:
@@ -73,7 +87,10 @@ def test_whatever_fails_of_one_window_parks_that_window(local: Local, tmp_path: 
     gifts: Any = Histories(fails=(3,)) if where == "gifts" else None
     bad = 3 if gifts else 2
     service = local(order := replace(order, gifts=gifts))
-    with pytest.raises(UserError, match=rf"SafetensorError: I/O error: No space left on device .* no supervision of window\(s\) {bad} by"):
+    with pytest.raises(
+        UserError,
+        match=rf"SafetensorError: I/O error: No space left on device .* no supervision of window\(s\) {bad} by",
+    ):
         finish(service, order, range(4))
     assert not service.state()["error"]
     assert [order.store.has(w) for w in (1, 2, 3)] == [w != bad for w in (1, 2, 3)]
@@ -82,17 +99,33 @@ def test_whatever_fails_of_one_window_parks_that_window(local: Local, tmp_path: 
 
 
 OUTAGES: list[tuple[type, str, type[Exception]]] = [
-    (SnapshotStore, "versions", StorageError), (EventStream, "window", StorageError), (SupervisionStore, "commit", StorageError),
-    (SupervisionStore, "commit", OSError), (SupervisionStore, "has", OSError), (EventStream, "has", OSError),
-]  # fmt: skip
+    (SnapshotStore, "versions", StorageError),
+    (EventStream, "window", StorageError),
+    (SupervisionStore, "commit", StorageError),
+    (SupervisionStore, "commit", OSError),
+    (SupervisionStore, "has", OSError),
+    (EventStream, "has", OSError),
+]
 
 
-@pytest.mark.parametrize(("kind", "name", "error"), OUTAGES, ids=[f"{kind.__name__}.{name}: {error.__name__}" for kind, name, error in OUTAGES])
+@pytest.mark.parametrize(
+    ("kind", "name", "error"),
+    OUTAGES,
+    ids=[f"{kind.__name__}.{name}: {error.__name__}" for kind, name, error in OUTAGES],
+)
 def test_an_outage_parks_no_window(
-    local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type, name: str, error: type[Exception]
+    local: Local,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type,
+    name: str,
+    error: type[Exception],
 ) -> None:
-    """Wrong: a storage that cannot be used for a moment, when a window is opened or committed, parks the window or ends the service."""
-    order, whole, left = make_order(make_place(tmp_path), tries=3), getattr(kind, name), [error("no answer")] * 2
+    """Wrong: a storage that cannot be used for a moment, when a window is opened or committed,
+    parks the window or ends the service."""
+    order = make_order(make_place(tmp_path), tries=3)
+    whole = getattr(kind, name)
+    left = [error("no answer")] * 2
     service = local(order)
 
     def fails(*arguments: Any, **options: Any) -> Any:
@@ -107,10 +140,18 @@ def test_an_outage_parks_no_window(
     assert written(order) == undisturbed(order)
 
 
-def test_what_a_late_actor_has_written_is_scored_again(local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: an actor that comes late with another snapshot writes over a fragment, and the window is committed as if it had not."""
-    order, collect, late = make_order(make_place(tmp_path)), LocalPool.collect, Scorer(make_order(tmp_path))
-    fragment, writes = EventStream.open(order.stream_root).window(2).fragments[1], [1]
+def test_what_a_late_actor_has_written_is_scored_again(
+    local: Local,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wrong: an actor that comes late with another snapshot writes over a fragment, and the window
+    is committed as if it had not."""
+    order = make_order(make_place(tmp_path))
+    collect = LocalPool.collect
+    late = Scorer(make_order(tmp_path))
+    fragment = EventStream.open(order.stream_root).window(2).fragments[1]
+    writes = [1]
 
     def collects(self: LocalPool, ready: Any) -> Any:
         came = collect(self, ready)
@@ -121,13 +162,22 @@ def test_what_a_late_actor_has_written_is_scored_again(local: Local, tmp_path: P
     monkeypatch.setattr(LocalPool, "collect", collects)
     service = local(order)
     assert finish(service, order, range(3)) == {1: 1000, 2: 1000 + fragment.rows}
-    assert any("fragment=0001.parquet: not scored by snapshot 2" in told for _, told in service.state()["faults"])
+    assert any(
+        "fragment=0001.parquet: not scored by snapshot 2" in told
+        for _, told in service.state()["faults"]
+    )
     assert written(order) == undisturbed(order) and not writes
 
 
-def test_a_window_waits_for_actors_that_may_still_write(local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: a window is committed while an actor still has one of its fragments in hand, by a version that was left out since."""
-    order, free = make_order(make_place(tmp_path, windows=2)), threading.Event()
+def test_a_window_waits_for_actors_that_may_still_write(
+    local: Local,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wrong: a window is committed while an actor still has one of its fragments in hand, by a
+    version that was left out since."""
+    order = make_order(make_place(tmp_path, windows=2))
+    free = threading.Event()
     monkeypatch.setattr(LocalPool, "has", lambda self, window: not free.is_set())
     service = local(order, detached=True)
     until(lambda: service._scheduler._queue.finished())
@@ -140,11 +190,14 @@ def test_a_window_waits_for_actors_that_may_still_write(local: Local, tmp_path: 
 def histories(folder: Path, **das: Any) -> tuple[Any, Histories]:
     """An order with histories over four windows of one fragment each, and what was made."""
     gifts: Any = Histories()
-    return replace(make_order(make_place(folder, windows=4, fragment_rows=1000), **das), gifts=gifts), gifts
+    return replace(
+        make_order(make_place(folder, windows=4, fragment_rows=1000), **das), gifts=gifts
+    ), gifts
 
 
 def test_histories_wait_for_a_window_that_is_opened_anew(local: Local, tmp_path: Path) -> None:
-    """Wrong: while a window waits for a stand-in of its damaged snapshot, the healthy one after it is parked."""
+    """Wrong: while a window waits for a stand-in of its damaged snapshot, the healthy one after it
+    is parked."""
     order, made = histories(tmp_path, tries=1)
     dense = order.snapshots.folder(2) / "dense.safetensors"
     dense.write_bytes(dense.read_bytes()[:-3])
@@ -154,7 +207,8 @@ def test_histories_wait_for_a_window_that_is_opened_anew(local: Local, tmp_path:
 
 
 def test_histories_after_a_parked_window_say_so(local: Local, tmp_path: Path) -> None:
-    """Wrong: a window whose predecessor is parked waits for ever, or is parked for a cause that does not name that one."""
+    """Wrong: a window whose predecessor is parked waits for ever, or is parked for a cause that
+    does not name that one."""
     order, made = histories(tmp_path, tries=1)
     stream = EventStream.open(order.stream_root)
     path = stream.path(2, stream.window(2).fragments[0])
@@ -162,21 +216,27 @@ def test_histories_after_a_parked_window_say_so(local: Local, tmp_path: Path) ->
     path.write_bytes(whole[:-3])
     with pytest.raises(UserError, match=r"no supervision of window\(s\) 2, 3 by"):
         finish(local(order), order, range(4))
-    assert causes(order)[3] == "window 3 is given each user's history up to window 2, which is parked"
+    assert (
+        causes(order)[3] == "window 3 is given each user's history up to window 2, which is parked"
+    )
     path.write_bytes(whole)
     finish(local(order), order, range(4))
     assert made.made == [1, 2, 3]
 
 
 def test_histories_that_nobody_asked_for_are_not_waited_for(local: Local, tmp_path: Path) -> None:
-    """Wrong: a client that asks for a window alone waits for ever for the one before, for which nobody asks."""
+    """Wrong: a client that asks for a window alone waits for ever for the one before, for which
+    nobody asks."""
     order, _ = histories(tmp_path, tries=1)
-    with pytest.raises(UserError, match=r"window 2 is not represented; no supervision of window\(s\) 3"):
+    with pytest.raises(
+        UserError, match=r"window 2 is not represented; no supervision of window\(s\) 3"
+    ):
         finish(local(order), order, [3])
 
 
 def test_a_committed_window_is_not_parked(local: Local, tmp_path: Path) -> None:
-    """Wrong: a log that cannot be written parks a window whose supervision is committed, or goes unsaid."""
+    """Wrong: a log that cannot be written parks a window whose supervision is committed, or goes
+    unsaid."""
     (tmp_path / "full").touch()  # no folder can be made here, as root may write to a read-only one
     order = replace(make_order(make_place(tmp_path)), log=tmp_path / "full" / "timeline.jsonl")
     service = local(order)
@@ -187,8 +247,13 @@ def test_a_committed_window_is_not_parked(local: Local, tmp_path: Path) -> None:
     assert faults == [f"window {w} is committed, but what follows" for w in (1, 2)]
 
 
-def test_clients_are_told_that_the_service_has_failed(local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: `das start` says that windows are labelled while the thread that would do it is dead."""
+def test_clients_are_told_that_the_service_has_failed(
+    local: Local,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wrong: `das start` says that windows are labelled while the thread that would do it is
+    dead."""
     order = make_order(make_place(tmp_path))
 
     def fails(self: Scheduler) -> None:
@@ -197,9 +262,16 @@ def test_clients_are_told_that_the_service_has_failed(local: Local, tmp_path: Pa
     monkeypatch.setattr(Scheduler, "dispatch", fails)
     service = local(order, detached=True)
     until(lambda: service.state()["error"])
-    calls: list[Callable[[], Any]] = [lambda: service.ask(CLIENT, [1]), lambda: service.follow(False), lambda: service.progress(CLIENT)]
+    calls: list[Callable[[], Any]] = [
+        lambda: service.ask(CLIENT, [1]),
+        lambda: service.follow(False),
+        lambda: service.progress(CLIENT),
+    ]
     for call in calls:
-        with pytest.raises(RuntimeError, match=r"(?s)the DAS has failed; end it with `run.py das stop` and start it again.*no actor starts"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"(?s)the DAS has failed; end it with `run.py das stop` and start it again.*no actor starts",
+        ):
             call()
     assert service.leave(CLIENT) is False
 
@@ -210,11 +282,18 @@ def test_speed_in_the_first_half_minute(local: Local, tmp_path: Path) -> None:
     service = local(order)
     finish(service, order, range(3))
     service._scheduler._started_s = time.monotonic() - 4
-    assert 2000 / 10 < service.state()["examples_per_s"] <= 2000 / 4, "of 2,000 examples; the test may be slow"
+    assert 2000 / 10 < service.state()["examples_per_s"] <= 2000 / 4, (
+        "of 2,000 examples; the test may be slow"
+    )
 
 
-def test_follows_when_it_is_started_again(local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: a service that was told to follow after its start stops to do so when Ray starts it again; or a new one follows untold."""
+def test_follows_when_it_is_started_again(
+    local: Local,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wrong: a service that was told to follow after its start stops to do so when Ray starts it
+    again; or a new one follows untold."""
     order = make_order(make_place(tmp_path))
     monkeypatch.setattr("exfm_ray.das.service._me", lambda: "one")
     first = local(order, detached=True)
@@ -227,8 +306,13 @@ def test_follows_when_it_is_started_again(local: Local, tmp_path: Path, monkeypa
     assert not local(order, detached=True).state()["follow"]
 
 
-def test_clients_that_were_killed_are_forgotten(local: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: a pipeline that was killed is counted for ever, or one that is at work is forgotten."""
+def test_clients_that_were_killed_are_forgotten(
+    local: Local,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wrong: a pipeline that was killed is counted for ever, or one that is at work is
+    forgotten."""
     monkeypatch.setattr("exfm_ray.das.service.SILENT_S", 1.0)
     service = local(make_order(make_place(tmp_path, versions=0)), detached=True)
     service.ask("killed", [1])

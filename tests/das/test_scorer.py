@@ -1,4 +1,5 @@
-"""The scorer: the snapshot's own predictions, each fragment once, never by a snapshot that is too new."""
+"""The scorer: the snapshot's own predictions, each fragment once, never by a snapshot that is too
+new."""
 
 from __future__ import annotations
 
@@ -29,69 +30,116 @@ def snapshots(tmp_path: Path) -> SnapshotStore:
     return store
 
 
-def make_scorer(snapshots: SnapshotStore, folder: str = "supervision", fm_lag: int = 1) -> Scorer:
+def make_scorer(
+    snapshots: SnapshotStore,
+    folder: str = "supervision",
+    fm_lag: int = 1,
+) -> Scorer:
     return Scorer(make_order(snapshots.root.parent, folder, fm_lag=fm_lag))
 
 
-def score_all(scorer: Scorer, window: int, fragments: Sequence[Fragment], version: int) -> list[int]:
+def score_all(
+    scorer: Scorer,
+    window: int,
+    fragments: Sequence[Fragment],
+    version: int,
+) -> list[int]:
     """The rows that were scored of each fragment."""
     return [scorer.score(window, fragment, version).rows for fragment in fragments]
 
 
 def test_writes_what_the_snapshot_says(stream: EventStream, snapshots: SnapshotStore) -> None:
-    """Wrong: predictions of another version, of another batch's rows, or under another task's name."""
-    scorer, window = make_scorer(snapshots), stream.window(2)
+    """Wrong: predictions of another version, of another batch's rows, or under another task's
+    name."""
+    scorer = make_scorer(snapshots)
+    window = stream.window(2)
     assert score_all(scorer, 2, window.fragments, 2) == [400, 400, 200]
     model, _ = load_model(snapshots.folder(2))
     for fragment in window.fragments:
-        written = pq.read_table(make_order(snapshots.root.parent).store.path(2, fragment), partitioning=None)
+        written = pq.read_table(
+            make_order(snapshots.root.parent).store.path(2, fragment), partitioning=None
+        )
         p_NT = model.score(to_batch(stream.read(2, fragment), SCHEMA)).numpy()
         for i, task in enumerate(SCHEMA.tasks):
             # the same float32 weights on batches of 150 rows instead of 400
-            np.testing.assert_allclose(written[f"prediction:{task}"].to_numpy(), p_NT[:, i], rtol=1e-5)
-        assert set(written["snapshot"].to_pylist()) == {2} and set(written["teacher"].to_pylist()) == {"fm"}
+            np.testing.assert_allclose(
+                written[f"prediction:{task}"].to_numpy(), p_NT[:, i], rtol=1e-5
+            )
+        assert set(written["snapshot"].to_pylist()) == {2} and set(
+            written["teacher"].to_pylist()
+        ) == {"fm"}
 
 
-def test_interrupted_between_fragments_and_manifest(stream: EventStream, snapshots: SnapshotStore) -> None:
-    """Wrong: after a kill before the manifest, fragments are scored twice, or come out otherwise (rules 3 and 5)."""
+def test_interrupted_between_fragments_and_manifest(
+    stream: EventStream, snapshots: SnapshotStore
+) -> None:
+    """Wrong: after a kill before the manifest, fragments are scored twice, or come out otherwise
+    (rules 3 and 5)."""
     window = stream.window(1)
     whole, killed = (make_scorer(snapshots, folder) for folder in ("whole", "killed"))
     stores = {name: make_order(snapshots.root.parent, name).store for name in ("whole", "killed")}
     assert score_all(whole, 1, window.fragments, 1) == [400, 400, 200]
     killed.score(1, window.fragments[0], 1)
-    (stores["killed"].path(1, window.fragments[1]).parent / ".fragment=0001.parquet.1.tmp").write_bytes(b"torn")
+    (
+        stores["killed"].path(1, window.fragments[1]).parent / ".fragment=0001.parquet.1.tmp"
+    ).write_bytes(b"torn")
     stores["killed"].path(1, window.fragments[2]).write_bytes(b"PAR1 torn by a disk")
     assert not stores["killed"].has(1)
     again = make_scorer(snapshots, "killed")
     assert score_all(again, 1, window.fragments, 1) == [0, 400, 200]
     assert again.score(1, window.fragments[0], 1) == ScoreResult(0, 0.0)
     for fragment in window.fragments:
-        assert stores["killed"].path(1, fragment).read_bytes() == stores["whole"].path(1, fragment).read_bytes()
+        assert (
+            stores["killed"].path(1, fragment).read_bytes()
+            == stores["whole"].path(1, fragment).read_bytes()
+        )
 
 
-def test_supervision_of_another_snapshot_is_written_anew(stream: EventStream, snapshots: SnapshotStore) -> None:
+def test_supervision_of_another_snapshot_is_written_anew(
+    stream: EventStream, snapshots: SnapshotStore
+) -> None:
     """Wrong: what an older snapshot wrote before a kill is taken for the wanted one's."""
-    scorer, fragments = make_scorer(snapshots), stream.window(2).fragments
+    scorer = make_scorer(snapshots)
+    fragments = stream.window(2).fragments
     score_all(scorer, 2, fragments, 1)
     assert score_all(scorer, 2, fragments, 2) == [fragment.rows for fragment in fragments]
 
 
-@pytest.mark.parametrize(("window", "fm_lag", "version"), [(0, 1, 1), (1, 1, 2), (1, 2, 1), (3, 4, 1)])
-def test_refuses_a_snapshot_that_is_too_new(stream: EventStream, snapshots: SnapshotStore, window: int, fm_lag: int, version: int) -> None:
+@pytest.mark.parametrize(
+    ("window", "fm_lag", "version"), [(0, 1, 1), (1, 1, 2), (1, 2, 1), (3, 4, 1)]
+)
+def test_refuses_a_snapshot_that_is_too_new(
+    stream: EventStream,
+    snapshots: SnapshotStore,
+    window: int,
+    fm_lag: int,
+    version: int,
+) -> None:
     """Wrong: the teacher has seen the labels of what it predicts (rule 2)."""
     scorer = make_scorer(snapshots, fm_lag=fm_lag)
-    with pytest.raises(UserError, match=rf"window {window} must not be scored by snapshot {version}: das.fm_lag = {fm_lag}"):
+    with pytest.raises(
+        UserError,
+        match=rf"window {window} must not be scored by snapshot {version}: das.fm_lag = {fm_lag}",
+    ):
         scorer.score(window, stream.window(0).fragments[0], version)
     assert not make_order(snapshots.root.parent).store.root.exists()
 
 
-def test_refuses_snapshots_that_are_not_what_they_say(stream: EventStream, snapshots: SnapshotStore, tmp_path: Path) -> None:
+def test_refuses_snapshots_that_are_not_what_they_say(
+    stream: EventStream,
+    snapshots: SnapshotStore,
+    tmp_path: Path,
+) -> None:
     """Wrong: a missing, renamed, damaged snapshot, or one of another schema, is scored with."""
     other = Schema.model_validate(SCHEMA.model_dump() | {"tasks": ("click", "like")})
     publish(tmp_path / "snapshots", 3, schema=other)
     publish(tmp_path / "snapshots", 4, named=2)
     digest = stream.schema.digest
-    for version, told in ((3, "another schema"), (4, "not version 4 of teacher 'fm'"), (9, "snapshot 9 of teacher 'fm' is not published")):
+    for version, told in (
+        (3, "another schema"),
+        (4, "not version 4 of teacher 'fm'"),
+        (9, "snapshot 9 of teacher 'fm' is not published"),
+    ):
         with pytest.raises(UserError, match=told):
             snapshots.load(version, digest)
     dense = snapshots.folder(2) / "dense.safetensors"
@@ -117,7 +165,9 @@ def test_old_snapshots_are_removed(snapshots: SnapshotStore) -> None:
     assert snapshots.versions() == [3]
 
 
-def test_a_storage_out_of_use_does_not_keep_an_actor_from_starting(tmp_path: Path, stream: EventStream) -> None:
+def test_a_storage_out_of_use_does_not_keep_an_actor_from_starting(
+    tmp_path: Path, stream: EventStream
+) -> None:
     """Wrong: three actors that start while the stream cannot be opened end the whole service."""
     scorer = Scorer(make_order(tmp_path / "away"))
     with pytest.raises(UserError, match="no prepared stream here"):

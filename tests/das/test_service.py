@@ -1,4 +1,5 @@
-"""The service on Ray: the same bytes as one process writes, whoever asks and whatever dies; faults named and parked."""
+"""The service on Ray: the same bytes as one process writes, whoever asks and whatever dies; faults
+named and parked."""
 
 from __future__ import annotations
 
@@ -25,7 +26,11 @@ from exfm_ray.storage.atomic import read_jsonl, write_json
 WAIT_S = 60
 
 
-def run(order: LabelingSpec, windows: list[int] | None = None, watch: Callable[[], None] = lambda: None) -> dict[int, int]:
+def run(
+    order: LabelingSpec,
+    windows: list[int] | None = None,
+    watch: Callable[[], None] = lambda: None,
+) -> dict[int, int]:
     """Have windows labelled; the rows that were told as progress."""
     rows: dict[int, int] = {}
 
@@ -51,22 +56,34 @@ def serving(cluster: None) -> Iterator[Callable[..., Any]]:
 
 
 def test_writes_what_one_process_writes(cluster: None, tmp_path: Path) -> None:
-    """Wrong: the service's supervision differs from a lone scorer's in a byte, rows are told twice, or a service stays when it is done."""
+    """Wrong: the service's supervision differs from a lone scorer's in a byte, rows are told twice,
+    or a service stays when it is done."""
     order = make_order(make_place(tmp_path, windows=4), max_actors=2)
     assert run(order) == {1: 1000, 2: 1000, 3: 1000}
     assert written(order) == undisturbed(order)
     lines = sorted(read_jsonl(order.log), key=lambda line: line["window"])
-    assert [(line["window"], line["snapshot"], line["examples"]) for line in lines] == [(w, w, 1000) for w in (1, 2, 3)]
-    assert all(line["started_s"] + line["waited_s"] <= line["ended_s"] and line["snapshot_s"] <= line["ended_s"] for line in lines)
+    assert [(line["window"], line["snapshot"], line["examples"]) for line in lines] == [
+        (w, w, 1000) for w in (1, 2, 3)
+    ]
+    assert all(
+        line["started_s"] + line["waited_s"] <= line["ended_s"]
+        and line["snapshot_s"] <= line["ended_s"]
+        for line in lines
+    )
     assert order.name not in services()
     assert run(order) == {}
 
 
-def test_two_clients_share_the_work(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: two pipelines that ask for the same window each score it, or one of them ends the other's service; or clients that find it
-    slow to start, as this one is for their patience, end it and begin again, for ever on a busy machine."""
+def test_two_clients_share_the_work(
+    cluster: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wrong: two pipelines that ask for the same window each score it, or one of them ends the
+    other's service; or clients that find it slow to start, as this one is for their patience, end
+    it and begin again, for ever on a busy machine."""
     order = make_order(make_place(tmp_path, windows=3, rows=2000, fragment_rows=100))
-    monkeypatch.setattr(client, "ANSWER_S", 0.5)
+    monkeypatch.setattr(client, "RPC_TIMEOUT_S", 0.5)
     with ThreadPoolExecutor(2) as clients:
         one, two = clients.map(run, [order, order])
     assert written(order) == undisturbed(order)
@@ -87,17 +104,28 @@ def kill(process: int) -> None:
 
 
 def test_killed_actors_and_services(serving: Any, tmp_path: Path) -> None:
-    """Wrong: the death of an actor or of the service loses a fragment, writes another byte, or ends the wait (rule 5)."""
-    order = make_order(make_place(tmp_path, windows=4, rows=2000, fragment_rows=50), min_actors=2, max_actors=2, tries=20)
+    """Wrong: the death of an actor or of the service loses a fragment, writes another byte, or ends
+    the wait (rule 5)."""
+    order = make_order(
+        make_place(tmp_path, windows=4, rows=2000, fragment_rows=50),
+        min_actors=2,
+        max_actors=2,
+        tries=20,
+    )
     kills: list[str] = []
 
     def watch() -> None:
-        """Kill an actor, then the service, then an actor ... as soon as it has written something since the last time."""
+        """Kill an actor, then the service, then an actor ... as soon as it has written something
+        since the last time."""
         if len(kills) >= 5 or len(scored(order)) < 10 * len(kills) + 3:
             return
         with suppress(RayActorError):  # the service that was killed last is not back yet
             service = connect(order)
-            ups = [actor["process"] for actor in ray.get(service.state.remote())["actors"] if actor["up"]]
+            ups = [
+                actor["process"]
+                for actor in ray.get(service.state.remote())["actors"]
+                if actor["up"]
+            ]
             if ups and len(kills) % 2 == 0:
                 kill(ups[0])
             elif ups:
@@ -111,11 +139,15 @@ def test_killed_actors_and_services(serving: Any, tmp_path: Path) -> None:
     assert sorted(line["window"] for line in read_jsonl(order.log)) == [1, 2, 3]
 
 
-def test_the_client_tells_of_a_service_that_has_failed(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_client_tells_of_a_service_that_has_failed(
+    cluster: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Wrong: a fault of the service itself leaves its clients waiting for ever."""
     order = make_order(make_place(tmp_path))
     (order.store.root / "fm").mkdir(parents=True)
     write_json(order.store.root / "fm" / "parked.json", [{"window": "one"}])
-    monkeypatch.setattr(client, "ANSWER_S", 20.0)
+    monkeypatch.setattr(client, "RPC_TIMEOUT_S", 20.0)
     with pytest.raises(Exception, match=r"parked.json"):
         run(order)

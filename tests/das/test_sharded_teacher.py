@@ -21,8 +21,13 @@ from exfm_ray.data.batch import to_batch
 from exfm_ray.models.serialization import load_model
 from exfm_ray.stores.snapshots import SnapshotError
 
-MODELS: list[ModelConfig] = [MODEL, DINConfig(dim=4, sequence_length=3, attention_mlp=(4,), mlp=(8,)),
-    WukongConfig(dim=4, l=1, n_F=2, n_L=2, k=2, fmb_mlp=(8,), mlp=(8,), embeddings={"user": 2, "ad": 3})]  # fmt: skip
+MODELS: list[ModelConfig] = [
+    MODEL,
+    DINConfig(dim=4, sequence_length=3, attention_mlp=(4,), mlp=(8,)),
+    WukongConfig(
+        dim=4, l=1, n_F=2, n_L=2, k=2, fmb_mlp=(8,), mlp=(8,), embeddings={"user": 2, "ad": 3}
+    ),
+]
 
 
 class Here:
@@ -38,13 +43,21 @@ class Here:
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 200])
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.type)
-def test_the_same_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: ModelConfig, shards: int) -> None:
-    """Wrong: a row comes from the wrong holder or place; more holders than rows; bags are summed in another order."""
+def test_the_same_predictions(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: ModelConfig,
+    shards: int,
+) -> None:
+    """Wrong: a row comes from the wrong holder or place; more holders than rows; bags are summed in
+    another order."""
     monkeypatch.setattr(ray, "get", lambda answers, timeout: answers)
     store = publish(tmp_path, 1, model=model)
     whole, _ = load_model(store.folder(1))
     network, manifest = store.load_dense(1, SCHEMA.digest)
-    sharded = ShardedModel(network, manifest, 1, [Here(TableShard(store, shard, shards)) for shard in range(shards)])
+    sharded = ShardedModel(
+        network, manifest, 1, [Here(TableShard(store, shard, shards)) for shard in range(shards)]
+    )
     batch = to_batch(make_rows(300, seed=5), SCHEMA)
     part = sharded.with_rows_of(batch)
     for piece in batch.split(70):
@@ -54,7 +67,9 @@ def test_the_same_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, m
 @pytest.mark.parametrize(("rows", "shards"), [(10, 1), (10, 3), (2, 5), (7, 7)])
 def test_shares_cover_a_table_once(rows: int, shards: int) -> None:
     """Wrong: a row has no holder, or two."""
-    assert [row for shard in range(shards) for row in row_range(rows, shard, shards)] == list(range(rows))
+    assert [row for shard in range(shards) for row in row_range(rows, shard, shards)] == list(
+        range(rows)
+    )
 
 
 def test_a_holder_takes_up_the_next_version(tmp_path: Path) -> None:
@@ -68,7 +83,8 @@ def test_a_holder_takes_up_the_next_version(tmp_path: Path) -> None:
 
 
 def test_a_holder_that_was_started_again_checks_what_it_loads(tmp_path: Path) -> None:
-    """Wrong: Ray starts a holder again long after the hashes were checked, and it scores with tables that were damaged since."""
+    """Wrong: Ray starts a holder again long after the hashes were checked, and it scores with
+    tables that were damaged since."""
     store = publish(tmp_path, 1)
     (path,) = store.folder(1).glob("tables.*.safetensors")
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
@@ -78,27 +94,39 @@ def test_a_holder_that_was_started_again_checks_what_it_loads(tmp_path: Path) ->
         holder.rows(1, np.array([0]))
 
 
-def test_a_holder_that_does_not_answer_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: a scorer waits for ever for a holder that hangs, or has the one that answers started again."""
+def test_a_holder_that_does_not_answer_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong: a scorer waits for ever for a holder that hangs, or has the one that answers started
+    again."""
     store = publish(tmp_path, 1)
     network, manifest = store.load_dense(1, SCHEMA.digest)
-    holders, killed = [Here(TableShard(store, shard, 2)) for shard in range(2)], []
+    holders = [Here(TableShard(store, shard, 2)) for shard in range(2)]
+    killed = []
 
     def late(refs: list[object], timeout: float) -> None:
         assert timeout == shards_module.RPC_TIMEOUT_S
         raise GetTimeoutError
 
     monkeypatch.setattr(ray, "get", late)
-    monkeypatch.setattr(Here, "remote", lambda self, version, row_X: f"rows of {holders.index(self)}")
+    monkeypatch.setattr(
+        Here, "remote", lambda self, version, row_X: f"rows of {holders.index(self)}"
+    )
     monkeypatch.setattr(ray, "wait", lambda refs, num_returns, timeout: (refs[:1], refs[1:]))
     monkeypatch.setattr(ray, "kill", lambda holder, no_restart: killed.append((holder, no_restart)))
-    with pytest.raises(TimeoutError, match="1 of 2 holders of tables have not answered for 1800 s and were started again"):
-        ShardedModel(network, manifest, 1, holders).with_rows_of(to_batch(make_rows(30, seed=5), SCHEMA))
+    with pytest.raises(
+        TimeoutError,
+        match="1 of 2 holders of tables have not answered for 1800 s and were started again",
+    ):
+        ShardedModel(network, manifest, 1, holders).with_rows_of(
+            to_batch(make_rows(30, seed=5), SCHEMA)
+        )
     assert killed == [(holders[1], False)]
 
 
 def test_a_service_with_two_holders_writes_the_same(cluster: None, tmp_path: Path) -> None:
-    """Wrong: a replica of several processes writes other supervision than one process that holds everything."""
+    """Wrong: a replica of several processes writes other supervision than one process that holds
+    everything."""
     order = make_order(make_place(tmp_path), shards=2)
     label(order, [1, 2], lambda window, rows: None, lambda: None)
     assert written(order) == undisturbed(make_order(tmp_path))

@@ -23,7 +23,9 @@ def data_set() -> Callable[[str], Path]:
 
     def find(name: str) -> Path:
         if not (DATA / name).is_dir():
-            pytest.skip(f"data set {name} is missing: EXFM_DATA names the folder that holds it (now {DATA})")
+            pytest.skip(
+                f"data set {name} is missing: EXFM_DATA names the folder that holds it (now {DATA})"
+            )
         return DATA / name
 
     return find
@@ -33,8 +35,16 @@ def data_set() -> Callable[[str], Path]:
 def make(tmp_path: Path) -> MakeConfig:
     """A config with a run folder of its own: make(source, root, name=..., **data settings)."""
 
-    def build(source: str, root: Path | None = None, name: str = "run", seed: int = 0, **data: Any) -> Config:
+    def build(
+        source: str,
+        root: Path | None = None,
+        name: str = "run",
+        seed: int = 0,
+        **data: Any,
+    ) -> Config:
         settings = {"source": source, "root": root or tmp_path, **data}
-        return Config.model_validate({"name": name, "seed": seed, "run": {"dir": tmp_path / "runs"}, "data": settings})
+        return Config.model_validate(
+            {"name": name, "seed": seed, "run": {"dir": tmp_path / "runs"}, "data": settings}
+        )
 
     return build

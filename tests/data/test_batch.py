@@ -26,7 +26,10 @@ def test_tensors_equal_the_rows(start: int, rows: int) -> None:
         batch = to_batch(table.slice(start, rows), SCHEMA)
         assert len(batch) == rows
         assert batch.sparse_BS.tolist() == [row["sparse"] for row in expected]
-        np.testing.assert_array_equal(batch.dense_BD, np.array([row["dense"] for row in expected], np.float32).reshape(rows, 2))
+        np.testing.assert_array_equal(
+            batch.dense_BD,
+            np.array([row["dense"] for row in expected], np.float32).reshape(rows, 2),
+        )
         assert batch.labels_BT.tolist() == [row["labels"] for row in expected]
         values = batch.bag_values_V.tolist()
         for lengths, bag in zip(batch.bag_lengths_MB.tolist(), SCHEMA.bags, strict=True):
@@ -37,7 +40,8 @@ def test_tensors_equal_the_rows(start: int, rows: int) -> None:
 
 
 def test_does_not_write_to_the_rows() -> None:
-    """Wrong: a batch shares memory that others read: an in-place operation would change the data set."""
+    """Wrong: a batch shares memory that others read: an in-place operation would change the data
+    set."""
     table = make_rows(5, seed=1)
     before = table.to_pydict()
     batch = to_batch(table, SCHEMA)
@@ -52,14 +56,21 @@ def test_padding_adds_rows_of_missing_values() -> None:
     padded = pad(batch, 8)
     assert pad(batch, 5) is batch and len(padded) == 8
     torch.testing.assert_close(padded.sparse_BS[:5], batch.sparse_BS)
-    assert not padded.sparse_BS[5:].any() and not padded.bag_lengths_MB[:, 5:].any() and not padded.labels_BT[5:].any()
+    assert (
+        not padded.sparse_BS[5:].any()
+        and not padded.bag_lengths_MB[:, 5:].any()
+        and not padded.labels_BT[5:].any()
+    )
     torch.testing.assert_close(padded.bag_values_V, batch.bag_values_V)
 
 
 @given(sizes=st.lists(st.integers(0, 20), max_size=12), rows=st.integers(1, 9))
 def test_regroup_keeps_rows_and_order(sizes: list[int], rows: int) -> None:
-    """Wrong: a batch has another size than asked for, or rows are lost or swapped between tables."""
-    regroup, start, pieces = Rebatcher(rows), 0, []
+    """Wrong: a batch has another size than asked for, or rows are lost or swapped between
+    tables."""
+    regroup = Rebatcher(rows)
+    start = 0
+    pieces = []
     for size in sizes:
         pieces += list(regroup.add(pa.table({"id": np.arange(start, start + size)})))
         start += size

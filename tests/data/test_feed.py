@@ -1,4 +1,5 @@
-"""The feed on Ray: all rows, once, in the stream's order, on every worker; errors and waits that reach the worker."""
+"""The feed on Ray: all rows, once, in the stream's order, on every worker; errors and waits that
+reach the worker."""
 
 from __future__ import annotations
 
@@ -29,7 +30,13 @@ from exfm_ray.stores.supervision import SupervisionStore
 class Consumer:
     """A worker that reads passes from the feed and keeps the ids."""
 
-    def read(self, feed: Any, worker: int, reader: FragmentReader, passes: Sequence[WindowPass]) -> list[list[np.ndarray[Any, Any]]]:
+    def read(
+        self,
+        feed: Any,
+        worker: int,
+        reader: FragmentReader,
+        passes: Sequence[WindowPass],
+    ) -> list[list[np.ndarray[Any, Any]]]:
         client = FeedClient(feed, worker)
         found = []
         for work in passes:
@@ -38,57 +45,113 @@ class Consumer:
         return found
 
 
-def consume(reader: FragmentReader, passes: Sequence[WindowPass], workers: int, wait_s: float = 20) -> list[list[list[np.ndarray[Any, Any]]]]:
+def consume(
+    reader: FragmentReader,
+    passes: Sequence[WindowPass],
+    workers: int,
+    wait_s: float = 20,
+) -> list[list[list[np.ndarray[Any, Any]]]]:
     """What each worker gets of each pass, fragment by fragment."""
     feed = Feed.options(max_concurrency=workers + 2).remote(reader, passes, workers, wait_s)  # type: ignore[attr-defined]
     consumers = [Consumer.remote() for _ in range(workers)]
     try:
-        return ray.get([c.read.remote(feed, i, reader, passes) for i, c in enumerate(consumers)], timeout=90)  # type: ignore[no-any-return]
+        return ray.get(
+            [c.read.remote(feed, i, reader, passes) for i, c in enumerate(consumers)], timeout=90
+        )  # type: ignore[no-any-return]
     finally:
         for actor in (feed, *consumers):
             ray.kill(actor)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_every_worker_gets_all_fragments_in_order(cluster: None, stream: EventStream, workers: int) -> None:
+def test_every_worker_gets_all_fragments_in_order(
+    cluster: None,
+    stream: EventStream,
+    workers: int,
+) -> None:
     """Wrong: rows are lost, repeated or out of order, or the workers' streams differ."""
-    passes = [WindowPass(window, purpose) for window in stream.windows() for purpose in ("evaluate", "learn")]  # type: ignore[arg-type]
+    passes = [
+        WindowPass(window, purpose)
+        for window in stream.windows()
+        for purpose in ("evaluate", "learn")
+    ]  # type: ignore[arg-type]
     for found in consume(StreamReader(stream.root), passes, workers):
         for work, fragments in zip(passes, found, strict=True):
             assert [len(ids) for ids in fragments] == [400, 400, 200]
-            np.testing.assert_array_equal(np.concatenate(fragments), np.arange(work.window * 1000, (work.window + 1) * 1000))
+            np.testing.assert_array_equal(
+                np.concatenate(fragments), np.arange(work.window * 1000, (work.window + 1) * 1000)
+            )
 
 
 def test_empty_and_tiny_windows(cluster: None, tmp_path: Path) -> None:
-    """Wrong: a window without events, or with fewer than there are workers, stops the feed or is skipped."""
+    """Wrong: a window without events, or with fewer than there are workers, stops the feed or is
+    skipped."""
     sizes = [0, 1, 0, 0, 3]
-    writer = StreamWriter(tmp_path / "stream", make_stream(tmp_path / "other", windows=1, rows=1).schema, {}, fragment_rows=2)
+    writer = StreamWriter(
+        tmp_path / "stream",
+        make_stream(tmp_path / "other", windows=1, rows=1).schema,
+        {},
+        fragment_rows=2,
+    )
     for window, rows in enumerate(sizes):
-        writer.write_window(window, window, window + 1, 0, [make_rows(rows, seed=window, first_id=window * 10)] if rows else [])
+        writer.write_window(
+            window,
+            window,
+            window + 1,
+            0,
+            [make_rows(rows, seed=window, first_id=window * 10)] if rows else [],
+        )
     passes = [WindowPass(window, "learn") for window in range(len(sizes))]
     for found in consume(StreamReader(tmp_path / "stream"), passes, 2):
-        assert [[ids.tolist() for ids in fragments] for fragments in found] == [[], [[10]], [], [], [[40, 41], [42]]]
+        assert [[ids.tolist() for ids in fragments] for fragments in found] == [
+            [],
+            [[10]],
+            [],
+            [],
+            [[40, 41], [42]],
+        ]
 
 
-def test_missing_supervision_is_named(cluster: None, stream: EventStream, tmp_path: Path) -> None:
+def test_missing_supervision_is_named(
+    cluster: None,
+    stream: EventStream,
+    tmp_path: Path,
+) -> None:
     """Wrong: a job waits for ever, or does not say for what."""
-    reader = AugmentedReader(stream.root, SupervisionStore(tmp_path / "supervision", "fm"), SnapshotPolicy(1), (0,), ("click",))
-    with pytest.raises(UserError, match=r"the feed waited 1 s for the supervision of window 1 \(teacher 'fm'\)"):
-        consume(reader, [WindowPass(0, "learn"), WindowPass(1, "evaluate"), WindowPass(1, "learn")], 1, wait_s=1)
+    reader = AugmentedReader(
+        stream.root,
+        SupervisionStore(tmp_path / "supervision", "fm"),
+        SnapshotPolicy(1),
+        (0,),
+        ("click",),
+    )
+    with pytest.raises(
+        UserError, match=r"the feed waited 1 s for the supervision of window 1 \(teacher 'fm'\)"
+    ):
+        consume(
+            reader,
+            [WindowPass(0, "learn"), WindowPass(1, "evaluate"), WindowPass(1, "learn")],
+            1,
+            wait_s=1,
+        )
 
 
 def test_an_error_in_a_read_reaches_the_worker(cluster: None, stream: EventStream) -> None:
-    """Wrong: a damaged fragment hangs the workers, or what is told is not the mistake but Ray's wrapping of it."""
+    """Wrong: a damaged fragment hangs the workers, or what is told is not the mistake but Ray's
+    wrapping of it."""
     path = stream.path(1, stream.window(1).fragments[1])
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(Exception, match="fragment=0001.parquet") as caught:
         consume(StreamReader(stream.root), [WindowPass(0, "learn"), WindowPass(1, "learn")], 2)
     told = user_error(caught.value)
-    assert isinstance(told, UserError) and str(told).startswith(f"{path}: 50 bytes where the manifest says")
+    assert isinstance(told, UserError) and str(told).startswith(
+        f"{path}: 50 bytes where the manifest says"
+    )
 
 
 def test_begins_anew_for_other_workers(cluster: None, stream: EventStream) -> None:
-    """Wrong: workers that are started again, in another number, get blocks of the reading before them, or wait for its workers."""
+    """Wrong: workers that are started again, in another number, get blocks of the reading before
+    them, or wait for its workers."""
     passes = [WindowPass(window, "learn") for window in (0, 1)]
     feed = Feed.options(max_concurrency=6).remote(StreamReader(stream.root), passes, 2, 20)  # type: ignore[attr-defined]
     try:
@@ -109,9 +172,12 @@ def test_begins_anew_for_other_workers(cluster: None, stream: EventStream) -> No
 
 
 def test_reads_on_without_a_cpu_after_a_loss(cluster: None, stream: EventStream) -> None:
-    """Wrong: workers that hold every CPU that is left after a loss wait an hour and a half for a read task that asks for one more."""
+    """Wrong: workers that hold every CPU that is left after a loss wait an hour and a half for a
+    read task that asks for one more."""
     every_cpu = placement_group([{"CPU": 1}] * int(ray.cluster_resources()["CPU"]))
-    feed = Feed.options(max_concurrency=4).remote(StreamReader(stream.root), [WindowPass(0, "learn")], 2, 20)  # type: ignore[attr-defined]
+    feed = Feed.options(max_concurrency=4).remote(
+        StreamReader(stream.root), [WindowPass(0, "learn")], 2, 20
+    )  # type: ignore[attr-defined]
     try:
         assert every_cpu.wait(60), "another test holds a CPU"
         ray.get(feed.restart.remote([WindowPass(1, "learn")], 1), timeout=60)
@@ -124,8 +190,11 @@ def test_reads_on_without_a_cpu_after_a_loss(cluster: None, stream: EventStream)
 
 @given(rows=st.integers(0, 50), workers=st.integers(1, 7))
 def test_shares_cover_a_batch(rows: int, workers: int) -> None:
-    """Wrong: the workers' shares lose or repeat rows, or their lengths differ and a collective operation hangs."""
+    """Wrong: the workers' shares lose or repeat rows, or their lengths differ and a collective
+    operation hangs."""
     batch = pa.table({"id": np.arange(rows)})
     shares = [worker_slice(batch, worker, workers) for worker in range(workers)]
-    assert len({s.length for s in shares}) == 1 and all(s.table.num_rows <= s.length and s.total == rows for s in shares)
+    assert len({s.length for s in shares}) == 1 and all(
+        s.table.num_rows <= s.length and s.total == rows for s in shares
+    )
     assert [i for s in shares for i in s.table["id"].to_pylist()] == list(range(rows))

@@ -18,13 +18,18 @@ from exfm_ray.storage.atomic import read_json, write_json
 
 
 def rows_of(stream: EventStream, window: int) -> pa.Table:
-    return pa.concat_tables([stream.read(window, fragment) for fragment in stream.window(window).fragments])
+    return pa.concat_tables(
+        [stream.read(window, fragment) for fragment in stream.window(window).fragments]
+    )
 
 
 @pytest.mark.parametrize("pieces", [[1000], [1] * 5 + [995], [399, 1, 1, 599], [800, 0, 200]])
 def test_reads_what_was_written(tmp_path: Path, pieces: list[int]) -> None:
-    """Wrong: rows are lost, changed or out of order, or fragments depend on the pieces in which the rows came."""
-    table, start, tables = make_rows(1000, seed=1), 0, []
+    """Wrong: rows are lost, changed or out of order, or fragments depend on the pieces in which the
+    rows came."""
+    table = make_rows(1000, seed=1)
+    start = 0
+    tables = []
     for size in pieces:
         tables.append(table.slice(start, size))
         start += size
@@ -32,8 +37,13 @@ def test_reads_what_was_written(tmp_path: Path, pieces: list[int]) -> None:
     writer.write_window(0, 0, 1000, 3, tables)
     stream = EventStream.open(tmp_path)
     window = stream.window(0)
-    assert [f.rows for f in window.fragments] == [400, 400, 200] and (window.rows, window.duplicates) == (1000, 3)
-    assert rows_of(stream, 0).equals(table.select(SCHEMA.arrow_schema.names).cast(SCHEMA.arrow_schema))
+    assert [f.rows for f in window.fragments] == [400, 400, 200] and (
+        window.rows,
+        window.duplicates,
+    ) == (1000, 3)
+    assert rows_of(stream, 0).equals(
+        table.select(SCHEMA.arrow_schema.names).cast(SCHEMA.arrow_schema)
+    )
     domains = np.sum([f.domain_rows for f in window.fragments], axis=0)
     np.testing.assert_array_equal(domains, np.bincount(table["domain"].to_numpy(), minlength=3))
 
@@ -63,10 +73,16 @@ def test_a_folder_with_another_stream_is_refused(stream: EventStream) -> None:
 
 
 def replace(column: str, value: Any) -> Callable[[pa.Table], pa.Table]:
-    return lambda table: table.set_column(table.column_names.index(column), table.schema.field(column), value(table))
+    return lambda table: table.set_column(
+        table.column_names.index(column), table.schema.field(column), value(table)
+    )
 
 
-def ids(row: int, feature: int, value: int) -> Callable[[pa.Table], pa.Array]:
+def ids(
+    row: int,
+    feature: int,
+    value: int,
+) -> Callable[[pa.Table], pa.Array]:
     def change(table: pa.Table) -> pa.Array:
         flat = table["sparse"].combine_chunks().flatten().to_numpy().copy()
         flat[row * len(SCHEMA.single) + feature] = value
@@ -77,16 +93,29 @@ def ids(row: int, feature: int, value: int) -> Callable[[pa.Table], pa.Array]:
 
 DAMAGE: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
     "rows": (lambda table: table.slice(1), "399 rows where the manifest says 400"),
-    "type": (lambda table: table.set_column(0, "example_id", table["example_id"].cast(pa.int32())), "column 'example_id' is int32"),
-    "id too large": (replace("sparse", ids(3, 1, 51)), "feature 'ad' has id 51, outside its table of 51 rows"),
-    "id negative": (replace("sparse", ids(3, 0, -1)), "feature 'user' has id -1, outside its table of 101 rows"),
-    "bag": (replace("keywords", lambda table: pa.array([[20]] * len(table), pa.list_(pa.int32()))), "feature 'keywords' has id 20, outside"),
+    "type": (
+        lambda table: table.set_column(0, "example_id", table["example_id"].cast(pa.int32())),
+        "column 'example_id' is int32",
+    ),
+    "id too large": (
+        replace("sparse", ids(3, 1, 51)),
+        "feature 'ad' has id 51, outside its table of 51 rows",
+    ),
+    "id negative": (
+        replace("sparse", ids(3, 0, -1)),
+        "feature 'user' has id -1, outside its table of 101 rows",
+    ),
+    "bag": (
+        replace("keywords", lambda table: pa.array([[20]] * len(table), pa.list_(pa.int32()))),
+        "feature 'keywords' has id 20, outside",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_refuses_fragments_that_do_not_fit(stream: EventStream, name: str) -> None:
-    """Wrong: an id outside its table reads foreign memory in the kernels, or rows shift against their supervision."""
+    """Wrong: an id outside its table reads foreign memory in the kernels, or rows shift against
+    their supervision."""
     change, told = DAMAGE[name]
     fragment = stream.window(0).fragments[0]
     path = stream.path(0, fragment)
@@ -97,12 +126,17 @@ def test_refuses_fragments_that_do_not_fit(stream: EventStream, name: str) -> No
 
 
 def test_refuses_missing_torn_and_foreign_files(stream: EventStream) -> None:
-    """Wrong: damage on disk is told as a fault of the program, or a manifest can point outside its folder."""
+    """Wrong: damage on disk is told as a fault of the program, or a manifest can point outside its
+    folder."""
     first, second, third = stream.window(0).fragments
     stream.path(0, first).unlink()
     stream.path(0, second).write_bytes(b"x" * second.bytes)
     stream.path(0, third).write_bytes(b"x")
-    for fragment, told in ((first, "it is not there"), (second, "not a readable Parquet file"), (third, "1 bytes where the manifest says")):
+    for fragment, told in (
+        (first, "it is not there"),
+        (second, "not a readable Parquet file"),
+        (third, "1 bytes where the manifest says"),
+    ):
         with pytest.raises(UserError, match=rf"{fragment.file}: .*{told}"):
             stream.read(0, fragment)
     with pytest.raises(UserError, match="not a plain file name"):
@@ -118,7 +152,12 @@ def test_refuses_missing_torn_and_foreign_files(stream: EventStream) -> None:
         ("window=000/manifest.json", "", "manifest.json: not valid JSON"),
     ],
 )
-def test_refuses_damaged_manifests(stream: EventStream, file: str, content: str, told: str) -> None:
+def test_refuses_damaged_manifests(
+    stream: EventStream,
+    file: str,
+    content: str,
+    told: str,
+) -> None:
     """Wrong: a damaged manifest ends in a traceback."""
     (stream.root / file).write_text(content)
     with pytest.raises(UserError, match=told):

@@ -14,7 +14,12 @@ from exfm_ray.models.layers import mlp_to, seeded
 CONFIGS = [SAConfig(), SAConfig(input="probability"), SAConfig(mlp=())]
 
 
-def step(adapter: Adapter, optimizer: torch.optim.Optimizer, teacher: torch.Tensor, label: torch.Tensor) -> None:
+def step(
+    adapter: Adapter,
+    optimizer: torch.optim.Optimizer,
+    teacher: torch.Tensor,
+    label: torch.Tensor,
+) -> None:
     optimizer.zero_grad()
     labels_objective_B(adapter(teacher), label).mean().backward()
     optimizer.step()
@@ -24,17 +29,23 @@ def step(adapter: Adapter, optimizer: torch.optim.Optimizer, teacher: torch.Tens
 def test_starts_as_the_teacher(config: SAConfig) -> None:
     """Wrong: the first targets are noise instead of the teacher's own predictions."""
     teacher = torch.tensor([[1e-4, 0.02], [0.5, 0.97]])
-    torch.testing.assert_close(target_BT(Adapter(config, 2)(teacher)), teacher, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        target_BT(Adapter(config, 2)(teacher)), teacher, rtol=1e-4, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["logit", "probability", "platt"])
 def test_corrects_a_biased_teacher(config: SAConfig) -> None:
-    """Wrong: the adapter does not learn from the labels, so drift of the teacher goes on into the student."""
+    """Wrong: the adapter does not learn from the labels, so drift of the teacher goes on into the
+    student."""
     generator = torch.Generator().manual_seed(0)
     adapter = Adapter(config, 2)
     optimizer = torch.optim.Adam(adapter.parameters(), lr=0.01)
     truth = 0.05 + torch.rand(40_000, 2, generator=generator) * 0.35
-    teacher, label = truth * torch.tensor([2.0, 0.5]), torch.bernoulli(truth, generator=generator)  # twice the one rate, half the other
+    teacher, label = (
+        truth * torch.tensor([2.0, 0.5]),
+        torch.bernoulli(truth, generator=generator),
+    )  # twice the one rate, half the other
     for rows in torch.arange(40_000).split(200):
         step(adapter, optimizer, teacher[rows], label[rows])
     for task in range(2):
@@ -43,8 +54,10 @@ def test_corrects_a_biased_teacher(config: SAConfig) -> None:
 
 
 def test_target_is_taken_before_the_update_and_carries_no_gradient() -> None:
-    """Wrong: the target contains the label of its own batch (it becomes a copy of the labels), or the student trains the adapter."""
-    teacher, label = torch.full((2, 2), 0.3), torch.ones(2, 2)
+    """Wrong: the target contains the label of its own batch (it becomes a copy of the labels), or
+    the student trains the adapter."""
+    teacher = torch.full((2, 2), 0.3)
+    label = torch.ones(2, 2)
     adapter = Adapter(SAConfig(lr=0.1), 2)
     before = target_BT(adapter(teacher))
     kept = before.clone()
@@ -55,7 +68,8 @@ def test_target_is_taken_before_the_update_and_carries_no_gradient() -> None:
 
 
 def test_certain_teachers_have_finite_targets() -> None:
-    """Wrong: a prediction of exactly 0 or 1 (bf16 teachers make them) gives infinite logits and NaN gradients."""
+    """Wrong: a prediction of exactly 0 or 1 (bf16 teachers make them) gives infinite logits and NaN
+    gradients."""
     adapter = Adapter(SAConfig(), 1)
     logits = adapter(torch.tensor([[0.0], [1.0]]).bfloat16())
     assert logits.isfinite().all() and logits.dtype == torch.float32
@@ -93,12 +107,15 @@ def test_each_task_has_an_adapter_of_its_own() -> None:
         found.append(gradients(adapter))
     for before, after in zip(found[0][0], found[1][0], strict=True):
         assert before.any() and torch.equal(before, after)
-    assert not any(torch.equal(before, after) for before, after in zip(found[0][1], found[1][1], strict=True))
+    assert not any(
+        torch.equal(before, after) for before, after in zip(found[0][1], found[1][1], strict=True)
+    )
 
 
 @pytest.mark.parametrize("tasks", [1, 2])
 def test_is_one_plain_mlp_for_each_task(tasks: int) -> None:
-    """Wrong: that a model may have several tasks changes what the adapter of one learns (of one task: to the bit)."""
+    """Wrong: that a model may have several tasks changes what the adapter of one learns (of one
+    task: to the bit)."""
     generator = torch.Generator().manual_seed(2)
     teacher = torch.rand(50, tasks, generator=generator).clamp(0.01, 0.99)
     label = torch.bernoulli(teacher, generator=generator)
@@ -114,7 +131,12 @@ def test_is_one_plain_mlp_for_each_task(tasks: int) -> None:
             logit = torch.logit(teacher[rows, task])
             adam.zero_grad()
             adapted = logit + mlp(logit.unsqueeze(1)).squeeze(1)
-            (F.binary_cross_entropy_with_logits(adapted, label[rows, task], reduction="none") / tasks).mean().backward()
+            (
+                F.binary_cross_entropy_with_logits(adapted, label[rows, task], reduction="none")
+                / tasks
+            ).mean().backward()
             adam.step()
         for found, expected in zip(adapter.mlps[task].parameters(), mlp.parameters(), strict=True):
-            torch.testing.assert_close(found, expected, rtol=0 if tasks == 1 else 1e-5, atol=0 if tasks == 1 else 1e-7)
+            torch.testing.assert_close(
+                found, expected, rtol=0 if tasks == 1 else 1e-5, atol=0 if tasks == 1 else 1e-7
+            )

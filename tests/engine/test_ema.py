@@ -17,8 +17,10 @@ from exfm_ray.engine.tensor_store import ShardedTensors
 def test_follows_its_formula(dtype: torch.dtype) -> None:
     """Wrong: the average forgets at another speed, or is kept in the weights' own coarse dtype."""
     generator = torch.Generator().manual_seed(0)
-    weight, decay = torch.zeros(5, dtype=dtype), 0.98
-    average, expected = EMA({"w@0": weight}, decay), np.zeros(5)
+    weight = torch.zeros(5, dtype=dtype)
+    decay = 0.98
+    average = EMA({"w@0": weight}, decay)
+    expected = np.zeros(5)
     for step in range(1, 20 * EVERY + 1):
         weight.copy_(torch.randn(5, generator=generator))
         average.step()
@@ -43,7 +45,8 @@ def test_stands_in_and_goes_again() -> None:
 def test_goes_through_a_checkpoint(tmp_path: Path) -> None:
     """Wrong: after a resume the average starts anew."""
     weight = torch.ones(3)
-    one, other = EMA({"w@0": weight}, 0.9), EMA({"w@0": weight}, 0.9)
+    one = EMA({"w@0": weight}, 0.9)
+    other = EMA({"w@0": weight}, 0.9)
     for _ in range(2 * EVERY + 3):
         weight.add_(1.0)
         one.step()

@@ -1,4 +1,5 @@
-"""Training spread over workers: equal to one worker's, to plain torch's, and to itself after a checkpoint."""
+"""Training spread over workers: equal to one worker's, to plain torch's, and to itself after a
+checkpoint."""
 
 from __future__ import annotations
 
@@ -28,11 +29,16 @@ from exfm_ray.models.network import build_network
 from exfm_ray.stores.supervision import TEACHER_COLUMN
 
 ZERO = [0, 1, 2, 3]
-# float32 sums in another order; Adam's division by the root of a tiny second moment enlarges them to some 1e-5 in 7 steps
+# float32 sums in another order; Adam's division by the root of a tiny second moment enlarges them
+# to some 1e-5 in 7 steps
 TOLERANCE = {"rtol": 1e-3, "atol": 2e-5}
 
 
-def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], **tolerance: float) -> None:
+def assert_close(
+    found: dict[str, np.ndarray],
+    expected: dict[str, np.ndarray],
+    **tolerance: float,
+) -> None:
     assert found.keys() == expected.keys()
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], err_msg=name, **tolerance)
@@ -45,13 +51,22 @@ def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
 
 
 @pytest.mark.parametrize("stage", ZERO)
-@pytest.mark.parametrize(("arm", "tasks"), [(None, (0, 1)), (Objective.AH_SA, (0,)), (Objective.AH_SA, (1, 0))])
-def test_two_workers_equal_one(groups: dict[int, Workers], stage: int, arm: Objective | None, tasks: tuple[int, ...]) -> None:
-    """Wrong: the gradient is not the mean over the global batch (a short last batch, or a worker without a row, counts
-    wrongly), or a ZeRO stage changes the result."""
+@pytest.mark.parametrize(
+    ("arm", "tasks"), [(None, (0, 1)), (Objective.AH_SA, (0,)), (Objective.AH_SA, (1, 0))]
+)
+def test_two_workers_equal_one(
+    groups: dict[int, Workers],
+    stage: int,
+    arm: Objective | None,
+    tasks: tuple[int, ...],
+) -> None:
+    """Wrong: the gradient is not the mean over the global batch (a short last batch, or a worker
+    without a row, counts wrongly), or a ZeRO stage changes the result."""
     model = steps.WUKONG if arm is None else steps.MLP
     one = groups[1].run(steps.train, Case(arm=arm, model=model, tasks=tasks))[0]
-    two = groups[2].run(steps.train, Case(trainer={"zero_stage": stage}, arm=arm, model=model, tasks=tasks))
+    two = groups[2].run(
+        steps.train, Case(trainer={"zero_stage": stage}, arm=arm, model=model, tasks=tasks)
+    )
     assert_equal(two[0], two[1])
     assert_close(two[0], one, **TOLERANCE)
 
@@ -59,7 +74,10 @@ def test_two_workers_equal_one(groups: dict[int, Workers], stage: int, arm: Obje
 @pytest.mark.parametrize("world", [1, 2])
 def test_table_wise_equals_row_wise(groups: dict[int, Workers], world: int) -> None:
     """Wrong: the way to shard changes what is learnt."""
-    row, table = (groups[world].run(steps.train, Case(trainer={"sharding": way}))[0] for way in ("row_wise", "table_wise"))
+    row, table = (
+        groups[world].run(steps.train, Case(trainer={"sharding": way}))[0]
+        for way in ("row_wise", "table_wise")
+    )
     assert_close(table, row, **TOLERANCE)
 
 
@@ -67,12 +85,22 @@ Loss = Callable[[Logits, Tensor, Tensor], Tensor]
 """Of the logits, the labels and the teacher's predictions of all of the stream's tasks."""
 
 
-def plain_torch(case: Case, loss: Loss, adapter: nn.Module) -> dict[str, np.ndarray]:
+def plain_torch(
+    case: Case,
+    loss: Loss,
+    adapter: nn.Module,
+) -> dict[str, np.ndarray]:
     """The same training written down anew: autograd, AdamW, row-wise Adagrad by its formula."""
     tables = LocalTables(SCHEMA, case.model, steps.SEED)
     network = build_network(case.model, SCHEMA, 2, steps.SEED)
     student = Student(network, case.arm or Objective.LABELS, DistillationConfig(), steps.SEED)
-    adam = torch.optim.AdamW([{"params": student.parameters(), "weight_decay": 0.01}, {"params": adapter.parameters(), "weight_decay": 0}], lr=1e-3)
+    adam = torch.optim.AdamW(
+        [
+            {"params": student.parameters(), "weight_decay": 0.01},
+            {"params": adapter.parameters(), "weight_decay": 0},
+        ],
+        lr=1e-3,
+    )
     momentum = torch.zeros(len(tables.weight))
     for rows in steps.global_batches(case):
         batch = to_batch(rows, SCHEMA)
@@ -87,7 +115,9 @@ def plain_torch(case: Case, loss: Loss, adapter: nn.Module) -> dict[str, np.ndar
         with torch.no_grad():
             tables.weight -= 0.05 * gradient / (momentum.sqrt() + ADAGRAD_EPS)[:, None]
     first = tables.first_row
-    found = {f"dense/{name}": tensor.detach().numpy() for name, tensor in student.state_dict().items()}
+    found = {
+        f"dense/{name}": tensor.detach().numpy() for name, tensor in student.state_dict().items()
+    }
     found |= {f"adapter/{name}": tensor.numpy() for name, tensor in adapter.state_dict().items()}
     for name, table in tables.tables().items():
         found[f"tables/{name}"] = table.numpy()
@@ -99,30 +129,44 @@ OPTIMIZER = {"optimizer": {"table_lr": 0.05, "dense_lr": 1e-3, "dense_weight_dec
 
 
 def test_learns_what_plain_torch_learns(groups: dict[int, Workers]) -> None:
-    """Wrong: the tables stay as they are, or the optimizers are not row-wise Adagrad and AdamW at the set rates."""
+    """Wrong: the tables stay as they are, or the optimizers are not row-wise Adagrad and AdamW at
+    the set rates."""
     case = Case(trainer=OPTIMIZER, arm=None, batches=(64, 64, 64), model=steps.MLP)
     found = groups[1].run(steps.train, case)[0]
     fresh = LocalTables(SCHEMA, case.model, steps.SEED).tables()
     for name in SCHEMA.tables:
         assert (found[f"momentum/{name}"] > 0).any(), name
         assert not np.array_equal(found[f"tables/{name}"], fresh[name].numpy()), name
-    expected = plain_torch(case, lambda logits, labels, _: labels_objective_B(logits.serving_BT, labels).mean(), nn.Module())
+    expected = plain_torch(
+        case,
+        lambda logits, labels, _: labels_objective_B(logits.serving_BT, labels).mean(),
+        nn.Module(),
+    )
     assert_close(found, expected, **TOLERANCE)
 
 
 def test_two_tasks_learn_what_plain_torch_learns(groups: dict[int, Workers]) -> None:
-    """Wrong: a task learns labels, predictions or an adapter's targets of another, or the adapter's target contains its labels."""
+    """Wrong: a task learns labels, predictions or an adapter's targets of another, or the adapter's
+    target contains its labels."""
     case = Case(trainer=OPTIMIZER, arm=Objective.AH_SA, batches=(64, 64, 64), tasks=(1, 0))
     mlps = Adapter(SAConfig(), 2, steps.SEED).mlps
 
-    def loss(logits: Logits, labels: Tensor, teacher: Tensor) -> Tensor:
+    def loss(
+        logits: Logits,
+        labels: Tensor,
+        teacher: Tensor,
+    ) -> Tensor:
         total = torch.zeros(())
         for output, task in enumerate(case.tasks):
             z_s, z_d, z_a = (logit[:, output] for logit in logits)
-            y, p, z = labels[:, task], teacher[:, task], torch.logit(teacher[:, task])
+            y = labels[:, task]
+            p = teacher[:, task]
+            z = torch.logit(teacher[:, task])
             adapted = z + mlps[output](z[:, None])[:, 0]
             targets = {z_s: y, z_d: p, z_a: adapted.detach().sigmoid(), adapted: y}
-            total = total + sum(F.binary_cross_entropy_with_logits(z, target) for z, target in targets.items()) / len(case.tasks)
+            total = total + sum(
+                F.binary_cross_entropy_with_logits(z, target) for z, target in targets.items()
+            ) / len(case.tasks)
         return total
 
     expected = plain_torch(case, loss, nn.ModuleDict({"mlps": mlps}))
@@ -131,35 +175,68 @@ def test_two_tasks_learn_what_plain_torch_learns(groups: dict[int, Workers]) -> 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("world", "stage"), [(1, 0), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)])
-def test_goes_on_from_a_checkpoint_to_the_bit(groups: dict[int, Workers], tmp_path: Path, world: int, stage: int, precision: str) -> None:
-    """Wrong: a checkpoint lacks a part of the state (a moment, bf16's float32 weights, the tables' momentum, the adapter, its
-    optimizer, the moving average)."""
+def test_goes_on_from_a_checkpoint_to_the_bit(
+    groups: dict[int, Workers],
+    tmp_path: Path,
+    world: int,
+    stage: int,
+    precision: str,
+) -> None:
+    """Wrong: a checkpoint lacks a part of the state (a moment, bf16's float32 weights, the tables'
+    momentum, the adapter, its optimizer, the moving average)."""
     optimizer = {} if stage == 3 else {"ema": 0.9}
-    case = Case(trainer={"zero_stage": stage, "precision": precision, "optimizer": optimizer}, arm=Objective.AH_SA, tasks=(1, 0))
+    case = Case(
+        trainer={"zero_stage": stage, "precision": precision, "optimizer": optimizer},
+        arm=Objective.AH_SA,
+        tasks=(1, 0),
+    )
     for straight, resumed in groups[world].run(steps.resume, case, tmp_path, 4):
         assert_equal(resumed, straight)
 
 
-LAYOUTS = [(1, {"zero_stage": 0}), (2, {"zero_stage": 1}), (2, {"zero_stage": 2, "sharding": "table_wise"}), (2, {"zero_stage": 3})]
+LAYOUTS = [
+    (1, {"zero_stage": 0}),
+    (2, {"zero_stage": 1}),
+    (2, {"zero_stage": 2, "sharding": "table_wise"}),
+    (2, {"zero_stage": 3}),
+]
 
 
-@pytest.mark.parametrize(("saved", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")])
-def test_goes_on_with_other_workers_stages_and_sharding(groups: dict[int, Workers], tmp_path: Path, saved: int, precision: str) -> None:
-    """Wrong: a table, a moment or a weight is read from the wrong place when it was cut otherwise, or a part of it is lost."""
-    cases = [Case(trainer={**trainer, "precision": precision}, arm=Objective.AH_SA, tasks=(1, 0)) for _, trainer in LAYOUTS]
+@pytest.mark.parametrize(
+    ("saved", "precision"),
+    [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")],
+)
+def test_goes_on_with_other_workers_stages_and_sharding(
+    groups: dict[int, Workers],
+    tmp_path: Path,
+    saved: int,
+    precision: str,
+) -> None:
+    """Wrong: a table, a moment or a weight is read from the wrong place when it was cut otherwise,
+    or a part of it is lost."""
+    cases = [
+        Case(trainer={**trainer, "precision": precision}, arm=Objective.AH_SA, tasks=(1, 0))
+        for _, trainer in LAYOUTS
+    ]
     before = groups[LAYOUTS[saved][0]].run(steps.save_at, cases[saved], tmp_path, 4)[0]
     straight = groups[1].run(steps.train, cases[0])[0]
     for (world, _), case in zip(LAYOUTS, cases, strict=True):
         assert_equal(groups[world].run(steps.go_on, case, tmp_path, 4, True)[0], before)
         if precision == "fp32":
-            assert_close(groups[world].run(steps.go_on, case, tmp_path, 4)[0], straight, **TOLERANCE)
+            assert_close(
+                groups[world].run(steps.go_on, case, tmp_path, 4)[0], straight, **TOLERANCE
+            )
 
 
 @pytest.mark.parametrize("arm", [Objective.AH, Objective.AH_SA])
 @pytest.mark.parametrize("stage", ZERO)
-def test_heads_without_a_gradient(groups: dict[int, Workers], stage: int, arm: Objective) -> None:
-    """Wrong: the first windows, which have no supervision, fail or move the heads that nothing teaches yet; or the stages
-    of ZeRO disagree once supervision comes."""
+def test_heads_without_a_gradient(
+    groups: dict[int, Workers],
+    stage: int,
+    arm: Objective,
+) -> None:
+    """Wrong: the first windows, which have no supervision, fail or move the heads that nothing
+    teaches yet; or the stages of ZeRO disagree once supervision comes."""
     untaught = Case(trainer={"zero_stage": stage}, arm=arm, supervised_from=99)
     fresh = groups[1].run(steps.train, Case(arm=arm, batches=()))[0]
     found = groups[2].run(steps.train, untaught)[0]
@@ -174,7 +251,8 @@ def test_heads_without_a_gradient(groups: dict[int, Workers], stage: int, arm: O
 
 @pytest.mark.parametrize("rows", [1, 101])
 def test_evaluation_is_whole_on_rank_0(groups: dict[int, Workers], rows: int) -> None:
-    """Wrong: evaluation drops or repeats rows when they do not divide, or a worker's padding gets in."""
+    """Wrong: evaluation drops or repeats rows when they do not divide, or a worker's padding gets
+    in."""
     one = groups[1].run(steps.evaluate, Case(), rows)[0]
     two, nothing = groups[2].run(steps.evaluate, Case(), rows)
     assert nothing is None
@@ -185,17 +263,29 @@ def test_evaluation_is_whole_on_rank_0(groups: dict[int, Workers], rows: int) ->
 def test_bf16_learns(groups: dict[int, Workers]) -> None:
     """Wrong: bf16 fails, or is so coarse that training goes another way."""
     case = Case(arm=Objective.AH)
-    exact, coarse = (groups[1].run(steps.train, Case(trainer={"precision": p}, arm=Objective.AH))[0] for p in ("fp32", "bf16"))
+    exact, coarse = (
+        groups[1].run(steps.train, Case(trainer={"precision": p}, arm=Objective.AH))[0]
+        for p in ("fp32", "bf16")
+    )
     assert case.batches
     for name in exact:
-        # bf16 holds 8 bits: 0.4% of a value; gradients of one sign make Adam and Adagrad step by lr all the same
+        # bf16 holds 8 bits: 0.4% of a value; gradients of one sign make Adam and Adagrad step by lr
+        # all the same
         np.testing.assert_allclose(coarse[name], exact[name], atol=0.05, rtol=0.1, err_msg=name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
 def test_compiled_learns_the_same(groups: dict[int, Workers], stage: int) -> None:
-    """Wrong: torch.compile, under DeepSpeed, changes what is learnt, or stops learning. Slow: it compiles C++."""
+    """Wrong: torch.compile, under DeepSpeed, changes what is learnt, or stops learning. Slow: it
+    compiles C++."""
     eager = Case(trainer={"zero_stage": stage}, arm=None, model=steps.WUKONG, batches=(64, 64, 64))
-    compiled = Case(trainer={"zero_stage": stage, "compile": True}, arm=None, model=steps.WUKONG, batches=(64, 64, 64))
-    assert_close(groups[1].run(steps.train, compiled)[0], groups[1].run(steps.train, eager)[0], **TOLERANCE)
+    compiled = Case(
+        trainer={"zero_stage": stage, "compile": True},
+        arm=None,
+        model=steps.WUKONG,
+        batches=(64, 64, 64),
+    )
+    assert_close(
+        groups[1].run(steps.train, compiled)[0], groups[1].run(steps.train, eager)[0], **TOLERANCE
+    )

@@ -1,4 +1,5 @@
-"""Table rows made fresh again: to the bit, with their momentum and moving average, and no others."""
+"""Table rows made fresh again: to the bit, with their momentum and moving average, and no
+others."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from exfm_ray.models.embeddings import initial_table
 
 MODEL = MLPConfig(dim=4, mlp=(8,), embeddings={"ad": 2})
 ROWS = {
-    "user": np.array([1, 7, 49, 50, 51, 52, 99, 100]),  # on both workers; shards of 101 rows on two begin at 0 and 51
+    "user": np.array(
+        [1, 7, 49, 50, 51, 52, 99, 100]
+    ),  # on both workers; shards of 101 rows on two begin at 0 and 51
     "ad": np.array([0, 3, 25, 26, 27]),
     "keywords": np.arange(18),
 }
@@ -38,11 +41,19 @@ def reset(case: Case) -> list[dict[str, np.ndarray]]:
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_reset_rows_are_fresh_and_others_as_they_were(groups: dict[int, Workers], world: int, sharding: str, ema: float) -> None:
-    """Wrong: a shard resets another one's rows, or counts them from its own first; a row keeps its old momentum, and so hardly
-    learns for its new owner; or its old average is what is evaluated and published."""
+def test_reset_rows_are_fresh_and_others_as_they_were(
+    groups: dict[int, Workers],
+    world: int,
+    sharding: str,
+    ema: float,
+) -> None:
+    """Wrong: a shard resets another one's rows, or counts them from its own first; a row keeps its
+    old momentum, and so hardly learns for its new owner; or its old average is what is evaluated
+    and published."""
     trainer: dict[str, Any] = {"sharding": sharding, "optimizer": {"ema": ema}}
-    for before, after, evaluated in groups[world].run(reset, Case(trainer=trainer, arm=None, model=MODEL, batches=(64,) * 17)):
+    for before, after, evaluated in groups[world].run(
+        reset, Case(trainer=trainer, arm=None, model=MODEL, batches=(64,) * 17)
+    ):
         assert before.keys() == after.keys()
         for name, array in before.items():
             kind, _, table = name.partition("/")
@@ -54,7 +65,9 @@ def test_reset_rows_are_fresh_and_others_as_they_were(groups: dict[int, Workers]
                 fresh = initial_table(table, *array.shape, steps.SEED).numpy()
                 assert not np.array_equal(array[ROWS[table]], fresh[ROWS[table]])
                 expected[ROWS[table]] = fresh[ROWS[table]]
-                np.testing.assert_array_equal(evaluated[name][ROWS[table]], fresh[ROWS[table]], err_msg=name)
+                np.testing.assert_array_equal(
+                    evaluated[name][ROWS[table]], fresh[ROWS[table]], err_msg=name
+                )
                 assert (evaluated[name] == after[name]).all() == (ema == 0), name
             np.testing.assert_array_equal(after[name], expected, err_msg=name)
     assert set(ROWS) < set(SCHEMA.tables)
@@ -72,9 +85,11 @@ def learn_again(case: Case) -> dict[str, np.ndarray]:
 
 
 def test_learning_goes_on_after_a_reset(groups: dict[int, Workers]) -> None:
-    """Wrong: the kernels keep a copy of the rows, or of their momentum, that a reset does not reach, or workers reset differently."""
+    """Wrong: the kernels keep a copy of the rows, or of their momentum, that a reset does not
+    reach, or workers reset differently."""
     case = Case(arm=None, model=MODEL, batches=(64, 33))
-    one, two = groups[1].run(learn_again, case)[0], groups[2].run(learn_again, case)
+    one = groups[1].run(learn_again, case)[0]
+    two = groups[2].run(learn_again, case)
     for name, expected in one.items():
         np.testing.assert_array_equal(two[0][name], two[1][name], err_msg=name)
         # float32 sums in another order, enlarged by Adam as in test_engine

@@ -26,27 +26,50 @@ MODELS: dict[str, ModelConfig] = {
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_sharded_tables_equal_plain_tables(groups: dict[int, Workers], world: int, sharding: str, model: ModelConfig) -> None:
-    """Wrong: what is trained and what is exported or scores with the same weights see different embeddings, or a gradient goes to another row."""
+def test_sharded_tables_equal_plain_tables(
+    groups: dict[int, Workers],
+    world: int,
+    sharding: str,
+    model: ModelConfig,
+) -> None:
+    """Wrong: what is trained and what is exported or scores with the same weights see different
+    embeddings, or a gradient goes to another row."""
     sizes = (1, 5, 64)
-    plain, singles = LocalTables(SCHEMA, model, seed=steps.SEED), sum(slot.width for slot in Layout.from_config(model, SCHEMA).single)
+    plain = LocalTables(SCHEMA, model, seed=steps.SEED)
+    singles = sum(slot.width for slot in Layout.from_config(model, SCHEMA).single)
     for rank, (found, learnt) in enumerate(groups[world].run(steps.embed, sharding, model, sizes)):
         for size, embedded in zip(sizes, found, strict=True):
             expected = plain(to_batch(make_rows(size, seed=size + rank), SCHEMA)).detach().numpy()
-            np.testing.assert_array_equal(embedded[:, :singles], expected[:, :singles], err_msg="a row is what is stored, to the bit")
+            np.testing.assert_array_equal(
+                embedded[:, :singles],
+                expected[:, :singles],
+                err_msg="a row is what is stored, to the bit",
+            )
             # sums of at most 5 float32 values of size 0.05, in another order
             np.testing.assert_allclose(embedded, expected, rtol=1e-5, atol=1e-7)
         for name, (weight, momentum) in after_a_step(model, world, sizes[-1]).items():
             # one step of float32, whose sums over a batch are in another order
-            np.testing.assert_allclose(learnt[f"tables/{name}"], weight, rtol=1e-4, atol=1e-6, err_msg=name)
-            np.testing.assert_allclose(learnt[f"momentum/{name}"], momentum, rtol=1e-4, atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(
+                learnt[f"tables/{name}"], weight, rtol=1e-4, atol=1e-6, err_msg=name
+            )
+            np.testing.assert_allclose(
+                learnt[f"momentum/{name}"], momentum, rtol=1e-4, atol=1e-9, err_msg=name
+            )
 
 
-def after_a_step(model: ModelConfig, world: int, size: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Plain tables and momentum after a step of row-wise Adagrad on the mean of the workers' losses."""
-    plain, fresh = LocalTables(SCHEMA, model, seed=None), LocalTables(SCHEMA, model, seed=steps.SEED)
+def after_a_step(
+    model: ModelConfig,
+    world: int,
+    size: int,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Plain tables and momentum after a step of row-wise Adagrad on the mean of the workers'
+    losses."""
+    plain = LocalTables(SCHEMA, model, seed=None)
+    fresh = LocalTables(SCHEMA, model, seed=steps.SEED)
     for rank in range(world):
-        (steps.some_loss(fresh(to_batch(make_rows(size, seed=size + rank), SCHEMA))) / world).backward()
+        (
+            steps.some_loss(fresh(to_batch(make_rows(size, seed=size + rank), SCHEMA))) / world
+        ).backward()
     assert fresh.weight.grad is not None
     plain.weight.data.copy_(fresh.weight.grad)
     found = {}

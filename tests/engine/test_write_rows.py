@@ -1,4 +1,5 @@
-"""Rows given to sharded tables: to the bit, on every worker its own, with their momentum and moving average, and no others."""
+"""Rows given to sharded tables: to the bit, on every worker its own, with their momentum and moving
+average, and no others."""
 
 from __future__ import annotations
 
@@ -15,17 +16,29 @@ from workers import Workers
 from exfm_ray.config.models import MLPConfig
 
 MODEL = MLPConfig(dim=4, mlp=(8,), embeddings={"ad": 2})
-IDS = {"user": [1, 7, 49, 50, 51, 52, 99, 100], "ad": [0, 3, 25, 26, 27], "keywords": list(range(18)), "hour": []}
+IDS = {
+    "user": [1, 7, 49, 50, 51, 52, 99, 100],
+    "ad": [0, 3, 25, 26, 27],
+    "keywords": list(range(18)),
+    "hour": [],
+}
 WIDTHS = {"user": 4, "ad": 8, "keywords": 4, "hour": 4}
 
 
 def given() -> dict[str, np.ndarray]:
     """float32 rows for IDS."""
     rng = np.random.default_rng(5)
-    return {name: rng.normal(size=(len(ids), WIDTHS[name])).astype(np.float32) for name, ids in IDS.items()}
+    return {
+        name: rng.normal(size=(len(ids), WIDTHS[name])).astype(np.float32)
+        for name, ids in IDS.items()
+    }
 
 
-def write_rows(case: Case, weight: float, momentum: bool) -> list[dict[str, np.ndarray]]:
+def write_rows(
+    case: Case,
+    weight: float,
+    momentum: bool,
+) -> list[dict[str, np.ndarray]]:
     """The state before and after rows are given, and the tables that are evaluated after it."""
     from exfm_ray.engine.tensor_store import RowUpdate
 
@@ -34,22 +47,42 @@ def write_rows(case: Case, weight: float, momentum: bool) -> list[dict[str, np.n
         group.learn(rows)
     engine = group.lanes[0].engine
     before = steps.state(group)
-    state = {name: torch.arange(len(ids), dtype=torch.float32) if momentum else None for name, ids in IDS.items()}
-    engine.give_rows({n: RowUpdate(np.array(IDS[n], np.int64), torch.from_numpy(r), state[n]) for n, r in given().items()}, weight)
+    state = {
+        name: torch.arange(len(ids), dtype=torch.float32) if momentum else None
+        for name, ids in IDS.items()
+    }
+    engine.give_rows(
+        {
+            n: RowUpdate(np.array(IDS[n], np.int64), torch.from_numpy(r), state[n])
+            for n, r in given().items()
+        },
+        weight,
+    )
     after = steps.state(group)
     with engine.ema_weights():
         return [before, after, steps.state(group)]
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize(("sharding", "ema", "weight", "momentum"), [
-    ("row_wise", 0.0, 1.0, False), ("row_wise", 0.9, 0.25, True), ("table_wise", 0.9, 1.0, True), ("table_wise", 0.0, 0.25, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sharding", "ema", "weight", "momentum"),
+    [
+        ("row_wise", 0.0, 1.0, False),
+        ("row_wise", 0.9, 0.25, True),
+        ("table_wise", 0.9, 1.0, True),
+        ("table_wise", 0.0, 0.25, False),
+    ],
+)
 def test_given_rows_are_written_and_no_others(
-    groups: dict[int, Workers], world: int, sharding: str, ema: float, weight: float, momentum: bool
+    groups: dict[int, Workers],
+    world: int,
+    sharding: str,
+    ema: float,
+    weight: float,
+    momentum: bool,
 ) -> None:
-    """Wrong: a shard takes another one's rows, or counts them from its own first; momentum is lost or not taken over; or the rows'
-    old average is what is evaluated."""
+    """Wrong: a shard takes another one's rows, or counts them from its own first; momentum is lost
+    or not taken over; or the rows' old average is what is evaluated."""
     trainer: dict[str, Any] = {"sharding": sharding, "optimizer": {"ema": ema}}
     case = Case(trainer=trainer, arm=None, model=MODEL, batches=(64,) * 9)
     for before, after, evaluated in groups[world].run(write_rows, case, weight, momentum):
@@ -60,12 +93,18 @@ def test_given_rows_are_written_and_no_others(
                 expected[IDS[table]] = np.arange(len(IDS[table]))
             if kind == "tables" and table in IDS:
                 own = array[IDS[table]].astype(np.float64)
-                expected[IDS[table]] = given()[table] if weight == 1 else own + weight * (given()[table] - own)
-                np.testing.assert_array_equal(evaluated[name][IDS[table]], after[name][IDS[table]], err_msg=name)
+                expected[IDS[table]] = (
+                    given()[table] if weight == 1 else own + weight * (given()[table] - own)
+                )
+                np.testing.assert_array_equal(
+                    evaluated[name][IDS[table]], after[name][IDS[table]], err_msg=name
+                )
             if weight == 1 or kind != "tables":
                 np.testing.assert_array_equal(after[name], expected, err_msg=name)
             else:
-                np.testing.assert_allclose(after[name], expected, rtol=1e-6, atol=1e-7, err_msg=name)  # one rounding of float32
+                np.testing.assert_allclose(
+                    after[name], expected, rtol=1e-6, atol=1e-7, err_msg=name
+                )  # one rounding of float32
     assert set(IDS) < set(SCHEMA.tables)
 
 
@@ -77,16 +116,33 @@ def write_stacked(weight: float, momentum: bool) -> list[tuple[np.ndarray, np.nd
     tables = StackedTables(SCHEMA, MODEL, [1, 2, 3], [0.1] * 3)
     tables.momentum_K += 0.5
     found = [(tables.weight_XKE.numpy().copy(), tables.momentum_K.numpy().copy())]
-    state = {name: torch.arange(len(ids), dtype=torch.float32) if momentum else None for name, ids in IDS.items()}
-    tables.write_rows({n: RowUpdate(np.array(IDS[n], np.int64), torch.from_numpy(r), state[n]) for n, r in given().items()}, weight)
+    state = {
+        name: torch.arange(len(ids), dtype=torch.float32) if momentum else None
+        for name, ids in IDS.items()
+    }
+    tables.write_rows(
+        {
+            n: RowUpdate(np.array(IDS[n], np.int64), torch.from_numpy(r), state[n])
+            for n, r in given().items()
+        },
+        weight,
+    )
     return [*found, (tables.weight_XKE.numpy(), tables.momentum_K.numpy())]
 
 
 @pytest.mark.parametrize(("weight", "momentum"), [(1.0, False), (0.25, True)])
-def test_models_side_by_side_are_all_given_the_rows(groups: dict[int, Workers], weight: float, momentum: bool) -> None:
-    """Wrong: a model of a stack is left out, or rows of tables with several embeddings for an id are misplaced."""
+def test_models_side_by_side_are_all_given_the_rows(
+    groups: dict[int, Workers],
+    weight: float,
+    momentum: bool,
+) -> None:
+    """Wrong: a model of a stack is left out, or rows of tables with several embeddings for an id
+    are misplaced."""
     (before, state), (after, state_after) = groups[1].run(write_stacked, weight, momentum)[0]
-    expected, expected_state, first, first_id = before.astype(np.float64), state.copy(), 0, 0
+    expected = before.astype(np.float64)
+    expected_state = state.copy()
+    first = 0
+    first_id = 0
     for name, rows in SCHEMA.tables.items():
         several = MODEL.embeddings.get(name, 1)
         for position, number in enumerate(IDS.get(name, [])):
@@ -96,7 +152,8 @@ def test_models_side_by_side_are_all_given_the_rows(groups: dict[int, Workers], 
                 expected[place] += weight * (new - expected[place])
             if momentum:
                 expected_state[first_id + number] = position
-        first, first_id = first + rows * several, first_id + rows
+        first = first + rows * several
+        first_id = first_id + rows
     np.testing.assert_allclose(after, expected, rtol=1e-6, atol=1e-7)  # one rounding of float32
     np.testing.assert_array_equal(state_after, expected_state)
     assert (after != before).any(axis=(0, 2)).all()

@@ -1,4 +1,5 @@
-"""A headless Chromium, spoken to over its DevTools protocol with aiohttp, which Ray brings along."""
+"""A headless Chromium, spoken to over its DevTools protocol with aiohttp, which Ray brings
+along."""
 
 from __future__ import annotations
 
@@ -25,14 +26,23 @@ def browser_path() -> str | None:
 
 @dataclass
 class Seen:
-    """What a page did: what the script that was asked gave, its errors and warnings, what it asked the network for."""
+    """What a page did: what the script that was asked gave, its errors and warnings, what it asked
+    the network for."""
 
     value: Any = None
     complaints: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
 
-def look(page: Path, script: str, folder: Path, width: int = 1200, height: int = 900, dark: bool = False, picture: Path | None = None) -> Seen:
+def look(
+    page: Path,
+    script: str,
+    folder: Path,
+    width: int = 1200,
+    height: int = 900,
+    dark: bool = False,
+    picture: Path | None = None,
+) -> Seen:
     """Open a page of this width, wait until plotly has drawn, and evaluate a script in it.
 
     Args:
@@ -41,13 +51,23 @@ def look(page: Path, script: str, folder: Path, width: int = 1200, height: int =
     """
     path = browser_path()
     assert path
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions"]
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-extensions",
+    ]
     process = subprocess.Popen(
         [path, *flags, "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
-        return asyncio.run(asyncio.wait_for(_look(page, script, folder, (width, height), dark, picture), WAIT_S))
+        return asyncio.run(
+            asyncio.wait_for(_look(page, script, folder, (width, height), dark, picture), WAIT_S)
+        )
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -55,8 +75,16 @@ def look(page: Path, script: str, folder: Path, width: int = 1200, height: int =
         process.kill()
 
 
-async def _look(page: Path, script: str, folder: Path, size: tuple[int, int], dark: bool, picture: Path | None) -> Seen:
-    port_file, started = folder / "DevToolsActivePort", time.monotonic()
+async def _look(
+    page: Path,
+    script: str,
+    folder: Path,
+    size: tuple[int, int],
+    dark: bool,
+    picture: Path | None,
+) -> Seen:
+    port_file = folder / "DevToolsActivePort"
+    started = time.monotonic()
     while not port_file.exists() or port_file.read_text().count("\n") < 1:
         assert time.monotonic() - started < WAIT_S, "the browser does not start"
         await asyncio.sleep(0.05)
@@ -68,17 +96,35 @@ async def _look(page: Path, script: str, folder: Path, size: tuple[int, int], da
             talk = _Talk(socket)
             for domain in ("Page", "Runtime", "Log", "Network"):
                 await talk.ask(f"{domain}.enable")
-            metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size[0] < 600}
+            metrics = {
+                "width": size[0],
+                "height": size[1],
+                "deviceScaleFactor": 1,
+                "mobile": size[0] < 600,
+            }
             await talk.ask("Emulation.setDeviceMetricsOverride", **metrics)
-            await talk.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+            await talk.ask(
+                "Emulation.setEmulatedMedia",
+                features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+            )
             await talk.ask("Page.navigate", url=page.resolve().as_uri())
             drawn = "document.readyState === 'complete' && [...document.querySelectorAll('.js-plotly-plot')].every(e => e.querySelector('.main-svg'))"
             while not await talk.value(drawn):
                 await asyncio.sleep(0.1)
-            await asyncio.sleep(0.3)  # plotly fits figures to the page once more after it has drawn them
-            seen = Seen(await talk.value(script), talk.complaints, [url for url in talk.requests if url != page.resolve().as_uri()])
+            await asyncio.sleep(
+                0.3
+            )  # plotly fits figures to the page once more after it has drawn them
+            seen = Seen(
+                await talk.value(script),
+                talk.complaints,
+                [url for url in talk.requests if url != page.resolve().as_uri()],
+            )
             if picture:
-                picture.write_bytes(base64.b64decode((await talk.ask("Page.captureScreenshot", format="png"))["data"]))
+                picture.write_bytes(
+                    base64.b64decode(
+                        (await talk.ask("Page.captureScreenshot", format="png"))["data"]
+                    )
+                )
             return seen
 
 
@@ -86,7 +132,8 @@ class _Talk:
     """Questions to a tab, and what it says meanwhile."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        self._socket, self._number = socket, 0
+        self._socket = socket
+        self._number = 0
         self.complaints: list[str] = []
         self.requests: list[str] = []
 
@@ -106,7 +153,8 @@ class _Talk:
         return answer["result"].get("value")
 
     def _hear(self, told: dict[str, Any]) -> None:
-        method, parameters = told.get("method"), told.get("params", {})
+        method = told.get("method")
+        parameters = told.get("params", {})
         if method == "Network.requestWillBeSent":
             url = parameters["request"]["url"]
             if not url.startswith("data:"):
@@ -114,6 +162,9 @@ class _Talk:
         elif (
             method == "Runtime.exceptionThrown"
             or (method == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"))
-            or (method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert"))
+            or (
+                method == "Runtime.consoleAPICalled"
+                and parameters["type"] in ("error", "warning", "assert")
+            )
         ):
             self.complaints.append(str(parameters))

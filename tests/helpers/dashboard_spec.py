@@ -41,13 +41,17 @@ def logged(runs: Iterable[OfflineRun]) -> set[str]:
     found: set[str] = set()
     for run in runs:
         found |= {key for point in run.history for key in point} | run.summary.keys()
-        found |= {f"summary:{key}" for key in run.summary} | {f"config:{path}" for path in _paths(run.config)}
+        found |= {f"summary:{key}" for key in run.summary} | {
+            f"config:{path}" for path in _paths(run.config)
+        }
     return found
 
 
 def _paths(config: Any) -> set[str]:
     """Settings as wandb keeps them: below each one of the first level stands `value`."""
-    return {f"{first}.value{rest}" for first, section in config.items() for rest in _relative(section)}
+    return {
+        f"{first}.value{rest}" for first, section in config.items() for rest in _relative(section)
+    }
 
 
 def _relative(node: Any) -> set[str]:

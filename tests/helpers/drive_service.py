@@ -1,4 +1,5 @@
-"""A driver that has a stream labelled on a Ray of its own: `python tests/das/drive.py FOLDER`, killed and started again by test_faults."""
+"""A driver that has a stream labelled on a Ray of its own: `python tests/das/drive.py FOLDER`,
+killed and started again by test_faults."""
 
 from __future__ import annotations
 
@@ -22,5 +23,10 @@ def order_in(folder: Path) -> LabelingSpec:
 if __name__ == "__main__":
     order = order_in(Path(sys.argv[1]))
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    label(order, EventStream.open(order.stream_root).windows(), lambda window, rows: None, lambda: None)
+    label(
+        order,
+        EventStream.open(order.stream_root).windows(),
+        lambda window, rows: None,
+        lambda: None,
+    )
     ray.shutdown()

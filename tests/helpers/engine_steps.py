@@ -1,4 +1,5 @@
-"""What the engine's workers run: a lane of one arm that learns global batches, and what its state is afterwards."""
+"""What the engine's workers run: a lane of one arm that learns global batches, and what its state
+is afterwards."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ SEED = 3
 
 @dataclass(frozen=True)
 class Case:
-    """One training: settings, sizes of the global batches, which of them have supervision (all, or from one on), a VM's tasks."""
+    """One training: settings, sizes of the global batches, which of them have supervision (all, or
+    from one on), a VM's tasks."""
 
     trainer: dict[str, Any] = field(default_factory=dict)
     arm: Objective | None = Objective.LABELS
@@ -41,10 +43,17 @@ def global_batches(case: Case) -> list[pa.Table]:
     """The case's batches; teacher's predictions, for both tasks, are noisy labels."""
     rows = make_rows(sum(case.batches), seed=7)
     labels = list_values(rows["labels"], len(SCHEMA.tasks))
-    p = (0.2 + 0.5 * labels + 0.1 * np.random.default_rng(1).random(labels.shape)).astype(np.float32)
-    augmented = rows.append_column(TEACHER_COLUMN, pa.FixedSizeListArray.from_arrays(pa.array(p.ravel()), len(SCHEMA.tasks)))
+    p = (0.2 + 0.5 * labels + 0.1 * np.random.default_rng(1).random(labels.shape)).astype(
+        np.float32
+    )
+    augmented = rows.append_column(
+        TEACHER_COLUMN, pa.FixedSizeListArray.from_arrays(pa.array(p.ravel()), len(SCHEMA.tasks))
+    )
     starts = np.cumsum((0, *case.batches))
-    pieces = [(augmented if i >= case.supervised_from else rows).slice(s, n) for i, (s, n) in enumerate(zip(starts, case.batches, strict=False))]
+    pieces = [
+        (augmented if i >= case.supervised_from else rows).slice(s, n)
+        for i, (s, n) in enumerate(zip(starts, case.batches, strict=False))
+    ]
     return pieces
 
 
@@ -59,13 +68,30 @@ def make_group(case: Case) -> Any:
     from exfm_ray.training.group import BatchGroup
     from exfm_ray.training.model_trainer import ModelTrainer
 
-    config, distillation = VMConfig(**case.trainer), DistillationConfig()
+    config = VMConfig(**case.trainer)
+    distillation = DistillationConfig()
     tasks = (0, 1) if case.arm is None else case.tasks
     device = torch.device("cpu")
-    student = Student(build_network(case.model, SCHEMA, len(tasks), SEED), case.arm or Objective.LABELS, distillation, SEED)
+    student = Student(
+        build_network(case.model, SCHEMA, len(tasks), SEED),
+        case.arm or Objective.LABELS,
+        distillation,
+        SEED,
+    )
     engine = Engine(SCHEMA, config, student, case.model, SEED, device)
-    adapter = ReplicatedModule(Adapter(distillation.sa, len(tasks), SEED), distillation.sa.lr, device) if case.arm is Objective.AH_SA else None
-    lane = ModelTrainer("m", Arm(case.arm) if case.arm else None, tasks, engine, Weights.from_config(distillation), adapter)
+    adapter = (
+        ReplicatedModule(Adapter(distillation.sa, len(tasks), SEED), distillation.sa.lr, device)
+        if case.arm is Objective.AH_SA
+        else None
+    )
+    lane = ModelTrainer(
+        "m",
+        Arm(case.arm) if case.arm else None,
+        tasks,
+        engine,
+        Weights.from_config(distillation),
+        adapter,
+    )
     return BatchGroup(SCHEMA, [lane], None, 64, device, tasks, len(SCHEMA.tasks))
 
 
@@ -74,13 +100,19 @@ def state(group: Any) -> dict[str, np.ndarray]:
     lane = group.lanes[0]
     found = {f"dense/{name}": tensor.numpy() for name, tensor in lane.engine.dense_state().items()}
     if lane.adapter:
-        found |= {f"adapter/{name}": tensor.numpy().copy() for name, tensor in lane.adapter.module.state_dict().items()}
+        found |= {
+            f"adapter/{name}": tensor.numpy().copy()
+            for name, tensor in lane.adapter.module.state_dict().items()
+        }
     return found | whole(lane.engine.tables)
 
 
 def whole(tables: Any) -> dict[str, np.ndarray]:
     """All tables and their momentum, gathered from all workers."""
-    mine = [(s.table, s.first_row, s.weight_RW.numpy().copy(), s.momentum_R.numpy().copy()) for s in tables.shards()]
+    mine = [
+        (s.table, s.first_row, s.weight_RW.numpy().copy(), s.momentum_R.numpy().copy())
+        for s in tables.shards()
+    ]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     shards = sorted((shard for part in everyone for shard in part), key=lambda shard: shard[:2])
@@ -88,7 +120,9 @@ def whole(tables: Any) -> dict[str, np.ndarray]:
     for table in SCHEMA.tables:
         own = [shard for shard in shards if shard[0] == table]
         found[f"tables/{table}"] = np.concatenate([weight for _, _, weight, _ in own])
-        found[f"momentum/{table}"] = np.concatenate([momentum.reshape(-1) for _, _, _, momentum in own])
+        found[f"momentum/{table}"] = np.concatenate(
+            [momentum.reshape(-1) for _, _, _, momentum in own]
+        )
     return found
 
 
@@ -101,12 +135,17 @@ def train(case: Case) -> dict[str, np.ndarray]:
 
 
 def evaluate(case: Case, rows: int) -> dict[str, np.ndarray] | None:
-    """Train, then predict rows not learnt: ids in the order they come back, and their logits; None but on rank 0."""
+    """Train, then predict rows not learnt: ids in the order they come back, and their logits; None
+    but on rank 0."""
     group = make_group(case)
     for batch in global_batches(case):
         group.learn(batch)
     result = group.gather([group.evaluate(make_rows(rows, seed=9))])
-    return None if result is None else {"logits": result.logits[group.lanes[0].name], "groups": result.group_N}
+    return (
+        None
+        if result is None
+        else {"logits": result.logits[group.lanes[0].name], "groups": result.group_N}
+    )
 
 
 def write_state(group: Any, folder: Path) -> None:
@@ -124,10 +163,16 @@ def saved_parts(folder: Path) -> Any:
     return ShardedTensors.open(sorted(folder.glob("*.safetensors")))
 
 
-def resume(case: Case, folder: Path, cut: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The state after learning straight on, and after saving at `cut` and going on in a fresh lane."""
+def resume(
+    case: Case,
+    folder: Path,
+    cut: int,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The state after learning straight on, and after saving at `cut` and going on in a fresh
+    lane."""
     batches = global_batches(case)
-    straight, fresh = make_group(case), make_group(case)
+    straight = make_group(case)
+    fresh = make_group(case)
     for rows in batches[:cut]:
         straight.learn(rows)
     write_state(straight, folder)
@@ -138,7 +183,11 @@ def resume(case: Case, folder: Path, cut: int) -> tuple[dict[str, np.ndarray], d
     return state(straight), state(fresh)
 
 
-def save_at(case: Case, folder: Path, cut: int) -> dict[str, np.ndarray]:
+def save_at(
+    case: Case,
+    folder: Path,
+    cut: int,
+) -> dict[str, np.ndarray]:
     """Learn `cut` batches, save; the state."""
     group = make_group(case)
     for rows in global_batches(case)[:cut]:
@@ -147,7 +196,12 @@ def save_at(case: Case, folder: Path, cut: int) -> dict[str, np.ndarray]:
     return state(group)
 
 
-def go_on(case: Case, folder: Path, cut: int, restored: bool = False) -> dict[str, np.ndarray]:
+def go_on(
+    case: Case,
+    folder: Path,
+    cut: int,
+    restored: bool = False,
+) -> dict[str, np.ndarray]:
     """The state after going on from what `save_at` wrote; or, `restored`, as it was read."""
     group = make_group(case)
     group.lanes[0].restore(saved_parts(folder))
@@ -156,13 +210,20 @@ def go_on(case: Case, folder: Path, cut: int, restored: bool = False) -> dict[st
     return state(group)
 
 
-def embed(sharding: str, model: ModelConfig, sizes: Sequence[int]) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-    """Embedded rows of batches of equal length on every worker, sharded; the tables after a step on `some_loss` of the last."""
+def embed(
+    sharding: str,
+    model: ModelConfig,
+    sizes: Sequence[int],
+) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """Embedded rows of batches of equal length on every worker, sharded; the tables after a step on
+    `some_loss` of the last."""
     from exfm_ray.data.batch import to_batch
     from exfm_ray.engine.tables import ShardedTables
 
     tables = ShardedTables(SCHEMA, VMConfig(sharding=sharding), model, SEED, torch.device("cpu"))
-    embedded = [tables(to_batch(make_rows(size, seed=size + dist.get_rank()), SCHEMA)) for size in sizes]
+    embedded = [
+        tables(to_batch(make_rows(size, seed=size + dist.get_rank()), SCHEMA)) for size in sizes
+    ]
     some_loss(embedded[-1]).backward()
     return [tensor.detach().numpy() for tensor in embedded], whole(tables)
 

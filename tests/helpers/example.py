@@ -24,31 +24,50 @@ SCHEMA = Schema(
 )
 
 
-def make_rows(rows: int, seed: int, first_id: int = 0, schema: Schema = SCHEMA) -> pa.Table:
+def make_rows(
+    rows: int,
+    seed: int,
+    first_id: int = 0,
+    schema: Schema = SCHEMA,
+) -> pa.Table:
     """Random packed rows of SCHEMA in which user, ad, hour and age say something of the labels."""
     rng = np.random.default_rng(seed)
     ids = np.stack([rng.integers(0, f.rows, rows) for f in schema.single], axis=1)
     ids[:, -1] = 1 + rng.choice(len(schema.domains), rows, p=[0.6, 0.3, 0.1])
     dense = rng.normal(size=(rows, len(schema.dense))).astype(np.float32)
-    logit = np.sin(ids[:, 0]) + np.cos(ids[:, 1]) * np.sin(ids[:, 2] / 4) + dense[:, 0] - ids[:, -1] / 2
+    logit = (
+        np.sin(ids[:, 0]) + np.cos(ids[:, 1]) * np.sin(ids[:, 2] / 4) + dense[:, 0] - ids[:, -1] / 2
+    )
     click = rng.random(rows) < 1 / (1 + np.exp(-logit))
     conversion = click & (rng.random(rows) < 0.4)
-    lists = {f.name: [rng.integers(0, f.rows, rng.integers(0, f.max_length + 1)) for _ in range(rows)] for f in schema.bags}
+    lists = {
+        f.name: [rng.integers(0, f.rows, rng.integers(0, f.max_length + 1)) for _ in range(rows)]
+        for f in schema.bags
+    }
     labels = np.stack([click, conversion], axis=1).astype(np.float32)
     return pa.table(
         {
             "example_id": np.arange(first_id, first_id + rows, dtype=np.int64),
             "event_time": np.arange(first_id, first_id + rows, dtype=np.int64),
             "domain": (ids[:, -1] - 1).astype(np.int32),
-            "labels": pa.FixedSizeListArray.from_arrays(pa.array(labels.ravel()), len(schema.tasks)),
-            "sparse": pa.FixedSizeListArray.from_arrays(pa.array(ids.astype(np.int32).ravel()), len(schema.single)),
+            "labels": pa.FixedSizeListArray.from_arrays(
+                pa.array(labels.ravel()), len(schema.tasks)
+            ),
+            "sparse": pa.FixedSizeListArray.from_arrays(
+                pa.array(ids.astype(np.int32).ravel()), len(schema.single)
+            ),
             "dense": pa.FixedSizeListArray.from_arrays(pa.array(dense.ravel()), len(schema.dense)),
             **{name: pa.array(values, pa.list_(pa.int32())) for name, values in lists.items()},
         }
     )
 
 
-def make_stream(root: AnyPath, windows: int = 3, rows: int = 1000, fragment_rows: int = 400) -> EventStream:
+def make_stream(
+    root: AnyPath,
+    windows: int = 3,
+    rows: int = 1000,
+    fragment_rows: int = 400,
+) -> EventStream:
     """A committed stream of random rows."""
     writer = StreamWriter(root, SCHEMA, {"made": "by the tests"}, fragment_rows)
     for window in range(windows):

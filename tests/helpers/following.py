@@ -19,7 +19,12 @@ SPEC: dict[str, Any] = {
     "files": "events_*.parquet",
     "event_time": {"column": "at", "unit": "ms"},
     "example_id": "id",
-    "schema": {"features": [{"name": "user", "rows": 50}], "dense": [{"name": "price"}], "tasks": ["seen", "click", "buy"], "group_by": "user"},
+    "schema": {
+        "features": [{"name": "user", "rows": 50}],
+        "dense": [{"name": "price"}],
+        "tasks": ["seen", "click", "buy"],
+        "group_by": "user",
+    },
 }
 DATA: dict[str, Any] = {
     "source": "table",
@@ -31,27 +36,57 @@ DATA: dict[str, Any] = {
 }
 
 
-def make_log(windows: int, rows: int, seed: int) -> tuple[pa.Table, pa.Table]:
-    """Events over `windows` hours and their labels: of a click after minutes, of a purchase after hours."""
+def make_log(
+    windows: int,
+    rows: int,
+    seed: int,
+) -> tuple[pa.Table, pa.Table]:
+    """Events over `windows` hours and their labels: of a click after minutes, of a purchase after
+    hours."""
     rng = np.random.default_rng(seed)
     count = windows * rows
     at = np.sort(rng.integers(0, windows * HOUR_MS, count))
     at[:: max(1, rows)] = np.arange(windows) * HOUR_MS  # none is empty
     at.sort()
     ids = rng.permutation(count) + 1000
-    events = pa.table({"id": ids, "at": at, "user": rng.integers(0, 30, count), "price": rng.normal(size=count), "seen": rng.integers(0, 2, count)})
+    events = pa.table(
+        {
+            "id": ids,
+            "at": at,
+            "user": rng.integers(0, 30, count),
+            "price": rng.normal(size=count),
+            "seen": rng.integers(0, 2, count),
+        }
+    )
     labels = []
     for task, share, mean_ms in (("click", 0.4, 400_000), ("buy", 0.2, HOUR_MS * 2)):
         chosen = rng.random(count) < share
         times = at[chosen] + rng.exponential(mean_ms, int(chosen.sum())).astype(np.int64)
-        labels.append(pa.table({"example_id": ids[chosen], "task": [task] * len(times), "label": np.ones(len(times), np.int8), "time_ms": times}))
+        labels.append(
+            pa.table(
+                {
+                    "example_id": ids[chosen],
+                    "task": [task] * len(times),
+                    "label": np.ones(len(times), np.int8),
+                    "time_ms": times,
+                }
+            )
+        )
     return events, pa.concat_tables(labels)
 
 
-def expected(events: pa.Table, labels: pa.Table, windows: int, attribution_s: dict[str, int]) -> dict[str, list[dict[int, int]]]:
-    """task -> for each window the ids it delivers, each with the window it is of: by the rule, label by label."""
+def expected(
+    events: pa.Table,
+    labels: pa.Table,
+    windows: int,
+    attribution_s: dict[str, int],
+) -> dict[str, list[dict[int, int]]]:
+    """task -> for each window the ids it delivers, each with the window it is of: by the rule,
+    label by label."""
     at = dict(zip(events["id"].to_pylist(), events["at"].to_pylist(), strict=True))
-    found: dict[str, list[dict[int, int]]] = {task: [{} for _ in range(windows)] for task in attribution_s}
+    found: dict[str, list[dict[int, int]]] = {
+        task: [{} for _ in range(windows)] for task in attribution_s
+    }
     for row in labels.to_pylist():
         own = at[row["example_id"]] // HOUR_MS
         for window in range(own, windows):
@@ -61,14 +96,23 @@ def expected(events: pa.Table, labels: pa.Table, windows: int, attribution_s: di
     return found
 
 
-def put(folder: Path, name: str, table: pa.Table) -> None:
+def put(
+    folder: Path,
+    name: str,
+    table: pa.Table,
+) -> None:
     """As a producer does: another name first."""
     folder.mkdir(exist_ok=True, parents=True)
     pq.write_table(table, folder / ".coming")
     (folder / ".coming").rename(folder / name)
 
 
-def lay_out(folder: Path, events: pa.Table, labels: pa.Table, pieces: int) -> None:
+def lay_out(
+    folder: Path,
+    events: pa.Table,
+    labels: pa.Table,
+    pieces: int,
+) -> None:
     """Everything in the folder, the end too."""
     for kind, table in (("events", events), ("labels", labels)):
         size = -(-table.num_rows // pieces)
@@ -77,12 +121,19 @@ def lay_out(folder: Path, events: pa.Table, labels: pa.Table, pieces: int) -> No
     (folder / "raw" / "_END").touch()
 
 
-def followed(folder: Path, name: str = "run", storage: str | None = None, **data: Any) -> Config:
+def followed(
+    folder: Path,
+    name: str = "run",
+    storage: str | None = None,
+    **data: Any,
+) -> Config:
     """A config that follows `folder`/raw."""
     spec = folder / "schema.yaml"
     spec.write_text(yaml.safe_dump(SPEC))
     settings = {**DATA, "root": folder / "raw", "schema_file": spec, **data}
-    return Config.model_validate({"name": name, "run": {"dir": folder / "runs", "storage": storage}, "data": settings})
+    return Config.model_validate(
+        {"name": name, "run": {"dir": folder / "runs", "storage": storage}, "data": settings}
+    )
 
 
 def contents(root: AnyPath) -> dict[str, bytes]:

@@ -1,7 +1,8 @@
-"""A run's roles one after the other in the engine's workers, without Ray: the same jobs, loop, scorer and stores.
+"""A run's roles one after the other in the engine's workers, without Ray: the same jobs, loop,
+scorer and stores.
 
-Only the feed is another one, which reads the same fragments in the same order in the worker itself. It takes 2 s where
-Ray takes 40; one test holds the two equal.
+Only the feed is another one, which reads the same fragments in the same order in the worker itself.
+It takes 2 s where Ray takes 40; one test holds the two equal.
 """
 
 from __future__ import annotations
@@ -52,25 +53,38 @@ class DiedError(Exception):
     """Stands for a kill."""
 
 
-def train(job: Job, windows: Sequence[int], dies_at: int | None, batches: int | None = None) -> None:
+def train(
+    job: Job,
+    windows: Sequence[int],
+    dies_at: int | None,
+    batches: int | None = None,
+) -> None:
     """A worker's part of a job, from its latest checkpoint on.
 
     Args:
-        dies_at: ends in that window: after its figures, before its checkpoint, or after so many `batches` of it.
+        dies_at: ends in that window: after its figures, before its checkpoint, or after so many
+            `batches` of it.
     """
     done = job.checkpoints.latest()
-    report = LocalReport(job.config.folder / "metrics.jsonl", job.name) if dist.get_rank() == 0 else None
+    report = (
+        LocalReport(job.config.folder / "metrics.jsonl", job.name) if dist.get_rank() == 0 else None
+    )
     dist.barrier()
     worker = Worker(job, None, report, torch.device("cpu"))
     worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, done))  # type: ignore[assignment]
-    save, on_batch_end = worker._save, worker._between
+    save = worker._save
+    on_batch_end = worker._between
 
     def dying_save(mark: Any, window: int | None) -> None:
         if window == dies_at and not mark.examples:
             raise DiedError
         save(mark, window)
 
-    def dying_between(work: Any, under: Any, group: int) -> None:
+    def dying_between(
+        work: Any,
+        under: Any,
+        group: int,
+    ) -> None:
         on_batch_end(work, under, group)
         if work.window == dies_at and under.batches == batches:
             raise DiedError
@@ -108,7 +122,13 @@ def run_locally(groups: dict[int, Workers], config: Config) -> dict[str, Any]:
     return PipelineRunner(config, stream).summarise()
 
 
-def with_inputs(base: Config, folder: Path, name: str, *parts: str, **changes: Any) -> Config:
+def with_inputs(
+    base: Config,
+    folder: Path,
+    name: str,
+    *parts: str,
+    **changes: Any,
+) -> Config:
     """A run that finds stream, and what else is named, of the undisturbed one."""
     config = small_config(folder, name, **changes)
     for part in ("stream", *parts):

@@ -1,4 +1,5 @@
-"""The service in this process, without Ray: the pool's place is taken by one scorer, so that tests of what it decides take no seconds."""
+"""The service in this process, without Ray: the pool's place is taken by one scorer, so that tests
+of what it decides take no seconds."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ class LocalPool:
     """One scorer that has done what it is given at once."""
 
     def __init__(self, order: LabelingSpec) -> None:
-        self._scorer, self._came, self.members = Scorer(order), [], []
+        self._scorer = Scorer(order)
+        self._came = []
+        self.members = []
 
     def resize(self, fragments: int) -> None:
         """There is one."""
@@ -36,7 +39,9 @@ class LocalPool:
     def submit(self, work: ScoreTask) -> bool:
         """Score it here; errors come back as they do from an actor."""
         try:
-            self._came.append(Completion(work, self._scorer.score(work.window, work.fragment, work.version)))
+            self._came.append(
+                Completion(work, self._scorer.score(work.window, work.fragment, work.version))
+            )
         except Exception as error:
             self._came.append(Completion(work, error=error))
         return True
@@ -52,7 +57,8 @@ class LocalPool:
 
     def collect(self, ready: Sequence[Any]) -> list[Completion]:
         """All that is done."""
-        came, self._came = self._came, []
+        came = self._came
+        self._came = []
         return came
 
 
@@ -82,7 +88,11 @@ def until(holds: Callable[[], Any]) -> Any:
     return value
 
 
-def finish(asked: Service, order: LabelingSpec, windows: Sequence[int]) -> dict[int, int]:
+def finish(
+    asked: Service,
+    order: LabelingSpec,
+    windows: Sequence[int],
+) -> dict[int, int]:
     """Ask for windows and wait for them as a client does; the rows that were scored of each."""
     before = (asked.progress(CLIENT) or {"rows": {}})["rows"]
     asked.ask(CLIENT, windows)
@@ -101,5 +111,11 @@ def finish(asked: Service, order: LabelingSpec, windows: Sequence[int]) -> dict[
     told = asked.progress(CLIENT)
     assert told
     if left():
-        raise UserError(failure_message(order, {window: told["parked"][window] for window in left()}))
-    return {window: rows - before.get(window, 0) for window, rows in told["rows"].items() if rows > before.get(window, 0)}
+        raise UserError(
+            failure_message(order, {window: told["parked"][window] for window in left()})
+        )
+    return {
+        window: rows - before.get(window, 0)
+        for window, rows in told["rows"].items()
+        if rows > before.get(window, 0)
+    }

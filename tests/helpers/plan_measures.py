@@ -1,4 +1,5 @@
-"""What the engine's workers measure for the test of plans: the bytes of the tensors that a real training holds."""
+"""What the engine's workers measure for the test of plans: the bytes of the tensors that a real
+training holds."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from exfm_ray.schema import Schema
 
 def nbytes(tensors: Iterable[Tensor], but: Iterable[Tensor] = ()) -> int:
     """Of the storages under tensors, each counted once, but for those under others."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
+    }
     others = {tensor.untyped_storage().data_ptr() for tensor in but}
     return sum(size for address, size in storages.items() if address not in others)
 
@@ -31,8 +34,17 @@ def measure(fm: FMConfig, schema: Schema) -> dict[str, Any]:
     from exfm_ray.models.network import build_network
 
     network = build_network(fm.model, schema, len(schema.tasks), seed=1)
-    engine = Engine(schema, fm, Student(network, Objective.LABELS, DistillationConfig(), 1), fm.model, 1, torch.device("cpu"))
-    batch = to_batch(make_rows(fm.batch_size // fm.workers, seed=dist.get_rank(), schema=schema), schema)
+    engine = Engine(
+        schema,
+        fm,
+        Student(network, Objective.LABELS, DistillationConfig(), 1),
+        fm.model,
+        1,
+        torch.device("cpu"),
+    )
+    batch = to_batch(
+        make_rows(fm.batch_size // fm.workers, seed=dist.get_rank(), schema=schema), schema
+    )
     saved: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -52,14 +64,21 @@ def measure(fm: FMConfig, schema: Schema) -> dict[str, Any]:
     optimizer = getattr(engine.dense.optimizer, "optimizer", engine.dense.optimizer)
     weights = [getattr(parameter, "ds_tensor", parameter) for parameter in module.parameters()]
     groups = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    stepped = getattr(engine.dense.optimizer, "fp32_partitioned_groups_flat", groups)  # of stage 3, between two steps
+    stepped = getattr(
+        engine.dense.optimizer, "fp32_partitioned_groups_flat", groups
+    )  # of stage 3, between two steps
     shards = list(engine.tables.shards())
     return {
         "tables": sum(shard.weight_RW.nbytes for shard in shards),
         "row-wise Adagrad": sum(shard.momentum_R.nbytes for shard in shards),
         "dense weights": nbytes(weights),
         "float32 masters": nbytes(stepped, but=weights),
-        "Adam": nbytes(value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)),
+        "Adam": nbytes(
+            value
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ),
         "moving average": nbytes(engine._average.averages) if engine._average else 0,
         "activations": activations,
         "gradients": gradients,

@@ -16,13 +16,32 @@ MODEL = MLPConfig(dim=4, mlp=(8,))
 
 
 def publish(
-    root: AnyPath, version: int, schema: Schema = SCHEMA, named: int | None = None, scale: float = 1.0, model: ModelConfig = MODEL
+    root: AnyPath,
+    version: int,
+    schema: Schema = SCHEMA,
+    named: int | None = None,
+    scale: float = 1.0,
+    model: ModelConfig = MODEL,
 ) -> SnapshotStore:
-    """Version `version` of teacher fm, weights drawn from `version`; `named`: the version that its manifest tells; the tables are
-    multiplied by `scale`."""
+    """Version `version` of teacher fm, weights drawn from `version`; `named`: the version that its
+    manifest tells; the tables are multiplied by `scale`."""
     store = SnapshotStore(root, "fm")
     folder = store.folder(version)
-    write_tables(folder, 0, {f"{name}@0": table * scale for name, table in LocalTables(schema, model, seed=version).tables().items()})
+    write_tables(
+        folder,
+        0,
+        {
+            f"{name}@0": table * scale
+            for name, table in LocalTables(schema, model, seed=version).tables().items()
+        },
+    )
     network = build_network(model, schema, len(schema.tasks), version)
-    commit_model(folder, model, schema, schema.tasks, network.state_dict(), {"teacher": "fm", "version": named or version})
+    commit_model(
+        folder,
+        model,
+        schema,
+        schema.tasks,
+        network.state_dict(),
+        {"teacher": "fm", "version": named or version},
+    )
     return store

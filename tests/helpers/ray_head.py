@@ -36,7 +36,8 @@ WANDB_KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Head:
-    """`ray start --head` with token authentication and its own folder, ports and processes; `home` is its EXFM_HOME."""
+    """`ray start --head` with token authentication and its own folder, ports and processes; `home`
+    is its EXFM_HOME."""
 
     def __init__(self, cpus: int, labels: str = "") -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="exfm-head-"))  # short: sockets lie in it
@@ -46,30 +47,69 @@ class Head:
         self.token.write_text(secrets.token_hex(32))
         self.port, self.dashboard_port, client, agent = free_ports(4)
         self.url = f"http://127.0.0.1:{self.dashboard_port}"
-        bare = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))}
+        bare = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("RAY_", "PYTHONPATH"))
+        }
         self.environment = bare | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
             "RAY_health_check_period_ms": "1000",  # a dead node is found after 5 s, not 15
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # Ray Train sees the loss of a node up to 20 s late
-            "RAY_prestart_worker_first_driver": "0",  # workers started ahead lack a job's code and are thrown away
+            # Ray Train sees the loss of a node up to 20 s late
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+            # Workers started ahead lack a job's code and are thrown away
+            "RAY_prestart_worker_first_driver": "0",
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), bare["PATH"]]),
             "EXFM_HOME": str(self.home),
             "WANDB_API_KEY": WANDB_KEY,
         }
         self._nodes: list[subprocess.Popen[bytes]] = []
-        ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", f"--ray-client-server-port={client}"]
-        dashboard = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={agent}"]
-        self._start(["--head", *ports, *dashboard, f"--num-cpus={cpus}", f"--labels={labels}", f"--temp-dir={self.folder / 'ray'}"])
+        ports = [
+            f"--port={self.port}",
+            f"--dashboard-port={self.dashboard_port}",
+            f"--ray-client-server-port={client}",
+        ]
+        dashboard = [
+            "--include-dashboard=true",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-agent-listen-port={agent}",
+        ]
+        self._start(
+            [
+                "--head",
+                *ports,
+                *dashboard,
+                f"--num-cpus={cpus}",
+                f"--labels={labels}",
+                f"--temp-dir={self.folder / 'ray'}",
+            ]
+        )
         self._wait()
 
-    def _start(self, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def _start(
+        self, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         """A node whose processes all descend from the one returned."""
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory=200000000", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--block",
+            "--object-store-memory=200000000",
+            *arguments,
+        ]
         log = (self.folder / f"node{len(self._nodes)}.log").open("wb")
-        node = subprocess.Popen(command, env={**self.environment, **(environment or {})}, stdout=log, stderr=log, cwd=self.folder)
+        node = subprocess.Popen(
+            command,
+            env={**self.environment, **(environment or {})},
+            stdout=log,
+            stderr=log,
+            cwd=self.folder,
+        )
         self._nodes.append(node)
         return node
 
@@ -78,7 +118,10 @@ class Head:
         while time.monotonic() < ends:
             assert self._nodes[0].poll() is None, (self.folder / "node0.log").read_text()
             try:
-                if self.get("/api/jobs/", self.token.read_text()).status_code == 200 and self.alive():
+                if (
+                    self.get("/api/jobs/", self.token.read_text()).status_code == 200
+                    and self.alive()
+                ):
                     return
             except requests.ConnectionError:
                 pass
@@ -87,7 +130,11 @@ class Head:
 
     def get(self, path: str, token: str | None = None) -> requests.Response:
         """GET of the head's HTTP server, with or without a token."""
-        return requests.get(self.url + path, headers={"Authorization": f"Bearer {token}"} if token else {}, timeout=10)
+        return requests.get(
+            self.url + path,
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=10,
+        )
 
     def processes(self) -> list[psutil.Process]:
         """All processes of the nodes."""
@@ -98,16 +145,28 @@ class Head:
         """`run.py submit` against this head."""
         command = [sys.executable, "run.py", "submit", "--address", self.url, *arguments]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=REPOSITORY, env=self.environment | environment, stdout=pipe, stderr=pipe, text=True)
+        return subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=self.environment | environment,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+        )
 
     def join(self, cpus: int, labels: str = "") -> subprocess.Popen[bytes]:
         """Another node on this machine; returns when the head counts it."""
-        ports, before = [f"--dashboard-agent-listen-port={free_ports(1)[0]}"], self.alive()
+        ports = [f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
+        before = self.alive()
         address = f"{socket.gethostbyname(socket.gethostname())}:{self.port}"
-        node = self._start([f"--address={address}", f"--num-cpus={cpus}", f"--labels={labels}", *ports])
+        node = self._start(
+            [f"--address={address}", f"--num-cpus={cpus}", f"--labels={labels}", *ports]
+        )
         ends = time.monotonic() + START_S
         while self.alive() <= before:
-            assert time.monotonic() < ends and node.poll() is None, (self.folder / f"node{len(self._nodes) - 1}.log").read_text()
+            assert time.monotonic() < ends and node.poll() is None, (
+                self.folder / f"node{len(self._nodes) - 1}.log"
+            ).read_text()
             time.sleep(0.5)
         return node
 
@@ -118,12 +177,17 @@ class Head:
 
     def told(self, what: str) -> list[dict[str, Any]]:
         """Ray's own list of all actors or tasks, those that have ended, too."""
-        rows: list[dict[str, Any]] = self.get(f"/api/v0/{what}?limit=5000&detail=1", self.token.read_text()).json()["data"]["result"]["result"]
+        rows: list[dict[str, Any]] = self.get(
+            f"/api/v0/{what}?limit=5000&detail=1", self.token.read_text()
+        ).json()["data"]["result"]["result"]
         return rows
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
         """End a node at once, with all its processes."""
-        for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+        for process in [
+            *psutil.Process(node.pid).children(recursive=True),
+            psutil.Process(node.pid),
+        ]:
             process.kill()
 
     def stop(self) -> None:

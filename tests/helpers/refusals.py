@@ -9,8 +9,13 @@ import pytest
 from exfm_ray.cli.main import main
 
 
-def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> str:
-    """Run a command that must be refused: exit code 2, one line on stderr, nothing changed on disk; the line."""
+def refused(
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
+    *arguments: object,
+) -> str:
+    """Run a command that must be refused: exit code 2, one line on stderr, nothing changed on disk;
+    the line."""
     before = content(folder)
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2

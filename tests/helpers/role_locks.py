@@ -13,7 +13,9 @@ from pathlib import Path
 def held(folder: Path, *roles: str) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds roles; it has a child that outlives it."""
     command = [sys.executable, "-c", HOLDER, str(folder), *roles]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout
     heir = int(process.stdout.readline())
     try:

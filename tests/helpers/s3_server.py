@@ -1,4 +1,5 @@
-"""A real S3 server on this machine: moto's, in a process of its own, without which no test here may reach an account."""
+"""A real S3 server on this machine: moto's, in a process of its own, without which no test here may
+reach an account."""
 
 from __future__ import annotations
 
@@ -14,7 +15,11 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 BUCKET = "tests"
-ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "of-the-tests", "AWS_SECRET_ACCESS_KEY": "hidden-in-the-tests", "AWS_EC2_METADATA_DISABLED": "true"}
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "of-the-tests",
+    "AWS_SECRET_ACCESS_KEY": "hidden-in-the-tests",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 START_S = 120
 
 
@@ -35,11 +40,26 @@ class S3:
 
     def url(self, prefix: str, bucket: str = BUCKET) -> str:
         """For the setting run.storage."""
-        return f"s3://{bucket}/{prefix}?endpoint_override={self.address}&scheme=http&region=us-east-1"
+        return (
+            f"s3://{bucket}/{prefix}?endpoint_override={self.address}&scheme=http&region=us-east-1"
+        )
 
-    def ask(self, path: str, method: str, data: bytes = b"") -> None:
+    def ask(
+        self,
+        path: str,
+        method: str,
+        data: bytes = b"",
+    ) -> None:
         """A request without credentials."""
-        urlopen(Request(f"http://{self.address}/{path}", data=data, method=method, headers={"Content-Type": "text/plain"}), timeout=30).close()
+        urlopen(
+            Request(
+                f"http://{self.address}/{path}",
+                data=data,
+                method=method,
+                headers={"Content-Type": "text/plain"},
+            ),
+            timeout=30,
+        ).close()
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
@@ -52,7 +72,9 @@ class S3:
 
     def requests(self) -> list[str]:
         """What it was asked so far: method and address of each request."""
-        return [line.split('"')[1] for line in self.log.read_text().splitlines() if line.count('"') >= 2]
+        return [
+            line.split('"')[1] for line in self.log.read_text().splitlines() if line.count('"') >= 2
+        ]
 
 
 @contextmanager
@@ -61,7 +83,11 @@ def s3_server(folder: Path) -> Iterator[S3]:
     port = free_port()
     server = S3(f"127.0.0.1:{port}", folder / "moto.log")
     with server.log.open("w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            stdout=log,
+            stderr=log,
+        )
     try:
         deadline = time.monotonic() + START_S
         while True:
@@ -69,7 +95,9 @@ def s3_server(folder: Path) -> Iterator[S3]:
                 server.ask(BUCKET, "PUT")
                 break
             except OSError:  # not up yet, or busy
-                assert process.poll() is None and time.monotonic() < deadline, server.log.read_text()
+                assert process.poll() is None and time.monotonic() < deadline, (
+                    server.log.read_text()
+                )
                 time.sleep(0.1)
         yield server
     finally:

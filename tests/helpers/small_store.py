@@ -1,4 +1,5 @@
-"""python small_store.py BYTES: read blocks of so many bytes through a feed, on a Ray whose object store has 80 MB; print what came."""
+"""python small_store.py BYTES: read blocks of so many bytes through a feed, on a Ray whose object
+store has 80 MB; print what came."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from exfm_ray.data.readers import WindowPass
 from exfm_ray.data.stream import Fragment
 
 STORE = 80_000_000
-WORKERS, WINDOWS, FRAGMENTS = 2, 2, 6
+WORKERS = 2
+WINDOWS = 2
+FRAGMENTS = 6
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,27 @@ class Blocks:
 
     def fragments(self, work: WindowPass) -> Sequence[Fragment]:
         numbers = range(work.window * FRAGMENTS, (work.window + 1) * FRAGMENTS)
-        return [Fragment(file=str(number), rows=self.bytes // 8, bytes=self.bytes, domain_rows=()) for number in numbers]
+        return [
+            Fragment(file=str(number), rows=self.bytes // 8, bytes=self.bytes, domain_rows=())
+            for number in numbers
+        ]
 
     def read(self, work: WindowPass, fragment: Fragment) -> pa.Table:
         return pa.table({"number": np.full(fragment.rows, int(fragment.file))})
 
 
 @ray.remote(num_cpus=0)
-def consume(feed: object, worker: int, reader: Blocks, passes: Sequence[WindowPass]) -> list[tuple[int, int, int]]:
-    """First and last value and rows of every block, the last few blocks kept as a training loop may keep them."""
-    client, found, kept = FeedClient(feed, worker), [], list[pa.Table]()
+def consume(
+    feed: object,
+    worker: int,
+    reader: Blocks,
+    passes: Sequence[WindowPass],
+) -> list[tuple[int, int, int]]:
+    """First and last value and rows of every block, the last few blocks kept as a training loop may
+    keep them."""
+    client = FeedClient(feed, worker)
+    found = []
+    kept = list[pa.Table]()
     for work in passes:
         for table in client.fragments(len(reader.fragments(work))):
             numbers = table["number"]
@@ -53,9 +67,14 @@ def consume(feed: object, worker: int, reader: Blocks, passes: Sequence[WindowPa
 
 def main() -> None:
     ray.init(num_cpus=3, object_store_memory=STORE, include_dashboard=False, log_to_driver=False)
-    reader, passes = Blocks(int(sys.argv[1])), [WindowPass(window, "learn") for window in range(WINDOWS)]
+    reader = Blocks(int(sys.argv[1]))
+    passes = [WindowPass(window, "learn") for window in range(WINDOWS)]
     feed = Feed.options(max_concurrency=WORKERS + 2).remote(reader, passes, WORKERS, 60)  # type: ignore[attr-defined]
-    print(json.dumps(ray.get([consume.remote(feed, worker, reader, passes) for worker in range(WORKERS)])))
+    print(
+        json.dumps(
+            ray.get([consume.remote(feed, worker, reader, passes) for worker in range(WORKERS)])
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -20,14 +20,34 @@ from exfm_ray.stores.supervision import SupervisionStore
 BATCH = 150
 
 
-def make_order(folder: AnyPath, store: str = "supervision", log: Path | None = None, **das: Any) -> LabelingSpec:
-    """The order over <folder>/stream with the snapshots in <folder>/snapshots. `log`: for a remote folder."""
+def make_order(
+    folder: AnyPath,
+    store: str = "supervision",
+    log: Path | None = None,
+    **das: Any,
+) -> LabelingSpec:
+    """The order over <folder>/stream with the snapshots in <folder>/snapshots. `log`: for a remote
+    folder."""
     settings = DASConfig(batch_size=BATCH, threads=1, **das)
-    supervision, log = SupervisionStore(folder / store, "fm"), log or Path(str(folder)) / store / "timeline.jsonl"
-    return LabelingSpec(folder / "stream", SnapshotStore(folder / "snapshots", "fm"), supervision, settings, log, False)
+    supervision = SupervisionStore(folder / store, "fm")
+    log = log or Path(str(folder)) / store / "timeline.jsonl"
+    return LabelingSpec(
+        folder / "stream",
+        SnapshotStore(folder / "snapshots", "fm"),
+        supervision,
+        settings,
+        log,
+        False,
+    )
 
 
-def make_place(folder: AnyPath, windows: int = 3, rows: int = 1000, fragment_rows: int = 400, versions: int | None = None) -> AnyPath:
+def make_place(
+    folder: AnyPath,
+    windows: int = 3,
+    rows: int = 1000,
+    fragment_rows: int = 400,
+    versions: int | None = None,
+) -> AnyPath:
     """A folder with a stream and a snapshot for each of its windows (or `versions`)."""
     make_stream(folder / "stream", windows, rows, fragment_rows)
     for version in range(1, (windows if versions is None else versions + 1)):
@@ -36,9 +56,13 @@ def make_place(folder: AnyPath, windows: int = 3, rows: int = 1000, fragment_row
 
 
 def written(order: LabelingSpec) -> dict[str, bytes]:
-    """All files of the supervision, by their paths; the list of parked ones and the log left out."""
+    """All files of the supervision, by their paths; the list of parked ones and the log left
+    out."""
     root = order.store.root / order.store.teacher
-    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in sorted(root.glob("window=*/*"), key=str)}
+    return {
+        f"{path.parent.name}/{path.name}": path.read_bytes()
+        for path in sorted(root.glob("window=*/*"), key=str)
+    }
 
 
 def scored(order: LabelingSpec) -> list[AnyPath]:
@@ -48,8 +72,11 @@ def scored(order: LabelingSpec) -> list[AnyPath]:
 
 def undisturbed(order: LabelingSpec) -> dict[str, bytes]:
     """What one scorer in this process writes into a store beside, window by window."""
-    other = replace(order, store=replace(order.store, root=order.store.root.with_name("undisturbed")))
-    stream, scorer = EventStream.open(order.stream_root), Scorer(other)
+    other = replace(
+        order, store=replace(order.store, root=order.store.root.with_name("undisturbed"))
+    )
+    stream = EventStream.open(order.stream_root)
+    scorer = Scorer(other)
     for window in stream.windows():
         version = order.policy.version(window)
         if version is not None and order.snapshots.has(version):

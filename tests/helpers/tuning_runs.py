@@ -1,4 +1,5 @@
-"""A tiny run whose FM and DAS are done, for the tests of sweeps, and trials in the engine's workers."""
+"""A tiny run whose FM and DAS are done, for the tests of sweeps, and trials in the engine's
+workers."""
 
 from __future__ import annotations
 
@@ -37,7 +38,11 @@ SWEEP: dict[str, Any] = {
 }
 
 
-def taught(groups: dict[int, Workers], folder: Path, **changes: Any) -> Config:
+def taught(
+    groups: dict[int, Workers],
+    folder: Path,
+    **changes: Any,
+) -> Config:
     """A run of which FM and DAS are done."""
     models = [{"name": name, "domain": name, "task": "click"} for name in ("feed", "search")]
     config = small_config(folder, "taught", vm={"models": models}, **changes)
@@ -47,9 +52,22 @@ def taught(groups: dict[int, Workers], folder: Path, **changes: Any) -> Config:
     return config
 
 
-def trials(config: Config, student: str, arm: str, members: Sequence[Settings], count_from: int, last: int, seeds: int = 1) -> list[list[Outcome]]:
-    """Of each counted window, the outcomes of trainings that learn together over windows 0 to `last`: each member's with each seed."""
+def trials(
+    config: Config,
+    student: str,
+    arm: str,
+    members: Sequence[Settings],
+    count_from: int,
+    last: int,
+    seeds: int = 1,
+) -> list[list[Outcome]]:
+    """Of each counted window, the outcomes of trainings that learn together over windows 0 to
+    `last`: each member's with each seed."""
     found = next(s for s in config.vm.models if s.name == student)
     windows = range(last + 1)
-    jobs = [trial_job(config, found, arm, settings, count_from, seed) for settings in members for seed in range(seeds)]
+    jobs = [
+        trial_job(config, found, arm, settings, count_from, seed)
+        for settings in members
+        for seed in range(seeds)
+    ]
     return list(learn(jobs, StudentRows.read_from(config, found, windows), windows))[count_from:]

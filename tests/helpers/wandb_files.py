@@ -30,18 +30,28 @@ def run_files(folder: Path) -> dict[str, Path]:
 
 
 class OfflineRun:
-    """A run: how it began (`start`), its `config`, `metrics` (name -> step axis), `history`, `summary`, `exit`, its `artifacts`
-    (references: file -> where it lies); without wandb's own keys."""
+    """A run: how it began (`start`), its `config`, `metrics` (name -> step axis), `history`,
+    `summary`, `exit`, its `artifacts` (references: file -> where it lies); without wandb's own
+    keys."""
 
     def __init__(self, path: Path) -> None:
         command = [sys.executable, "-m", "wandb", "leet", "inspect", str(path), "--json"]
-        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+        lines = subprocess.run(
+            command, check=True, capture_output=True, text=True
+        ).stdout.splitlines()
         self.records: list[Record] = [json.loads(line) for line in lines]
         (self.start,) = self._of("run")
         self.config = _plain(self.start["config"]["update"])
-        self.metrics = {one.get("name") or one["glob_name"]: one.get("step_metric") for one in self._of("metric")}
+        self.metrics = {
+            one.get("name") or one["glob_name"]: one.get("step_metric")
+            for one in self._of("metric")
+        }
         self.history = [_plain(record["item"]) for record in self._of("history")]
-        self.summary = {key: value for record in self._of("summary") for key, value in _plain(record.get("update", {})).items()}
+        self.summary = {
+            key: value
+            for record in self._of("summary")
+            for key, value in _plain(record.get("update", {})).items()
+        }
         self.exit = self._of("exit")
         self.artifacts = [_artifact(record) for record in self._of("artifact")]
 
@@ -55,7 +65,12 @@ def _plain(items: Record) -> Record:
 
 def _artifact(record: Record) -> Record:
     references = {entry["path"]: entry["ref"] for entry in record["manifest"]["contents"]}
-    return {"type": record["type"], "name": record["name"], "metadata": json.loads(record["metadata"]), "references": references}
+    return {
+        "type": record["type"],
+        "name": record["name"],
+        "metadata": json.loads(record["metadata"]),
+        "references": references,
+    }
 
 
 def content(folder: Path) -> bytes:

@@ -57,20 +57,39 @@ def apply(text: str, diff: str) -> str:
 
 
 def test_add_your_own(tmp_path: Path) -> None:
-    """Wrong: who does what the page says gets an error, a model that learns nothing, or has to write more than it promises."""
-    (model,), (config, registry), (settings,) = blocks(RECIPE, "python"), blocks(RECIPE, "diff"), blocks(RECIPE, "yaml")
+    """Wrong: who does what the page says gets an error, a model that learns nothing, or has to
+    write more than it promises."""
+    (model,), (config, registry), (settings,) = (
+        blocks(RECIPE, "python"),
+        blocks(RECIPE, "diff"),
+        blocks(RECIPE, "yaml"),
+    )
     written = [line for block in (model, settings) for line in block.splitlines()]
-    written += [line[1:] for diff in (config, registry) for line in diff.splitlines() if line[0] == "+"]
+    written += [
+        line[1:] for diff in (config, registry) for line in diff.splitlines() if line[0] == "+"
+    ]
     assert sum(bool(line.strip()) for line in written) <= 30
-    shutil.copytree(ROOT / "exfm_ray", tmp_path / "exfm_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "exfm_ray", tmp_path / "exfm_ray", ignore=shutil.ignore_patterns("__pycache__")
+    )
     places = re.findall(r"`(exfm_ray/\S+\.py)`", RECIPE)
     assert len(places) == 3
     (tmp_path / places[0]).write_text(model)
     for place, diff in zip(places[1:], (config, registry), strict=True):
         (tmp_path / place).write_text(apply((tmp_path / place).read_text(), diff))
     (tmp_path / "try.yaml").write_text(settings)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "tests" / "helpers")]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", TRAIN], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "tests" / "helpers")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     modules, losses = zip(*(line.split() for line in done.stdout.splitlines()), strict=True)
     assert set(modules) == {"exfm_ray.models.gated"}
@@ -81,7 +100,9 @@ def test_every_model_and_setting_is_named() -> None:
     """Wrong: the page leaves out a model or a setting, or names one that is gone."""
     rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", OVERVIEW, flags=re.MULTILINE))
     shared = set(BackboneConfig.model_fields)
-    own = {c.model_fields["type"].default: set(c.model_fields) - shared - {"type"} for c in BACKBONES}
+    own = {
+        c.model_fields["type"].default: set(c.model_fields) - shared - {"type"} for c in BACKBONES
+    }
     assert {name: set(re.findall(r"`(\w+)`", row)) for name, row in rows.items()} == own
     (sentence,) = re.findall(r"^All have (.*?)`exfm_ray", OVERVIEW, flags=re.DOTALL | re.MULTILINE)
     assert shared <= set(re.findall(r"`(\w+)`", sentence))
@@ -91,4 +112,7 @@ def test_the_example_of_settings_is_valid() -> None:
     """Wrong: the page's first example is refused."""
     (example,) = blocks(OVERVIEW, "yaml")
     config = Config.model_validate({"name": "page", **yaml.safe_load(example)})
-    assert [student.model.type if student.model else config.vm.model.type for student in config.vm.models] == ["mlp", "din"]
+    assert [
+        student.model.type if student.model else config.vm.model.type
+        for student in config.vm.models
+    ] == ["mlp", "din"]

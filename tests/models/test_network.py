@@ -8,13 +8,18 @@ from exfm_ray.config.models import MLPConfig
 from exfm_ray.models.network import Head, build_network
 from exfm_ray.schema import DenseFeature, Schema, SparseFeature
 
-SCHEMA = Schema(features=(SparseFeature(name="u", rows=9),), dense=(DenseFeature(name="d"),), tasks=("click", "buy"))
+SCHEMA = Schema(
+    features=(SparseFeature(name="u", rows=9),),
+    dense=(DenseFeature(name="d"),),
+    tasks=("click", "buy"),
+)
 
 
 def test_logits() -> None:
     """Wrong: the logits are not the head of the features, or tasks share one output."""
     network = build_network(MLPConfig(dim=4), SCHEMA, 2, seed=0)
-    x, dense = torch.randn(5, 2, 4), torch.randn(5, 1)
+    x = torch.randn(5, 2, 4)
+    dense = torch.randn(5, 1)
     logits = network(x, dense)
     assert logits.shape == (5, 2) and not torch.allclose(logits[:, 0], logits[:, 1])
     assert torch.equal(logits, network.head(network.features(x, dense)))

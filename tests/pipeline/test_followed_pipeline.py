@@ -1,4 +1,5 @@
-"""`pipeline` over a stream that grows while it runs: what it learns, and when, is what one learns who finds the whole stream."""
+"""`pipeline` over a stream that grows while it runs: what it learns, and when, is what one learns
+who finds the whole stream."""
 
 from __future__ import annotations
 
@@ -22,46 +23,89 @@ from exfm_ray.pipeline.preflight import follow_stream
 from exfm_ray.storage.atomic import read_json
 from exfm_ray.tracking.recorder import read_metrics
 
-WINDOWS, WAIT_S = 5, 240
+WINDOWS = 5
+WAIT_S = 240
 BREAK_MS = int(3.5 * HOUR_MS)
 CHANGES: dict[str, Any] = {
     "das": {"max_actors": 1},
     "vm": {
-        "arms": ["labels", "ah_sa"], "shared_pass": False,
-        "models": [{"name": "clicks", "domain": "all", "task": "click"}, {"name": "buys", "domain": "all", "task": "buy"}],
+        "arms": ["labels", "ah_sa"],
+        "shared_pass": False,
+        "models": [
+            {"name": "clicks", "domain": "all", "task": "click"},
+            {"name": "buys", "domain": "all", "task": "buy"},
+        ],
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
-def test_a_stream_that_grows(cluster: None, groups: dict[int, Workers], tmp_path: Path) -> None:
-    """Wrong: a pipeline over an open stream ends too soon or never, learns what is not released, or has other figures than over the whole."""
-    raw, spec, file = tmp_path / "raw", tmp_path / "schema.yaml", tmp_path / "run.yaml"
+def test_a_stream_that_grows(
+    cluster: None,
+    groups: dict[int, Workers],
+    tmp_path: Path,
+) -> None:
+    """Wrong: a pipeline over an open stream ends too soon or never, learns what is not released, or
+    has other figures than over the whole."""
+    raw = tmp_path / "raw"
+    spec = tmp_path / "schema.yaml"
+    file = tmp_path / "run.yaml"
     spec.write_text(yaml.safe_dump(SPEC))
     data = {**DATA, "root": str(raw), "schema_file": str(spec)}
-    file.write_text(yaml.safe_dump(merged({**SETTINGS, "data": data}, {**CHANGES, "run": {"dir": str(tmp_path / "runs")}})))
+    file.write_text(
+        yaml.safe_dump(
+            merged({**SETTINGS, "data": data}, {**CHANGES, "run": {"dir": str(tmp_path / "runs")}})
+        )
+    )
     config = load_config(file)
     events, labels = make_log(WINDOWS, 300, seed=4)
 
-    def hand_over(number: int, start_ms: float, end_ms: float) -> None:
+    def hand_over(
+        number: int,
+        start_ms: float,
+        end_ms: float,
+    ) -> None:
         for kind, table, column in (("labels", labels, "time_ms"), ("events", events, "at")):
-            put(raw, f"{kind}_{number}.parquet", table.filter(pc.and_(pc.greater_equal(table[column], start_ms), pc.less(table[column], end_ms))))
+            put(
+                raw,
+                f"{kind}_{number}.parquet",
+                table.filter(
+                    pc.and_(
+                        pc.greater_equal(table[column], start_ms), pc.less(table[column], end_ms)
+                    )
+                ),
+            )
 
     seen: list[set[tuple[str, int]]] = []
 
     def produce() -> None:
-        """The rest comes when what is there has been learnt: of clicks two windows, of all tasks one."""
+        """The rest comes when what is there has been learnt: of clicks two windows, of all tasks
+        one."""
         deadline = time.monotonic() + WAIT_S
-        while ("clicks", 1) not in (found := {(row["model"], row["window"]) for row in read_metrics(config.folder / "metrics.jsonl")}):
+        while ("clicks", 1) not in (
+            found := {
+                (row["model"], row["window"])
+                for row in read_metrics(config.folder / "metrics.jsonl")
+            }
+        ):
             assert time.monotonic() < deadline
             time.sleep(0.1)
         time.sleep(2.0)  # nothing more comes of what is there
-        seen.append(found | {(row["model"], row["window"]) for row in read_metrics(config.folder / "metrics.jsonl")})
+        seen.append(
+            found
+            | {
+                (row["model"], row["window"])
+                for row in read_metrics(config.folder / "metrics.jsonl")
+            }
+        )
         hand_over(1, BREAK_MS, float("inf"))
         (raw / "_END").touch()
 
     hand_over(0, 0, BREAK_MS)
-    threads = [threading.Thread(target=work, daemon=True) for work in (lambda: follow_stream(config), produce)]
+    threads = [
+        threading.Thread(target=work, daemon=True)
+        for work in (lambda: follow_stream(config), produce)
+    ]
     threads[0].start()
     while not (config.folder / "stream" / "window=002" / "manifest.json").exists():
         time.sleep(0.1)

@@ -31,14 +31,21 @@ def write_truth(stream: EventStream, window: int) -> np.ndarray:
     truth = np.random.default_rng(window).uniform(0.05, 0.9, (rows, 2)).astype(np.float32)
     path = stream.root / "truth" / f"{window_name(window)}.parquet"
     path.parent.mkdir(exist_ok=True)
-    pq.write_table(pa.table({task: truth[:, i] for i, task in enumerate(stream.schema.tasks)}), path)
+    pq.write_table(
+        pa.table({task: truth[:, i] for i, task in enumerate(stream.schema.tasks)}), path
+    )
     return truth
 
 
 def test_best_ne_is_that_of_the_truth(stream: EventStream) -> None:
-    """Wrong: the bound is of other rows, another task or another domain, or counts windows of the warm-up."""
+    """Wrong: the bound is of other rows, another task or another domain, or counts windows of the
+    warm-up."""
     truth = np.concatenate([write_truth(stream, window) for window in (0, 1, 2)][1:])
-    tables = [stream.read(window, fragment) for window in (1, 2) for fragment in stream.window(window).fragments]
+    tables = [
+        stream.read(window, fragment)
+        for window in (1, 2)
+        for fragment in stream.window(window).fragments
+    ]
     labels = np.concatenate([list_values(table["labels"], 2) for table in tables])
     domain = np.concatenate([table["domain"].to_numpy() for table in tables])
     found = oracle_ne(stream, [1, 2])
@@ -46,7 +53,9 @@ def test_best_ne_is_that_of_the_truth(stream: EventStream) -> None:
         assert found["all", task] == pytest.approx(ne_of(truth[:, i], labels[:, i]), rel=1e-9)
         for j, name in enumerate(stream.schema.domains):
             chosen = domain == j
-            assert found[name, task] == pytest.approx(ne_of(truth[chosen, i], labels[chosen, i]), rel=1e-9)
+            assert found[name, task] == pytest.approx(
+                ne_of(truth[chosen, i], labels[chosen, i]), rel=1e-9
+            )
     assert len(found) == 8
 
 
@@ -61,25 +70,47 @@ def state(quality: float) -> MetricState:
 
 
 def test_gains_compare_the_same_examples(stream: EventStream, tmp_path: Path) -> None:
-    """Wrong: a gain is over another arm, another domain's figures, or the ratio of gains is upside down; arms stand in another order than
-    the config's, labels first."""
-    states = {("vm", arm, "feed", "click"): state(q) for arm, q in (("ah", 0.5), ("labels", 1.0), ("kd", 1.5))}
+    """Wrong: a gain is over another arm, another domain's figures, or the ratio of gains is upside
+    down; arms stand in another order than the config's, labels first."""
+    states = {
+        ("vm", arm, "feed", "click"): state(q)
+        for arm, q in (("ah", 0.5), ("labels", 1.0), ("kd", 1.5))
+    }
     states |= {("fm", "fm", "feed", "click"): state(3.0), ("fm", "fm", "all", "click"): state(9.0)}
-    other_task = {("vm", arm, "feed", "conversion"): state(q) for arm, q in (("labels", 0.3), ("kd", 2.5), ("ah", 4.0))}
+    other_task = {
+        ("vm", arm, "feed", "conversion"): state(q)
+        for arm, q in (("labels", 0.3), ("kd", 2.5), ("ah", 4.0))
+    }
     states |= other_task | {("fm", "fm", "feed", "conversion"): state(0.7)}
     config = small_config(tmp_path, "x")
     told = summary_rows(config, stream, [JobResult(states, [])])
     assert len(told) == len(states)
-    assert [row["arm"] for row in told if row["model"] == "vm"] == ["labels", "labels", "kd", "kd", "ah", "ah"]
-    rows = {(row["model"], row["arm"], row["domain"]): row for row in told if row["task"] == "click"}
+    assert [row["arm"] for row in told if row["model"] == "vm"] == [
+        "labels",
+        "labels",
+        "kd",
+        "kd",
+        "ah",
+        "ah",
+    ]
+    rows = {
+        (row["model"], row["arm"], row["domain"]): row for row in told if row["task"] == "click"
+    }
     ne = {key: row["ne"] for key, row in rows.items()}
-    base, fm = ne["vm", "labels", "feed"], ne["fm", "fm", "feed"]
+    base = ne["vm", "labels", "feed"]
+    fm = ne["fm", "fm", "feed"]
     for arm in ("kd", "ah"):
         row = rows["vm", arm, "feed"]
         assert row["ne_gain"] == pytest.approx((base - row["ne"]) / base)
         assert row["transfer_ratio"] == pytest.approx((base - row["ne"]) / (base - fm))
-        assert row["snapshot"] == 2  # three windows with fm_lag 1: the last learnt, window 2, by version 2
-    assert rows["vm", "ah", "feed"]["transfer_ratio"] < 0 < rows["vm", "kd", "feed"]["transfer_ratio"]
+        assert (
+            row["snapshot"] == 2
+        )  # three windows with fm_lag 1: the last learnt, window 2, by version 2
+    assert (
+        rows["vm", "ah", "feed"]["transfer_ratio"] < 0 < rows["vm", "kd", "feed"]["transfer_ratio"]
+    )
     labels = rows["vm", "labels", "feed"]
-    assert labels["ne_gain"] == 0 and labels["transfer_ratio"] is None and labels["snapshot"] is None
+    assert (
+        labels["ne_gain"] == 0 and labels["transfer_ratio"] is None and labels["snapshot"] is None
+    )
     assert "ne_gain" not in rows["fm", "fm", "all"] and rows["fm", "fm", "feed"]["role"] == "fm"

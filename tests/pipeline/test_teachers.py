@@ -62,19 +62,25 @@ def chain(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_jobs_are_of_one_teacher_each(chain: Config) -> None:
-    """Wrong: a vertical model learns from another teacher than it names, or waits in a job for a teacher in the same job."""
+    """Wrong: a vertical model learns from another teacher than it names, or waits in a job for a
+    teacher in the same job."""
     jobs = vm_jobs(chain)
     assert [(job.name, job.teacher, [s.name for s in job.students]) for job in jobs] == [
-        ("vm", "fm", ["feed_fm", "search"]), ("vm-of-feed_fm", "feed_fm", ["feed"]),
-    ]  # fmt: skip
+        ("vm", "fm", ["feed_fm", "search"]),
+        ("vm-of-feed_fm", "feed_fm", ["feed"]),
+    ]
 
 
 def test_a_vertical_model_is_a_teacher(chain: Config) -> None:
-    """Wrong: the domain FM publishes another arm's weights or misses a window, or its supervision is of a snapshot that knows (rule 2)."""
+    """Wrong: the domain FM publishes another arm's weights or misses a window, or its supervision
+    is of a snapshot that knows (rule 2)."""
     stream = EventStream.open(chain.folder / "stream")
     das = Labeler(chain, stream, chain.teachers[0])
     assert das.snapshots.versions() == list(range(1, WINDOWS + 1))
-    last, exported = (load_model(folder)[0] for folder in (das.snapshots.folder(WINDOWS), chain.folder / "exported" / "feed_fm-ah"))
+    last, exported = (
+        load_model(folder)[0]
+        for folder in (das.snapshots.folder(WINDOWS), chain.folder / "exported" / "feed_fm-ah")
+    )
     for one, other in zip(last.parameters(), exported.parameters(), strict=True):
         assert torch.equal(one, other)
     for window in range(1, WINDOWS):
@@ -82,66 +88,114 @@ def test_a_vertical_model_is_a_teacher(chain: Config) -> None:
         assert manifest.tasks == ("click",) and das.store.manifest(window).snapshot == window
         for fragment in stream.window(window).fragments:
             written = pq.read_table(das.store.path(window, fragment))
-            expected = model.score(to_batch(stream.read(window, fragment), stream.schema))[:, 0].numpy()
-            np.testing.assert_allclose(written["prediction:click"].to_numpy(), expected, rtol=1e-6)  # other batches
+            expected = model.score(to_batch(stream.read(window, fragment), stream.schema))[
+                :, 0
+            ].numpy()
+            np.testing.assert_allclose(
+                written["prediction:click"].to_numpy(), expected, rtol=1e-6
+            )  # other batches
 
 
 def test_a_student_learns_from_the_teacher_it_names(chain: Config) -> None:
     """Wrong: `feed` learns from the FM's supervision although it names another teacher."""
     summary = PipelineRunner(chain, EventStream.open(chain.folder / "stream")).summarise()
-    ne = {(row["model"], row["arm"]): row["ne"] for row in summary["figures"] if row["role"] == "vm"}
-    assert ne["feed", "labels"] == ne["feed_fm", "labels"], "the same model and rows, and no teacher"
+    ne = {
+        (row["model"], row["arm"]): row["ne"] for row in summary["figures"] if row["role"] == "vm"
+    }
+    assert ne["feed", "labels"] == ne["feed_fm", "labels"], (
+        "the same model and rows, and no teacher"
+    )
     assert ne["feed", "ah"] != ne["feed_fm", "ah"], "the same model and rows, and two teachers"
     assert summary["roles"]["das-feed_fm"]["examples"] == 0, "timed only as a service"
 
 
 @pytest.mark.slow
-def test_a_chain_side_by_side_on_ray(cluster: None, chain: Config, tmp_path: Path) -> None:
-    """Wrong: side by side, FM, domain FM and vertical model wait for ever, or one learns from what another teacher has written."""
+def test_a_chain_side_by_side_on_ray(
+    cluster: None,
+    chain: Config,
+    tmp_path: Path,
+) -> None:
+    """Wrong: side by side, FM, domain FM and vertical model wait for ever, or one learns from what
+    another teacher has written."""
     config = small_config(tmp_path, "ray", **CHAIN)
     summary = run(config)
     assert metrics(config) == metrics(chain)
-    assert {name: role["examples"] for name, role in summary["roles"].items() if "das" in name} == {"das": 2700, "das-feed_fm": 2700}
+    assert {name: role["examples"] for name, role in summary["roles"].items() if "das" in name} == {
+        "das": 2700,
+        "das-feed_fm": 2700,
+    }
 
 
 def test_another_runs_fm_is_a_teacher(groups: dict[int, Workers], chain: Config) -> None:
     """Wrong: another run's snapshots are not found, score otherwise than there, or are removed."""
-    settings = {"fm": {"name": "own"}, "teachers": [{"name": "fm", "run": chain.folder}], "vm": {"models": []}}
+    settings = {
+        "fm": {"name": "own"},
+        "teachers": [{"name": "fm", "run": chain.folder}],
+        "vm": {"models": []},
+    }
     config = small_config(chain.run.dir, "other", **settings)
     prepare_stream(config)
     assert groups[1].run(score, config, 1) == [(WINDOWS - 1) * 900]
     here, there = (run.folder / "supervision" / "fm" for run in (config, chain))
     files = {path.relative_to(there): path.read_bytes() for path in there.glob("window=*/*")}
-    assert files == {path.relative_to(here): path.read_bytes() for path in here.glob("window=*/*")} and len(files) > WINDOWS
+    assert (
+        files == {path.relative_to(here): path.read_bytes() for path in here.glob("window=*/*")}
+        and len(files) > WINDOWS
+    )
 
 
-def assert_served_with(config: Config, student: str, snapshot: Path) -> None:
+def assert_served_with(
+    config: Config,
+    student: str,
+    snapshot: Path,
+) -> None:
     """Rows of this snapshot are what a student with shared rows is served with."""
-    teacher, served = (load_model(folder)[0].tables.tables() for folder in (snapshot, config.folder / "exported" / f"{student}-labels+share"))
+    teacher, served = (
+        load_model(folder)[0].tables.tables()
+        for folder in (snapshot, config.folder / "exported" / f"{student}-labels+share")
+    )
     assert all(torch.equal(table, teacher[name]) for name, table in served.items())
 
 
 def test_rows_are_those_of_the_teacher_that_a_student_names(chain: Config) -> None:
-    """Wrong: a vertical model's student is given the FM's rows, or the other way round, or rows of a domain that nobody asked for."""
+    """Wrong: a vertical model's student is given the FM's rows, or the other way round, or rows of
+    a domain that nobody asked for."""
     for student, teacher in (("feed", "feed_fm"), ("search", "fm"), ("feed_fm", "fm")):
-        assert_served_with(chain, student, chain.folder / "snapshots" / teacher / f"version={WINDOWS:03d}")
+        assert_served_with(
+            chain, student, chain.folder / "snapshots" / teacher / f"version={WINDOWS:03d}"
+        )
     for teacher, domains in (("fm", {"feed", "search"}), ("feed_fm", {"feed"})):
         for window in range(1, WINDOWS):
             manifest = SharedStore(chain.folder / "shared", teacher).manifest(window)
-            assert (manifest.snapshot, set(manifest.domains), manifest.momentum) == (window, domains, True)
+            assert (manifest.snapshot, set(manifest.domains), manifest.momentum) == (
+                window,
+                domains,
+                True,
+            )
 
 
-def taught_elsewhere(chain: Config, name: str, **vm: Any) -> Config:
+def taught_elsewhere(
+    chain: Config,
+    name: str,
+    **vm: Any,
+) -> Config:
     """A run whose student's teacher is the FM of the run `chain`."""
     student = {"name": "feed", "domain": "feed", "task": "click", "teacher": "fm"}
-    settings = {"fm": {"name": "own"}, "teachers": [{"name": "fm", "run": chain.folder}], "vm": {"arms": ["labels+share"], "models": [student], **vm}}
+    settings = {
+        "fm": {"name": "own"},
+        "teachers": [{"name": "fm", "run": chain.folder}],
+        "vm": {"arms": ["labels+share"], "models": [student], **vm},
+    }
     return small_config(chain.run.dir, name, **settings)
 
 
 def test_rows_of_another_runs_fm(groups: dict[int, Workers], chain: Config) -> None:
-    """Wrong: rows of another run's FM are not found, are this run's own FM's, or come without the optimizer state that was published."""
+    """Wrong: rows of another run's FM are not found, are this run's own FM's, or come without the
+    optimizer state that was published."""
     config = taught_elsewhere(chain, "elsewhere")
-    config = config.model_copy(update={"distillation": DistillationConfig(share=ShareConfig(optimizer="teacher"))})
+    config = config.model_copy(
+        update={"distillation": DistillationConfig(share=ShareConfig(optimizer="teacher"))}
+    )
     stream = prepare_stream(config)
     groups[1].run(score, config, 1)
     groups[1].run(train, vm_jobs(config)[0], stream.windows(), None)
@@ -149,19 +203,34 @@ def test_rows_of_another_runs_fm(groups: dict[int, Workers], chain: Config) -> N
 
 
 def test_rows_of_another_runs_fm_that_do_not_fit_are_told(chain: Config) -> None:
-    """Wrong: rows of another width, or of ids that were hashed otherwise, are found not to fit after hours, or never."""
+    """Wrong: rows of another width, or of ids that were hashed otherwise, are found not to fit
+    after hours, or never."""
     schema = EventStream.open(chain.folder / "stream").schema
-    with pytest.raises(UserError, match="'feed' shares table 'user', whose rows have 4 numbers in teacher 'fm' and 8 in the student"):
-        check_models(taught_elsewhere(chain, "wide", model={"type": "mlp", "dim": 8, "mlp": [8]}), schema)
+    with pytest.raises(
+        UserError,
+        match="'feed' shares table 'user', whose rows have 4 numbers in teacher 'fm' and 8 in the student",
+    ):
+        check_models(
+            taught_elsewhere(chain, "wide", model={"type": "mlp", "dim": 8, "mlp": [8]}), schema
+        )
     features = schema.model_dump()["features"]
     hashed = {**features[0], "rows": 77}
     changes = {
-        "it numbers the ids of 'user' otherwise .index into 301 rows of table 'user', here index into 77 rows": [hashed, *features[1:]],
+        "it numbers the ids of 'user' otherwise .index into 301 rows of table 'user', here index into 77 rows": [
+            hashed,
+            *features[1:],
+        ],
         "it has no feature 'town'": [*features, {"name": "town", "rows": 5}],
     }
     for told, other in changes.items():
-        with pytest.raises(UserError, match=rf"version=001: this snapshot was trained on another schema than the stream's: {told}"):
-            check_models(taught_elsewhere(chain, "other"), Schema.model_validate(schema.model_dump() | {"features": other}))
+        with pytest.raises(
+            UserError,
+            match=rf"version=001: this snapshot was trained on another schema than the stream's: {told}",
+        ):
+            check_models(
+                taught_elsewhere(chain, "other"),
+                Schema.model_validate(schema.model_dump() | {"features": other}),
+            )
 
 
 @pytest.mark.parametrize(
@@ -170,15 +239,28 @@ def test_rows_of_another_runs_fm_that_do_not_fit_are_told(chain: Config) -> None
         ({"teachers": [{"name": "fm"}]}, "two teachers are named 'fm'"),
         ({"teachers": [{"name": "nobody"}]}, "no vertical model of this name `publishes`"),
         (
-            {"vm": {"arms": ["labels", "ah+history"], "models": [CHAIN["vm"]["models"][0] | {"published_arm": "ah+history"}]}},
+            {
+                "vm": {
+                    "arms": ["labels", "ah+history"],
+                    "models": [CHAIN["vm"]["models"][0] | {"published_arm": "ah+history"}],
+                }
+            },
             r"publishes arm 'ah\+history', whose predictions need each user's history",
         ),
         ({"teachers": []}, "teacher 'feed_fm' is none of fm"),
         ({"vm": {"arms": ["labels"]}}, "publishes arm 'ah', which is none of vm.arms"),
-        ({"vm": {"models": [CHAIN["vm"]["models"][0] | {"teacher": "feed_fm"}]}}, "would learn from itself: feed_fm <- feed_fm"),
+        (
+            {"vm": {"models": [CHAIN["vm"]["models"][0] | {"teacher": "feed_fm"}]}},
+            "would learn from itself: feed_fm <- feed_fm",
+        ),
     ],
 )
-def test_mistakes_are_told(chain: Config, change: dict[str, Any], told: str) -> None:
-    """Wrong: a teacher that cannot be found, or one that waits for itself, is told after minutes or never."""
+def test_mistakes_are_told(
+    chain: Config,
+    change: dict[str, Any],
+    told: str,
+) -> None:
+    """Wrong: a teacher that cannot be found, or one that waits for itself, is told after minutes or
+    never."""
     with pytest.raises(ValidationError, match=told):
         small_config(chain.run.dir, "wrong", **merged(CHAIN, change))

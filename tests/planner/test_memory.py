@@ -26,7 +26,9 @@ BIG = Schema(
         SparseFeature(name="maker", rows=60_000),
         SparseFeature(name="hour", rows=25),
         SparseFeature(name="keywords", kind=Kind.MULTI, rows=50_000, max_length=3),
-        SparseFeature(name="clicked_ads", kind=Kind.SEQUENCE, rows=90_001, table="ad", max_length=5),
+        SparseFeature(
+            name="clicked_ads", kind=Kind.SEQUENCE, rows=90_001, table="ad", max_length=5
+        ),
     ),
     dense=(DenseFeature(name="age"), DenseFeature(name="price", transform="log1p")),
     tasks=("click", "conversion"),
@@ -47,29 +49,49 @@ KEPT = ("dense weights", "float32 masters", "Adam", "moving average")
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_a_plan_says_what_a_training_holds(groups: dict[int, Workers], case: str, world: int) -> None:
-    """Wrong: a run that was planned to fit does not, or the plan deals the tables to other workers than the engine does."""
+def test_a_plan_says_what_a_training_holds(
+    groups: dict[int, Workers],
+    case: str,
+    world: int,
+) -> None:
+    """Wrong: a run that was planned to fit does not, or the plan deals the tables to other workers
+    than the engine does."""
     fm = FMConfig(model=MODEL, workers=world, batch_size=512, **CASES[case])
     plan = plan_fm(Config(fm=fm), BIG)
     assert plan.table_parameters * 4 > 25 * 2**20
     for rank, found in enumerate(groups[world].run(measure, fm, BIG)):
         said = plan.parts(rank)
-        assert {shard.name: int(shard.rows_W[rank]) for shard in plan.shards if shard.rows_W[rank]} == found["rows"]
-        assert {name: said[name] for name in ("tables", "row-wise Adagrad")} == {name: found[name] for name in ("tables", "row-wise Adagrad")}
-        # Adam holds a step for each parameter, too, and stage 3 keeps small parameters whole: less than 1 %.
-        assert {name: said[name] for name in KEPT} == pytest.approx({name: found[name] for name in KEPT}, rel=0.01)
+        assert {
+            shard.name: int(shard.rows_W[rank]) for shard in plan.shards if shard.rows_W[rank]
+        } == found["rows"]
+        assert {name: said[name] for name in ("tables", "row-wise Adagrad")} == {
+            name: found[name] for name in ("tables", "row-wise Adagrad")
+        }
+        # Adam holds a step for each parameter, too, and stage 3 keeps small parameters whole: less
+        # than 1 %.
+        assert {name: said[name] for name in KEPT} == pytest.approx(
+            {name: found[name] for name in KEPT}, rel=0.01
+        )
         if fm.zero_stage < 3:  # there the weights are gathered from place to place
             assert said["activations"] == pytest.approx(found["activations"], rel=0.1)
         if fm.zero_stage == 0 and fm.precision == "fp32" and world == 1:
             assert said["gradients and reduce buffers"] == found["gradients"]
 
 
-TRILLION = Schema(features=tuple(SparseFeature(name=f"t{i}", rows=2_000_000_000) for i in range(8)), tasks=("click",))
+TRILLION = Schema(
+    features=tuple(SparseFeature(name=f"t{i}", rows=2_000_000_000) for i in range(8)),
+    tasks=("click",),
+)
 DENSE = (9 * 64 * 1024 + 1024) + (1024 * 512 + 512) + (512 + 1)
 
 
 def trillion(**settings: Any) -> Config:
-    return Config(fm=FMConfig(model=MLPConfig(dim=64, mlp=(1024, 512)), **{"device": "cuda", "batch_size": 65_536, **settings}))
+    return Config(
+        fm=FMConfig(
+            model=MLPConfig(dim=64, mlp=(1024, 512)),
+            **{"device": "cuda", "batch_size": 65_536, **settings},
+        )
+    )
 
 
 def test_a_trillion_parameters_by_hand() -> None:
@@ -105,30 +127,60 @@ def test_a_trillion_parameters_by_hand() -> None:
         (2, 2 * (DENSE + 15), (DENSE + 15) // 2, DENSE + 15, (DENSE + 15) // 4 + 2 * REDUCE_BUCKET),
     ],
 )
-def test_dense_state_by_hand(stage: int, weights: int, masters: int, adam: int, gradients: int) -> None:
-    """Wrong: bf16 has no float32 masters, a stage divides what it does not, or the reduce bucket is forgotten."""
+def test_dense_state_by_hand(
+    stage: int,
+    weights: int,
+    masters: int,
+    adam: int,
+    gradients: int,
+) -> None:
+    """Wrong: bf16 has no float32 masters, a stage divides what it does not, or the reduce bucket is
+    forgotten."""
     assert DENSE % 16 == 1  # padded to a multiple of two numbers for each of 8 workers
     dense = plan_fm(trillion(workers=8, precision="bf16", zero_stage=stage), TRILLION).dense
-    assert (dense.weights, dense.masters, dense.adam, dense.gradients) == (weights, masters, adam, gradients)
+    assert (dense.weights, dense.masters, dense.adam, dense.gradients) == (
+        weights,
+        masters,
+        adam,
+        gradients,
+    )
 
 
 def test_what_does_not_fit_is_named() -> None:
-    """Wrong: a plan that cannot run says that it fits, or leaves the user to search for the table."""
+    """Wrong: a plan that cannot run says that it fits, or leaves the user to search for the
+    table."""
     rows = plan_fm(trillion(workers=8), TRILLION).violations(80 * 2**30)
     assert rows[0].startswith("8 of 8 worker(s) need more than 80.0 GiB, worker 0 most: 48")
     assert rows[1:] == ["most of worker 0: tables, 476.8 GiB"]
     tables = plan_fm(trillion(workers=9, sharding="table_wise"), TRILLION).violations(80 * 2**30)
     assert tables[0].startswith("8 of 9 worker(s)")
-    assert tables[1] == "table 't0' (table_wise) alone takes 484.3 GiB of a worker, its Adagrad state included" and len(tables) == 1 + 8 + 1
+    assert (
+        tables[1]
+        == "table 't0' (table_wise) alone takes 484.3 GiB of a worker, its Adagrad state included"
+        and len(tables) == 1 + 8 + 1
+    )
     (machine,) = plan_fm(trillion(workers=2, device="cpu"), TRILLION).violations(2**40)
-    assert machine.startswith("all 2 worker(s) together need 3,8") and "of the machine's 1,024.0 GiB; most of it: tables, 1,907.3 GiB" in machine
+    assert (
+        machine.startswith("all 2 worker(s) together need 3,8")
+        and "of the machine's 1,024.0 GiB; most of it: tables, 1,907.3 GiB" in machine
+    )
 
 
 def test_a_trillion_rows_are_planned_at_once() -> None:
     """Wrong: something of a table's size is allocated, or looped over."""
-    many = Schema(features=tuple(SparseFeature(name=f"t{i}", rows=2_147_483_647) for i in range(500)), tasks=("click",))
+    many = Schema(
+        features=tuple(SparseFeature(name=f"t{i}", rows=2_147_483_647) for i in range(500)),
+        tasks=("click",),
+    )
     began = time.process_time()
-    plan = plan_fm(Config(fm=FMConfig(model=WukongConfig(dim=128, l=8, n_F=64, n_L=64, k=64), workers=1024, device="cuda")), many)
+    plan = plan_fm(
+        Config(
+            fm=FMConfig(
+                model=WukongConfig(dim=128, l=8, n_F=64, n_L=64, k=64), workers=1024, device="cuda"
+            )
+        ),
+        many,
+    )
     assert plan.table_parameters > 130e12 and plan.violations(80 * 2**30)
     assert time.process_time() - began < 10
 
@@ -140,23 +192,66 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_command_plans_from_a_config_alone(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Wrong: a plan needs the data, writes something, loses an option, or ends as if all were well where something does not fit."""
-    command = ["plan", "--config", str(file), "--gpus", "3", "--tflops", "100", "--set", "fm.zero_stage=2"]
+def test_the_command_plans_from_a_config_alone(
+    file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Wrong: a plan needs the data, writes something, loses an option, or ends as if all were well
+    where something does not fit."""
+    command = [
+        "plan",
+        "--config",
+        str(file),
+        "--gpus",
+        "3",
+        "--tflops",
+        "100",
+        "--set",
+        "fm.zero_stage=2",
+    ]
     assert main(command) == 0 and "It fits into the 80.0 GiB of a GPU." in capsys.readouterr().out
     assert main([*command, "--gpu-gib", "1"]) == 2
     out = capsys.readouterr().out
-    assert "fm: 3 worker(s), cuda, ZeRO stage 2, fp32" in out and "row_wise" in out and "used to 30% (assumed)" in out
-    assert "Does not fit: 3 of 3 worker(s) need more than 1.0 GiB" in out and "gradients and reduce buffers, 1.9 GiB" in out
+    assert (
+        "fm: 3 worker(s), cuda, ZeRO stage 2, fp32" in out
+        and "row_wise" in out
+        and "used to 30% (assumed)" in out
+    )
+    assert (
+        "Does not fit: 3 of 3 worker(s) need more than 1.0 GiB" in out
+        and "gradients and reduce buffers, 1.9 GiB" in out
+    )
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_table_source_is_planned_by_its_schema_file_alone(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Wrong: trillions of rows must be on the disk before they can be planned, or `data.table_rows` is not heeded."""
-    declared = {"format": "csv", "files": "no.csv", "schema": {"features": [{"name": "user", "rows": 1_000}], "tasks": ["click"]}}
+def test_a_table_source_is_planned_by_its_schema_file_alone(
+    file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Wrong: trillions of rows must be on the disk before they can be planned, or `data.table_rows`
+    is not heeded."""
+    declared = {
+        "format": "csv",
+        "files": "no.csv",
+        "schema": {"features": [{"name": "user", "rows": 1_000}], "tasks": ["click"]},
+    }
     (tmp_path / "schema.yaml").write_text(yaml.safe_dump(declared))
-    table = ["data.source=table", f"data.schema_file={tmp_path / 'schema.yaml'}", "data.table_rows.user=1000000000", "vm.models=[]"]
-    arguments = ["plan", "--config", str(file), "--workers", "2", *(part for setting in table for part in ("--set", setting))]
+    table = [
+        "data.source=table",
+        f"data.schema_file={tmp_path / 'schema.yaml'}",
+        "data.table_rows.user=1000000000",
+        "vm.models=[]",
+    ]
+    arguments = [
+        "plan",
+        "--config",
+        str(file),
+        "--workers",
+        "2",
+        *(part for setting in table for part in ("--set", setting)),
+    ]
     assert main(arguments) == 0
     assert "500,000,000" in capsys.readouterr().out
 
@@ -164,16 +259,30 @@ def test_a_table_source_is_planned_by_its_schema_file_alone(file: Path, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--set", "data.source=frappe", "--set", "data.root=/nowhere"], "or run `run.py prepare` with this config"),
+        (
+            ["--set", "data.source=frappe", "--set", "data.root=/nowhere"],
+            "or run `run.py prepare` with this config",
+        ),
         (["--set", "fm.tasks=[clik]"], "setting 'fm.tasks': unknown task 'clik'"),
         (["--set", "fm.model.k=99"], "setting 'fm.model': model.k is 99"),
-        (["--set", "fm.model.dim=6"], "setting 'fm.model.dim' is 6: fbgemm's tables take multiples of 4; set it to 8"),
-        (["--set", "vm.models=[{name: a, domain: nowhere, task: click}]"], "setting 'vm.models.0.domain': unknown domain 'nowhere'"),
+        (
+            ["--set", "fm.model.dim=6"],
+            "setting 'fm.model.dim' is 6: fbgemm's tables take multiples of 4; set it to 8",
+        ),
+        (
+            ["--set", "vm.models=[{name: a, domain: nowhere, task: click}]"],
+            "setting 'vm.models.0.domain': unknown domain 'nowhere'",
+        ),
         (["--gpus", "0"], "setting 'fm.workers'"),
         (["--gpus", "2", "--workers", "2"], "not allowed with argument"),
     ],
 )
-def test_mistakes_are_told(file: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_told(
+    file: Path,
+    arguments: list[str],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Wrong: a mistake ends in a traceback, or in a plan."""
     assert main(["plan", "--config", str(file), *arguments]) == 2
     assert told in capsys.readouterr().err

@@ -23,7 +23,8 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def test_finds_the_mistake_below_other_errors() -> None:
-    """Wrong: a user reads Ray's wrapping instead of the mistake, or a cycle of errors hangs the search."""
+    """Wrong: a user reads Ray's wrapping instead of the mistake, or a cycle of errors hangs the
+    search."""
     mistake = UserError("here")
 
     class WrapperError(Exception):
@@ -36,7 +37,12 @@ def test_finds_the_mistake_below_other_errors() -> None:
     context.__context__ = mistake
     cycle = RuntimeError("cycle")
     cycle.__cause__ = WrapperError(cause=cycle)
-    for error in (mistake, caused, context, WrapperError(worker_failures={0: ValueError(), 1: caused})):
+    for error in (
+        mistake,
+        caused,
+        context,
+        WrapperError(worker_failures={0: ValueError(), 1: caused}),
+    ):
         assert user_error(error) is mistake
     for error in (cycle, ValueError("no mistake of a user")):
         assert user_error(error) is None
@@ -54,8 +60,14 @@ class Failing:
         raise UserError("no window here")
 
 
-@pytest.mark.parametrize(("at_start", "told"), [(True, "no stream here"), (False, "no window here")])
-def test_finds_the_mistake_that_an_actor_made(cluster: None, at_start: bool, told: str) -> None:
+@pytest.mark.parametrize(
+    ("at_start", "told"), [(True, "no stream here"), (False, "no window here")]
+)
+def test_finds_the_mistake_that_an_actor_made(
+    cluster: None,
+    at_start: bool,
+    told: str,
+) -> None:
     """Wrong: a mistake that an actor finds, at its start or later, keeps its traceback."""
     with pytest.raises(ray.exceptions.RayError) as caught:
         ray.get(Failing.remote(at_start).fail.remote())
@@ -65,13 +77,21 @@ def test_finds_the_mistake_that_an_actor_made(cluster: None, at_start: bool, tol
 
 def test_asks_for_cpus_for_every_role_and_for_the_data(tmp_path: Path) -> None:
     """Wrong: Ray has no CPU left for reading and the run hangs."""
-    config = small_config(tmp_path, "x", fm={"workers": 3}, vm={"workers": 2, "shared_pass": False}, das={"max_actors": 4})
+    config = small_config(
+        tmp_path,
+        "x",
+        fm={"workers": 3},
+        vm={"workers": 2, "shared_pass": False},
+        das={"max_actors": 4},
+    )
     assert logical_cpus(config) == 3 + 2 * 2 + 4 + DATA_CPUS
     shared = config.model_copy(update={"vm": config.vm.model_copy(update={"shared_pass": True})})
     assert logical_cpus(shared) == 3 + 2 + 4 + DATA_CPUS
 
 
-def test_an_address_at_which_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_at_which_nobody_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Wrong: a wrong RAY_ADDRESS ends in Ray's traceback, after minutes."""
     monkeypatch.setattr("exfm_ray.runtime.session.ray.is_initialized", lambda: False)
     monkeypatch.setattr(runtime, "_log_to", lambda path: None)
@@ -89,7 +109,8 @@ def test_the_token_is_for_its_owner_only(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
     restrict_token_file()  # none there
-    default, named = tmp_path / ".ray" / "auth_token", tmp_path / "token"
+    default = tmp_path / ".ray" / "auth_token"
+    named = tmp_path / "token"
     default.parent.mkdir()
     for path in (default, named):
         path.write_text("x")
@@ -102,17 +123,27 @@ def test_the_token_is_for_its_owner_only(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_cluster_is_asked_for_cpus_and_for_the_folder(
-    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cluster: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Wrong: a run waits without a word for CPUs that are not there, or fails in the middle where a node lacks its folder."""
-    monkeypatch.setattr("exfm_ray.runtime.session.ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "another"))
+    """Wrong: a run waits without a word for CPUs that are not there, or fails in the middle where a
+    node lacks its folder."""
+    monkeypatch.setattr(
+        "exfm_ray.runtime.session.ray.get_runtime_context",
+        lambda: SimpleNamespace(get_node_id=lambda: "another"),
+    )
     config = small_config(tmp_path, "x", fm={"workers": 99})
     logs = config.folder / "logs"
     logs.mkdir(parents=True)
     runtime._check_cluster(config)
     assert "CPUs and this run asks for 103: it waits until nodes join" in capsys.readouterr().err
     monkeypatch.setattr(runtime, "_exists", lambda path: False)
-    with pytest.raises(UserError, match=f"{config.folder}: [0-9.]+ does not see this folder; put run.dir, or EXFM_HOME, on a file system"):
+    with pytest.raises(
+        UserError,
+        match=f"{config.folder}: [0-9.]+ does not see this folder; put run.dir, or EXFM_HOME, on a file system",
+    ):
         runtime._check_cluster(config)
     assert not list(logs.iterdir())
 
@@ -122,21 +153,38 @@ def node(cpus: float, **labels: str) -> dict[str, Any]:
 
 
 def test_says_which_labelled_nodes_a_run_will_wait_for(tmp_path: Path) -> None:
-    """Wrong: a run waits without a word for nodes that never come, or is told to wait for nodes that are there."""
-    placement = {"fm": {"group": "fm", "disk": "ssd"}, "das": {"group": "cpu"}, "data": {"group": "cpu"}}
-    config = small_config(tmp_path, "x", placement=placement, fm={"workers": 3}, das={"max_actors": 4})
+    """Wrong: a run waits without a word for nodes that never come, or is told to wait for nodes
+    that are there."""
+    placement = {
+        "fm": {"group": "fm", "disk": "ssd"},
+        "das": {"group": "cpu"},
+        "data": {"group": "cpu"},
+    }
+    config = small_config(
+        tmp_path, "x", placement=placement, fm={"workers": 3}, das={"max_actors": 4}
+    )
     told = "what is to run there waits until such nodes join"
     cpu = node(8, group="cpu")
-    assert resources.missing_resources(config, [cpu, node(2, group="fm", disk="ssd"), node(9, group="fm")]) == [
+    assert resources.missing_resources(
+        config, [cpu, node(2, group="fm", disk="ssd"), node(9, group="fm")]
+    ) == [
         f"setting 'placement.fm': the nodes with group=fm,disk=ssd have 2 CPUs, 3 CPUs are asked for; {told}"
     ]
     assert resources.missing_resources(config, [cpu, node(9, disk="ssd")]) == [
         f"setting 'placement.fm': no node has group=fm,disk=ssd, 3 CPUs are asked for; {told}"
     ]
-    assert resources.missing_resources(config, [cpu, node(2, group="fm", disk="ssd", more="x"), node(1, group="fm", disk="ssd")]) == []
+    assert (
+        resources.missing_resources(
+            config,
+            [cpu, node(2, group="fm", disk="ssd", more="x"), node(1, group="fm", disk="ssd")],
+        )
+        == []
+    )
 
 
-def test_labels_without_a_cluster_are_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_without_a_cluster_are_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Wrong: a run on one machine waits for ever for a labelled node."""
     monkeypatch.setattr("exfm_ray.runtime.session.ray.is_initialized", lambda: False)
     monkeypatch.setattr("exfm_ray.runtime.session._log_to", lambda path: None)
@@ -158,7 +206,9 @@ print(before, full, meter.peak)
 
 def test_memory_is_a_peak() -> None:
     """Wrong: the peak misses memory, counts it twice, or falls again."""
-    measured = subprocess.run([sys.executable, "-c", MEASURE], cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURE], cwd=REPOSITORY, check=True, capture_output=True, text=True
+    ).stdout
     before, full, after = (int(word) for word in measured.split())
     assert 290 << 20 < full - before < 310 << 20
     assert after == full

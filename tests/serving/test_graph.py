@@ -1,4 +1,5 @@
-"""The served graph: the trained model's probabilities from other operators; every backbone goes through torch.export and ONNX."""
+"""The served graph: the trained model's probabilities from other operators; every backbone goes
+through torch.export and ONNX."""
 
 from __future__ import annotations
 
@@ -36,7 +37,17 @@ from exfm_ray.serving.program import ONNX, silence_output, trace, write_onnx
 WIDE = {"ad": 3, "keywords": 2}
 CONFIGS: tuple[ModelConfig, ...] = (
     WukongConfig(dim=4, l=2, n_F=2, n_L=2, k=2, fmb_mlp=(8,), mlp=(8,)),
-    WukongConfig(dim=4, l=1, n_F=2, n_L=2, k=2, fmb_mlp=(8,), mlp=(8,), projection="attentive", attentive_mlp=(8,)),
+    WukongConfig(
+        dim=4,
+        l=1,
+        n_F=2,
+        n_L=2,
+        k=2,
+        fmb_mlp=(8,),
+        mlp=(8,),
+        projection="attentive",
+        attentive_mlp=(8,),
+    ),
     MLPConfig(dim=4, mlp=(8,), embeddings=WIDE),
     DLRMConfig(dim=4, bottom_mlp=(8,), top_mlp=(8,)),
     DCNv2Config(dim=4, mlp=(8,)),
@@ -45,7 +56,10 @@ CONFIGS: tuple[ModelConfig, ...] = (
     FinalMLPConfig(dim=4, mlp_1=(8,), mlp_2=(8,), gate_mlp=(4,), heads=2),
     DINConfig(dim=4, sequence_length=3, attention_mlp=(8,), mlp=(8,), embeddings=WIDE),
 )
-BARE = Schema(features=(SparseFeature(name="user", rows=9), SparseFeature(name="ad", rows=7)), tasks=("click",))
+BARE = Schema(
+    features=(SparseFeature(name="user", rows=9), SparseFeature(name="ad", rows=7)),
+    tasks=("click",),
+)
 
 
 def built(config: ModelConfig, schema: Schema = SCHEMA) -> tuple[LocalModel, StoredModel]:
@@ -55,10 +69,17 @@ def built(config: ModelConfig, schema: Schema = SCHEMA) -> tuple[LocalModel, Sto
     with torch.no_grad():
         for parameter in model.network.parameters():
             parameter += 0.1
-    return model, StoredModel(network=config, example=schema, tasks=schema.tasks, files={}, facts={})
+    return model, StoredModel(
+        network=config, example=schema, tasks=schema.tasks, files={}, facts={}
+    )
 
 
-def exported(folder: Path, model: LocalModel, stored: StoredModel, rows: Batch) -> dict[str, float]:
+def exported(
+    folder: Path,
+    model: LocalModel,
+    stored: StoredModel,
+    rows: Batch,
+) -> dict[str, float]:
     """Largest differences of the torch.export program and of ONNX Runtime from the model."""
     write_tables(folder, model.tables.tables())
     example = inputs_of(stored.example, _full_bags(rows))
@@ -66,7 +87,9 @@ def exported(folder: Path, model: LocalModel, stored: StoredModel, rows: Batch) 
         program = trace(ServedGraph.from_model(model, stored), example)
         onnx = write_onnx(program, example, folder)
     module = program.module()
-    return compare(model, stored, {"program": lambda inputs: module(**inputs), ONNX: onnx}, check_batches(rows))
+    return compare(
+        model, stored, {"program": lambda inputs: module(**inputs), ONNX: onnx}, check_batches(rows)
+    )
 
 
 def test_every_model_type_is_here() -> None:
@@ -74,50 +97,75 @@ def test_every_model_type_is_here() -> None:
     assert {config.type for config in CONFIGS} == set(MODEL_TYPES)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=[f"{i}-{config.type}" for i, config in enumerate(CONFIGS)])
+@pytest.mark.parametrize(
+    "config", CONFIGS, ids=[f"{i}-{config.type}" for i, config in enumerate(CONFIGS)]
+)
 def test_every_backbone_is_exported(tmp_path: Path, config: ModelConfig) -> None:
-    """Wrong: a backbone cannot be served, or ONNX Runtime computes something else for 1, 3 or 40 rows, or for empty bags."""
+    """Wrong: a backbone cannot be served, or ONNX Runtime computes something else for 1, 3 or 40
+    rows, or for empty bags."""
     model, stored = built(config)
     rows = to_batch(make_rows(40, seed=2), SCHEMA)
-    assert float(model.score(rows).std()) > 1e-3, "predictions that hardly differ would hide a wrong lookup"
+    assert float(model.score(rows).std()) > 1e-3, (
+        "predictions that hardly differ would hide a wrong lookup"
+    )
     assert set(exported(tmp_path, model, stored, rows)) == {"program", ONNX}
 
 
-@pytest.mark.parametrize("dense", [(), (DenseFeature(name="age"),)], ids=["nothing else", "a dense feature"])
+@pytest.mark.parametrize(
+    "dense", [(), (DenseFeature(name="age"),)], ids=["nothing else", "a dense feature"]
+)
 def test_a_schema_without_bags(tmp_path: Path, dense: tuple[DenseFeature, ...]) -> None:
-    """Wrong: a student over single-valued features only cannot be served, or has inputs that hold nothing."""
+    """Wrong: a student over single-valued features only cannot be served, or has inputs that hold
+    nothing."""
     schema = BARE.model_copy(update={"dense": dense})
     model, stored = built(MLPConfig(dim=4, mlp=(8,)), schema)
     g = torch.Generator().manual_seed(0)
-    sparse_BS = torch.stack([torch.randint(f.rows, (20,), generator=g) for f in schema.single], dim=1)
-    dense_BD, nothing_V, nothing_MB = torch.randn(20, len(dense), generator=g), torch.zeros(0).long(), torch.zeros(0, 20).long()
+    sparse_BS = torch.stack(
+        [torch.randint(f.rows, (20,), generator=g) for f in schema.single], dim=1
+    )
+    dense_BD = torch.randn(20, len(dense), generator=g)
+    nothing_V = torch.zeros(0).long()
+    nothing_MB = torch.zeros(0, 20).long()
     rows = Batch(sparse_BS, nothing_V, nothing_MB, dense_BD, torch.zeros(20, 1))
     exported(tmp_path, model, stored, rows)
     assert list(inputs_of(schema, rows)) == (["sparse_BS", "dense_BD"] if dense else ["sparse_BS"])
 
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=8)
-GRAPHS = [(model, ServedGraph.from_model(model, stored)) for model, stored in (built(CONFIGS[2]), built(CONFIGS[8]))]
+GRAPHS = [
+    (model, ServedGraph.from_model(model, stored))
+    for model, stored in (built(CONFIGS[2]), built(CONFIGS[8]))
+]
 
 
 @settings(max_examples=60)
 @given(lengths=LENGTHS, seed=st.integers(0, 1000))
 def test_bags_of_all_lengths(lengths: list[tuple[int, int]], seed: int) -> None:
-    """Wrong: a bag takes a neighbour's values, an empty one is not zero, a position is counted from the wrong end.
+    """Wrong: a bag takes a neighbour's values, an empty one is not zero, a position is counted from
+    the wrong end.
 
     Expected rows come from plain loops over float64 tables, not from the lookup of training.
     """
     g = torch.Generator().manual_seed(seed)
     lengths_MB = torch.tensor(lengths).T.contiguous()
-    bags = [[torch.randint(f.rows, (int(n),), generator=g) for n in row] for f, row in zip(SCHEMA.bags, lengths_MB, strict=True)]
+    bags = [
+        [torch.randint(f.rows, (int(n),), generator=g) for n in row]
+        for f, row in zip(SCHEMA.bags, lengths_MB, strict=True)
+    ]
     values_V = torch.cat([values for row in bags for values in row])
-    sparse_BS = torch.stack([torch.randint(f.rows, (len(lengths),), generator=g) for f in SCHEMA.single], dim=1)
+    sparse_BS = torch.stack(
+        [torch.randint(f.rows, (len(lengths),), generator=g) for f in SCHEMA.single], dim=1
+    )
     for (model, graph), positions in zip(GRAPHS, (None, 3), strict=True):
-        tables = {name: table.double().view(len(table), -1, 4) for name, table in model.tables.tables().items()}
+        tables = {
+            name: table.double().view(len(table), -1, 4)
+            for name, table in model.tables.tables().items()
+        }
         expected = []
         for b, example in enumerate(sparse_BS):
             rows = [tables[f.name][i] for f, i in zip(SCHEMA.single, example, strict=True)]
-            keywords, ads = tables["keywords"][bags[0][b]], tables["ad"][bags[1][b]]
+            keywords = tables["keywords"][bags[0][b]]
+            ads = tables["ad"][bags[1][b]]
             rows.append(keywords.mean(dim=0) if len(keywords) else torch.zeros(2, 4))
             if positions is None:
                 rows.append(ads.mean(dim=0) if len(ads) else torch.zeros(3, 4))

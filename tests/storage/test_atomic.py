@@ -7,11 +7,19 @@ from pathlib import Path
 import pytest
 
 from exfm_ray.errors import UserError
-from exfm_ray.storage.atomic import atomic_path, read_json, sha256, short_hash, write_json, write_text
+from exfm_ray.storage.atomic import (
+    atomic_path,
+    read_json,
+    sha256,
+    short_hash,
+    write_json,
+    write_text,
+)
 
 
 def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
-    """Wrong: a failed write destroys the old file, shows half of the new one, or leaves litter (rule 5)."""
+    """Wrong: a failed write destroys the old file, shows half of the new one, or leaves litter
+    (rule 5)."""
     path = tmp_path / "deep" / "file.json"
     write_json(path, {"a": 1})
     with pytest.raises(KeyError), atomic_path(path) as temporary:
@@ -30,7 +38,8 @@ def test_a_new_file_takes_the_old_ones_place(tmp_path: Path) -> None:
 
 
 def test_two_threads_write_the_same_file(tmp_path: Path) -> None:
-    """Wrong: two that write the same file at once write into one temporary file, or one that a sweep after a kill does not find."""
+    """Wrong: two that write the same file at once write into one temporary file, or one that a
+    sweep after a kill does not find."""
     path = tmp_path / "f"
     with atomic_path(path) as one, atomic_path(path) as other:
         one.write_text("one")
@@ -44,12 +53,17 @@ def test_missing_and_damaged_json_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none.json: no such file"):
         read_json(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(UserError, match=r"bad.json: not valid JSON .*run the step that writes it again"):
+    with pytest.raises(
+        UserError, match=r"bad.json: not valid JSON .*run the step that writes it again"
+    ):
         read_json(tmp_path / "bad.json")
 
 
 def test_digests_are_stable(tmp_path: Path) -> None:
-    """Wrong: the order of keys, or the machine, changes a digest, and everything seems to be of another schema."""
+    """Wrong: the order of keys, or the machine, changes a digest, and everything seems to be of
+    another schema."""
     assert short_hash({"a": 1, "b": [2]}) == short_hash({"b": [2], "a": 1}) == "ae8a9a5052464275"
     (tmp_path / "f").write_bytes(b"abc")
-    assert sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )

@@ -28,13 +28,22 @@ def fetches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[st
     """What is fetched, into a folder of the test's own."""
     found: list[str] = []
     fetch = RemotePath.download
-    monkeypatch.setattr(RemotePath, "download", lambda self, target: (found.append(self.name), fetch(self, target))[1])
+    monkeypatch.setattr(
+        RemotePath,
+        "download",
+        lambda self, target: (found.append(self.name), fetch(self, target))[1],
+    )
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     yield found
 
 
-def test_fetched_once_for_a_node(s3: S3, tmp_path: Path, fetches: list[str]) -> None:
-    """Wrong: each process or each use fetches a snapshot's tables again, or sees those of another version."""
+def test_fetched_once_for_a_node(
+    s3: S3,
+    tmp_path: Path,
+    fetches: list[str],
+) -> None:
+    """Wrong: each process or each use fetches a snapshot's tables again, or sees those of another
+    version."""
     path = RemotePath(s3.url(tmp_path.name)) / "a"
     write_text(path, TEXT)
     with ThreadPoolExecutor(4) as threads:
@@ -43,10 +52,16 @@ def test_fetched_once_for_a_node(s3: S3, tmp_path: Path, fetches: list[str]) -> 
     (copy,) = found
     assert copy.read_text() == TEXT and copy.parent.stat().st_mode & 0o77 == 0
     write_text(path, "other rows")
-    assert local_copy(path, hashlib.sha256(b"other rows").hexdigest()).read_text() == "other rows" and fetches == ["a", "a"]
+    assert local_copy(
+        path, hashlib.sha256(b"other rows").hexdigest()
+    ).read_text() == "other rows" and fetches == ["a", "a"]
 
 
-def test_damage_is_seen_and_not_kept(s3: S3, tmp_path: Path, fetches: list[str]) -> None:
+def test_damage_is_seen_and_not_kept(
+    s3: S3,
+    tmp_path: Path,
+    fetches: list[str],
+) -> None:
     """Wrong: a damaged file is used, or stays in use after its repair; or a local one is copied."""
     for path in (RemotePath(s3.url(tmp_path.name)) / "a", tmp_path / "a"):
         write_text(path, TEXT)
@@ -58,12 +73,18 @@ def test_damage_is_seen_and_not_kept(s3: S3, tmp_path: Path, fetches: list[str])
         path.unlink()
         assert not verify_sha256(path, HASH)
     write_text(RemotePath(s3.url(tmp_path.name)) / "a", "row")
-    with pytest.raises(UserError, match=r"s3://tests/.*a: not the file that its manifest describes; it is damaged"):
+    with pytest.raises(
+        UserError, match=r"s3://tests/.*a: not the file that its manifest describes; it is damaged"
+    ):
         local_copy(RemotePath(s3.url(tmp_path.name)) / "a", HASH)
     assert local_copy(tmp_path / "b", HASH) == tmp_path / "b", "a local file is not looked at"
 
 
-def test_a_copy_that_was_spoilt_is_seen(s3: S3, tmp_path: Path, fetches: list[str]) -> None:
+def test_a_copy_that_was_spoilt_is_seen(
+    s3: S3,
+    tmp_path: Path,
+    fetches: list[str],
+) -> None:
     """Wrong: a copy that a full or failing disk has spoilt is taken for the snapshot."""
     path = RemotePath(s3.url(tmp_path.name)) / "a"
     write_text(path, TEXT)
@@ -72,33 +93,50 @@ def test_a_copy_that_was_spoilt_is_seen(s3: S3, tmp_path: Path, fetches: list[st
     assert verify_sha256(path, HASH) and fetches == ["a", "a"]
 
 
-def test_an_outage_is_no_damage(s3: S3, tmp_path: Path, fetches: list[str]) -> None:
-    """Wrong: while the storage cannot be asked a whole snapshot counts as damaged, and an older one takes its place."""
+def test_an_outage_is_no_damage(
+    s3: S3,
+    tmp_path: Path,
+    fetches: list[str],
+) -> None:
+    """Wrong: while the storage cannot be asked a whole snapshot counts as damaged, and an older one
+    takes its place."""
     path = RemotePath(s3.url(tmp_path.name)) / "a"
     write_text(path, TEXT)
     with s3.refusing(), pytest.raises(StorageError):
         verify_sha256(path, HASH)
 
 
-def test_a_fetch_that_hangs_elsewhere_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: processes wait for ever for one that hangs while it fetches, or do not wait for it at all."""
+def test_a_fetch_that_hangs_elsewhere_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong: processes wait for ever for one that hangs while it fetches, or do not wait for it at
+    all."""
     monkeypatch.setattr(copies, "FETCH_S", 0.3)
     path = tmp_path / "a.lock"
     with copies._exclusive(path):
         started = time.monotonic()
-        with pytest.raises(UserError, match=r"a.lock: waited 0 s for another process of this node"), copies._exclusive(path):
+        with (
+            pytest.raises(UserError, match=r"a.lock: waited 0 s for another process of this node"),
+            copies._exclusive(path),
+        ):
             pass
         assert time.monotonic() - started > 0.3
     with copies._exclusive(path):
         pass
 
 
-def test_what_is_out_of_use_goes(s3: S3, tmp_path: Path, fetches: list[str]) -> None:
-    """Wrong: the copies of all snapshots of a long run fill the disk, or one that is in use goes."""
+def test_what_is_out_of_use_goes(
+    s3: S3,
+    tmp_path: Path,
+    fetches: list[str],
+) -> None:
+    """Wrong: the copies of all snapshots of a long run fill the disk, or one that is in use
+    goes."""
     folder = RemotePath(s3.url(tmp_path.name))
     for name in ("old", "used", "new"):
         write_text(folder / name, TEXT)
-    old, used = local_copy(folder / "old", HASH), local_copy(folder / "used", HASH)
+    old = local_copy(folder / "old", HASH)
+    used = local_copy(folder / "used", HASH)
     for copy in (old, used):
         os.utime(copy, (0, time.time() - copies.CACHE_TTL_S - 1))
     local_copy(folder / "used", HASH)

@@ -1,4 +1,5 @@
-"""Remote files behave as local ones do; what cannot be used is told at the door, without anybody's secrets."""
+"""Remote files behave as local ones do; what cannot be used is told at the door, without anybody's
+secrets."""
 
 from __future__ import annotations
 
@@ -17,16 +18,31 @@ from small_runs import SETTINGS, merged
 
 from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.errors import UserError
-from exfm_ray.storage.atomic import atomic_path, parquet_source, read_json, remove_tree, write_json, write_text
+from exfm_ray.storage.atomic import (
+    atomic_path,
+    parquet_source,
+    read_json,
+    remove_tree,
+    write_json,
+    write_text,
+)
 from exfm_ray.storage.remote import AnyPath, RemotePath, StorageError, open_filesystem, redact_url
 
 SECRET = "wJalrXUtnFEMI"
 
 
 @pytest.fixture(params=["s3", "fsspec"])
-def remote(request: pytest.FixtureRequest, s3: S3, tmp_path: Path) -> RemotePath:
+def remote(
+    request: pytest.FixtureRequest,
+    s3: S3,
+    tmp_path: Path,
+) -> RemotePath:
     """A place on S3, and one of a file system that only fsspec has."""
-    return RemotePath(s3.url(tmp_path.name)) if request.param == "s3" else RemotePath(f"memory:///{tmp_path.name}")
+    return (
+        RemotePath(s3.url(tmp_path.name))
+        if request.param == "s3"
+        else RemotePath(f"memory:///{tmp_path.name}")
+    )
 
 
 def told(place: AnyPath) -> dict[str, Any]:
@@ -44,12 +60,27 @@ def told(place: AnyPath) -> dict[str, Any]:
         (place / "none").unlink()
     (place / "none").unlink(missing_ok=True)
     return {
-        "exists": [(place / name).exists() for name in ("window=000", "window=000/a.json", "window=000/a.jso", "window=00", "none")],
-        "file": (file.name, file.parent.name, file.with_name("b").name, file.stat().st_size, file.read_text(), file.read_bytes()),
-        "folders": names(place.glob("window=*")), "files": names(place.glob("window=*/*.json")), "none": names((place / "none").glob("*/*")),
-        "all": names(path for path in place.rglob("*") if isinstance(path, RemotePath) or path.is_file()),
-        "equal": file == place / "window=000/a.json" and hash(file) == hash(place / "window=000" / "a.json"),
-    }  # fmt: skip
+        "exists": [
+            (place / name).exists()
+            for name in ("window=000", "window=000/a.json", "window=000/a.jso", "window=00", "none")
+        ],
+        "file": (
+            file.name,
+            file.parent.name,
+            file.with_name("b").name,
+            file.stat().st_size,
+            file.read_text(),
+            file.read_bytes(),
+        ),
+        "folders": names(place.glob("window=*")),
+        "files": names(place.glob("window=*/*.json")),
+        "none": names((place / "none").glob("*/*")),
+        "all": names(
+            path for path in place.rglob("*") if isinstance(path, RemotePath) or path.is_file()
+        ),
+        "equal": file == place / "window=000/a.json"
+        and hash(file) == hash(place / "window=000" / "a.json"),
+    }
 
 
 def test_a_path_stays_below_its_root() -> None:
@@ -78,7 +109,11 @@ def test_as_a_local_folder(remote: RemotePath, tmp_path: Path) -> None:
         remove_tree(place / "window=000")
         remove_tree(place / "never")
         (place / "manifest.json").unlink()
-    assert [path.name for path in remote.rglob("*")] == [path.name for path in local.rglob("*") if path.is_file()] == ["b.json"]
+    assert (
+        [path.name for path in remote.rglob("*")]
+        == [path.name for path in local.rglob("*") if path.is_file()]
+        == ["b.json"]
+    )
 
 
 def test_an_error_while_writing_leaves_what_was_there(remote: RemotePath) -> None:
@@ -97,7 +132,8 @@ def test_an_error_while_writing_leaves_what_was_there(remote: RemotePath) -> Non
 
 def test_a_large_file_is_whole(s3: S3, tmp_path: Path) -> None:
     """Wrong: a file of more than one part of S3's loses one, or is seen before all are there."""
-    path, data = RemotePath(s3.url(tmp_path.name)) / "large", bytes(range(251)) * 45_000
+    path = RemotePath(s3.url(tmp_path.name)) / "large"
+    data = bytes(range(251)) * 45_000
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
     assert path.stat().st_size == len(data) and abs(path.stat().st_mtime - time.time()) < 60
@@ -118,20 +154,40 @@ def test_a_path_carries_no_secret(s3: S3, tmp_path: Path) -> None:
 
 BAD_URLS = {
     "a folder": ("/data/runs", "is no URL; write it as s3://bucket/prefix"),
-    "a secret": (f"s3://AKIA:{SECRET}@tests/x", "holds credentials, .* put them into the environment of all nodes, for S3 .AWS_ACCESS_KEY_ID"),
+    "a secret": (
+        f"s3://AKIA:{SECRET}@tests/x",
+        "holds credentials, .* put them into the environment of all nodes, for S3 .AWS_ACCESS_KEY_ID",
+    ),
     "a key": (f"s3://{SECRET}@tests/x", "holds credentials"),
-    "a secret option": (f"s3://tests/x?secret_key={SECRET}", "has the option 'secret_key'; known for 's3': endpoint_override, region, scheme"),
-    "a secret in an option": (f"s3://tests/x?endpoint_override=me:{SECRET}@host", "holds credentials in an option"),
+    "a secret option": (
+        f"s3://tests/x?secret_key={SECRET}",
+        "has the option 'secret_key'; known for 's3': endpoint_override, region, scheme",
+    ),
+    "a secret in an option": (
+        f"s3://tests/x?endpoint_override=me:{SECRET}@host",
+        "holds credentials in an option",
+    ),
     "another's secret": (f"ftp://me:{SECRET}@host/x", "holds credentials"),
     "no bucket": ("s3:///x", "names no bucket"),
-    "an unknown scheme": ("s4://tests/x", "no file system for 's4' is installed .*; s3 and gs are built in"),
-    "a scheme without its package": ("oss://tests/x", "no file system for 'oss' is installed .*ossfs"),
+    "an unknown scheme": (
+        "s4://tests/x",
+        "no file system for 's4' is installed .*; s3 and gs are built in",
+    ),
+    "a scheme without its package": (
+        "oss://tests/x",
+        "no file system for 'oss' is installed .*ossfs",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_URLS)
-def test_bad_urls_are_refused_with_the_config(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Wrong: a URL that cannot work is told after minutes, or its secret is printed or written down."""
+def test_bad_urls_are_refused_with_the_config(
+    case: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Wrong: a URL that cannot work is told after minutes, or its secret is printed or written
+    down."""
     url, message = BAD_URLS[case]
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(merged(SETTINGS, {"run": {"dir": str(tmp_path / "runs")}})))
@@ -141,33 +197,60 @@ def test_bad_urls_are_refused_with_the_config(case: str, tmp_path: Path, capsys:
 
 
 def test_what_cannot_be_used_is_told_at_the_door(s3: S3, tmp_path: Path) -> None:
-    """Wrong: a wrong bucket, address or key is a traceback, or takes as long to tell as an outage may last."""
+    """Wrong: a wrong bucket, address or key is a traceback, or takes as long to tell as an outage
+    may last."""
     cases = {
-        s3.url("x", bucket="testz"): "setting 'run.storage': s3://testz/x: there is no bucket 'testz'; create it, or correct the name",
+        s3.url(
+            "x", bucket="testz"
+        ): "setting 'run.storage': s3://testz/x: there is no bucket 'testz'; create it, or correct the name",
         f"s3://tests/x?endpoint_override=127.0.0.1:{free_port()}&scheme=http&region=us-east-1": "s3://tests/x cannot be reached .* address right",
     }
     for url, message in cases.items():
         started = time.monotonic()
         with pytest.raises(UserError, match=message):
             EventStream.open(RemotePath(url) / "stream")
-        assert time.monotonic() - started < 20, "the tries at the door have pauses of 0 to 3 s in all"
-    with s3.refusing(), pytest.raises(UserError, match=r"'run.storage': .* cannot be reached .*ACCESS_DENIED.* hold credentials for S3 \(AWS_ACC"):
+        assert time.monotonic() - started < 20, (
+            "the tries at the door have pauses of 0 to 3 s in all"
+        )
+    with (
+        s3.refusing(),
+        pytest.raises(
+            UserError,
+            match=r"'run.storage': .* cannot be reached .*ACCESS_DENIED.* hold credentials for S3 \(AWS_ACC",
+        ),
+    ):
         EventStream.open(RemotePath(s3.url(tmp_path.name)) / "stream")
 
 
 def test_an_outage_is_told_as_one(s3: S3, tmp_path: Path) -> None:
-    """Wrong: where the storage cannot be asked, a file is taken to be missing or damaged, and is made anew."""
+    """Wrong: where the storage cannot be asked, a file is taken to be missing or damaged, and is
+    made anew."""
     path = RemotePath(s3.url(tmp_path.name)) / "a.json"
     write_json(path, 1)
     with s3.refusing():
-        for ask in (path.exists, path.stat, path.read_bytes, path.unlink, lambda: list(path.parent.glob("*")), lambda: write_json(path, 2)):
-            with pytest.raises(StorageError, match=r"s3://tests/.*; the same command goes on when the storage can be used again"):
+        for ask in (
+            path.exists,
+            path.stat,
+            path.read_bytes,
+            path.unlink,
+            lambda: list(path.parent.glob("*")),
+            lambda: write_json(path, 2),
+        ):
+            with pytest.raises(
+                StorageError,
+                match=r"s3://tests/.*; the same command goes on when the storage can be used again",
+            ):
                 ask()
     assert read_json(path) == 1
 
 
-def test_the_environment_names_the_server(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: AWS_ENDPOINT_URL, which other tools follow, is passed over, and a run goes to Amazon's servers."""
+def test_the_environment_names_the_server(
+    s3: S3,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wrong: AWS_ENDPOINT_URL, which other tools follow, is passed over, and a run goes to Amazon's
+    servers."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{s3.address}/")
     monkeypatch.delenv("AWS_REGION", raising=False)
     open_filesystem.cache_clear()
@@ -178,7 +261,8 @@ def test_the_environment_names_the_server(s3: S3, tmp_path: Path, monkeypatch: p
 
 
 def test_looks_are_few(s3: S3, tmp_path: Path) -> None:
-    """Wrong: who waits for a window asks the server for each of the windows before, or for each row."""
+    """Wrong: who waits for a window asks the server for each of the windows before, or for each
+    row."""
     root = RemotePath(s3.url(tmp_path.name)) / "stream"
     writer = StreamWriter(root, SCHEMA, {}, 100)
     for window in range(12):
@@ -193,4 +277,6 @@ def test_looks_are_few(s3: S3, tmp_path: Path) -> None:
     assert stream.windows() == list(range(12)) and asked(stream.windows) == 1
     assert asked(lambda: stream.has(11)) == 1 and asked(lambda: stream.has(12)) <= 2
     fragment = stream.window(5).fragments[0]
-    assert asked(lambda: stream.read(5, fragment)) <= 3, "its size, its size once more by pyarrow, its bytes"
+    assert asked(lambda: stream.read(5, fragment)) <= 3, (
+        "its size, its size once more by pyarrow, its bytes"
+    )

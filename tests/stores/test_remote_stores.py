@@ -1,4 +1,5 @@
-"""The DAS over stores on S3: the bytes that it writes on a local disk, whatever dies or fails in between."""
+"""The DAS over stores on S3: the bytes that it writes on a local disk, whatever dies or fails in
+between."""
 
 from __future__ import annotations
 
@@ -46,10 +47,21 @@ def on_disk(folder: Path, **options: int) -> dict[str, bytes]:
     return undisturbed(make_order(make_place(folder, **options)))
 
 
-def test_killed_on_s3_it_goes_on(cluster: None, place: RemotePath, tmp_path: Path) -> None:
-    """Wrong: on S3 the death of an actor or of the service loses a fragment, shows half of one, or writes another byte (rule 5)."""
+def test_killed_on_s3_it_goes_on(
+    cluster: None,
+    place: RemotePath,
+    tmp_path: Path,
+) -> None:
+    """Wrong: on S3 the death of an actor or of the service loses a fragment, shows half of one, or
+    writes another byte (rule 5)."""
     sizes = {"windows": 3, "rows": 1000, "fragment_rows": 50}
-    order = make_order(make_place(place, **sizes), log=tmp_path / "timeline.jsonl", min_actors=2, max_actors=2, tries=20)
+    order = make_order(
+        make_place(place, **sizes),
+        log=tmp_path / "timeline.jsonl",
+        min_actors=2,
+        max_actors=2,
+        tries=20,
+    )
     kills: list[str] = []
 
     def watch() -> None:
@@ -57,7 +69,11 @@ def test_killed_on_s3_it_goes_on(cluster: None, place: RemotePath, tmp_path: Pat
             return
         with suppress(RayActorError):
             service = connect(order)
-            ups = [actor["process"] for actor in ray.get(service.state.remote())["actors"] if actor["up"]]
+            ups = [
+                actor["process"]
+                for actor in ray.get(service.state.remote())["actors"]
+                if actor["up"]
+            ]
             if ups and not kills:
                 os.kill(ups[0], signal.SIGKILL)
             elif ups:
@@ -70,7 +86,11 @@ def test_killed_on_s3_it_goes_on(cluster: None, place: RemotePath, tmp_path: Pat
     assert sorted(line["window"] for line in read_jsonl(order.log)) == [1, 2]
 
 
-def test_a_damaged_snapshot_is_never_taken(local: Local, place: RemotePath, tmp_path: Path) -> None:
+def test_a_damaged_snapshot_is_never_taken(
+    local: Local,
+    place: RemotePath,
+    tmp_path: Path,
+) -> None:
     """Wrong: a snapshot that is damaged on S3 scores, or ends the run."""
     order = make_order(make_place(place, windows=3), log=tmp_path / "timeline.jsonl", tries=2)
     damaged = order.snapshots.folder(2) / "dense.safetensors"
@@ -79,17 +99,34 @@ def test_a_damaged_snapshot_is_never_taken(local: Local, place: RemotePath, tmp_
     service = local(order)
     finish(service, order, range(3))
     ((_, fault),) = service.state()["faults"]
-    assert fault.startswith("snapshot 2 is left out") and "dense.safetensors: missing or not the file" in fault
-    assert [(order.store.manifest(w).snapshot, order.store.manifest(w).asked) for w in (1, 2)] == [(1, None), (1, 2)]
+    assert (
+        fault.startswith("snapshot 2 is left out")
+        and "dense.safetensors: missing or not the file" in fault
+    )
+    assert [(order.store.manifest(w).snapshot, order.store.manifest(w).asked) for w in (1, 2)] == [
+        (1, None),
+        (1, 2),
+    ]
 
 
-def test_an_outage_ends_no_service(local: Local, s3: S3, place: RemotePath, tmp_path: Path) -> None:
-    """Wrong: a service that follows a stream dies of a storage that could not be used for a while, or takes a snapshot for damaged."""
+def test_an_outage_ends_no_service(
+    local: Local,
+    s3: S3,
+    place: RemotePath,
+    tmp_path: Path,
+) -> None:
+    """Wrong: a service that follows a stream dies of a storage that could not be used for a while,
+    or takes a snapshot for damaged."""
     order = make_order(make_place(place, windows=3, versions=1), log=tmp_path / "timeline.jsonl")
     service = local(order, lasting=True, follow=True)
     until(lambda: order.store.has(1))
     with s3.refusing():
-        until(lambda: "the same command goes on when the storage can be used again" in service._scheduler._held_back)
+        until(
+            lambda: (
+                "the same command goes on when the storage can be used again"
+                in service._scheduler._held_back
+            )
+        )
     publish(place / "snapshots", 2)
     until(lambda: order.store.has(2))
     assert order.store.manifest(2).snapshot == 2
@@ -97,8 +134,13 @@ def test_an_outage_ends_no_service(local: Local, s3: S3, place: RemotePath, tmp_
     assert written(order) == on_disk(tmp_path / "disk", windows=3)
 
 
-def test_an_outage_damages_no_snapshot(place: RemotePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: a snapshot whose files cannot be fetched now is left out like a damaged one, and an older one scores in its place."""
+def test_an_outage_damages_no_snapshot(
+    place: RemotePath,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wrong: a snapshot whose files cannot be fetched now is left out like a damaged one, and an
+    older one scores in its place."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     snapshots = publish(place / "snapshots", 1)
 
@@ -111,11 +153,18 @@ def test_an_outage_damages_no_snapshot(place: RemotePath, tmp_path: Path, monkey
             load(1, SCHEMA.digest)
 
 
-def test_parts_and_copies_of_a_model(place: RemotePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: a holder of a share of the tables, or the first snapshot's copy for histories, has other rows than on a local disk; or the
-    trainer fetches the tables that it has written, to hash them."""
+def test_parts_and_copies_of_a_model(
+    place: RemotePath,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wrong: a holder of a share of the tables, or the first snapshot's copy for histories, has
+    other rows than on a local disk; or the trainer fetches the tables that it has written, to hash
+    them."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(RemotePath, "download", lambda self, target: pytest.fail(f"{self} was fetched"))
+    monkeypatch.setattr(
+        RemotePath, "download", lambda self, target: pytest.fail(f"{self} was fetched")
+    )
     here, there = (publish(root / "snapshots", 1).folder(1) for root in (tmp_path, place))
     monkeypatch.undo()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -127,4 +176,7 @@ def test_parts_and_copies_of_a_model(place: RemotePath, tmp_path: Path, monkeypa
         found = load_rows(folder, read_manifest(folder), ranges)
         assert all((found[name] == rows).all() for name, rows in wanted.items())
         model = load_model(folder)[0].state_dict()
-        assert all((model[name] == tensor).all() for name, tensor in load_model(here)[0].state_dict().items())
+        assert all(
+            (model[name] == tensor).all()
+            for name, tensor in load_model(here)[0].state_dict().items()
+        )

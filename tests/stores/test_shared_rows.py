@@ -1,4 +1,5 @@
-"""Shared rows: the snapshot's own, of the ids of a window and domain, and refused when they are not what they say."""
+"""Shared rows: the snapshot's own, of the ids of a window and domain, and refused when they are not
+what they say."""
 
 from __future__ import annotations
 
@@ -26,13 +27,32 @@ def snapshots(tmp_path: Path) -> SnapshotStore:
     return store
 
 
-def give(stream: EventStream, snapshots: SnapshotStore, window: int = 2, version: int = 2, tables: tuple[str, ...] = (), lag: int = 1) -> SharedStore:
+def give(
+    stream: EventStream,
+    snapshots: SnapshotStore,
+    window: int = 2,
+    version: int = 2,
+    tables: tuple[str, ...] = (),
+    lag: int = 1,
+) -> SharedStore:
     store = SharedStore(snapshots.root.parent / "shared", "fm")
-    store.publish(stream, stream.window(window), snapshots, version, ["feed", "stories"], tables, SnapshotPolicy(lag))
+    store.publish(
+        stream,
+        stream.window(window),
+        snapshots,
+        version,
+        ["feed", "stories"],
+        tables,
+        SnapshotPolicy(lag),
+    )
     return store
 
 
-def ids_by_hand(stream: EventStream, window: int, domain: str) -> dict[str, set[int]]:
+def ids_by_hand(
+    stream: EventStream,
+    window: int,
+    domain: str,
+) -> dict[str, set[int]]:
     """Every id, example by example, as Python has it."""
     found: dict[str, set[int]] = {name: set() for name in SCHEMA.tables}
     for fragment in stream.window(window).fragments:
@@ -48,44 +68,75 @@ def ids_by_hand(stream: EventStream, window: int, domain: str) -> dict[str, set[
 
 
 @pytest.mark.parametrize("tables", [(), ("ad", "keywords")])
-def test_rows_are_the_snapshots_of_the_windows_ids(stream: EventStream, snapshots: SnapshotStore, tables: tuple[str, ...]) -> None:
-    """Wrong: an id is left out or is another domain's, or its row is of another id, table or snapshot."""
+def test_rows_are_the_snapshots_of_the_windows_ids(
+    stream: EventStream,
+    snapshots: SnapshotStore,
+    tables: tuple[str, ...],
+) -> None:
+    """Wrong: an id is left out or is another domain's, or its row is of another id, table or
+    snapshot."""
     store = give(stream, snapshots, tables=tables)
     model, _ = load_model(snapshots.folder(2))
     for domain in ("feed", "stories"):
-        rows, expected = store.read(2, domain, SCHEMA, SnapshotPolicy(1)), ids_by_hand(stream, 2, domain)
+        rows = store.read(2, domain, SCHEMA, SnapshotPolicy(1))
+        expected = ids_by_hand(stream, 2, domain)
         assert set(rows) == set(tables or SCHEMA.tables)
         for name, (id_X, row_XW, momentum_X) in rows.items():
             assert id_X.tolist() == sorted(expected[name]) and momentum_X is None
             np.testing.assert_array_equal(row_XW.numpy(), model.tables.tables()[name].numpy()[id_X])
     part = store.manifest(2).domains["stories"]
-    assert part.rows == sum(len(expected[name]) for name in rows) and part.bytes == (store.folder(2) / part.file).stat().st_size
+    assert (
+        part.rows == sum(len(expected[name]) for name in rows)
+        and part.bytes == (store.folder(2) / part.file).stat().st_size
+    )
 
 
-def test_written_again_the_bytes_are_the_same(stream: EventStream, snapshots: SnapshotStore) -> None:
+def test_written_again_the_bytes_are_the_same(
+    stream: EventStream, snapshots: SnapshotStore
+) -> None:
     """Wrong: a window that is given again after a kill differs (rule 5)."""
     folder = give(stream, snapshots).folder(2)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "manifest.json").unlink()
     give(stream, snapshots)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and len(before) == 3
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and len(
+        before
+    ) == 3
 
 
 @pytest.mark.parametrize(("window", "version", "lag"), [(1, 2, 1), (2, 2, 2), (0, 1, 1)])
-def test_a_snapshot_that_may_know_the_window_is_refused(stream: EventStream, snapshots: SnapshotStore, window: int, version: int, lag: int) -> None:
+def test_a_snapshot_that_may_know_the_window_is_refused(
+    stream: EventStream,
+    snapshots: SnapshotStore,
+    window: int,
+    version: int,
+    lag: int,
+) -> None:
     """Wrong: rows carry what a window's labels have taught the teacher (rule 2)."""
-    with pytest.raises(UserError, match=rf"window {window} must not be given rows of snapshot {version}: with das.fm_lag = {lag}"):
+    with pytest.raises(
+        UserError,
+        match=rf"window {window} must not be given rows of snapshot {version}: with das.fm_lag = {lag}",
+    ):
         give(stream, snapshots, window, version, lag=lag)
     assert not (snapshots.root.parent / "shared").exists()
 
 
-def test_rows_that_are_not_what_they_say_are_refused(stream: EventStream, snapshots: SnapshotStore) -> None:
-    """Wrong: rows of another snapshot, numbered otherwise, of no such domain, damaged or missing are written into tables."""
+def test_rows_that_are_not_what_they_say_are_refused(
+    stream: EventStream, snapshots: SnapshotStore
+) -> None:
+    """Wrong: rows of another snapshot, numbered otherwise, of no such domain, damaged or missing
+    are written into tables."""
     store = give(stream, snapshots)
     other = Schema.model_validate(SCHEMA.model_dump() | {"tasks": ("click", "like")})
     for arguments, told in (
-        ((1, "feed", SCHEMA, SnapshotPolicy(1)), "window 1 has no rows of teacher 'fm'; run the DAS"),
-        ((2, "search", SCHEMA, SnapshotPolicy(1)), "no rows for domain 'search', only for feed, stories"),
+        (
+            (1, "feed", SCHEMA, SnapshotPolicy(1)),
+            "window 1 has no rows of teacher 'fm'; run the DAS",
+        ),
+        (
+            (2, "search", SCHEMA, SnapshotPolicy(1)),
+            "no rows for domain 'search', only for feed, stories",
+        ),
         ((2, "feed", other, SnapshotPolicy(1)), "numbered by another schema"),
         ((2, "feed", SCHEMA, SnapshotPolicy(2)), "rows of snapshot 2, das.fm_lag = 2 asks for 1"),
     ):
@@ -99,5 +150,7 @@ def test_rows_that_are_not_what_they_say_are_refused(stream: EventStream, snapsh
     write_json(path, manifest)
     file = store.folder(2) / "feed.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
-    with pytest.raises(UserError, match="feed.safetensors: missing or not the file that its manifest describes"):
+    with pytest.raises(
+        UserError, match="feed.safetensors: missing or not the file that its manifest describes"
+    ):
         store.read(2, "feed", SCHEMA, SnapshotPolicy(1))

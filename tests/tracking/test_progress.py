@@ -8,7 +8,9 @@ from exfm_ray.tracking import progress
 from exfm_ray.tracking.progress import ProgressView
 
 
-def test_plain_lines_tell_window_speed_and_time_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_lines_tell_window_speed_and_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Wrong: a log file fills with control characters, or a job's start is counted as slow work."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

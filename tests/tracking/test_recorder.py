@@ -13,14 +13,27 @@ from exfm_ray.storage.atomic import append_jsonl, read_jsonl
 from exfm_ray.tracking.recorder import Recorder, read_metrics, read_timeline
 
 
-def row(window: int, ne: float = 0.5, **changes: Any) -> dict[str, Any]:
-    identity = {"window": window, "role": "vm", "model": "m", "arm": "kd", "domain": "d", "task": "t", "seed": 0}
+def row(
+    window: int,
+    ne: float = 0.5,
+    **changes: Any,
+) -> dict[str, Any]:
+    identity = {
+        "window": window,
+        "role": "vm",
+        "model": "m",
+        "arm": "kd",
+        "domain": "d",
+        "task": "t",
+        "seed": 0,
+    }
     figures = dict.fromkeys(("auc", "gauc", "log_loss", "calibration", "label_rate", "examples"))
     return identity | figures | {"ne": ne} | changes
 
 
 def test_each_row_once(tmp_path: Path) -> None:
-    """Wrong: a job that goes on writes the window before its checkpoint again, and averages count it twice."""
+    """Wrong: a job that goes on writes the window before its checkpoint again, and averages count
+    it twice."""
     path = tmp_path / "run" / "metrics.jsonl"
     Recorder(path).metrics([row(0), row(1)])
     again = Recorder(path)
@@ -30,12 +43,15 @@ def test_each_row_once(tmp_path: Path) -> None:
 
 
 def test_a_line_cut_short_is_written_again(tmp_path: Path) -> None:
-    """Wrong: after a kill in the middle of a line the file cannot be read, or that row is lost, or another is glued to it."""
+    """Wrong: after a kill in the middle of a line the file cannot be read, or that row is lost, or
+    another is glued to it."""
     path = tmp_path / "metrics.jsonl"
     Recorder(path).metrics([row(0), row(1)])
     path.write_bytes(path.read_bytes()[:-9])
     torn = path.read_bytes()
-    assert read_metrics(path) == [row(0)] and path.read_bytes() == torn, "reading must not write: a run may be writing there"
+    assert read_metrics(path) == [row(0)] and path.read_bytes() == torn, (
+        "reading must not write: a run may be writing there"
+    )
     Recorder(path).metrics([row(1), row(2)])
     assert read_metrics(path) == [row(0), row(1), row(2)]
 
@@ -59,8 +75,10 @@ def test_progress_adds_up(tmp_path: Path) -> None:
 
 
 def test_the_timeline_keeps_what_was_done_twice(tmp_path: Path) -> None:
-    """Wrong: a line cut short by a kill spoils the timeline, or the time of a window done again is lost."""
-    path, timeline = tmp_path / "metrics.jsonl", tmp_path / "timeline.jsonl"
+    """Wrong: a line cut short by a kill spoils the timeline, or the time of a window done again is
+    lost."""
+    path = tmp_path / "metrics.jsonl"
+    timeline = tmp_path / "timeline.jsonl"
     rows = [{"role": "fm", "window": window, "phase": "learn"} for window in (0, 1)]
     Recorder(path).timeline(rows)
     timeline.write_bytes(timeline.read_bytes()[:-9])
@@ -69,10 +87,19 @@ def test_the_timeline_keeps_what_was_done_twice(tmp_path: Path) -> None:
 
 
 def test_a_row_that_is_none_is_told(tmp_path: Path) -> None:
-    """Wrong: a damaged row of the timeline ends a finished run's command, or its report, in a traceback."""
+    """Wrong: a damaged row of the timeline ends a finished run's command, or its report, in a
+    traceback."""
     path = tmp_path / "timeline.jsonl"
     assert read_timeline(path) == []
-    span = {"role": "das", "window": 1, "phase": "score", "started_s": 1.0, "ended_s": 2.0, "waited_s": 0.5, "examples": 3}
+    span = {
+        "role": "das",
+        "window": 1,
+        "phase": "score",
+        "started_s": 1.0,
+        "ended_s": 2.0,
+        "waited_s": 0.5,
+        "examples": 3,
+    }
     append_jsonl(path, [span, {}])
     with pytest.raises(UserError, match=r"timeline.jsonl: line 2 has no ended_s; remove the line"):
         read_timeline(path)

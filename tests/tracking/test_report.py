@@ -1,4 +1,5 @@
-"""report.html, as a browser shows it: every value of metrics.jsonl at its place, on a screen and on a phone, without a network."""
+"""report.html, as a browser shows it: every value of metrics.jsonl at its place, on a screen and on
+a phone, without a network."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from exfm_ray.tracking.charts import by_window, drift, largest
 from exfm_ray.tracking.report import write_report
 from exfm_ray.tracking.run_files import RunFiles, panels
 
-browser = pytest.mark.skipif(browser_path() is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
+browser = pytest.mark.skipif(
+    browser_path() is None, reason="no Chromium is installed (Debian: apt-get install chromium)"
+)
 NARROWEST = 1001
 """Pixels from which on the table stands as a table."""
 SCRIPT = """({
@@ -52,7 +55,9 @@ def screen(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 @pytest.fixture(scope="module")
 def phone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    return look(folder / "report.html", SCRIPT, tmp_path_factory.mktemp("phone"), width=390, dark=True)
+    return look(
+        folder / "report.html", SCRIPT, tmp_path_factory.mktemp("phone"), width=390, dark=True
+    )
 
 
 def written(folder: Path) -> list[dict[str, Any]]:
@@ -72,7 +77,9 @@ def test_nothing_goes_wrong_in_a_browser(screen: Seen, phone: Seen) -> None:
 @browser
 def test_fits_a_phone(phone: Seen, screen: Seen) -> None:
     """Wrong: on a phone one has to scroll sideways, or in the dark the text is dark."""
-    assert phone.value["shown"] == 390 and phone.value["wide"] == 390 and phone.value["outside"] == 0
+    assert (
+        phone.value["shown"] == 390 and phone.value["wide"] == 390 and phone.value["outside"] == 0
+    )
     assert screen.value["wide"] <= screen.value["shown"] == NARROWEST
 
     def lightness(colour: str) -> int:
@@ -84,9 +91,16 @@ def test_fits_a_phone(phone: Seen, screen: Seen) -> None:
 
 @browser
 @pytest.mark.parametrize("figure", ["ne", "calibration"])
-def test_curves_are_those_of_metrics_jsonl(folder: Path, screen: Seen, figure: str) -> None:
-    """Wrong: a point stands at another window, arm or value, a curve is missing, or the FM's is of other examples."""
-    expected: dict[tuple[str, str], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+def test_curves_are_those_of_metrics_jsonl(
+    folder: Path,
+    screen: Seen,
+    figure: str,
+) -> None:
+    """Wrong: a point stands at another window, arm or value, a curve is missing, or the FM's is of
+    other examples."""
+    expected: dict[tuple[str, str], dict[str, dict[int, float]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
     for row in written(folder):
         if row["role"] == "vm" or row["domain"] == "all":
             expected[row["model"], row["task"]][row["arm"]][row["window"]] = row[figure]
@@ -96,9 +110,18 @@ def test_curves_are_those_of_metrics_jsonl(folder: Path, screen: Seen, figure: s
                 expected[model, task]["fm"][row["window"]] = row[figure]
     found = [
         {trace["name"]: dict(zip(trace["x"], trace["y"], strict=True)) for trace in traces}
-        for place, traces in screen.value["plots"].items() if place.startswith(f"{figure}-")
-    ]  # fmt: skip
-    assert found == [expected[place] for place in (("fm", "click"), ("fm", "conversion"), ("feed", "click"), ("stories", "conversion"))]
+        for place, traces in screen.value["plots"].items()
+        if place.startswith(f"{figure}-")
+    ]
+    assert found == [
+        expected[place]
+        for place in (
+            ("fm", "click"),
+            ("fm", "conversion"),
+            ("feed", "click"),
+            ("stories", "conversion"),
+        )
+    ]
 
 
 @browser
@@ -106,50 +129,105 @@ def test_arms_differ_without_colour(screen: Seen) -> None:
     """Wrong: two curves of one plot differ by colour alone."""
     for place, traces in screen.value["plots"].items():
         if place.startswith(("ne-", "calibration-", "drift-")):
-            assert all(len({trace[what] for trace in traces}) == len(traces) for what in ("symbol", "dash", "colour")), place
+            assert all(
+                len({trace[what] for trace in traces}) == len(traces)
+                for what in ("symbol", "dash", "colour")
+            ), place
 
 
 @browser
 def test_the_table_and_the_data(folder: Path, screen: Seen) -> None:
-    """Wrong: a figure stands in another column or row, or the label rate or the share of new ids is another domain's."""
-    table = {(row[0], row[1], row[2], row[3]): dict(zip(screen.value["head"], row, strict=True)) for row in screen.value["rows"]}
+    """Wrong: a figure stands in another column or row, or the label rate or the share of new ids is
+    another domain's."""
+    table = {
+        (row[0], row[1], row[2], row[3]): dict(zip(screen.value["head"], row, strict=True))
+        for row in screen.value["rows"]
+    }
     assert len(table) == len(screen.value["rows"]) == 2 + 4 + 4
-    examples = sum(row["examples"] for row in written(folder) if (row["model"], row["arm"]) == ("feed", "kd") and row["window"] >= 1)
+    examples = sum(
+        row["examples"]
+        for row in written(folder)
+        if (row["model"], row["arm"]) == ("feed", "kd") and row["window"] >= 1
+    )
     kd, labels = (table["feed", "feed", "click", arm] for arm in ("kd", "labels"))
     assert kd["examples"] == f"{examples:,}"
-    assert float(kd["NE gain"].rstrip("%")) / 100 == pytest.approx(1 - float(kd["NE"]) / float(labels["NE"]), abs=2e-4)
+    assert float(kd["NE gain"].rstrip("%")) / 100 == pytest.approx(
+        1 - float(kd["NE"]) / float(labels["NE"]), abs=2e-4
+    )
     gain = {trace["name"]: trace["x"][0] for trace in screen.value["plots"]["gain-0"]}
-    assert gain["kd"] == pytest.approx(float(kd["NE gain"].rstrip("%")), abs=0.006) and list(gain) == ["kd", "ah", "ah_sa", "fm"]
+    assert gain["kd"] == pytest.approx(float(kd["NE gain"].rstrip("%")), abs=0.006) and list(
+        gain
+    ) == ["kd", "ah", "ah_sa", "fm"]
     clicks = {trace["name"]: trace["y"] for trace in screen.value["plots"]["drift-0"]}
     for domain in ("all", "feed", "stories"):
-        rates = {row["window"]: row["label_rate"] for row in written(folder) if (row["domain"], row["task"], row["role"]) == (domain, "click", "fm")}
-        assert clicks["all domains" if domain == "all" else domain] == [rates[w] for w in range(WINDOWS)]
+        rates = {
+            row["window"]: row["label_rate"]
+            for row in written(folder)
+            if (row["domain"], row["task"], row["role"]) == (domain, "click", "fm")
+        }
+        assert clicks["all domains" if domain == "all" else domain] == [
+            rates[w] for w in range(WINDOWS)
+        ]
     for place, share in (("drift-3", NEW["user"]), ("drift-4", NEW["ad"])):
         new = {trace["name"]: (trace["x"], trace["y"]) for trace in screen.value["plots"][place]}
-        assert new == dict.fromkeys(("all domains", "feed", "stories"), ([1, 2, 3], [share, share / 2, share / 3]))
+        assert new == dict.fromkeys(
+            ("all domains", "feed", "stories"), ([1, 2, 3], [share, share / 2, share / 3])
+        )
 
 
 @browser
 def test_the_timeline(screen: Seen) -> None:
     """Wrong: a phase stands at another time or role, or waiting counts as work."""
     timeline = {trace["name"]: trace for trace in screen.value["plots"]["timeline"]}
-    assert timeline["learn"]["base"] == pytest.approx([1.0 + 3 * w for w in range(WINDOWS) for _ in ("fm", "vm")])
-    assert timeline["learn"]["x"] == pytest.approx([0.5] * 2 * WINDOWS) and timeline["learn"]["y"] == ["fm", "vm"] * WINDOWS
-    spent = {trace["name"]: dict(zip(trace["y"], trace["x"], strict=True)) for trace in screen.value["plots"]["time"]}
-    assert spent["learn"] == {"fm": pytest.approx(0.5 * WINDOWS), "vm": pytest.approx(0.5 * WINDOWS)}
-    assert spent["waiting"]["fm"] == pytest.approx(0.25 * (2 * WINDOWS - 1))  # but before the first work the clock stands
+    assert timeline["learn"]["base"] == pytest.approx(
+        [1.0 + 3 * w for w in range(WINDOWS) for _ in ("fm", "vm")]
+    )
+    assert (
+        timeline["learn"]["x"] == pytest.approx([0.5] * 2 * WINDOWS)
+        and timeline["learn"]["y"] == ["fm", "vm"] * WINDOWS
+    )
+    spent = {
+        trace["name"]: dict(zip(trace["y"], trace["x"], strict=True))
+        for trace in screen.value["plots"]["time"]
+    }
+    assert spent["learn"] == {
+        "fm": pytest.approx(0.5 * WINDOWS),
+        "vm": pytest.approx(0.5 * WINDOWS),
+    }
+    assert spent["waiting"]["fm"] == pytest.approx(
+        0.25 * (2 * WINDOWS - 1)
+    )  # but before the first work the clock stands
 
 
 def test_drift_of_many_domains() -> None:
-    """Wrong: a stream of many domains is drawn as a tangle, or the vertical models' own domains are left out."""
-    rows = [{"role": "fm", "domain": f"d{i}", "task": "t", "window": 0, "examples": 100 * i, "label_rate": i / 100} for i in range(1, 30)]
-    rows += [rows[0] | {"domain": "all", "examples": 43_500}, rows[1] | {"role": "vm", "domain": "d2"}]
+    """Wrong: a stream of many domains is drawn as a tangle, or the vertical models' own domains are
+    left out."""
+    rows = [
+        {
+            "role": "fm",
+            "domain": f"d{i}",
+            "task": "t",
+            "window": 0,
+            "examples": 100 * i,
+            "label_rate": i / 100,
+        }
+        for i in range(1, 30)
+    ]
+    rows += [
+        rows[0] | {"domain": "all", "examples": 43_500},
+        rows[1] | {"role": "vm", "domain": "d2"},
+    ]
     shown = ["all", "d2", "d29", "d28", "d27", "d26", "d25"]
     assert largest(rows) == shown
     rates = {trace["name"]: trace["y"] for trace in drift(rows, "t", "label_rate", "")["data"]}
     assert rates == {"all domains": [0.01], **{name: [int(name[1:]) / 100] for name in shown[1:]}}
-    marks = {kind: {t["name"]: t["line"] for t in drift(rows, "t", kind, "")["data"]} for kind in ("label_rate", "examples")}
-    assert marks["examples"] == {name: mark for name, mark in marks["label_rate"].items() if name != "all domains"}
+    marks = {
+        kind: {t["name"]: t["line"] for t in drift(rows, "t", kind, "")["data"]}
+        for kind in ("label_rate", "examples")
+    }
+    assert marks["examples"] == {
+        name: mark for name, mark in marks["label_rate"].items() if name != "all domains"
+    }
 
 
 class Texts(HTMLParser):
@@ -176,18 +254,29 @@ class Texts(HTMLParser):
 
 
 def test_what_was_run(folder: Path) -> None:
-    """Wrong: names are taken for markup, or the page does not say what was run, that there is no interval, or which windows count."""
+    """Wrong: names are taken for markup, or the page does not say what was run, that there is no
+    interval, or which windows count."""
     page = Texts(folder / "report.html")
     text = " ".join(page.texts)
     assert not page._open and not page.local_copy
-    for told in ("<a&b>", "done: fm 4 of 4 windows", "synthetic, 4 windows; the first 1 are warm-up", "wukong (dim 4, ", "alpha 1.0, beta 4.0",
-                 "feed (feed, click, mlp), stories (stories, conversion, dcnv2)", "one seed, so no figure here has an interval"):  # fmt: skip
+    for told in (
+        "<a&b>",
+        "done: fm 4 of 4 windows",
+        "synthetic, 4 windows; the first 1 are warm-up",
+        "wukong (dim 4, ",
+        "alpha 1.0, beta 4.0",
+        "feed (feed, click, mlp), stories (stories, conversion, dcnv2)",
+        "one seed, so no figure here has an interval",
+    ):
         assert told in text, told
 
 
 PARTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "begun": ({"windows": 0}, ["No window after the warm-up has been evaluated yet."]),
-    "in its warm-up": ({"windows": 1}, ["No window after the warm-up", "Normalised entropy by window"]),
+    "in its warm-up": (
+        {"windows": 1},
+        ["No window after the warm-up", "Normalised entropy by window"],
+    ),
     "no VMs": ({"roles": ("fm",)}, ["Normalised entropy by window", "Timeline"]),
     "no FM": ({"roles": ("vm",)}, ["NE gain", "Timeline", "The data by window"]),
 }
@@ -204,21 +293,54 @@ def test_a_part_of_a_run_has_a_page(tmp_path: Path, name: str) -> None:
 
 
 def test_a_static_set(tmp_path: Path) -> None:
-    """Wrong: passes over a static set are drawn as windows, the tests' figures among the validation's, or the best pass is not shown."""
-    config, _ = write_run(tmp_path, "static", windows=0, vm={"models": []}, fm={"static": {"validation_window": 2}})
+    """Wrong: passes over a static set are drawn as windows, the tests' figures among the
+    validation's, or the best pass is not shown."""
+    config, _ = write_run(
+        tmp_path, "static", windows=0, vm={"models": []}, fm={"static": {"validation_window": 2}}
+    )
     rows = [
-        {"pass": p, "window": w, "role": "fm", "model": "fm", "arm": "fm", "domain": "all", "task": "click", "seed": 0, "snapshot": None,
-         "ne": 0.9 - p / 100 + w / 1000, "auc": 0.5, "gauc": None, "log_loss": 0.3, "calibration": 1.0, "label_rate": 0.5, "examples": 10}
-        for p in (1, 2, 3) for w in (2, 3)
-    ]  # fmt: skip
+        {
+            "pass": p,
+            "window": w,
+            "role": "fm",
+            "model": "fm",
+            "arm": "fm",
+            "domain": "all",
+            "task": "click",
+            "seed": 0,
+            "snapshot": None,
+            "ne": 0.9 - p / 100 + w / 1000,
+            "auc": 0.5,
+            "gauc": None,
+            "log_loss": 0.3,
+            "calibration": 1.0,
+            "label_rate": 0.5,
+            "examples": 10,
+        }
+        for p in (1, 2, 3)
+        for w in (2, 3)
+    ]
     (config.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "unfinished: fm 3 passes" in " ".join(Texts(write_report(config.folder)).texts)
-    write_json(config.folder / "summary.json", {"figures": [row for row in rows if row["pass"] == 2], "peak_memory_bytes": 2**30})
+    write_json(
+        config.folder / "summary.json",
+        {"figures": [row for row in rows if row["pass"] == 2], "peak_memory_bytes": 2**30},
+    )
     (panel,) = panels(RunFiles.open(config.folder))
     (trace,) = by_window(panel, "ne", 2)["data"]
-    assert (trace["x"], trace["y"]) == ([1, 2, 3], [pytest.approx(0.892), pytest.approx(0.882), pytest.approx(0.872)])
+    assert (trace["x"], trace["y"]) == (
+        [1, 2, 3],
+        [pytest.approx(0.892), pytest.approx(0.882), pytest.approx(0.872)],
+    )
     text = " ".join(Texts(write_report(config.folder)).texts)
-    for told in ("done: fm 3 passes", "those before window 2 are learnt", "Figures over the best pass", "0.8820", "0.8830", "by pass"):
+    for told in (
+        "done: fm 3 passes",
+        "those before window 2 are learnt",
+        "Figures over the best pass",
+        "0.8820",
+        "0.8830",
+        "by pass",
+    ):
         assert told in text, told
     assert "0.8920" not in text and "by window" not in text
 

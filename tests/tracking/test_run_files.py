@@ -19,12 +19,26 @@ from exfm_ray.pipeline.run_dir import initialize_run_dir
 from exfm_ray.storage.atomic import read_json, read_jsonl
 from exfm_ray.tracking.run_files import KEY, RunFiles, panels
 
-FIGURES = ["ne", "calibration", "label_rate", "log_loss", "examples", "auc", "gauc", "best_ne", "ne_gain", "fm_ne_gain", "transfer_ratio"]
+FIGURES = [
+    "ne",
+    "calibration",
+    "label_rate",
+    "log_loss",
+    "examples",
+    "auc",
+    "gauc",
+    "best_ne",
+    "ne_gain",
+    "fm_ne_gain",
+    "transfer_ratio",
+]
 
 
 def ne(examples: list[tuple[np.ndarray, np.ndarray]]) -> float:
     """NE of all examples, from probabilities."""
-    p_N = 1 / (1 + np.exp(-np.concatenate([logits for logits, _ in examples]).astype(np.longdouble)))
+    p_N = 1 / (
+        1 + np.exp(-np.concatenate([logits for logits, _ in examples]).astype(np.longdouble))
+    )
     y_N = np.concatenate([labels for _, labels in examples]).astype(np.longdouble)
     rate = y_N.mean()
     loss = -(y_N * np.log(p_N) + (1 - y_N) * np.log(1 - p_N)).mean()
@@ -32,7 +46,8 @@ def ne(examples: list[tuple[np.ndarray, np.ndarray]]) -> float:
 
 
 def expected(examples: Examples) -> dict[tuple[str, ...], dict[str, float | None]]:
-    """Key -> ne, ne_gain and transfer_ratio after the one window of warm-up, from the examples themselves."""
+    """Key -> ne, ne_gain and transfer_ratio after the one window of warm-up, from the examples
+    themselves."""
     nes = {key: ne(of[1:]) for key, of in examples.items()}
     told: dict[tuple[str, ...], dict[str, float | None]] = {}
     for key, value in nes.items():
@@ -41,7 +56,11 @@ def expected(examples: Examples) -> dict[tuple[str, ...], dict[str, float | None
         if role == "vm":
             labels = nes[role, model, "labels", domain, task]
             gain = 1 - value / labels
-            fm_gain = 1 - nes["fm", "fm", "fm", domain, task] / labels if ("fm", "fm", "fm", domain, task) in nes else None
+            fm_gain = (
+                1 - nes["fm", "fm", "fm", domain, task] / labels
+                if ("fm", "fm", "fm", domain, task) in nes
+                else None
+            )
             ratio = None if arm == "labels" or fm_gain is None or fm_gain <= 0 else gain / fm_gain
             told[key] |= {"ne_gain": gain, "fm_ne_gain": fm_gain, "transfer_ratio": ratio}
     return told
@@ -49,17 +68,21 @@ def expected(examples: Examples) -> dict[tuple[str, ...], dict[str, float | None
 
 @pytest.mark.parametrize("roles", [("fm", "vm"), ("fm",), ("vm",)])
 def test_figures_are_those_of_all_examples(tmp_path: Path, roles: tuple[str, ...]) -> None:
-    """Wrong: windows' NEs are averaged, the warm-up counts, gains are over another baseline, or a part of a run has no figures."""
+    """Wrong: windows' NEs are averaged, the warm-up counts, gains are over another baseline, or a
+    part of a run has no figures."""
     config, examples = write_run(tmp_path, "r", roles=roles)
     found = {tuple(row[key] for key in KEY): row for row in RunFiles.open(config.folder).figures}
     assert found.keys() == expected(examples).keys() == {key for key in CURVES if key[0] in roles}
     for key, figures in expected(examples).items():
         for figure, value in figures.items():
-            assert found[key][figure] == (None if value is None else pytest.approx(value, rel=1e-9)), (key, figure)
+            assert found[key][figure] == (
+                None if value is None else pytest.approx(value, rel=1e-9)
+            ), (key, figure)
 
 
 def test_a_whole_run(groups: dict[int, Workers], tmp_path: Path) -> None:
-    """Wrong: the page's figures are others than summary.json's, or the timeline lacks a pass of a job."""
+    """Wrong: the page's figures are others than summary.json's, or the timeline lacks a pass of a
+    job."""
     config = small_config(tmp_path, "whole")
     prepare_stream(config)
     initialize_run_dir(config)
@@ -70,28 +93,48 @@ def test_a_whole_run(groups: dict[int, Workers], tmp_path: Path) -> None:
     for row in run.figures:
         other = told[tuple(row[key] for key in KEY)]
         for figure in FIGURES:
-            assert row.get(figure) == (None if other.get(figure) is None else pytest.approx(other[figure], rel=1e-9)), (row, figure)
+            assert row.get(figure) == (
+                None if other.get(figure) is None else pytest.approx(other[figure], rel=1e-9)
+            ), (row, figure)
     assert run.state == "done" and run.done == {"fm": WINDOWS, "feed": WINDOWS, "stories": WINDOWS}
     spans = read_jsonl(config.folder / "timeline.jsonl")
     assert [(s["role"], s["window"], s["phase"]) for s in spans] == [
-        (role, window, phase) for role in ("fm", "vm") for window in range(WINDOWS) for phase in ("evaluate", "learn")
+        (role, window, phase)
+        for role in ("fm", "vm")
+        for window in range(WINDOWS)
+        for phase in ("evaluate", "learn")
     ]
     assert [s["examples"] for s in spans if s["role"] == "fm"] == [0, 900] * WINDOWS
     for role in ("fm", "vm"):
         mine = [s for s in spans if s["role"] == role]
         times = [at for s in mine for at in (s["started_s"], s["ended_s"])]
-        assert times == pytest.approx(sorted(times), abs=0.01)  # two clocks: one tells the time, one the length
+        assert times == pytest.approx(
+            sorted(times), abs=0.01
+        )  # two clocks: one tells the time, one the length
         assert all(0 <= s["waited_s"] <= s["ended_s"] - s["started_s"] for s in mine)
-        assert sum(s["ended_s"] - s["started_s"] for s in mine) == pytest.approx(summary["roles"][role]["seconds"], rel=1e-3)
+        assert sum(s["ended_s"] - s["started_s"] for s in mine) == pytest.approx(
+            summary["roles"][role]["seconds"], rel=1e-3
+        )
 
 
 def test_states(tmp_path: Path) -> None:
     """Wrong: a run that was killed or has failed is listed as done."""
-    states: dict[str, Any] = {"whole": {}, "killed": {"windows": 2}, "no VMs yet": {"roles": ("fm",)}, "begun": {"windows": 0}}
-    found = {name: RunFiles.open(write_run(tmp_path / name.replace(" ", ""), "r", **arguments)[0].folder) for name, arguments in states.items()}
+    states: dict[str, Any] = {
+        "whole": {},
+        "killed": {"windows": 2},
+        "no VMs yet": {"roles": ("fm",)},
+        "begun": {"windows": 0},
+    }
+    found = {
+        name: RunFiles.open(write_run(tmp_path / name.replace(" ", ""), "r", **arguments)[0].folder)
+        for name, arguments in states.items()
+    }
     assert {name: run.state for name, run in found.items()} == {
-        "whole": "done", "killed": "unfinished", "no VMs yet": "unfinished", "begun": "unfinished",
-    }  # fmt: skip
+        "whole": "done",
+        "killed": "unfinished",
+        "no VMs yet": "unfinished",
+        "begun": "unfinished",
+    }
     assert found["no VMs yet"].done == {"fm": 4, "feed": 0, "stories": 0}
     (found["killed"].folder / "logs").mkdir()
     (found["killed"].folder / "logs" / "error.txt").write_text("ValueError")
@@ -99,27 +142,41 @@ def test_states(tmp_path: Path) -> None:
 
 
 def test_a_summary_of_fewer_windows_is_not_mixed_in(tmp_path: Path) -> None:
-    """Wrong: a run that went on and was killed shows the AUC of its first windows beside the NE of all."""
+    """Wrong: a run that went on and was killed shows the AUC of its first windows beside the NE of
+    all."""
     config, _ = write_run(tmp_path, "r")
     figures = [row | {"auc": 0.75, "best_ne": 0.5} for row in RunFiles.open(config.folder).figures]
     figures[0]["examples"] -= 1
     (config.folder / "summary.json").write_text(json.dumps({"figures": figures}))
     assert read_json(config.folder / "summary.json")["figures"][0]["auc"] == 0.75
     shown = RunFiles.open(config.folder).figures
-    assert "auc" not in shown[0] and all(row["auc"] == 0.75 and row["best_ne"] == 0.5 for row in shown[1:])
+    assert "auc" not in shown[0] and all(
+        row["auc"] == 0.75 and row["best_ne"] == 0.5 for row in shown[1:]
+    )
 
 
 def test_panels_hold_the_fm_on_the_same_examples(tmp_path: Path) -> None:
-    """Wrong: a vertical model's curves stand beside the FM's of another domain or task, or a curve is missing."""
+    """Wrong: a vertical model's curves stand beside the FM's of another domain or task, or a curve
+    is missing."""
     drawn = panels(RunFiles.open(write_run(tmp_path, "r")[0].folder))
     assert [panel.title for panel in drawn] == [
-        "FM: click, all domains", "FM: conversion, all domains", "feed: click, feed", "stories: conversion, stories",
-    ]  # fmt: skip
-    assert [list(panel.curves) for panel in drawn] == [["fm"], ["fm"], ["fm", "labels", "kd", "ah", "ah_sa"], ["fm", "labels", "kd", "ah", "ah_sa"]]
+        "FM: click, all domains",
+        "FM: conversion, all domains",
+        "feed: click, feed",
+        "stories: conversion, stories",
+    ]
+    assert [list(panel.curves) for panel in drawn] == [
+        ["fm"],
+        ["fm"],
+        ["fm", "labels", "kd", "ah", "ah_sa"],
+        ["fm", "labels", "kd", "ah", "ah_sa"],
+    ]
     for panel in drawn:
         for arm, rows in panel.curves.items():
             assert [row["window"] for row in rows] == [0, 1, 2, 3]
-            assert {(row["arm"], row["domain"], row["task"]) for row in rows} == {(arm, panel.domain, panel.task)}
+            assert {(row["arm"], row["domain"], row["task"]) for row in rows} == {
+                (arm, panel.domain, panel.task)
+            }
 
 
 def test_no_run(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""A pipeline in wandb: a run for each model and arm and for the DAS, whole, once, on the right axis."""
+"""A pipeline in wandb: a run for each model and arm and for the DAS, whole, once, on the right
+axis."""
 
 from __future__ import annotations
 
@@ -17,9 +18,20 @@ from exfm_ray.tracking import wandb_pipeline as pipeline_runs
 from exfm_ray.tracking.wandb_pipeline import PipelineRuns
 
 SUMMARY = {
-    "figures": [{"role": "vm", "model": "feed", "arm": "ah", "domain": "feed", "task": "click", "ne": 0.9, "ne_gain": 0.02, "transfer_ratio": 0.5}],
+    "figures": [
+        {
+            "role": "vm",
+            "model": "feed",
+            "arm": "ah",
+            "domain": "feed",
+            "task": "click",
+            "ne": 0.9,
+            "ne_gain": 0.02,
+            "transfer_ratio": 0.5,
+        }
+    ],
     "peak_memory_bytes": 5000,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +39,47 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     surroundings(monkeypatch, tmp_path)
 
 
-def row(role: str, model: str, arm: str, domain: str, window: int, examples: int, ne: float | None, **other: Any) -> dict[str, Any]:
-    figures = {"ne": ne, "auc": None, "gauc": None, "log_loss": 0.5, "calibration": 1.01, "label_rate": 0.25, "examples": examples}
-    identity = {"window": window, "role": role, "model": model, "arm": arm, "domain": domain, "task": "click", "seed": 0, "snapshot": None}
+def row(
+    role: str,
+    model: str,
+    arm: str,
+    domain: str,
+    window: int,
+    examples: int,
+    ne: float | None,
+    **other: Any,
+) -> dict[str, Any]:
+    figures = {
+        "ne": ne,
+        "auc": None,
+        "gauc": None,
+        "log_loss": 0.5,
+        "calibration": 1.01,
+        "label_rate": 0.25,
+        "examples": examples,
+    }
+    identity = {
+        "window": window,
+        "role": role,
+        "model": model,
+        "arm": arm,
+        "domain": domain,
+        "task": "click",
+        "seed": 0,
+        "snapshot": None,
+    }
     return {**identity, **figures, "examples_per_s": 1000.0, **other}
 
 
-def add(config: Config, rows: list[dict[str, Any]], scored: list[dict[str, Any]]) -> None:
-    for path, lines in ((config.folder / "metrics.jsonl", rows), (config.folder / "timeline.jsonl", scored)):
+def add(
+    config: Config,
+    rows: list[dict[str, Any]],
+    scored: list[dict[str, Any]],
+) -> None:
+    for path, lines in (
+        (config.folder / "metrics.jsonl", rows),
+        (config.folder / "timeline.jsonl", scored),
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -42,18 +87,38 @@ def add(config: Config, rows: list[dict[str, Any]], scored: list[dict[str, Any]]
 
 def span(role: str, window: int) -> dict[str, Any]:
     """Two seconds, of which 1.5 were waiting."""
-    return {"role": role, "window": window, "phase": "score", "started_s": 10.0, "ended_s": 12.0, "waited_s": 1.5, "examples": 70, "snapshot": 1}
+    return {
+        "role": role,
+        "window": window,
+        "phase": "score",
+        "started_s": 10.0,
+        "ended_s": 12.0,
+        "waited_s": 1.5,
+        "examples": 70,
+        "snapshot": 1,
+    }
 
 
 def window(number: int) -> list[dict[str, Any]]:
     """What a window leaves: the FM over two domains and all, and one student."""
-    fm = [row("fm", "fm", "fm", domain, number, n, 0.9 + number / 100) for domain, n in (("all", 70), ("feed", 40), ("search", 30))]
+    fm = [
+        row("fm", "fm", "fm", domain, number, n, 0.9 + number / 100)
+        for domain, n in (("all", 70), ("feed", 40), ("search", 30))
+    ]
     return [*fm, row("vm", "feed", "ah", "feed", number, 40, None if number == 0 else 0.95)]
 
 
 def stored(folder: Path, digest: str) -> Path:
     """A model at rest."""
-    write_json(folder / "model.json", {"facts": {"windows": 3}, "tasks": ["click"], "files": {"dense.safetensors": digest}, "network": {}})
+    write_json(
+        folder / "model.json",
+        {
+            "facts": {"windows": 3},
+            "tasks": ["click"],
+            "files": {"dense.safetensors": digest},
+            "network": {},
+        },
+    )
     (folder / "dense.safetensors").write_bytes(b"x")
     return folder
 
@@ -68,7 +133,8 @@ def follow(config: Config) -> None:
 
 
 def test_each_learner_is_a_run(tmp_path: Path) -> None:
-    """Wrong: a pipeline's models cannot be compared in wandb over the examples that they had seen, or a figure is of another domain."""
+    """Wrong: a pipeline's models cannot be compared in wandb over the examples that they had seen,
+    or a figure is of another domain."""
     config = small_config(tmp_path, "run", wandb={"mode": "offline"})
     add(config, [*window(0), *window(1), *window(2)], [span("fm", 2), span("das", 2)])
     student = stored(config.folder / "exported" / "feed-ah", "a" * 64)
@@ -77,29 +143,69 @@ def test_each_learner_is_a_run(tmp_path: Path) -> None:
     (config.folder / "snapshots" / "fm" / "version=1001").mkdir()  # not published yet
     follow(config)
     runs = written(config)
-    assert {name: (run.start["run_group"], run.start["job_type"]) for name, run in runs.items()} == {
-        "fm": ("run", "fm"), "feed ah": ("run", "vm"), "das": ("run", "das"),
-    }  # fmt: skip
-    fm, vm, das = runs["fm"], runs["feed ah"], runs["das"]
+    assert {
+        name: (run.start["run_group"], run.start["job_type"]) for name, run in runs.items()
+    } == {
+        "fm": ("run", "fm"),
+        "feed ah": ("run", "vm"),
+        "das": ("run", "das"),
+    }
+    fm = runs["fm"]
+    vm = runs["feed ah"]
+    das = runs["das"]
     assert fm.metrics == {"examples": None, "*": "examples"}
-    assert [(point["examples"], point["window"]) for point in fm.history] == [(0, 0), (70, 1), (140, 2)]
+    assert [(point["examples"], point["window"]) for point in fm.history] == [
+        (0, 0),
+        (70, 1),
+        (140, 2),
+    ]
     assert [point["examples"] for point in vm.history] == [0, 40, 80]
-    assert fm.history[2]["ne/click/search"] == pytest.approx(0.92) and fm.history[2]["calibration/click/all"] == 1.01
+    assert (
+        fm.history[2]["ne/click/search"] == pytest.approx(0.92)
+        and fm.history[2]["calibration/click/all"] == 1.01
+    )
     assert "ne/click/feed" not in vm.history[0] and vm.history[1]["ne/click/feed"] == 0.95
-    assert das.history == [{"examples": 70, "window": 2, "snapshot": 1, "freshness_lag": 2, "examples_per_s": 140.0, "waited_s": 1.5}]
-    assert vm.summary["all_windows/transfer_ratio/click/feed"] == 0.5 and vm.summary["peak_memory_bytes"] == 5000
+    assert das.history == [
+        {
+            "examples": 70,
+            "window": 2,
+            "snapshot": 1,
+            "freshness_lag": 2,
+            "examples_per_s": 140.0,
+            "waited_s": 1.5,
+        }
+    ]
+    assert (
+        vm.summary["all_windows/transfer_ratio/click/feed"] == 0.5
+        and vm.summary["peak_memory_bytes"] == 5000
+    )
     assert fm.config["fm"]["batch_size"] == config.fm.batch_size and vm.config["arm"] == "ah"
     (export,), (snapshot,) = vm.artifacts, fm.artifacts
-    assert (export["type"], export["name"], snapshot["type"], snapshot["name"]) == ("export", "run-feed-ah", "snapshot", "run-fm")
-    assert export["metadata"] == {"facts": {"windows": 3}, "tasks": ["click"], "sha256": {"dense.safetensors": "a" * 64}}
-    assert export["references"] == {name: (student / name).as_uri() for name in ("model.json", "dense.safetensors")}
-    assert snapshot["references"]["model.json"] == (config.folder / "snapshots" / "fm" / "version=1000" / "model.json").as_uri()
+    assert (export["type"], export["name"], snapshot["type"], snapshot["name"]) == (
+        "export",
+        "run-feed-ah",
+        "snapshot",
+        "run-fm",
+    )
+    assert export["metadata"] == {
+        "facts": {"windows": 3},
+        "tasks": ["click"],
+        "sha256": {"dense.safetensors": "a" * 64},
+    }
+    assert export["references"] == {
+        name: (student / name).as_uri() for name in ("model.json", "dense.safetensors")
+    }
+    assert (
+        snapshot["references"]["model.json"]
+        == (config.folder / "snapshots" / "fm" / "version=1000" / "model.json").as_uri()
+    )
     assert not das.artifacts
     assert KEY.encode() not in content(config.folder)
 
 
 def test_runs_are_written_once(tmp_path: Path) -> None:
-    """Wrong: a run that goes on leaves two halves, or a command that has nothing to do writes everything again."""
+    """Wrong: a run that goes on leaves two halves, or a command that has nothing to do writes
+    everything again."""
     config = small_config(tmp_path, "run", wandb={"mode": "offline"})
     add(config, window(0), [])
     follow(config)
@@ -112,7 +218,9 @@ def test_runs_are_written_once(tmp_path: Path) -> None:
     assert [len(run.history) for run in written(config).values()] == [2, 2]
 
 
-def test_figures_come_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_come_while_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Wrong: a dashboard is empty until the last window is learnt."""
     monkeypatch.setattr(pipeline_runs, "POLL_S", 0.05)
     config = small_config(tmp_path, "run", wandb={"mode": "offline"})
@@ -128,16 +236,25 @@ def test_figures_come_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.
     assert [len(run.history) for run in written(config).values()] == [2, 2]
 
 
-def test_a_wandb_that_hangs_does_not_keep_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wandb_that_hangs_does_not_keep_the_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Wrong: a run that is done never ends, for its last figures cannot be written."""
     monkeypatch.setattr(pipeline_runs, "CLOSE_S", 0.2)
     hangs = threading.Event()
     monkeypatch.setattr(PipelineRuns, "_follow", lambda self: hangs.wait(60))
     try:
-        PipelineRuns(small_config(tmp_path, "run", wandb={"mode": "offline"}), lambda: SUMMARY).close()
+        PipelineRuns(
+            small_config(tmp_path, "run", wandb={"mode": "offline"}), lambda: SUMMARY
+        ).close()
     finally:
         hangs.set()
-    assert "wandb: the run waited 0 s for its last figures to be written and gave up. The same command" in capsys.readouterr().err
+    assert (
+        "wandb: the run waited 0 s for its last figures to be written and gave up. The same command"
+        in capsys.readouterr().err
+    )
 
 
 def test_disabled_writes_nothing(tmp_path: Path) -> None:

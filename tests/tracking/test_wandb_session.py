@@ -26,8 +26,20 @@ def key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     close_wandb()
 
 
-def write(config: Config, identity: str, ne: float) -> None:
-    run = open_run(config, identity, "feed ah", "sweep/feed", "vm", {"vm.batch_size": 64, "distillation.ah.mlp": (4,)}, step="window")
+def write(
+    config: Config,
+    identity: str,
+    ne: float,
+) -> None:
+    run = open_run(
+        config,
+        identity,
+        "feed ah",
+        "sweep/feed",
+        "vm",
+        {"vm.batch_size": 64, "distillation.ah.mlp": (4,)},
+        step="window",
+    )
     run.log({"window": 3, "ne": ne + 0.1})
     run.log({"window": 7, "ne": ne})
     run.finish()
@@ -35,13 +47,23 @@ def write(config: Config, identity: str, ne: float) -> None:
 
 
 def test_offline_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Wrong: runs cannot be told apart, or curves are drawn over wandb's own counter instead of the windows, or wandb fills the console."""
+    """Wrong: runs cannot be told apart, or curves are drawn over wandb's own counter instead of the
+    windows, or wandb fills the console."""
     config = small_config(tmp_path, "one", wandb={"mode": "offline", "project": "other"})
     write(config, "abc", 0.8)
     (path,) = run_files(config.folder).values()
     run = OfflineRun(path)
-    told = {key: run.start[key] for key in ("run_id", "display_name", "run_group", "job_type", "project")}
-    assert told == {"run_id": "abc", "display_name": "feed ah", "run_group": "sweep/feed", "job_type": "vm", "project": "other"}
+    told = {
+        key: run.start[key]
+        for key in ("run_id", "display_name", "run_group", "job_type", "project")
+    }
+    assert told == {
+        "run_id": "abc",
+        "display_name": "feed ah",
+        "run_group": "sweep/feed",
+        "job_type": "vm",
+        "project": "other",
+    }
     assert run.config == {"vm.batch_size": 64, "distillation.ah.mlp": [4]}
     assert run.metrics == {"window": None, "*": "window"}
     assert run.history == [{"window": 3, "ne": pytest.approx(0.9)}, {"window": 7, "ne": 0.8}]
@@ -50,7 +72,8 @@ def test_offline_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_run_begun_twice_is_one_run(tmp_path: Path) -> None:
-    """Wrong: what a kill has left of a run stands beside the run that was written anew, and a sync sends both."""
+    """Wrong: what a kill has left of a run stands beside the run that was written anew, and a sync
+    sends both."""
     config = small_config(tmp_path, "one", wandb={"mode": "offline"})
     for identity, ne in (("abc", 0.9), ("xabc", 0.7), ("abc", 0.8)):
         write(config, identity, ne)
@@ -65,11 +88,15 @@ def test_the_key_is_nowhere(tmp_path: Path) -> None:
     write(config, "abc", 0.8)
     found = content(tmp_path)
     assert b"sweep/feed" in found and KEY.encode() not in found and b"secret42" not in found
-    assert KEY not in dump_config(config) and set(yaml.safe_load(dump_config(config))["wandb"]) == {"mode", "project"}
+    assert KEY not in dump_config(config) and set(yaml.safe_load(dump_config(config))["wandb"]) == {
+        "mode",
+        "project",
+    }
 
 
 def test_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: a server that is down holds up a run for ever, or the error or the files that it leaves hold the key."""
+    """Wrong: a server that is down holds up a run for ever, or the error or the files that it
+    leaves hold the key."""
     monkeypatch.setattr(wandb_runs, "START_S", 2.0)
     start = time.monotonic()
     with pytest.raises(Exception, match=r"[Tt]im|connect|refused") as told:

@@ -16,16 +16,24 @@ from exfm_ray.config.root import Config
 from exfm_ray.training.job import Job
 
 TOLERANCE = 1e-2
-"""Rounding that a ReLU's kink enlarges, in a toy model: up to 0.4 % of a figure was seen; see docs/guarantees.md."""
+"""Rounding that a ReLU's kink enlarges, in a toy model: up to 0.4 % of a figure was seen; see
+docs/guarantees.md."""
 SIZES = {"synthetic": {"windows": 4, "events_per_window": 3000}}
 
 
 def kill_a_worker(config: Config, killed: list[int]) -> None:
-    """SIGKILL to one of this session's Ray Train workers, as soon as there is a checkpoint inside a window."""
+    """SIGKILL to one of this session's Ray Train workers, as soon as there is a checkpoint inside a
+    window."""
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list((config.folder / "checkpoints").glob("fm/*examples=*/manifest.json")):
+    while time.monotonic() < deadline and not list(
+        (config.folder / "checkpoints").glob("fm/*examples=*/manifest.json")
+    ):
         time.sleep(0.02)
-    workers = [p for p in psutil.Process().children(recursive=True) if "TrainWorker" in " ".join(p.cmdline())]
+    workers = [
+        p
+        for p in psutil.Process().children(recursive=True)
+        if "TrainWorker" in " ".join(p.cmdline())
+    ]
     if workers:
         workers[-1].send_signal(signal.SIGKILL)
         killed.append(workers[-1].pid)
@@ -33,9 +41,14 @@ def kill_a_worker(config: Config, killed: list[int]) -> None:
 
 @pytest.mark.slow
 def test_an_elastic_job_outlives_a_worker(cluster: None, tmp_path: Path) -> None:
-    """Wrong: the loss of a worker ends an elastic job, or it goes on at another place in the data."""
-    elastic: dict[str, Any] = {"fm": {"workers": 2, "min_workers": 1, "zero_stage": 1}, "checkpoint": {"every_examples": 300}}
-    config, alone = small_config(tmp_path, "elastic", data=SIZES, **elastic), small_config(tmp_path, "alone", data=SIZES)
+    """Wrong: the loss of a worker ends an elastic job, or it goes on at another place in the
+    data."""
+    elastic: dict[str, Any] = {
+        "fm": {"workers": 2, "min_workers": 1, "zero_stage": 1},
+        "checkpoint": {"every_examples": 300},
+    }
+    config = small_config(tmp_path, "elastic", data=SIZES, **elastic)
+    alone = small_config(tmp_path, "alone", data=SIZES)
     killed: list[int] = []
     killer = threading.Thread(target=kill_a_worker, args=(config, killed), daemon=True)
     killer.start()
@@ -44,8 +57,11 @@ def test_an_elastic_job_outlives_a_worker(cluster: None, tmp_path: Path) -> None
     assert killed, "no worker was found to be killed"
     run(alone, das=False, vm=False)
     job = Job("fm", config)
-    assert [timing.examples for timing in job.checkpoints.result(job.checkpoints.latest()).timings] == [3000] * 4
-    rows, expected = metrics(config), metrics(alone)
+    assert [
+        timing.examples for timing in job.checkpoints.result(job.checkpoints.latest()).timings
+    ] == [3000] * 4
+    rows = metrics(config)
+    expected = metrics(alone)
     assert rows.keys() == expected.keys() and len(rows) > 0
     for key, row in expected.items():
         assert rows[key]["examples"] == row["examples"]

@@ -1,4 +1,5 @@
-"""Arms with +share and +history with every interaction model, on one run: what they are given reaches them and is what is served."""
+"""Arms with +share and +history with every interaction model, on one run: what they are given
+reaches them and is what is served."""
 
 from __future__ import annotations
 
@@ -41,10 +42,19 @@ WINDOWS = 3
 @pytest.fixture(scope="module")
 def trained(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A student of each model over three windows."""
-    students = [{"name": kind, "domain": "feed", "task": "click", "model": {"type": kind, "dim": 4, **size}} for kind, size in SIZES.items()]
+    students = [
+        {"name": kind, "domain": "feed", "task": "click", "model": {"type": kind, "dim": 4, **size}}
+        for kind, size in SIZES.items()
+    ]
     data = {"synthetic": {"windows": WINDOWS, "events_per_window": 500}}
     vm = {"models": students, "arms": ARMS}
-    config = small_config(tmp_path_factory.mktemp("students"), "all", data=data, vm=vm, distillation={"history": {"dim": 4}})
+    config = small_config(
+        tmp_path_factory.mktemp("students"),
+        "all",
+        data=data,
+        vm=vm,
+        distillation={"history": {"dim": 4}},
+    )
     windows = prepare_stream(config).windows()
     groups[1].run(train, Job("fm", config), windows, None)
     groups[1].run(score, config)
@@ -59,8 +69,11 @@ def test_every_model_is_there() -> None:
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_rows_and_histories_reach_every_model(trained: Config, kind: str) -> None:
-    """Wrong: a model is served without the teacher's rows, does not read the history that it was given, or does not learn with either."""
-    teacher = load_model(trained.folder / "snapshots" / "fm" / f"version={WINDOWS:03d}")[0].tables.tables()
+    """Wrong: a model is served without the teacher's rows, does not read the history that it was
+    given, or does not learn with either."""
+    teacher = load_model(trained.folder / "snapshots" / "fm" / f"version={WINDOWS:03d}")[
+        0
+    ].tables.tables()
     stream = EventStream.open(trained.folder / "stream")
     plain = to_batch(stream.read(2, stream.window(2).fragments[0]), stream.schema)
     for arm in ARMS:
@@ -68,23 +81,45 @@ def test_rows_and_histories_reach_every_model(trained: Config, kind: str) -> Non
         model, stored = load_model(folder)
         equal = [torch.equal(table, teacher[name]) for name, table in model.tables.tables().items()]
         assert all(equal) if "share" in arm else not any(equal)
-        assert stored.remembered == (5 if "history" in arm else 0) and stored.stream.digest == stream.schema.digest
+        assert (
+            stored.remembered == (5 if "history" in arm else 0)
+            and stored.stream.digest == stream.schema.digest
+        )
         if "history" in arm:
             past = UserFeatures.read(folder)
             nobody = UserFeatures(past.users_U[:0], past.inputs_UF[:0])
-            with_it, without = (model.score(remembered(plain, stored, known)) for known in (past, nobody))
+            with_it, without = (
+                model.score(remembered(plain, stored, known)) for known in (past, nobody)
+            )
             assert (with_it - without).abs().max() > 1e-4, arm
-    ne = {(row["arm"], row["window"]): row["ne"] for row in metrics(trained).values() if row["model"] == kind}
-    assert set(ne) == {(arm, window) for arm in ARMS for window in range(WINDOWS)} and np.isfinite(list(ne.values())).all()
+    ne = {
+        (row["arm"], row["window"]): row["ne"]
+        for row in metrics(trained).values()
+        if row["model"] == kind
+    }
+    assert (
+        set(ne) == {(arm, window) for arm in ARMS for window in range(WINDOWS)}
+        and np.isfinite(list(ne.values())).all()
+    )
     assert len({ne[arm, 2] for arm in ARMS}) == len(ARMS)
 
 
-def test_a_model_that_reads_sequences_is_served_with_its_history(trained: Config, tmp_path: Path) -> None:
-    """Wrong: a served model with sequences, shared rows and a history predicts otherwise than the trained one."""
+def test_a_model_that_reads_sequences_is_served_with_its_history(
+    trained: Config, tmp_path: Path
+) -> None:
+    """Wrong: a served model with sequences, shared rows and a history predicts otherwise than the
+    trained one."""
     served = export_student(trained.folder, "din", "ah_sa+share+history", tmp_path / "served")
     model, stored = load_model(trained.folder / "exported" / "din-ah_sa+share+history")
     stream = EventStream.open(trained.folder / "stream")
-    batch = remembered(to_batch(stream.read(1, stream.window(1).fragments[0]), stream.schema), stored, UserFeatures.read(served))
-    inputs = {name: getattr(batch, name).numpy() for name in ("sparse_BS", "dense_BD", "bag_values_V", "bag_lengths_MB")}
+    batch = remembered(
+        to_batch(stream.read(1, stream.window(1).fragments[0]), stream.schema),
+        stored,
+        UserFeatures.read(served),
+    )
+    inputs = {
+        name: getattr(batch, name).numpy()
+        for name in ("sparse_BS", "dense_BD", "bag_values_V", "bag_lengths_MB")
+    }
     (found,) = onnxruntime.InferenceSession(served / "model.onnx").run(None, inputs)
     np.testing.assert_allclose(found, model.score(batch).numpy(), rtol=0, atol=1e-5)

@@ -1,4 +1,5 @@
-"""Training jobs: the same figures whatever the number of workers, the grouping of lanes, the interruptions; what they export."""
+"""Training jobs: the same figures whatever the number of workers, the grouping of lanes, the
+interruptions; what they export."""
 
 from __future__ import annotations
 
@@ -26,12 +27,27 @@ from exfm_ray.training.checkpoint import BEGINNING, Checkpoints, Cursor
 from exfm_ray.training.job import Job
 
 KEYS = {
-    "window", "role", "model", "arm", "domain", "task", "seed", "ne", "auc", "gauc", "log_loss", "calibration", "label_rate", "examples",
-    "examples_per_s", "snapshot",
-}  # fmt: skip
+    "window",
+    "role",
+    "model",
+    "arm",
+    "domain",
+    "task",
+    "seed",
+    "ne",
+    "auc",
+    "gauc",
+    "log_loss",
+    "calibration",
+    "label_rate",
+    "examples",
+    "examples_per_s",
+    "snapshot",
+}
 SUMMARY_KEYS = KEYS - {"window", "examples_per_s"} | {"best_ne"}
 VM_SUMMARY_KEYS = SUMMARY_KEYS | {"ne_gain", "fm_ne_gain", "transfer_ratio"}
-# 60 steps in float32; sums over two workers are rounded otherwise, and Adagrad and Adam carry the difference on
+# 60 steps in float32; sums over two workers are rounded otherwise, and Adagrad and Adam carry the
+# difference on
 WORKERS_TOLERANCE = 1e-3
 
 
@@ -47,25 +63,49 @@ def test_metrics_have_the_promised_rows(base: Config) -> None:
         for domain in ("all", *DOMAINS):
             expected |= {(window, "fm", "fm", domain, task) for task in ("click", "conversion")}
         for arm in ALL_OBJECTIVES:
-            expected |= {(window, "feed", str(arm), "feed", "click"), (window, "stories", str(arm), "stories", "conversion")}
+            expected |= {
+                (window, "feed", str(arm), "feed", "click"),
+                (window, "stories", str(arm), "stories", "conversion"),
+            }
     assert found == expected
     for row in rows:
-        distilled = row["arm"] in ("kd", "ah", "ah_sa") and row["window"] >= 2  # window 1 is the first with supervision
+        distilled = (
+            row["arm"] in ("kd", "ah", "ah_sa") and row["window"] >= 2
+        )  # window 1 is the first with supervision
         assert row["snapshot"] == (row["window"] - 1 if distilled else None)
         assert row["role"] == ("fm" if row["model"] == "fm" else "vm")
 
 
 def test_every_arm_learns_in_its_own_way(base: Config) -> None:
     """Wrong: what the teacher says does not reach the arms, or all arms learn the same."""
-    for window, different in ((1, 1), (2, len(ALL_OBJECTIVES))):  # window 0 has no supervision, so all arms learn the same from it
-        rows = [row for row in metrics(base).values() if row["window"] == window and row["model"] == "feed"]
-        assert len(rows) == len(ALL_OBJECTIVES) and len({row["log_loss"] for row in rows}) == different
+    for window, different in (
+        (1, 1),
+        (2, len(ALL_OBJECTIVES)),
+    ):  # window 0 has no supervision, so all arms learn the same from it
+        rows = [
+            row
+            for row in metrics(base).values()
+            if row["window"] == window and row["model"] == "feed"
+        ]
+        assert (
+            len(rows) == len(ALL_OBJECTIVES) and len({row["log_loss"] for row in rows}) == different
+        )
 
 
 def test_summary_has_the_promised_keys(base: Config) -> None:
-    """Wrong: summary.json lacks a figure, counts warm-up windows, or compares with the wrong baseline."""
+    """Wrong: summary.json lacks a figure, counts warm-up windows, or compares with the wrong
+    baseline."""
     summary = read_json(base.folder / "summary.json")
-    assert set(summary) == {"name", "seed", "windows", "figures", "roles", "peak_memory_bytes", "parked", "fallback_windows"}
+    assert set(summary) == {
+        "name",
+        "seed",
+        "windows",
+        "figures",
+        "roles",
+        "peak_memory_bytes",
+        "parked",
+        "fallback_windows",
+    }
     assert summary["parked"] == summary["fallback_windows"] == []
     assert summary["windows"] == [1, 2, 3]
     assert set(summary["roles"]) == {"fm", "das", "vm"}
@@ -73,10 +113,15 @@ def test_summary_has_the_promised_keys(base: Config) -> None:
     rows = figures(base)
     for row in rows:
         assert set(row) == (VM_SUMMARY_KEYS if row["role"] == "vm" else SUMMARY_KEYS)
-        same = [m for m in metrics(base).values() if m["window"] >= 1 and all(m[k] == row[k] for k in ("model", "arm", "domain", "task"))]
+        same = [
+            m
+            for m in metrics(base).values()
+            if m["window"] >= 1 and all(m[k] == row[k] for k in ("model", "arm", "domain", "task"))
+        ]
         assert row["examples"] == sum(m["examples"] for m in same)
     ne = {(row["model"], row["arm"], row["domain"], row["task"]): row["ne"] for row in rows}
-    labels, fm = ne["feed", "labels", "feed", "click"], ne["fm", "fm", "feed", "click"]
+    labels = ne["feed", "labels", "feed", "click"]
+    fm = ne["fm", "fm", "feed", "click"]
     for row in rows:
         if row["model"] == "feed":
             assert row["ne_gain"] == pytest.approx((labels - row["ne"]) / labels)
@@ -87,19 +132,35 @@ def test_summary_has_the_promised_keys(base: Config) -> None:
     "changes",
     [
         {"fm": {"workers": 2, "zero_stage": 3}, "vm": {"workers": 2, "zero_stage": 2}},
-        {"fm": {"sharding": "table_wise", "workers": 2}, "vm": {"sharding": "table_wise", "workers": 2}},
+        {
+            "fm": {"sharding": "table_wise", "workers": 2},
+            "vm": {"sharding": "table_wise", "workers": 2},
+        },
     ],
     ids=["row_wise", "table_wise"],
 )
-def test_two_workers_equal_one(base: Config, groups: dict[int, Workers], tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_two_workers_equal_one(
+    base: Config,
+    groups: dict[int, Workers],
+    tmp_path: Path,
+    changes: dict[str, Any],
+) -> None:
     """Wrong: the number of workers, or the way to shard, changes a figure."""
     config = small_config(tmp_path, "two", **changes)
     run_locally(groups, config)
     assert metrics(config).keys() == metrics(base).keys()
-    assert_close(list(metrics(config).values()), [metrics(base)[key] for key in metrics(config)], WORKERS_TOLERANCE)
+    assert_close(
+        list(metrics(config).values()),
+        [metrics(base)[key] for key in metrics(config)],
+        WORKERS_TOLERANCE,
+    )
 
 
-def test_neither_grouping_nor_order_of_lanes_matters(base: Config, groups: dict[int, Workers], tmp_path: Path) -> None:
+def test_neither_grouping_nor_order_of_lanes_matters(
+    base: Config,
+    groups: dict[int, Workers],
+    tmp_path: Path,
+) -> None:
     """Wrong: vertical models or arms that learn in one process influence each other."""
     reversed_ = [model.model_dump(mode="json") for model in reversed(base.vm.models)]
     for name, vm in {
@@ -117,8 +178,13 @@ def test_neither_grouping_nor_order_of_lanes_matters(base: Config, groups: dict[
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_goes_on_after_a_kill(groups: dict[int, Workers], tmp_path: Path, workers: int) -> None:
-    """Wrong: a run killed between a window's figures and its checkpoint, twice, ends otherwise than an undisturbed one."""
+def test_goes_on_after_a_kill(
+    groups: dict[int, Workers],
+    tmp_path: Path,
+    workers: int,
+) -> None:
+    """Wrong: a run killed between a window's figures and its checkpoint, twice, ends otherwise than
+    an undisturbed one."""
     trainers = {"fm": {"workers": workers}, "vm": {"workers": workers}}
     whole, killed = (small_config(tmp_path, name, **trainers) for name in ("whole", "killed"))
     run_locally(groups, whole)
@@ -136,8 +202,13 @@ def test_goes_on_after_a_kill(groups: dict[int, Workers], tmp_path: Path, worker
     assert figures(killed) == figures(whole)
 
 
-def test_goes_on_from_the_checkpoint_before(base: Config, groups: dict[int, Workers], tmp_path: Path) -> None:
-    """Wrong: a checkpoint is not the whole state: going on from an older one gives other figures or other models."""
+def test_goes_on_from_the_checkpoint_before(
+    base: Config,
+    groups: dict[int, Workers],
+    tmp_path: Path,
+) -> None:
+    """Wrong: a checkpoint is not the whole state: going on from an older one gives other figures or
+    other models."""
     config = small_config(tmp_path, "base")
     shutil.copytree(base.folder, config.folder)
     (config.folder / "config.yaml").unlink(missing_ok=True)
@@ -155,7 +226,8 @@ def test_goes_on_from_the_checkpoint_before(base: Config, groups: dict[int, Work
 
 
 def test_serving_pays_nothing(base: Config) -> None:
-    """Wrong: a head or the adapter of an arm is served, or the arm changes the graph that is (rule 6)."""
+    """Wrong: a head or the adapter of an arm is served, or the arm changes the graph that is (rule
+    6)."""
     schema = EventStream.open(base.folder / "stream").schema
     for vm in ("feed", "stories"):
         seen = set()
@@ -163,7 +235,11 @@ def test_serving_pays_nothing(base: Config) -> None:
             folder = base.folder / "exported" / f"{vm}-{arm}"
             files = {path.name: path.stat().st_size for path in folder.iterdir()}
             files["model.json"] -= len(arm)  # the arm's name in the facts is all that may differ
-            shapes = {(f.name, name, tuple(t.shape)) for f in folder.glob("*.safetensors") for name, t in load_file(f).items()}
+            shapes = {
+                (f.name, name, tuple(t.shape))
+                for f in folder.glob("*.safetensors")
+                for name, t in load_file(f).items()
+            }
             model, manifest = load_model(folder)
             assert manifest.facts == {"vm": vm, "arm": arm, "windows": WINDOWS, "seed": 0}
             stream = EventStream.open(base.folder / "stream")
@@ -174,7 +250,9 @@ def test_serving_pays_nothing(base: Config) -> None:
         assert len(seen) == 1
 
 
-def test_exported_models_say_what_the_trained_ones_say(base: Config, groups: dict[int, Workers]) -> None:
+def test_exported_models_say_what_the_trained_ones_say(
+    base: Config, groups: dict[int, Workers]
+) -> None:
     """Wrong: the export is of another arm, of an older state, or loses a table's rows."""
     stream = EventStream.open(base.folder / "stream")
     batch = to_batch(stream.read(0, stream.window(0).fragments[0]).slice(0, 100), stream.schema)
@@ -183,12 +261,19 @@ def test_exported_models_say_what_the_trained_ones_say(base: Config, groups: dic
     for name, logits in trained.items():
         model, _ = load_model(base.folder / "exported" / name)
         # the same float32 weights; fbgemm and torch add the rows of a bag in their own ways
-        torch.testing.assert_close(model.score(batch), torch.sigmoid(torch.from_numpy(logits)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            model.score(batch), torch.sigmoid(torch.from_numpy(logits)), rtol=1e-5, atol=1e-6
+        )
 
 
-def test_old_checkpoints_go_and_the_newest_stays(groups: dict[int, Workers], tmp_path: Path) -> None:
-    """Wrong: from 1,000 windows on the folders' names sort otherwise than their numbers, and the newest is removed."""
-    assert groups[1].run(save_some, tmp_path, [998, 999, 1000, 1001]) == [["windows=1000", "windows=1001"]]
+def test_old_checkpoints_go_and_the_newest_stays(
+    groups: dict[int, Workers], tmp_path: Path
+) -> None:
+    """Wrong: from 1,000 windows on the folders' names sort otherwise than their numbers, and the
+    newest is removed."""
+    assert groups[1].run(save_some, tmp_path, [998, 999, 1000, 1001]) == [
+        ["windows=1000", "windows=1001"]
+    ]
 
 
 def save_some(root: Path, numbers: list[int]) -> list[str]:
@@ -209,12 +294,29 @@ def test_a_checkpoint_without_manifest_is_none(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).latest() == BEGINNING
     (tmp_path / "windows=002").mkdir()
     (tmp_path / "windows=001").mkdir()
-    facts = {"windows": 1, "examples": 0, "workers": 1, "files": {}, "teacher": None, "timings": [], "underway": None, "stopping": None}
+    facts = {
+        "windows": 1,
+        "examples": 0,
+        "workers": 1,
+        "files": {},
+        "teacher": None,
+        "timings": [],
+        "underway": None,
+        "stopping": None,
+    }
     write_json(tmp_path / "windows=001" / "manifest.json", facts)
     assert Checkpoints(tmp_path).latest() == Cursor(1)
 
 
 def test_workers_belong_on_their_roles_nodes(tmp_path: Path) -> None:
     """Wrong: the vertical models fill the foundation model's nodes."""
-    config = small_config(tmp_path, "placed", placement={"fm": {"group": "gpu"}, "vm": {"group": "cpu"}}, vm={"shared_pass": False})
-    assert Job("fm", config).labels == {"group": "gpu"} and [job.labels for job in vm_jobs(config)] == [{"group": "cpu"}] * 2
+    config = small_config(
+        tmp_path,
+        "placed",
+        placement={"fm": {"group": "gpu"}, "vm": {"group": "cpu"}},
+        vm={"shared_pass": False},
+    )
+    assert (
+        Job("fm", config).labels == {"group": "gpu"}
+        and [job.labels for job in vm_jobs(config)] == [{"group": "cpu"}] * 2
+    )

@@ -1,4 +1,5 @@
-"""Jobs on a stream whose labels come late: they wait for the release, the DAS does not, and corrections are learnt but not evaluated."""
+"""Jobs on a stream whose labels come late: they wait for the release, the DAS does not, and
+corrections are learnt but not evaluated."""
 
 from __future__ import annotations
 
@@ -22,21 +23,34 @@ from exfm_ray.stores.supervision import SupervisionStore
 from exfm_ray.training.job import Job
 
 ROWS = 900
-LATE: dict[str, Any] = {"attribution_s": {"click": 60, "conversion": 7200}, "late_labels": "correct"}
+LATE: dict[str, Any] = {
+    "attribution_s": {"click": 60, "conversion": 7200},
+    "late_labels": "correct",
+}
 
 
-def late_config(folder: Path, name: str, arms: Sequence[str] = ("labels", "ah_sa")) -> Config:
-    """The tiny run with late labels: one hour to a window, so that the last conversions of window t are awaited until t + 2."""
+def late_config(
+    folder: Path,
+    name: str,
+    arms: Sequence[str] = ("labels", "ah_sa"),
+) -> Config:
+    """The tiny run with late labels: one hour to a window, so that the last conversions of window t
+    are awaited until t + 2."""
     return small_config(folder, name, data=LATE, vm={"arms": arms})
 
 
-def test_the_das_is_ahead_of_the_labels_and_a_run_goes_on(tmp_path: Path, groups: dict[int, Workers]) -> None:
-    """Wrong: the DAS waits for labels, a job learns a window before its release, or a run that waited has other figures than one that did not."""
+def test_the_das_is_ahead_of_the_labels_and_a_run_goes_on(
+    tmp_path: Path, groups: dict[int, Workers]
+) -> None:
+    """Wrong: the DAS waits for labels, a job learns a window before its release, or a run that
+    waited has other figures than one that did not."""
     whole = late_config(tmp_path, "whole")
     run_locally(groups, whole)
     config = late_config(tmp_path, "waiting")
     stream = prepare_stream(config)
-    hidden = [release_folder(stream.root, window, "conversion") / "manifest.json" for window in (2, 3)]
+    hidden = [
+        release_folder(stream.root, window, "conversion") / "manifest.json" for window in (2, 3)
+    ]
     hidden.append(stream.root / "manifest.json")
     kept = [path.read_bytes() for path in hidden]
     for path in hidden:  # as a followed stream stands before two deadlines
@@ -44,42 +58,72 @@ def test_the_das_is_ahead_of_the_labels_and_a_run_goes_on(tmp_path: Path, groups
     run = PipelineRunner(config, stream)
     assert run.windows == [0, 1]
     groups[1].run(train, Job("fm", config), run.windows, None)
-    assert run.scorable_windows(run.labelers[0], fm=True) == [1, 2], "window 2 waits for its conversions, its supervision does not"
+    assert run.scorable_windows(run.labelers[0], fm=True) == [1, 2], (
+        "window 2 waits for its conversions, its supervision does not"
+    )
     groups[1].run(score, config, run.scorable_windows(run.labelers[0], fm=True))
     (job,) = vm_jobs(config)
-    assert run.learnable_windows(job, fm=True, das=True) == [0, 1], "the models of a shared pass wait for conversions"
+    assert run.learnable_windows(job, fm=True, das=True) == [0, 1], (
+        "the models of a shared pass wait for conversions"
+    )
     clicks = Job("vm-feed", config, config.vm.models[:1])
-    assert run.learnable_windows(clicks, fm=False, das=False) == [0, 1, 2], "clicks are all there, supervision up to window 2"
+    assert run.learnable_windows(clicks, fm=False, das=False) == [0, 1, 2], (
+        "clicks are all there, supervision up to window 2"
+    )
     shared = PipelineRunner(late_config(tmp_path, "waiting", arms=["labels", "ah+share"]), stream)
-    assert shared.learnable_windows(clicks, fm=True, das=True) == [0, 1], "an export after window 2 would wait for snapshot 3"
+    assert shared.learnable_windows(clicks, fm=True, das=True) == [0, 1], (
+        "an export after window 2 would wait for snapshot 3"
+    )
     groups[1].run(train, job, [0, 1], None)
     assert SupervisionStore(config.folder / "supervision", "fm").has(2)
     for path, content in zip(hidden, kept, strict=True):
         path.write_bytes(content)
     run_locally(groups, config)
-    found, expected = metrics(config), metrics(whole)
+    found = metrics(config)
+    expected = metrics(whole)
     assert found.keys() == expected.keys()
     assert_close([found[key] for key in expected], list(expected.values()), 1e-6)
 
 
-def test_corrections_are_learnt_and_not_evaluated(tmp_path: Path, groups: dict[int, Workers]) -> None:
-    """Wrong: corrections are left out of the learning, or change what a window's figures are computed from."""
+def test_corrections_are_learnt_and_not_evaluated(
+    tmp_path: Path, groups: dict[int, Workers]
+) -> None:
+    """Wrong: corrections are left out of the learning, or change what a window's figures are
+    computed from."""
     config = late_config(tmp_path, "run")
     run_locally(groups, config)
     stream = prepare_stream(config)
-    late = [sum(found.rows for task in LATE["attribution_s"] if (found := release(stream, w, task).corrections)) for w in range(WINDOWS)]
+    late = [
+        sum(
+            found.rows
+            for task in LATE["attribution_s"]
+            if (found := release(stream, w, task).corrections)
+        )
+        for w in range(WINDOWS)
+    ]
     assert sum(late) > 3
-    spans = [line for line in read_jsonl(config.folder / "timeline.jsonl") if line["role"] == "fm" and line["phase"] == "learn"]
+    spans = [
+        line
+        for line in read_jsonl(config.folder / "timeline.jsonl")
+        if line["role"] == "fm" and line["phase"] == "learn"
+    ]
     assert [span["examples"] for span in spans] == [ROWS + more for more in late]
     fm = [row for row in metrics(config).values() if row["role"] == "fm" and row["domain"] == "all"]
-    assert {row["examples"] for row in fm} == {ROWS} and all(np.isfinite(row["ne"]) for row in fm if row["label_rate"])
+    assert {row["examples"] for row in fm} == {ROWS} and all(
+        np.isfinite(row["ne"]) for row in fm if row["label_rate"]
+    )
 
 
-def test_goes_on_in_the_middle_of_a_window_with_corrections(tmp_path: Path, groups: dict[int, Workers]) -> None:
-    """Wrong: a job that goes on between two batches meets the corrections at other places: it learns some twice, others not at all."""
+def test_goes_on_in_the_middle_of_a_window_with_corrections(
+    tmp_path: Path, groups: dict[int, Workers]
+) -> None:
+    """Wrong: a job that goes on between two batches meets the corrections at other places: it
+    learns some twice, others not at all."""
     rows = {}
     for name in ("whole", "killed"):
-        config = small_config(tmp_path, name, data=LATE, vm={"models": []}, checkpoint={"every_examples": 200})
+        config = small_config(
+            tmp_path, name, data=LATE, vm={"models": []}, checkpoint={"every_examples": 200}
+        )
         windows = prepare_stream(config).windows()
         for death in (5, None) if name == "killed" else (None,):
             groups[1].run(train, Job("fm", config), windows, None if death is None else 2, death)
@@ -87,8 +131,11 @@ def test_goes_on_in_the_middle_of_a_window_with_corrections(tmp_path: Path, grou
     assert rows["whole"] == rows["killed"]
 
 
-def test_a_window_that_is_not_released_is_not_read(tmp_path: Path, groups: dict[int, Workers]) -> None:
-    """Wrong: a job that is made to learn a window before its release goes on with labels that are not known."""
+def test_a_window_that_is_not_released_is_not_read(
+    tmp_path: Path, groups: dict[int, Workers]
+) -> None:
+    """Wrong: a job that is made to learn a window before its release goes on with labels that are
+    not known."""
     config = late_config(tmp_path, "early")
     stream = prepare_stream(config)
     (release_folder(stream.root, 1, "click") / "manifest.json").unlink()

@@ -1,4 +1,5 @@
-"""Arms with +history on whole runs: what reaches them, rules 1 and 2, any number of workers, resumption, mistakes."""
+"""Arms with +history on whole runs: what reaches them, rules 1 and 2, any number of workers,
+resumption, mistakes."""
 
 from __future__ import annotations
 
@@ -37,12 +38,22 @@ from exfm_ray.training.job import Job
 from exfm_ray.training.worker import Worker
 
 ARMS = ["labels", "labels+history", "kd+share+history"]
-VARIANTS: dict[str, dict[str, Any]] = {"pinned": {}, "aligned": {"embedding_space": "aligned", "last_k": 3}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "pinned": {},
+    "aligned": {"embedding_space": "aligned", "last_k": 3},
+}
 
 
-def config_of(folder: Path, name: str, history: dict[str, Any] | None = None, **changes: Any) -> Config:
+def config_of(
+    folder: Path,
+    name: str,
+    history: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Config:
     vm = {"arms": ARMS} | changes.pop("vm", {})
-    return small_config(folder, name, vm=vm, distillation={"history": {"dim": 4} | (history or {})}, **changes)
+    return small_config(
+        folder, name, vm=vm, distillation={"history": {"dim": 4} | (history or {})}, **changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,124 +75,231 @@ def base(whole: Whole) -> Config:
     return whole("pinned")
 
 
-def test_history_reaches_its_arms_only(base: Config, groups: dict[int, Workers], tmp_path: Path) -> None:
-    """Wrong: a plain arm reads the history, or one with +history does not; the model that is stored is not the one that learnt."""
+def test_history_reaches_its_arms_only(
+    base: Config,
+    groups: dict[int, Workers],
+    tmp_path: Path,
+) -> None:
+    """Wrong: a plain arm reads the history, or one with +history does not; the model that is stored
+    is not the one that learnt."""
     plain = small_config(tmp_path, "plain", vm={"arms": ["labels"]})
     run_locally(groups, plain)
     for key, row in metrics(plain).items():
         if row["role"] == "vm":
             assert metrics(base)[key] == row
-    last = {row["arm"]: row["ne"] for row in metrics(base).values() if row["model"] == "feed" and row["window"] == WINDOWS - 1}
+    last = {
+        row["arm"]: row["ne"]
+        for row in metrics(base).values()
+        if row["model"] == "feed" and row["window"] == WINDOWS - 1
+    }
     assert len(set(last.values())) == len(ARMS)
-    dense = {arm: len(load_model(base.folder / "exported" / f"feed-{arm}")[1].example.dense) for arm in ARMS}
+    dense = {
+        arm: len(load_model(base.folder / "exported" / f"feed-{arm}")[1].example.dense)
+        for arm in ARMS
+    }
     assert dense["labels+history"] == dense["kd+share+history"] == dense["labels"] + 5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_workers_equal_one(whole: Whole, groups: dict[int, Workers], tmp_path: Path, variant: str) -> None:
+def test_two_workers_equal_one(
+    whole: Whole,
+    groups: dict[int, Workers],
+    tmp_path: Path,
+    variant: str,
+) -> None:
     """Wrong: a worker reads other rows' history."""
     one = whole(variant)
     config = with_settings(one, {"run.dir": str(tmp_path), "vm.workers": 2, "fm.workers": 2})
     run_locally(groups, config)
-    assert_close(list(metrics(config).values()), [metrics(one)[key] for key in metrics(config)], WORKERS_TOLERANCE)
+    assert_close(
+        list(metrics(config).values()),
+        [metrics(one)[key] for key in metrics(config)],
+        WORKERS_TOLERANCE,
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_goes_on_after_a_kill(whole: Whole, groups: dict[int, Workers], tmp_path: Path, variant: str) -> None:
-    """Wrong: a run killed between a window's figures and its checkpoint, or between two batches, ends otherwise than an undisturbed one."""
-    undisturbed, windows = whole(variant), list(range(WINDOWS))
-    killed = with_settings(undisturbed, {"run.dir": str(tmp_path), "checkpoint.every_examples": 150})
+def test_goes_on_after_a_kill(
+    whole: Whole,
+    groups: dict[int, Workers],
+    tmp_path: Path,
+    variant: str,
+) -> None:
+    """Wrong: a run killed between a window's figures and its checkpoint, or between two batches,
+    ends otherwise than an undisturbed one."""
+    undisturbed = whole(variant)
+    windows = list(range(WINDOWS))
+    killed = with_settings(
+        undisturbed, {"run.dir": str(tmp_path), "checkpoint.every_examples": 150}
+    )
     prepare_stream(killed)
     groups[1].run(train, Job("fm", killed), windows, None)
     groups[1].run(score, killed)
     (job,) = vm_jobs(killed)
     for dies_at, batches in ((2, 5), (2, None)):
         groups[1].run(train, job, windows, dies_at, batches)
-    assert job.checkpoints.latest().windows == 2 and job.checkpoints.latest().examples >= 150, "inside the window"
+    assert job.checkpoints.latest().windows == 2 and job.checkpoints.latest().examples >= 150, (
+        "inside the window"
+    )
     run_locally(groups, killed)
     assert metrics(killed) == metrics(undisturbed)
     assert figures(killed) == figures(undisturbed)
 
 
 @pytest.mark.parametrize(("drift", "lag"), [("pinned", 1), ("aligned", 1), ("refreshed", 2)])
-def test_later_labels_change_nothing_that_is_given(groups: dict[int, Workers], tmp_path: Path, drift: str, lag: int) -> None:
-    """Wrong: what a vertical model reads of the past in a window depends on labels of that window or later ones (rule 2)."""
+def test_later_labels_change_nothing_that_is_given(
+    groups: dict[int, Workers],
+    tmp_path: Path,
+    drift: str,
+    lag: int,
+) -> None:
+    """Wrong: what a vertical model reads of the past in a window depends on labels of that window
+    or later ones (rule 2)."""
     changed_at = 2
-    runs = [config_of(tmp_path, name, {"embedding_space": drift}, das={"fm_lag": lag}) for name in ("as_is", "changed")]
+    runs = [
+        config_of(tmp_path, name, {"embedding_space": drift}, das={"fm_lag": lag})
+        for name in ("as_is", "changed")
+    ]
     stream = prepare_stream(runs[1])
     for window in range(changed_at, WINDOWS):
         rewrite(stream, window, flip_labels)
     for config in runs:
         run_locally(groups, config)
-    for window in range(lag, WINDOWS):  # what lies in a window's folder is given from the next one on
-        files = [sorted((c.folder / "history" / "fm" / window_name(window)).iterdir()) for c in runs]
-        assert [path.name for path in files[0]] == [path.name for path in files[1]] and len(files[0]) == 6
-        equal = all(one.read_bytes() == other.read_bytes() for one, other in zip(*files, strict=True))
+    for window in range(
+        lag, WINDOWS
+    ):  # what lies in a window's folder is given from the next one on
+        files = [
+            sorted((c.folder / "history" / "fm" / window_name(window)).iterdir()) for c in runs
+        ]
+        assert [path.name for path in files[0]] == [path.name for path in files[1]] and len(
+            files[0]
+        ) == 6
+        equal = all(
+            one.read_bytes() == other.read_bytes() for one, other in zip(*files, strict=True)
+        )
         assert equal == (window < changed_at + lag or drift == "pinned"), window
-    told = [{k: r for k, r in metrics(c).items() if r["window"] <= changed_at and r["model"] == "feed"} for c in runs]
+    told = [
+        {k: r for k, r in metrics(c).items() if r["window"] <= changed_at and r["model"] == "feed"}
+        for c in runs
+    ]
     for key in told[0]:  # mean prediction, in which the labels cancel out
         means = [one[key]["calibration"] * one[key]["label_rate"] for one in told]
         np.testing.assert_allclose(means[1], means[0], rtol=1e-12, err_msg=str(key))
 
 
-@pytest.mark.parametrize(("history", "told"), [
-    ({"layer": "backbon"}, "'distillation.history.layer': the FM's network has no module 'backbon'. Did you mean 'backbone'"),
-    ({"key": "usr"}, "'distillation.history.key' is usr: name a single-valued feature: user, .*Did you mean 'user'"),
-])  # fmt: skip
-def test_what_a_snapshot_does_not_give_is_told_at_once(base: Config, tmp_path: Path, history: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(
+    ("history", "told"),
+    [
+        (
+            {"layer": "backbon"},
+            "'distillation.history.layer': the FM's network has no module 'backbon'. Did you mean 'backbone'",
+        ),
+        (
+            {"key": "usr"},
+            "'distillation.history.key' is usr: name a single-valued feature: user, .*Did you mean 'user'",
+        ),
+    ],
+)
+def test_what_a_snapshot_does_not_give_is_told_at_once(
+    base: Config,
+    tmp_path: Path,
+    history: dict[str, Any],
+    told: str,
+) -> None:
     """Wrong: the mistake is found after hours, or never."""
     with pytest.raises(UserError, match=told):
-        check_models(config_of(tmp_path, "wrong", history), EventStream.open(base.folder / "stream").schema)
+        check_models(
+            config_of(tmp_path, "wrong", history), EventStream.open(base.folder / "stream").schema
+        )
 
 
 def test_a_module_that_puts_out_nothing_is_told_at_once(base: Config, tmp_path: Path) -> None:
-    """Wrong: a part of the FM's network that is never called, or does not speak of single examples, is found out in the first window."""
+    """Wrong: a part of the FM's network that is never called, or does not speak of single examples,
+    is found out in the first window."""
     fm = {"type": "masknet", "dim": 4, "blocks": 2, "block_width": 4, "mask_mlp": [4], "mlp": [4]}
     schema = EventStream.open(base.folder / "stream").schema
-    with pytest.raises(UserError, match=r"'distillation.history.layer' is backbone.blocks: this module .* puts out no numbers for each example"):
-        check_models(with_settings(config_of(tmp_path, "wrong", {"layer": "backbone.blocks"}), {"fm.model": fm}), schema)
-    check_models(with_settings(config_of(tmp_path, "right", {"layer": "backbone.blocks.1"}), {"fm.model": fm}), schema)
+    with pytest.raises(
+        UserError,
+        match=r"'distillation.history.layer' is backbone.blocks: this module .* puts out no numbers for each example",
+    ):
+        check_models(
+            with_settings(
+                config_of(tmp_path, "wrong", {"layer": "backbone.blocks"}), {"fm.model": fm}
+            ),
+            schema,
+        )
+    check_models(
+        with_settings(
+            config_of(tmp_path, "right", {"layer": "backbone.blocks.1"}), {"fm.model": fm}
+        ),
+        schema,
+    )
 
 
 def evaluated(config: Config, folder: Path) -> dict[str, Any]:
-    """Probabilities of the trained lanes of `feed`, from the last checkpoint, on its rows of the last window given the past up to the
-    stream's end, as the DAS has it; the rows are left in `folder`."""
+    """Probabilities of the trained lanes of `feed`, from the last checkpoint, on its rows of the
+    last window given the past up to the stream's end, as the DAS has it; the rows are left in
+    `folder`."""
     (job,) = vm_jobs(config)
     worker = Worker(job, None, None, torch.device("cpu"))
     job.checkpoints.load(job.checkpoints.latest(), worker.loop)
-    history, group, stream = history_store(config), worker.loop.groups[0], EventStream.open(config.folder / "stream")
+    history = history_store(config)
+    group = worker.loop.groups[0]
+    stream = EventStream.open(config.folder / "stream")
     assert history
     events = stream.read(WINDOWS - 1, stream.window(WINDOWS - 1).fragments[0])
     rows = group.select(history.join(WINDOWS, events, stream.schema))
     pq.write_table(rows, folder / "rows.parquet")
-    return {name: 1 / (1 + np.exp(-logits.astype(np.float64))) for name, logits in group.evaluate(rows).logits.items()}
+    return {
+        name: 1 / (1 + np.exp(-logits.astype(np.float64)))
+        for name, logits in group.evaluate(rows).logits.items()
+    }
 
 
-def served_inputs(served: Path, rows: pa.Table, schema: Schema) -> dict[str, np.ndarray[Any, Any]]:
-    """What a server asks with: the examples' own columns, and what the served files say of their users, one after the other."""
+def served_inputs(
+    served: Path,
+    rows: pa.Table,
+    schema: Schema,
+) -> dict[str, np.ndarray[Any, Any]]:
+    """What a server asks with: the examples' own columns, and what the served files say of their
+    users, one after the other."""
     told = read_json(served / "schema.json")["history"]
     store = load_file(served / told["file"])
     of = dict(zip(store["users"].tolist(), store["inputs"], strict=True))
     batch = to_batch(rows, schema)
-    inputs = {name: getattr(batch, name).numpy() for name in ("sparse_BS", "dense_BD", "bag_values_V", "bag_lengths_MB")}
-    users = inputs["sparse_BS"][:, [f["name"] for f in read_json(served / "schema.json")["sparse_BS"]].index(told["key"])]
+    inputs = {
+        name: getattr(batch, name).numpy()
+        for name in ("sparse_BS", "dense_BD", "bag_values_V", "bag_lengths_MB")
+    }
+    users = inputs["sparse_BS"][
+        :, [f["name"] for f in read_json(served / "schema.json")["sparse_BS"]].index(told["key"])
+    ]
     past = np.stack([of.get(int(user), np.zeros(told["inputs"], np.float32)) for user in users])
     assert past.any()
     return inputs | {"dense_BD": np.concatenate([inputs["dense_BD"], past], axis=1)}
 
 
-def test_served_with_its_feature_store_it_predicts_as_trained(base: Config, groups: dict[int, Workers], tmp_path: Path) -> None:
-    """Wrong: a server that looks users up in the served store predicts otherwise than the trained model that is given their past."""
+def test_served_with_its_feature_store_it_predicts_as_trained(
+    base: Config,
+    groups: dict[int, Workers],
+    tmp_path: Path,
+) -> None:
+    """Wrong: a server that looks users up in the served store predicts otherwise than the trained
+    model that is given their past."""
     (expected,) = groups[1].run(evaluated, base, tmp_path)
-    stream, rows = EventStream.open(base.folder / "stream"), pq.read_table(tmp_path / "rows.parquet")
+    stream = EventStream.open(base.folder / "stream")
+    rows = pq.read_table(tmp_path / "rows.parquet")
     served = export_student(base.folder, "feed", "labels+history", tmp_path / "served")
-    (found,) = onnxruntime.InferenceSession(served / "model.onnx").run(None, served_inputs(served, rows, stream.schema))
+    (found,) = onnxruntime.InferenceSession(served / "model.onnx").run(
+        None, served_inputs(served, rows, stream.schema)
+    )
     np.testing.assert_allclose(found, expected["feed-labels+history"], rtol=0, atol=1e-5)
     assert np.abs(found - expected["feed-kd+share+history"]).max() > 1e-3, "or any student would do"
 
 
 def test_a_delta_brings_the_changed_users(groups: dict[int, Workers], tmp_path: Path) -> None:
-    """Wrong: a server that takes deltas looks users up in another store than one that takes full exports, or is sent all of it."""
+    """Wrong: a server that takes deltas looks users up in another store than one that takes full
+    exports, or is sent all of it."""
     model = {"name": "feed", "domain": "feed", "task": "click"}
     config = config_of(tmp_path, "run", vm={"arms": ["labels+history"], "models": [model]})
     windows = prepare_stream(config).windows()
@@ -192,8 +310,14 @@ def test_a_delta_brings_the_changed_users(groups: dict[int, Workers], tmp_path: 
     earlier = export_student(config.folder, "feed", "labels+history", tmp_path / "earlier")
     groups[1].run(train, job, windows, None)
     full = export_student(config.folder, "feed", "labels+history", tmp_path / "full")
-    delta = export_student(config.folder, "feed", "labels+history", tmp_path / "delta", since=earlier)
-    assert 0 < read_json(delta / "manifest.json")["changed_users"] <= len(load_file(full / HISTORY)["users"])
+    delta = export_student(
+        config.folder, "feed", "labels+history", tmp_path / "delta", since=earlier
+    )
+    assert (
+        0
+        < read_json(delta / "manifest.json")["changed_users"]
+        <= len(load_file(full / HISTORY)["users"])
+    )
     assert delta_main([str(earlier), str(delta), str(tmp_path / "now")]) == 0
     for file in ("tables.safetensors", HISTORY, "schema.json"):
         assert (tmp_path / "now" / file).read_bytes() == (full / file).read_bytes() != b""
@@ -203,14 +327,23 @@ def test_a_delta_brings_the_changed_users(groups: dict[int, Workers], tmp_path: 
 
 def test_a_model_without_its_feature_store_is_refused(base: Config, tmp_path: Path) -> None:
     """Wrong: a served folder promises predictions for which it lacks inputs."""
-    folder = Path(shutil.copytree(base.folder / "exported" / "feed-labels+history", tmp_path / "exported" / "feed-labels+history"))
+    folder = Path(
+        shutil.copytree(
+            base.folder / "exported" / "feed-labels+history",
+            tmp_path / "exported" / "feed-labels+history",
+        )
+    )
     (tmp_path / "stream").symlink_to(base.folder / "stream")
     (folder / HISTORY).write_bytes((folder / HISTORY).read_bytes()[:-1] + b"\1")
-    with pytest.raises(UserError, match="history.safetensors: missing or not the file that model.json describes"):
+    with pytest.raises(
+        UserError, match="history.safetensors: missing or not the file that model.json describes"
+    ):
         export_student(tmp_path, "feed", "labels+history")
     stored = read_json(folder / "model.json")
     facts = {key: value for key, value in stored["facts"].items() if key != "history"}
     files = {name: digest for name, digest in stored["files"].items() if name != HISTORY}
     write_json(folder / "model.json", stored | {"facts": facts, "files": files})
-    with pytest.raises(UserError, match=r"arm 'labels\+history' was stored without its feature store"):
+    with pytest.raises(
+        UserError, match=r"arm 'labels\+history' was stored without its feature store"
+    ):
         export_student(tmp_path, "feed", "labels+history")

@@ -18,14 +18,22 @@ def used(rows: pa.Table) -> Ids:
     """(table, row) of all that the examples look up, one value at a time."""
     ids_NS = list_values(rows["sparse"], len(SCHEMA.single))
     found = {(f.table or f.name, int(v)) for s, f in enumerate(SCHEMA.single) for v in ids_NS[:, s]}
-    return found | {(f.table or f.name, v) for f in SCHEMA.bags for values in rows[f.name].to_pylist() for v in values}
+    return found | {
+        (f.table or f.name, v)
+        for f in SCHEMA.bags
+        for values in rows[f.name].to_pylist()
+        for v in values
+    }
 
 
 def fragments(seed: int, sizes: list[int]) -> list[pa.Table]:
     """A window: slices of filtered tables too, as the loop hands them on."""
     rows = make_rows(sum(sizes) + 5, seed)
     begins = np.cumsum([5, *sizes])
-    return [rows.slice(begin, size).filter(pa.array(np.arange(size) % 3 > 0)) for begin, size in zip(begins, sizes, strict=False)]
+    return [
+        rows.slice(begin, size).filter(pa.array(np.arange(size) % 3 > 0))
+        for begin, size in zip(begins, sizes, strict=False)
+    ]
 
 
 def flat(stale: dict[str, np.ndarray]) -> Ids:
@@ -36,12 +44,21 @@ def flat(stale: dict[str, np.ndarray]) -> Ids:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 12), max_size=3), max_size=8), st.integers(1, 3), st.integers(0, 99), st.integers(0, 8))
+@given(
+    st.lists(st.lists(st.integers(0, 12), max_size=3), max_size=8),
+    st.integers(1, 3),
+    st.integers(0, 99),
+    st.integers(0, 8),
+)
 def test_stale_rows_are_those_out_of_use_for_so_long(
-    windows: list[list[int]], after: int, seed: int, saved: int
+    windows: list[list[int]],
+    after: int,
+    seed: int,
+    saved: int,
 ) -> None:
-    """Wrong: a row is reset too early, too late, twice or never; row 0 is reset; a follower's or a bag's use does not count; a window
-    without examples counts; or saving and loading changes any of this."""
+    """Wrong: a row is reset too early, too late, twice or never; row 0 is reset; a follower's or a
+    bag's use does not count; a window without examples counts; or saving and loading changes any of
+    this."""
     usage = RowLastUse(SCHEMA, after)
     last: dict[tuple[str, int], int] = {}
     number = 0
@@ -51,7 +68,11 @@ def test_stale_rows_are_those_out_of_use_for_so_long(
         for table in tables:
             usage.mark(table)
         last |= dict.fromkeys(now, number)
-        expected = {key for key, at in last.items() if number - at >= after and key[1] != 0} if now else set()
+        expected = (
+            {key for key, at in last.items() if number - at >= after and key[1] != 0}
+            if now
+            else set()
+        )
         assert flat(usage.end_window()) == expected
         last = {key: at for key, at in last.items() if key not in expected}
         number += bool(now)

@@ -1,4 +1,5 @@
-"""The rules of the loop on whole runs: evaluate before learning, a teacher that does not know the answer, once per example."""
+"""The rules of the loop on whole runs: evaluate before learning, a teacher that does not know the
+answer, once per example."""
 
 from __future__ import annotations
 
@@ -21,10 +22,17 @@ Runs = tuple[Config, Config]
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def runs(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
-    """A run, and one on the stream in which all labels from window CHANGED on are the other way round; fm_lag 1 and 2."""
+def runs(
+    groups: dict[int, Workers],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Runs:
+    """A run, and one on the stream in which all labels from window CHANGED on are the other way
+    round; fm_lag 1 and 2."""
     folder = tmp_path_factory.mktemp("rules")
-    config, changed = (small_config(folder, name, das={"fm_lag": request.param}) for name in ("as_is", "changed"))
+    config, changed = (
+        small_config(folder, name, das={"fm_lag": request.param}) for name in ("as_is", "changed")
+    )
     stream = prepare_stream(changed)
     for window in range(CHANGED, WINDOWS):
         rewrite(stream, window, flip_labels)
@@ -36,7 +44,10 @@ def runs(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory, r
 def mean_predictions(config: Config) -> dict[tuple[Any, ...], float | None]:
     """Mean prediction of every row of metrics.jsonl: a figure in which the labels cancel out."""
     rows = metrics(config).items()
-    return {key: row["calibration"] * row["label_rate"] if row["calibration"] is not None else None for key, row in rows}
+    return {
+        key: row["calibration"] * row["label_rate"] if row["calibration"] is not None else None
+        for key, row in rows
+    }
 
 
 def test_evaluates_before_it_learns(runs: Runs) -> None:
@@ -50,7 +61,9 @@ def test_evaluates_before_it_learns(runs: Runs) -> None:
         if mean is None or changed[key] is None:
             continue
         if key[0] <= CHANGED:
-            np.testing.assert_allclose(changed[key], mean, rtol=1e-12, err_msg=str(key))  # rounding of (p / y) * (y / n)
+            np.testing.assert_allclose(
+                changed[key], mean, rtol=1e-12, err_msg=str(key)
+            )  # rounding of (p / y) * (y / n)
         elif abs(changed[key] - mean) > 1e-4:
             moved.add(key[3])
     assert moved == arms, "the test has no power: these labels change no later prediction"
@@ -60,14 +73,18 @@ def test_teacher_does_not_know_the_answer(runs: Runs) -> None:
     """Wrong: a window's supervision depends on that window's labels (rule 2)."""
     lag = runs[0].das.fm_lag
     for window in range(lag, WINDOWS):
-        files = [sorted((c.folder / "supervision" / "fm" / window_name(window)).glob("*.parquet")) for c in runs]
+        files = [
+            sorted((c.folder / "supervision" / "fm" / window_name(window)).glob("*.parquet"))
+            for c in runs
+        ]
         assert len(files[0]) == len(files[1]) == 4
         equal = [one.read_bytes() == other.read_bytes() for one, other in zip(*files, strict=True)]
         assert all(equal) if window < CHANGED + lag else not any(equal), window
 
 
 def test_every_example_is_scored_once(runs: Runs, groups: dict[int, Workers]) -> None:
-    """Wrong: examples are missing in the supervision or twice in it, or a second pass scores again (rule 3)."""
+    """Wrong: examples are missing in the supervision or twice in it, or a second pass scores again
+    (rule 3)."""
     import pyarrow.parquet as pq
     from local_runs import score
 
@@ -76,14 +93,24 @@ def test_every_example_is_scored_once(runs: Runs, groups: dict[int, Workers]) ->
     das = Labeler(config, stream)
     for window in range(config.das.fm_lag, WINDOWS):
         manifest = stream.window(window)
-        events = np.concatenate([stream.read(window, f, ["example_id"])["example_id"].to_numpy() for f in manifest.fragments])
-        files = [pq.read_table(das.store.path(window, f), partitioning=None)["example_id"].to_numpy() for f in manifest.fragments]
+        events = np.concatenate(
+            [
+                stream.read(window, f, ["example_id"])["example_id"].to_numpy()
+                for f in manifest.fragments
+            ]
+        )
+        files = [
+            pq.read_table(das.store.path(window, f), partitioning=None)["example_id"].to_numpy()
+            for f in manifest.fragments
+        ]
         np.testing.assert_array_equal(np.concatenate(files), events)
         assert len(np.unique(events)) == len(events)
     assert groups[1].run(score, config) == [0]
 
 
-def test_scored_rows_do_not_depend_on_the_number_of_vms(groups: dict[int, Workers], tmp_path: Path) -> None:
+def test_scored_rows_do_not_depend_on_the_number_of_vms(
+    groups: dict[int, Workers], tmp_path: Path
+) -> None:
     """Wrong: each vertical model has the FM score its own copy (rule 3)."""
     from local_runs import score, train
 

@@ -32,16 +32,39 @@ from exfm_ray.training.local import LocalClient
 from exfm_ray.training.static import EarlyStopping, StaticSet
 from exfm_ray.training.worker import Worker
 
-VALIDATION, TEST = 2, 3
-MODEL = {"type": "wukong", "dim": 4, "l": 1, "n_F": 2, "n_L": 2, "k": 2, "fmb_mlp": [8], "mlp": [8], "dropout": 0.1}
+VALIDATION = 2
+TEST = 3
+MODEL = {
+    "type": "wukong",
+    "dim": 4,
+    "l": 1,
+    "n_F": 2,
+    "n_L": 2,
+    "k": 2,
+    "fmb_mlp": [8],
+    "mlp": [8],
+    "dropout": 0.1,
+}
 
 
-def static_config(folder: Path, name: str, **fm: Any) -> Config:
-    """Windows 0 and 1 of the tiny stream to learn, 2 to validate, 3 to test; dropout and moving average on."""
+def static_config(
+    folder: Path,
+    name: str,
+    **fm: Any,
+) -> Config:
+    """Windows 0 and 1 of the tiny stream to learn, 2 to validate, 3 to test; dropout and moving
+    average on."""
     settings = {
-        "model": MODEL, "optimizer": {"ema": 0.9},
-        "static": {"passes": 3, "patience": 2, "monitor": "log_loss", "validation_window": VALIDATION}, **fm,
-    }  # fmt: skip
+        "model": MODEL,
+        "optimizer": {"ema": 0.9},
+        "static": {
+            "passes": 3,
+            "patience": 2,
+            "monitor": "log_loss",
+            "validation_window": VALIDATION,
+        },
+        **fm,
+    }
     return small_config(folder, name, fm=settings, vm={"models": []})
 
 
@@ -56,21 +79,34 @@ class DyingReport(LocalReport):
         super().metrics(rows)
 
 
-def train(job: Job, windows: list[int], dies_at: int) -> None:
+def train(
+    job: Job,
+    windows: list[int],
+    dies_at: int,
+) -> None:
     """A worker's part of the job, from its latest checkpoint on."""
     done = job.checkpoints.latest()
     report = DyingReport(job.config.folder / "metrics.jsonl", job.name)
     report.dies_at = dies_at
-    worker = Worker(job, None, report if torch.distributed.get_rank() == 0 else None, torch.device("cpu"))
+    worker = Worker(
+        job, None, report if torch.distributed.get_rank() == 0 else None, torch.device("cpu")
+    )
     worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, done))  # type: ignore[assignment]
     worker.run(windows, done)
 
 
-def run(groups: dict[int, Workers], config: Config, dies_at: int = 0) -> list[dict[str, Any]]:
+def run(
+    groups: dict[int, Workers],
+    config: Config,
+    dies_at: int = 0,
+) -> list[dict[str, Any]]:
     """Train to the end; the rows of metrics.jsonl without their speed."""
     stream = prepare_stream(config)
     groups[config.fm.workers].run(train, Job("fm", config), stream.windows(), dies_at)
-    return [{k: v for k, v in row.items() if k != "examples_per_s"} for row in read_metrics(config.folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k != "examples_per_s"}
+        for row in read_metrics(config.folder / "metrics.jsonl")
+    ]
 
 
 def published(config: Config) -> SnapshotStore:
@@ -81,7 +117,9 @@ def weights(config: Config) -> dict[str, torch.Tensor]:
     """Of the one published snapshot."""
     store = published(config)
     (version,) = store.versions()
-    return store.load(version, EventStream.open(config.folder / "stream").schema.digest)[0].state_dict()
+    return store.load(version, EventStream.open(config.folder / "stream").schema.digest)[
+        0
+    ].state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -96,78 +134,132 @@ def test_each_pass_is_evaluated_on_the_held_out_windows(base: Config) -> None:
     rows = read_metrics(base.folder / "metrics.jsonl")
     passes = Job("fm", base).checkpoints.latest().windows
     found = {(row["pass"], row["window"]) for row in rows}
-    assert found == {(number, window) for number in range(1, passes + 1) for window in (VALIDATION, TEST)}
+    assert found == {
+        (number, window) for number in range(1, passes + 1) for window in (VALIDATION, TEST)
+    }
     (timing,) = {t.examples for t in Job("fm", base).checkpoints.result(Cursor(passes)).timings}
     assert timing == 2 * 900
 
 
 def test_the_best_pass_is_published_and_summed_up(base: Config) -> None:
-    """Wrong: the last pass is published in place of the best, or the summary gives another pass's figures or raw weights' ones."""
+    """Wrong: the last pass is published in place of the best, or the summary gives another pass's
+    figures or raw weights' ones."""
     rows = [row for row in read_metrics(base.folder / "metrics.jsonl") if row["domain"] == "all"]
-    losses = {n: np.mean([r["log_loss"] for r in rows if (r["pass"], r["window"]) == (n, VALIDATION)]) for n in {row["pass"] for row in rows}}
+    losses = {
+        n: np.mean([r["log_loss"] for r in rows if (r["pass"], r["window"]) == (n, VALIDATION)])
+        for n in {row["pass"] for row in rows}
+    }
     best = min(losses, key=lambda number: losses[number])
-    store, stream = published(base), EventStream.open(base.folder / "stream")
+    store = published(base)
+    stream = EventStream.open(base.folder / "stream")
     assert store.versions() == [best]
     figures = PipelineRunner(base, stream).summarise()["figures"]
-    assert {row["pass"] for row in figures} == {best} and {row["window"] for row in figures} == {VALIDATION, TEST}
+    assert {row["pass"] for row in figures} == {best} and {row["window"] for row in figures} == {
+        VALIDATION,
+        TEST,
+    }
     model, tasks = store.load(best, stream.schema.digest)
     for window in (VALIDATION, TEST):
         tables = [stream.read(window, fragment) for fragment in stream.window(window).fragments]
-        p_NT = np.concatenate([model.score(to_batch(table, stream.schema)).numpy() for table in tables]).astype(np.float64)
+        p_NT = np.concatenate(
+            [model.score(to_batch(table, stream.schema)).numpy() for table in tables]
+        ).astype(np.float64)
         labels_NT = np.concatenate([list_values(table["labels"], len(tasks)) for table in tables])
         for i, task in enumerate(tasks):
             state = MetricState.from_logits(np.log(p_NT[:, i] / (1 - p_NT[:, i])), labels_NT[:, i])
-            (row,) = (r for r in figures if (r["window"], r["domain"], r["task"]) == (window, "all", task))
+            (row,) = (
+                r for r in figures if (r["window"], r["domain"], r["task"]) == (window, "all", task)
+            )
             assert state.figures()["log_loss"] == pytest.approx(row["log_loss"], rel=1e-5)
 
 
-def test_the_tests_choose_nothing(groups: dict[int, Workers], base: Config, tmp_path: Path) -> None:
-    """Wrong: the test window is learnt, or has a say in the best pass: flipping its labels would change the weights."""
+def test_the_tests_choose_nothing(
+    groups: dict[int, Workers],
+    base: Config,
+    tmp_path: Path,
+) -> None:
+    """Wrong: the test window is learnt, or has a say in the best pass: flipping its labels would
+    change the weights."""
     config = static_config(tmp_path, "flipped")
     rewrite(prepare_stream(config), TEST, flip_labels)
     rows = run(groups, config)
     assert published(config).versions() == published(base).versions()
     for name, tensor in weights(base).items():
         assert torch.equal(tensor, weights(config)[name]), name
-    before = [row for row in read_metrics(base.folder / "metrics.jsonl") if row["window"] == TEST and row["domain"] == "all"]
+    before = [
+        row
+        for row in read_metrics(base.folder / "metrics.jsonl")
+        if row["window"] == TEST and row["domain"] == "all"
+    ]
     after = [row for row in rows if row["window"] == TEST and row["domain"] == "all"]
-    assert all(one["log_loss"] != other["log_loss"] for one, other in zip(before, after, strict=True))
+    assert all(
+        one["log_loss"] != other["log_loss"] for one, other in zip(before, after, strict=True)
+    )
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(groups: dict[int, Workers], base: Config, tmp_path: Path) -> None:
-    """Wrong: a resumed run learns a pass twice, or forgets the moving average, the dropout's random state or the best pass."""
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    groups: dict[int, Workers],
+    base: Config,
+    tmp_path: Path,
+) -> None:
+    """Wrong: a resumed run learns a pass twice, or forgets the moving average, the dropout's random
+    state or the best pass."""
     config = static_config(tmp_path, "killed")
     with pytest.raises(AssertionError, match="killed"):
         run(groups, config, dies_at=3)
-    assert Job("fm", config).checkpoints.latest() == Cursor(2) and not Job("fm", config).finished([])
+    assert Job("fm", config).checkpoints.latest() == Cursor(2) and not Job("fm", config).finished(
+        []
+    )
     rows = run(groups, config)
-    assert_close(rows, [{k: v for k, v in r.items() if k != "examples_per_s"} for r in read_metrics(base.folder / "metrics.jsonl")], 0)
+    assert_close(
+        rows,
+        [
+            {k: v for k, v in r.items() if k != "examples_per_s"}
+            for r in read_metrics(base.folder / "metrics.jsonl")
+        ],
+        0,
+    )
     assert Job("fm", config).finished([])
     for name, tensor in weights(base).items():
         assert torch.equal(tensor, weights(config)[name]), name
 
 
 def test_two_workers_make_the_same_choice(groups: dict[int, Workers], tmp_path: Path) -> None:
-    """Wrong: workers shuffle differently or disagree on when to stop. Without dropout, whose masks follow the workers' rows."""
+    """Wrong: workers shuffle differently or disagree on when to stop. Without dropout, whose masks
+    follow the workers' rows."""
     model = MODEL | {"dropout": 0.0}
     found = []
     for workers in (1, 2):
-        rows = run(groups, static_config(tmp_path, f"workers{workers}", workers=workers, model=model))
-        # The first averages are near constant: rounding changes the order of logits, and with ten positives that moves auc
-        found.append([{key: value for key, value in row.items() if key not in ("auc", "gauc")} for row in rows])
+        rows = run(
+            groups, static_config(tmp_path, f"workers{workers}", workers=workers, model=model)
+        )
+        # The first averages are near constant: rounding changes the order of logits, and with ten
+        # positives that moves auc
+        found.append(
+            [
+                {key: value for key, value in row.items() if key not in ("auc", "gauc")}
+                for row in rows
+            ]
+        )
     assert_close(found[1], found[0], 1e-3)  # float32 sums in another order
 
 
 @pytest.mark.parametrize("monitor", ["auc", "log_loss"])
 def test_early_stopping(monitor: Any) -> None:
-    """Wrong: the direction of a figure is the wrong one, patience counts otherwise, or other windows and domains have a say."""
-    stopping = EarlyStopping(StaticConfig(passes=9, patience=2, monitor=monitor, validation_window=1))
+    """Wrong: the direction of a figure is the wrong one, patience counts otherwise, or other
+    windows and domains have a say."""
+    stopping = EarlyStopping(
+        StaticConfig(passes=9, patience=2, monitor=monitor, validation_window=1)
+    )
     sign = 1 if monitor == "auc" else -1
     improved = []
     for value in (0.5, 0.7, 0.6, 0.8, 0.8, 0.7):
         assert not stopping.over
         rows = [{"window": 1, "domain": "all", monitor: sign * value}]
-        rows += [{"window": 2, "domain": "all", monitor: sign * 99}, {"window": 1, "domain": "feed", monitor: sign * 99}]
+        rows += [
+            {"window": 2, "domain": "all", monitor: sign * 99},
+            {"window": 1, "domain": "feed", monitor: sign * 99},
+        ]
         improved.append(stopping.take(rows))
     assert improved == [True, True, False, True, False, False]
     assert (stopping.best, stopping.last, stopping.over) == (4, 6, True)
@@ -175,24 +267,42 @@ def test_early_stopping(monitor: Any) -> None:
 
 
 def test_an_undefined_figure_is_worse_than_any() -> None:
-    """Wrong: a first pass without a figure, as of labels of one class, is the best for ever; or its state does not survive a checkpoint."""
+    """Wrong: a first pass without a figure, as of labels of one class, is the best for ever; or its
+    state does not survive a checkpoint."""
     stopping = EarlyStopping(StaticConfig(passes=9, patience=3, monitor="auc", validation_window=1))
     improved = []
     for value in (None, None, 0.6, None, 0.5, 0.7):
-        stopping = EarlyStopping.restore(stopping.config, json.loads(json.dumps(stopping.state(), allow_nan=False)))
+        stopping = EarlyStopping.restore(
+            stopping.config, json.loads(json.dumps(stopping.state(), allow_nan=False))
+        )
         improved.append(stopping.take([{"window": 1, "domain": "all", "auc": value}]))
-    assert improved == [True, False, True, False, False, True] and (stopping.best, stopping.value) == (6, 0.7)
+    assert improved == [True, False, True, False, False, True] and (
+        stopping.best,
+        stopping.value,
+    ) == (6, 0.7)
 
 
-def test_a_run_killed_in_its_first_pass_goes_on(groups: dict[int, Workers], base: Config, tmp_path: Path) -> None:
-    """Wrong: the state of early stopping before any pass, in a checkpoint between two batches, is none that can be compared."""
+def test_a_run_killed_in_its_first_pass_goes_on(
+    groups: dict[int, Workers],
+    base: Config,
+    tmp_path: Path,
+) -> None:
+    """Wrong: the state of early stopping before any pass, in a checkpoint between two batches, is
+    none that can be compared."""
     config = with_settings(static_config(tmp_path, "killed"), {"checkpoint.every_examples": 500})
     with pytest.raises(AssertionError, match="killed"):
         run(groups, config, dies_at=1)
     mark = Job("fm", config).checkpoints.latest()
     assert mark.windows == 0 and mark.examples
     rows = run(groups, config)
-    assert_close(rows, [{k: v for k, v in r.items() if k != "examples_per_s"} for r in read_metrics(base.folder / "metrics.jsonl")], 0)
+    assert_close(
+        rows,
+        [
+            {k: v for k, v in r.items() if k != "examples_per_s"}
+            for r in read_metrics(base.folder / "metrics.jsonl")
+        ],
+        0,
+    )
 
 
 def train_and_leave(job: Job, windows: list[int]) -> None:
@@ -212,44 +322,74 @@ def train_and_leave(job: Job, windows: list[int]) -> None:
         Worker._remove_beaten = remove  # type: ignore[method-assign]
 
 
-def test_a_kill_leaves_no_worse_snapshot(groups: dict[int, Workers], base: Config, tmp_path: Path) -> None:
-    """Wrong: a run killed between a pass's checkpoint and the removal of the snapshot that it beats keeps both, and readers take the worse;
-    or it counts as finished."""
+def test_a_kill_leaves_no_worse_snapshot(
+    groups: dict[int, Workers],
+    base: Config,
+    tmp_path: Path,
+) -> None:
+    """Wrong: a run killed between a pass's checkpoint and the removal of the snapshot that it beats
+    keeps both, and readers take the worse; or it counts as finished."""
     config = static_config(tmp_path, "killed")
     windows = prepare_stream(config).windows()
     groups[1].run(train_and_leave, Job("fm", config), windows)
     assert published(config).versions() == [2, 3] and not Job("fm", config).finished(windows)
     run(groups, config)
-    assert published(config).versions() == published(base).versions() == [3] and Job("fm", config).finished(windows)
+    assert published(config).versions() == published(base).versions() == [3] and Job(
+        "fm", config
+    ).finished(windows)
 
 
 def test_a_pass_learns_before_it_evaluates() -> None:
     """Wrong: a held-out window is among those learnt."""
     static = StaticSet(StaticConfig(validation_window=2), (0, 1, 2, 3))
-    assert static.passes(5) == [WindowPass(0, "learn", 5), WindowPass(1, "learn", 5), WindowPass(2, "evaluate", 5), WindowPass(3, "evaluate", 5)]
+    assert static.passes(5) == [
+        WindowPass(0, "learn", 5),
+        WindowPass(1, "learn", 5),
+        WindowPass(2, "evaluate", 5),
+        WindowPass(3, "evaluate", 5),
+    ]
 
 
 def test_each_pass_has_its_own_order(base: Config) -> None:
-    """Wrong: rows are lost or doubled by the shuffle, all passes have one order, or evaluation is shuffled."""
+    """Wrong: rows are lost or doubled by the shuffle, all passes have one order, or evaluation is
+    shuffled."""
     root = base.folder / "stream"
-    stream, reader = EventStream.open(root), ShuffledReader(root, seed=1)
+    stream = EventStream.open(root)
+    reader = ShuffledReader(root, seed=1)
 
     def ids(work: WindowPass) -> list[int]:
-        return [i for fragment in reader.fragments(work) for i in reader.read(work, fragment)["example_id"].to_pylist()]
+        return [
+            i
+            for fragment in reader.fragments(work)
+            for i in reader.read(work, fragment)["example_id"].to_pylist()
+        ]
 
-    straight = [i for fragment in stream.window(0).fragments for i in stream.read(0, fragment)["example_id"].to_pylist()]
-    first, again, second = ids(WindowPass(0, "learn", 1)), ids(WindowPass(0, "learn", 1)), ids(WindowPass(0, "learn", 2))
+    straight = [
+        i
+        for fragment in stream.window(0).fragments
+        for i in stream.read(0, fragment)["example_id"].to_pylist()
+    ]
+    first = ids(WindowPass(0, "learn", 1))
+    again = ids(WindowPass(0, "learn", 1))
+    second = ids(WindowPass(0, "learn", 2))
     assert first == again != second and sorted(first) == sorted(second) == sorted(straight)
     assert first != straight == ids(WindowPass(0, "evaluate", 1))
 
 
 def test_what_a_static_set_cannot_do_is_refused(base: Config, tmp_path: Path) -> None:
-    """Wrong: a run without time waits for a DAS for ever, or starts without a window to learn or to validate."""
+    """Wrong: a run without time waits for a DAS for ever, or starts without a window to learn or to
+    validate."""
     with pytest.raises(UserError, match="no DAS; run train-fm"):
-        PipelineRunner(base, EventStream.open(base.folder / "stream")).execute(fm=True, das=True, vm=False)
-    with pytest.raises(ValueError, match=r"no teacher is ignorant of its answers; remove vm.models"):
+        PipelineRunner(base, EventStream.open(base.folder / "stream")).execute(
+            fm=True, das=True, vm=False
+        )
+    with pytest.raises(
+        ValueError, match=r"no teacher is ignorant of its answers; remove vm.models"
+    ):
         small_config(tmp_path, "students", fm={"static": {}})
     for window in (4, 9):
         config = static_config(tmp_path, f"window{window}", static={"validation_window": window})
-        with pytest.raises(UserError, match=rf"validation_window' is {window}, the stream has windows 0 to 3"):
+        with pytest.raises(
+            UserError, match=rf"validation_window' is {window}, the stream has windows 0 to 3"
+        ):
             PipelineRunner(config, prepare_stream(config)).execute(fm=True, das=False, vm=False)

@@ -1,4 +1,5 @@
-"""Training that cannot go on: what it says on a full disk and when a model diverges, and what it leaves behind."""
+"""Training that cannot go on: what it says on a full disk and when a model diverges, and what it
+leaves behind."""
 
 from __future__ import annotations
 
@@ -23,10 +24,17 @@ from exfm_ray.training.local import InMemoryReport, LocalClient
 from exfm_ray.training.worker import Worker
 
 
-def train_on_a_full_disk(job: Job, windows: list[int], whole: int, full: str) -> str:
-    """Learn `whole` windows, then let no file grow beyond 4 KB, or the next checkpoint's folder not be made: the error."""
+def train_on_a_full_disk(
+    job: Job,
+    windows: list[int],
+    whole: int,
+    full: str,
+) -> str:
+    """Learn `whole` windows, then let no file grow beyond 4 KB, or the next checkpoint's folder not
+    be made: the error."""
     worker = local_worker(job, windows)
-    save, report = worker._save, worker.loop.report
+    save = worker._save
+    report = worker.loop.report
     assert report
 
     def save_then_fill(mark: Cursor, window: int | None) -> None:
@@ -54,23 +62,44 @@ def train_on_a_full_disk(job: Job, windows: list[int], whole: int, full: str) ->
 
 
 def local_worker(job: Job, windows: list[int]) -> Worker:
-    worker = Worker(job, None, LocalReport(job.config.folder / "logs" / "metrics.jsonl", job.name), torch.device("cpu"))
-    worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, job.checkpoints.latest()))  # type: ignore[assignment]
+    worker = Worker(
+        job,
+        None,
+        LocalReport(job.config.folder / "logs" / "metrics.jsonl", job.name),
+        torch.device("cpu"),
+    )
+    worker.loop.client = LocalClient(
+        worker.loop.reader, job.passes(windows, job.checkpoints.latest())
+    )  # type: ignore[assignment]
     return worker
 
 
-@pytest.mark.parametrize(("full", "named"), [
-    ("checkpoint", "windows=003: the checkpoint"), ("folder", "windows=003: the checkpoint"), ("snapshot", "version=003: the model after window 2"),
-    ("metrics", "metrics.jsonl, or timeline.jsonl beside it,"),
-], ids=["checkpoint", "folder", "snapshot", "metrics"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("full", "named"),
+    [
+        ("checkpoint", "windows=003: the checkpoint"),
+        ("folder", "windows=003: the checkpoint"),
+        ("snapshot", "version=003: the model after window 2"),
+        ("metrics", "metrics.jsonl, or timeline.jsonl beside it,"),
+    ],
+    ids=["checkpoint", "folder", "snapshot", "metrics"],
+)
 def test_a_full_disk_keeps_the_last_good_checkpoint(
-    groups: dict[int, Workers], base: Config, tmp_path: Path, full: str, named: str
+    groups: dict[int, Workers],
+    base: Config,
+    tmp_path: Path,
+    full: str,
+    named: str,
 ) -> None:
-    """Wrong: a checkpoint that could not be written whole counts, pushes out the one before; or a full disk ends in a traceback only."""
+    """Wrong: a checkpoint that could not be written whole counts, pushes out the one before; or a
+    full disk ends in a traceback only."""
     config = with_inputs(base, tmp_path, "run", vm={"models": []})
-    job, windows = Job("fm", config), list(range(WINDOWS))
+    job = Job("fm", config)
+    windows = list(range(WINDOWS))
     (told,) = groups[1].run(train_on_a_full_disk, job, windows, 2, full)
-    assert f"{named} could not be written (" in told and ("[Errno " in told or "os error" in told), told
+    assert f"{named} could not be written (" in told and (
+        "[Errno " in told or "os error" in told
+    ), told
     assert "; the last good checkpoint is" in told and "windows=002. Make room" in told
     assert job.checkpoints.latest() == Cursor(2)
     if full == "folder":
@@ -78,20 +107,39 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     if full in ("snapshot", "checkpoint"):
         groups[1].run(train, job, windows, None)
         published = files(config, "snapshots")
-        assert len(published) == 2 * (2 if full == "checkpoint" else WINDOWS) and published.items() <= files(base, "snapshots").items()
+        assert (
+            len(published) == 2 * (2 if full == "checkpoint" else WINDOWS)
+            and published.items() <= files(base, "snapshots").items()
+        )
         assert job.checkpoints.latest() == Cursor(WINDOWS)
     assert not list(config.folder.rglob(".*.tmp")), "a temporary file was left"
 
 
-def train_to_nan(job: Job, windows: list[int], window: int, rank: int, what: str) -> str:
-    """Spoil one worker's loss in batch 5 of a window, its logits, or at the window's end a weight or its momentum; the error."""
+def train_to_nan(
+    job: Job,
+    windows: list[int],
+    window: int,
+    rank: int,
+    what: str,
+) -> str:
+    """Spoil one worker's loss in batch 5 of a window, its logits, or at the window's end a weight
+    or its momentum; the error."""
     worker = Worker(job, None, None, torch.device("cpu"))
-    worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, job.checkpoints.latest()))  # type: ignore[assignment]
-    between, run, (lane,) = worker._between, worker.loop.run, worker.loop.lanes
-    predict, mine = lane.engine.predict, torch.distributed.get_rank() == rank
+    worker.loop.client = LocalClient(
+        worker.loop.reader, job.passes(windows, job.checkpoints.latest())
+    )  # type: ignore[assignment]
+    between = worker._between
+    run = worker.loop.run
+    (lane,) = worker.loop.lanes
+    predict = lane.engine.predict
+    mine = torch.distributed.get_rank() == rank
     worker.loop.report = InMemoryReport()
 
-    def spoil(work: Any, under: Any, group: int) -> None:
+    def spoil(
+        work: Any,
+        under: Any,
+        group: int,
+    ) -> None:
         if (work.window, under.batches - 1) == (window, 5) and mine and what == "loss":
             lane.losses[-1].fill_(float("nan"))
         between(work, under, group)
@@ -112,34 +160,79 @@ def train_to_nan(job: Job, windows: list[int], window: int, rank: int, what: str
     return "no error"
 
 
-@pytest.mark.parametrize(("workers", "what", "named"), [
-    (1, "loss", "window 2, batch 5: the loss of 'fm' is not a number, training stops; the last good checkpoint is"),
-    (2, "loss", "window 2, batch 5: the loss of 'fm' is not a number, training stops; the last good checkpoint is"),
-    (1, "weight", "window 2: 'user@0' of 'fm' is not finite, the model has diverged, so it is not stored; the last good checkpoint is"),
-    (2, "weight", "of 'fm' is not finite, the model has diverged, so it is not stored; the last good checkpoint is"),
-    (1, "momentum", "windows=003: 'lanes/fm/tables/user/momentum@0' is not finite, the model has diverged, so this checkpoint is not written"),
-], ids=["loss", "loss of two", "weight", "weight of two", "momentum"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("workers", "what", "named"),
+    [
+        (
+            1,
+            "loss",
+            "window 2, batch 5: the loss of 'fm' is not a number, training stops; the last good checkpoint is",
+        ),
+        (
+            2,
+            "loss",
+            "window 2, batch 5: the loss of 'fm' is not a number, training stops; the last good checkpoint is",
+        ),
+        (
+            1,
+            "weight",
+            "window 2: 'user@0' of 'fm' is not finite, the model has diverged, so it is not stored; the last good checkpoint is",
+        ),
+        (
+            2,
+            "weight",
+            "of 'fm' is not finite, the model has diverged, so it is not stored; the last good checkpoint is",
+        ),
+        (
+            1,
+            "momentum",
+            "windows=003: 'lanes/fm/tables/user/momentum@0' is not finite, the model has diverged, so this checkpoint is not written",
+        ),
+    ],
+    ids=["loss", "loss of two", "weight", "weight of two", "momentum"],
+)
 def test_nan_stops_and_keeps_the_last_good_state(
-    groups: dict[int, Workers], base: Config, tmp_path: Path, workers: int, what: str, named: str
+    groups: dict[int, Workers],
+    base: Config,
+    tmp_path: Path,
+    workers: int,
+    what: str,
+    named: str,
 ) -> None:
-    """Wrong: training goes on with NaN, does not say where it began, or a state with NaN is published or becomes the newest checkpoint."""
+    """Wrong: training goes on with NaN, does not say where it began, or a state with NaN is
+    published or becomes the newest checkpoint."""
     config = with_inputs(base, tmp_path, "run", fm={"workers": workers}, vm={"models": []})
     job = Job("fm", config)
     for told in groups[workers].run(train_to_nan, job, list(range(WINDOWS)), 2, workers - 1, what):
         assert named in told, told
-        assert "windows=002. Lower " in told and told.endswith("learning rates under another --name")
+        assert "windows=002. Lower " in told and told.endswith(
+            "learning rates under another --name"
+        )
     assert job.checkpoints.latest() == Cursor(2)
-    assert SnapshotStore.from_config(config).versions() == ([1, 2, 3] if what == "momentum" else [1, 2])
+    assert SnapshotStore.from_config(config).versions() == (
+        [1, 2, 3] if what == "momentum" else [1, 2]
+    )
 
 
-def test_infinite_logits_are_told(groups: dict[int, Workers], base: Config, tmp_path: Path) -> None:
+def test_infinite_logits_are_told(
+    groups: dict[int, Workers],
+    base: Config,
+    tmp_path: Path,
+) -> None:
     """Wrong: a model that says infinity ends in a traceback, because its figures are no JSON."""
     config = with_inputs(base, tmp_path, "run", vm={"models": []})
     (told,) = groups[1].run(train_to_nan, Job("fm", config), list(range(WINDOWS)), 1, 0, "logits")
-    assert told.startswith("window 1, evaluation of 'fm' on all, ") and "900 of 900 logits are not finite: the model has diverged" in told
+    assert (
+        told.startswith("window 1, evaluation of 'fm' on all, ")
+        and "900 of 900 logits are not finite: the model has diverged" in told
+    )
 
 
-def test_nan_does_not_overwrite_an_export(groups: dict[int, Workers], base: Config, tmp_path: Path) -> None:
+def test_nan_does_not_overwrite_an_export(
+    groups: dict[int, Workers],
+    base: Config,
+    tmp_path: Path,
+) -> None:
     """Wrong: a followed stream's export gives way to one that no request can be scored with."""
     vm = {"arms": ["labels"], "models": [base.vm.models[0].model_dump(mode="json")]}
     config = with_inputs(base, tmp_path, "run", vm=vm)
@@ -147,5 +240,11 @@ def test_nan_does_not_overwrite_an_export(groups: dict[int, Workers], base: Conf
     groups[1].run(train, job, [0, 1], None)
     before = files(config, "exported")
     (told,) = groups[1].run(train_to_nan, job, [0, 1, 2], 2, 0, "weight")
-    assert told.startswith("window 2: 'user@0' of 'feed-labels' is not finite") and "windows=002. Lower vm.optimizer's" in told
-    assert files(config, "exported") == before and load_model(config.folder / "exported" / "feed-labels")[1].facts["windows"] == 2
+    assert (
+        told.startswith("window 2: 'user@0' of 'feed-labels' is not finite")
+        and "windows=002. Lower vm.optimizer's" in told
+    )
+    assert (
+        files(config, "exported") == before
+        and load_model(config.folder / "exported" / "feed-labels")[1].facts["windows"] == 2
+    )

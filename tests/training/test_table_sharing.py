@@ -1,4 +1,5 @@
-"""Arms with +share, on whole runs: what their tables hold when a window is evaluated, rules 1 and 2, resumption, what is served."""
+"""Arms with +share, on whole runs: what their tables hold when a window is evaluated, rules 1 and
+2, resumption, what is served."""
 
 from __future__ import annotations
 
@@ -29,16 +30,36 @@ from exfm_ray.training.table_sharing import TableSharing, principal_map
 from exfm_ray.training.worker import Worker, build_groups
 
 ARMS = ["labels", "labels+share", "ah_sa+share"]
-WIDE = {"model": {"type": "wukong", "dim": 8, "l": 1, "n_F": 2, "n_L": 2, "k": 2, "fmb_mlp": [8], "mlp": [8]}}
+WIDE = {
+    "model": {
+        "type": "wukong",
+        "dim": 8,
+        "l": 1,
+        "n_F": 2,
+        "n_L": 2,
+        "k": 2,
+        "fmb_mlp": [8],
+        "mlp": [8],
+    }
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "replace": {},
     "unseen": {"share": {"mode": "unseen", "min_uses": 5, "optimizer": "teacher"}},
     "average": {"share": {"mode": "average", "weight": 0.25}, "vm": {"arms": ["labels+share"]}},
-    "wide": {"share": {"projection": "principal", "optimizer": "teacher"}, "fm": WIDE, "vm": {"arms": ["labels+share"]}},
+    "wide": {
+        "share": {"projection": "principal", "optimizer": "teacher"},
+        "fm": WIDE,
+        "vm": {"arms": ["labels+share"]},
+    },
 }
 
 
-def config_of(folder: Path, name: str, share: dict[str, Any] | None = None, **changes: Any) -> Config:
+def config_of(
+    folder: Path,
+    name: str,
+    share: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Config:
     vm = {"arms": ARMS} | changes.pop("vm", {})
     return small_config(folder, name, vm=vm, distillation={"share": share or {}}, **changes)
 
@@ -64,13 +85,20 @@ def base(whole: Whole) -> Config:
 
 
 def tables_at(job: Job, windows: list[int]) -> list[dict[str, Any]]:
-    """This worker's shards of every lane when each window is evaluated, before and after rows are given."""
-    worker = Worker(job, None, LocalReport(job.config.folder / "other.jsonl", job.name), torch.device("cpu"))
+    """This worker's shards of every lane when each window is evaluated, before and after rows are
+    given."""
+    worker = Worker(
+        job, None, LocalReport(job.config.folder / "other.jsonl", job.name), torch.device("cpu")
+    )
     worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, BEGINNING))  # type: ignore[assignment]
     seen: list[dict[str, Any]] = []
 
     def shards() -> dict[str, Any]:
-        return {f"{lane.name}/{s.table}@{s.first_row}": s.weight_RW.numpy().copy() for lane in worker.loop.lanes for s in lane.engine.tables.shards()}
+        return {
+            f"{lane.name}/{s.table}@{s.first_row}": s.weight_RW.numpy().copy()
+            for lane in worker.loop.lanes
+            for s in lane.engine.tables.shards()
+        }
 
     for group in worker.loop.groups:
         begin = group.begin_window
@@ -86,26 +114,37 @@ def tables_at(job: Job, windows: list[int]) -> list[dict[str, Any]]:
     return seen
 
 
-def ids_of(config: Config, window: int, domain: str) -> dict[str, set[int]]:
+def ids_of(
+    config: Config,
+    window: int,
+    domain: str,
+) -> dict[str, set[int]]:
     stream = EventStream.open(config.folder / "stream")
     found: dict[str, set[int]] = {name: set() for name in stream.schema.tables}
     for fragment in stream.window(window).fragments:
         table = stream.read(window, fragment)
         mine = np.flatnonzero(table["domain"].to_numpy() == stream.schema.domain_index(domain))
         for column, feature in enumerate(stream.schema.single):
-            found[feature.table or feature.name] |= set(list_values(table["sparse"], len(stream.schema.single))[mine, column].tolist())
+            found[feature.table or feature.name] |= set(
+                list_values(table["sparse"], len(stream.schema.single))[mine, column].tolist()
+            )
         for bag in stream.schema.bags:
-            found[bag.table or bag.name] |= {value for row in mine.tolist() for value in table[bag.name][row].as_py()}
+            found[bag.table or bag.name] |= {
+                value for row in mine.tolist() for value in table[bag.name][row].as_py()
+            }
     return found
 
 
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_tables_hold_the_snapshots_rows_when_a_window_is_evaluated(
-    base: Config, groups: dict[int, Workers], workers: int, sharding: str
+    base: Config,
+    groups: dict[int, Workers],
+    workers: int,
+    sharding: str,
 ) -> None:
-    """Wrong: a window is evaluated without the rows of the snapshot that supervises it; rows of other ids or of arms that share nothing
-    change; a worker takes another one's rows."""
+    """Wrong: a window is evaluated without the rows of the snapshot that supervises it; rows of
+    other ids or of arms that share nothing change; a worker takes another one's rows."""
     config = config_of(base.run.dir, base.name, vm={"workers": workers, "sharding": sharding})
     (job,) = vm_jobs(config)
     domains = [student.domain for student in config.vm.models]
@@ -114,12 +153,22 @@ def test_tables_hold_the_snapshots_rows_when_a_window_is_evaluated(
         for position, at in enumerate(seen):
             student = config.vm.models[position % len(domains)]
             ids = ids_of(config, at["window"], student.domain)
-            teacher = load_model(config.folder / "snapshots" / "fm" / f"version={at['window']:03d}")[0].tables.tables() if at["window"] else {}
+            teacher = (
+                load_model(config.folder / "snapshots" / "fm" / f"version={at['window']:03d}")[
+                    0
+                ].tables.tables()
+                if at["window"]
+                else {}
+            )
             for key, after in at["after"].items():
                 lane, _, place = key.partition("/")
                 table, _, first = place.partition("@")
                 expected = at["before"][key].copy()
-                own = [i for i in ids[table] if int(first) <= i < int(first) + len(after)] if lane.startswith(f"{student.name}-") else []
+                own = (
+                    [i for i in ids[table] if int(first) <= i < int(first) + len(after)]
+                    if lane.startswith(f"{student.name}-")
+                    else []
+                )
                 if lane.endswith("+share") and teacher and own:
                     expected[np.array(own) - int(first)] = teacher[table].numpy()[own]
                     written += len(own)
@@ -130,36 +179,71 @@ def test_tables_hold_the_snapshots_rows_when_a_window_is_evaluated(
 def moved_by_a_step(config: Config) -> dict[str, float]:
     """How far a step on the same 32 examples moves the rows of the table `ad`, by arm."""
     stream = EventStream.open(config.folder / "stream")
-    group = build_groups(Job("vm", config, config.vm.models[:1]), stream.schema, torch.device("cpu"))[0]
-    held = {str(lane.arm): {s.table: s.weight_RW for s in lane.engine.tables.shards()}["ad"] for lane in group.lanes}
+    group = build_groups(
+        Job("vm", config, config.vm.models[:1]), stream.schema, torch.device("cpu")
+    )[0]
+    held = {
+        str(lane.arm): {s.table: s.weight_RW for s in lane.engine.tables.shards()}["ad"]
+        for lane in group.lanes
+    }
     before = {arm: weight_RW.clone() for arm, weight_RW in held.items()}
     rows = stream.read(0, stream.window(0).fragments[0])
-    group.learn(rows.filter(pc.equal(rows["domain"], stream.schema.domain_index("feed"))).slice(0, 32))
+    group.learn(
+        rows.filter(pc.equal(rows["domain"], stream.schema.domain_index("feed"))).slice(0, 32)
+    )
     return {arm: float((weight_RW - before[arm]).norm()) for arm, weight_RW in held.items()}
 
 
 def test_given_tables_learn_at_their_own_rate(base: Config, groups: dict[int, Workers]) -> None:
-    """Wrong: rows that the teacher has learnt are trained as hard as fresh ones, which undoes them; or plain arms learn at that rate."""
-    config = with_settings(base, {"vm.optimizer.table_lr": 0.05, "distillation.share.table_lr": 0.0004, "vm.arms": ["labels", "labels+share"]})
+    """Wrong: rows that the teacher has learnt are trained as hard as fresh ones, which undoes them;
+    or plain arms learn at that rate."""
+    config = with_settings(
+        base,
+        {
+            "vm.optimizer.table_lr": 0.05,
+            "distillation.share.table_lr": 0.0004,
+            "vm.arms": ["labels", "labels+share"],
+        },
+    )
     (moved,) = groups[1].run(moved_by_a_step, config)
-    # the first step of Adagrad moves each row by the rate, whatever its gradient; the two lanes' first gradients are the same
+    # the first step of Adagrad moves each row by the rate, whatever its gradient; the two lanes'
+    # first gradients are the same
     assert moved["labels"] > 0.05
     assert moved["labels+share"] / moved["labels"] == pytest.approx(0.0004 / 0.05, rel=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["replace", "unseen", "wide"])
-def test_two_workers_equal_one(whole: Whole, groups: dict[int, Workers], tmp_path: Path, variant: str) -> None:
-    """Wrong: the number of workers changes what is given, with which optimizer state, how it is projected or what counts as unseen."""
+def test_two_workers_equal_one(
+    whole: Whole,
+    groups: dict[int, Workers],
+    tmp_path: Path,
+    variant: str,
+) -> None:
+    """Wrong: the number of workers changes what is given, with which optimizer state, how it is
+    projected or what counts as unseen."""
     one = whole(variant)
-    # of few rows some principal directions are anybody's, and the last bits of an FM on two workers decide which are taken
-    config = with_settings(one, {"run.dir": str(tmp_path), "vm.workers": 2, "fm.workers": 1 if variant == "wide" else 2})
+    # of few rows some principal directions are anybody's, and the last bits of an FM on two workers
+    # decide which are taken
+    config = with_settings(
+        one,
+        {"run.dir": str(tmp_path), "vm.workers": 2, "fm.workers": 1 if variant == "wide" else 2},
+    )
     run_locally(groups, config)
     assert metrics(config).keys() == metrics(one).keys()
-    assert_close(list(metrics(config).values()), [metrics(one)[key] for key in metrics(config)], WORKERS_TOLERANCE)
+    assert_close(
+        list(metrics(config).values()),
+        [metrics(one)[key] for key in metrics(config)],
+        WORKERS_TOLERANCE,
+    )
 
 
-def test_sharing_reaches_its_arms_only(base: Config, groups: dict[int, Workers], tmp_path: Path) -> None:
-    """Wrong: rows are given to a plain arm, or not to one with +share; the snapshot that a row of metrics names is another one."""
+def test_sharing_reaches_its_arms_only(
+    base: Config,
+    groups: dict[int, Workers],
+    tmp_path: Path,
+) -> None:
+    """Wrong: rows are given to a plain arm, or not to one with +share; the snapshot that a row of
+    metrics names is another one."""
     plain = small_config(tmp_path, "plain", vm={"arms": ["labels"]})
     run_locally(groups, plain)
     for key, row in metrics(plain).items():
@@ -169,15 +253,30 @@ def test_sharing_reaches_its_arms_only(base: Config, groups: dict[int, Workers],
         if row["role"] == "vm":
             known = row["window"] if row["arm"].endswith("+share") and row["window"] else None
             assert row["snapshot"] == known
-            same = next(r for r in metrics(base).values() if r["arm"] == "labels" and all(r[k] == row[k] for k in ("window", "model", "domain")))
-            assert (row["log_loss"] == same["log_loss"]) == (row["arm"] == "labels" or row["window"] == 0)
+            same = next(
+                r
+                for r in metrics(base).values()
+                if r["arm"] == "labels"
+                and all(r[k] == row[k] for k in ("window", "model", "domain"))
+            )
+            assert (row["log_loss"] == same["log_loss"]) == (
+                row["arm"] == "labels" or row["window"] == 0
+            )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_goes_on_after_a_kill(whole: Whole, groups: dict[int, Workers], tmp_path: Path, variant: str) -> None:
-    """Wrong: a run killed between a window's figures and its checkpoint, or between two batches, ends otherwise than an undisturbed one."""
+def test_goes_on_after_a_kill(
+    whole: Whole,
+    groups: dict[int, Workers],
+    tmp_path: Path,
+    variant: str,
+) -> None:
+    """Wrong: a run killed between a window's figures and its checkpoint, or between two batches,
+    ends otherwise than an undisturbed one."""
     undisturbed = whole(variant)
-    killed = with_settings(undisturbed, {"run.dir": str(tmp_path), "checkpoint.every_examples": 150})
+    killed = with_settings(
+        undisturbed, {"run.dir": str(tmp_path), "checkpoint.every_examples": 150}
+    )
     prepare_stream(killed)
     windows = list(range(WINDOWS))
     groups[1].run(train, Job("fm", killed), windows, None)
@@ -185,17 +284,25 @@ def test_goes_on_after_a_kill(whole: Whole, groups: dict[int, Workers], tmp_path
     (job,) = vm_jobs(killed)
     for dies_at, batches in ((1, None), (2, 5)):
         groups[1].run(train, job, windows, dies_at, batches)
-    assert job.checkpoints.latest().windows == 2 and job.checkpoints.latest().examples >= 150, "inside the window"
+    assert job.checkpoints.latest().windows == 2 and job.checkpoints.latest().examples >= 150, (
+        "inside the window"
+    )
     run_locally(groups, killed)
     assert metrics(killed) == metrics(undisturbed)
     assert figures(killed) == figures(undisturbed)
     for file in sorted((undisturbed.folder / "exported").rglob("*.safetensors")):
-        assert (killed.folder / file.relative_to(undisturbed.folder)).read_bytes() == file.read_bytes(), file
+        assert (
+            killed.folder / file.relative_to(undisturbed.folder)
+        ).read_bytes() == file.read_bytes(), file
 
 
 def test_a_followed_run_equals_a_whole_one(groups: dict[int, Workers], tmp_path: Path) -> None:
-    """Wrong: rows that are moved for an export stay so in the model that learns on when the stream has more windows."""
-    whole, followed = (config_of(tmp_path, name, {"mode": "average"}, vm={"arms": ["kd+share"]}) for name in ("whole", "followed"))
+    """Wrong: rows that are moved for an export stay so in the model that learns on when the stream
+    has more windows."""
+    whole, followed = (
+        config_of(tmp_path, name, {"mode": "average"}, vm={"arms": ["kd+share"]})
+        for name in ("whole", "followed")
+    )
     run_locally(groups, whole)
     prepare_stream(followed)
     windows = list(range(WINDOWS))
@@ -206,58 +313,106 @@ def test_a_followed_run_equals_a_whole_one(groups: dict[int, Workers], tmp_path:
         groups[1].run(train, job, windows[:there], None)
     assert metrics(followed) == metrics(whole)
     for file in sorted((whole.folder / "exported").rglob("*.safetensors")):
-        assert (followed.folder / file.relative_to(whole.folder)).read_bytes() == file.read_bytes(), file
+        assert (
+            followed.folder / file.relative_to(whole.folder)
+        ).read_bytes() == file.read_bytes(), file
 
 
 @pytest.mark.parametrize("lag", [1, 2])
-def test_later_labels_change_nothing_that_is_given(groups: dict[int, Workers], tmp_path: Path, lag: int) -> None:
-    """Wrong: rows that a vertical model is given for a window depend on labels of that window or later ones (rule 2)."""
+def test_later_labels_change_nothing_that_is_given(
+    groups: dict[int, Workers],
+    tmp_path: Path,
+    lag: int,
+) -> None:
+    """Wrong: rows that a vertical model is given for a window depend on labels of that window or
+    later ones (rule 2)."""
     changed_at = 2
-    as_is, changed = (config_of(tmp_path, name, das={"fm_lag": lag}) for name in ("as_is", "changed"))
+    as_is, changed = (
+        config_of(tmp_path, name, das={"fm_lag": lag}) for name in ("as_is", "changed")
+    )
     stream = prepare_stream(changed)
     for window in range(changed_at, WINDOWS):
         rewrite(stream, window, flip_labels)
     for config in (as_is, changed):
         run_locally(groups, config)
     for window in range(lag, WINDOWS):
-        files = [sorted((c.folder / "shared" / "fm" / window_name(window)).iterdir()) for c in (as_is, changed)]
-        assert [path.name for path in files[0]] == ["feed.safetensors", "manifest.json", "stories.safetensors"]
+        files = [
+            sorted((c.folder / "shared" / "fm" / window_name(window)).iterdir())
+            for c in (as_is, changed)
+        ]
+        assert [path.name for path in files[0]] == [
+            "feed.safetensors",
+            "manifest.json",
+            "stories.safetensors",
+        ]
         equal = [one.read_bytes() == other.read_bytes() for one, other in zip(*files, strict=True)]
         assert all(equal) if window < changed_at + lag else not any(equal), window
-    told = [{k: r for k, r in metrics(c).items() if r["window"] <= changed_at and r["model"] == "feed"} for c in (as_is, changed)]
+    told = [
+        {k: r for k, r in metrics(c).items() if r["window"] <= changed_at and r["model"] == "feed"}
+        for c in (as_is, changed)
+    ]
     for key, row in told[0].items():  # mean prediction, in which the labels cancel out
         means = [one[key]["calibration"] * one[key]["label_rate"] for one in told]
         np.testing.assert_allclose(means[1], means[0], rtol=1e-12, err_msg=str((key, row)))
 
 
 def test_what_is_served_holds_the_newest_rows(base: Config) -> None:
-    """Wrong: a student is served with rows older than those that its figures promise, or one that shares nothing is given some."""
-    teacher = load_model(base.folder / "snapshots" / "fm" / f"version={WINDOWS:03d}")[0].tables.tables()
+    """Wrong: a student is served with rows older than those that its figures promise, or one that
+    shares nothing is given some."""
+    teacher = load_model(base.folder / "snapshots" / "fm" / f"version={WINDOWS:03d}")[
+        0
+    ].tables.tables()
     for arm in ARMS:
         model, manifest = load_model(base.folder / "exported" / f"feed-{arm}")
         assert manifest.facts["arm"] == arm
-        equal = [np.array_equal(table.numpy(), teacher[name].numpy()) for name, table in model.tables.tables().items()]
+        equal = [
+            np.array_equal(table.numpy(), teacher[name].numpy())
+            for name, table in model.tables.tables().items()
+        ]
         assert all(equal) if arm.endswith("+share") else not any(equal)
 
 
 def test_serving_is_the_same_as_without(base: Config) -> None:
     """Wrong: sharing changes the served graph or its size (rule 6)."""
-    sizes = {arm: {p.name: p.stat().st_size for p in (base.folder / "exported" / f"feed-{arm}").glob("*.safetensors")} for arm in ARMS}
+    sizes = {
+        arm: {
+            p.name: p.stat().st_size
+            for p in (base.folder / "exported" / f"feed-{arm}").glob("*.safetensors")
+        }
+        for arm in ARMS
+    }
     assert sizes["labels"] == sizes["labels+share"] == sizes["ah_sa+share"]
 
 
-def test_modes_differ(base: Config, groups: dict[int, Workers], tmp_path: Path) -> None:
+def test_modes_differ(
+    base: Config,
+    groups: dict[int, Workers],
+    tmp_path: Path,
+) -> None:
     """Wrong: a setting does not reach the tables."""
     found = {"replace": metrics(base)}
     for name, share in {
-        "average": {"mode": "average", "weight": 0.25}, "all_of_it": {"mode": "average", "weight": 1.0}, "unseen": {"mode": "unseen"},
-        "always_unseen": {"mode": "unseen", "min_uses": 10**6}, "reset": {"optimizer": "reset"}, "teacher": {"optimizer": "teacher"},
+        "average": {"mode": "average", "weight": 0.25},
+        "all_of_it": {"mode": "average", "weight": 1.0},
+        "unseen": {"mode": "unseen"},
+        "always_unseen": {"mode": "unseen", "min_uses": 10**6},
+        "reset": {"optimizer": "reset"},
+        "teacher": {"optimizer": "teacher"},
         "one_table": {"tables": ["user"]},
-    }.items():  # fmt: skip
-        config = config_of(tmp_path, name, share, vm={"arms": ["labels+share"], "models": [base.vm.models[0].model_dump(mode="json")]})
+    }.items():
+        config = config_of(
+            tmp_path,
+            name,
+            share,
+            vm={"arms": ["labels+share"], "models": [base.vm.models[0].model_dump(mode="json")]},
+        )
         run_locally(groups, config)
         found[name] = metrics(config)
-    key = next(key for key, row in found["replace"].items() if (row["model"], row["arm"], row["window"]) == ("feed", "labels+share", WINDOWS - 1))
+    key = next(
+        key
+        for key, row in found["replace"].items()
+        if (row["model"], row["arm"], row["window"]) == ("feed", "labels+share", WINDOWS - 1)
+    )
     ne = {name: rows[key]["ne"] for name, rows in found.items()}
     assert ne["all_of_it"] == ne["always_unseen"] == ne["replace"]
     different = [value for name, value in ne.items() if name not in ("all_of_it", "always_unseen")]
@@ -265,27 +420,41 @@ def test_modes_differ(base: Config, groups: dict[int, Workers], tmp_path: Path) 
 
 
 def test_rows_of_another_width_are_projected(whole: Whole) -> None:
-    """Wrong: rows of 8 numbers are cut or misplaced in tables of 4; each map is not the FM's own principal directions."""
+    """Wrong: rows of 8 numbers are cut or misplaced in tables of 4; each map is not the FM's own
+    principal directions."""
     config = whole("wide")
-    teacher = load_model(config.folder / "snapshots" / "fm" / f"version={WINDOWS:03d}")[0].tables.tables()
+    teacher = load_model(config.folder / "snapshots" / "fm" / f"version={WINDOWS:03d}")[
+        0
+    ].tables.tables()
     first = load_model(config.folder / "snapshots" / "fm" / "version=001")[0].tables.tables()
     served = load_model(config.folder / "exported" / "feed-labels+share")[0].tables.tables()
     for name, ids in ids_of(config, 1, "feed").items():
         if len(ids) <= 8:  # of so few rows some directions are anybody's
             continue
-        _, _, vt = np.linalg.svd(first[name].numpy()[sorted(ids)].astype(np.float64), full_matrices=True)
+        _, _, vt = np.linalg.svd(
+            first[name].numpy()[sorted(ids)].astype(np.float64), full_matrices=True
+        )
         low = vt[:4].T * np.sign(vt[:4].T[np.abs(vt[:4]).argmax(1), range(4)])
-        # float32 rows; where two singular values are near each other the eigenvectors are less certain
-        np.testing.assert_allclose(served[name].numpy(), teacher[name].numpy() @ low, rtol=1e-3, atol=1e-4, err_msg=name)
+        # float32 rows; where two singular values are near each other the eigenvectors are less
+        # certain
+        np.testing.assert_allclose(
+            served[name].numpy(), teacher[name].numpy() @ low, rtol=1e-3, atol=1e-4, err_msg=name
+        )
 
 
 def test_rows_are_not_projected_unasked(whole: Whole) -> None:
-    """Wrong: rows of a teacher whose snapshots came after the config was checked are mixed though projection is none."""
+    """Wrong: rows of a teacher whose snapshots came after the config was checked are mixed though
+    projection is none."""
     config = with_settings(whole("wide"), {"distillation.share.projection": "none"})
-    sharing = TableSharing.from_config(config, config.vm.models[0], EventStream.open(config.folder / "stream").schema)
+    sharing = TableSharing.from_config(
+        config, config.vm.models[0], EventStream.open(config.folder / "stream").schema
+    )
     assert sharing
     for rows in (lambda: sharing.rows(1), lambda: list(sharing.rows_after(1))):
-        with pytest.raises(UserError, match="'feed' shares table '.*', whose rows have 8 numbers in the FM and 4 in the student; set .*=principal"):
+        with pytest.raises(
+            UserError,
+            match="'feed' shares table '.*', whose rows have 8 numbers in the FM and 4 in the student; set .*=principal",
+        ):
             rows()
 
 
@@ -295,28 +464,54 @@ def test_principal_map_to_greater_width_fills_up() -> None:
     assert torch.equal(rows @ principal_map(rows, 5), torch.nn.functional.pad(rows, (0, 2)))
 
 
-@pytest.mark.parametrize(("changes", "told"), [
-    ({"share": {"tables": ["usr"]}}, "'distillation.share.tables': no table is named 'usr'. Did you mean 'user'"),
-    ({"vm": {"model": {"type": "mlp", "dim": 8, "mlp": [8]}}}, "'feed' shares table 'user', whose rows have 4 numbers in the FM and 8 in the "
-     "student; set distillation.share.projection=principal"),
-    ({"vm": {"model": {"type": "mlp", "dim": 4, "mlp": [8], "embeddings": {"ad": 2}}}}, "'feed' shares table 'ad', whose rows have 4 .* and 8"),
-])  # fmt: skip
-def test_what_cannot_be_shared_is_told_at_once(base: Config, tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"share": {"tables": ["usr"]}},
+            "'distillation.share.tables': no table is named 'usr'. Did you mean 'user'",
+        ),
+        (
+            {"vm": {"model": {"type": "mlp", "dim": 8, "mlp": [8]}}},
+            "'feed' shares table 'user', whose rows have 4 numbers in the FM and 8 in the "
+            "student; set distillation.share.projection=principal",
+        ),
+        (
+            {"vm": {"model": {"type": "mlp", "dim": 4, "mlp": [8], "embeddings": {"ad": 2}}}},
+            "'feed' shares table 'ad', whose rows have 4 .* and 8",
+        ),
+    ],
+)
+def test_what_cannot_be_shared_is_told_at_once(
+    base: Config,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    told: str,
+) -> None:
     """Wrong: the mistake is found after hours, or never."""
     config = config_of(tmp_path, "wrong", changes.get("share"), vm=changes.get("vm", {}))
     schema = EventStream.open(base.folder / "stream").schema
     with pytest.raises(UserError, match=told):
         check_models(config, schema)
-    plain = config_of(tmp_path, "plain", changes.get("share"), vm=changes.get("vm", {}) | {"arms": ["labels"]})
+    plain = config_of(
+        tmp_path, "plain", changes.get("share"), vm=changes.get("vm", {}) | {"arms": ["labels"]}
+    )
     check_models(plain, schema)
 
 
-def test_optimizer_state_that_was_not_published_is_told(base: Config, groups: dict[int, Workers], tmp_path: Path) -> None:
+def test_optimizer_state_that_was_not_published_is_told(
+    base: Config,
+    groups: dict[int, Workers],
+    tmp_path: Path,
+) -> None:
     """Wrong: rows are given with a state that nobody has published."""
     config = config_of(tmp_path, "bare", {"optimizer": "teacher"}, vm={"arms": ["labels+share"]})
     plain = config_of(tmp_path, "bare", vm={"arms": ["labels"]})
     prepare_stream(plain)
     groups[1].run(train, Job("fm", plain), [0, 1, 2, 3], None)
     groups[1].run(score, config)
-    with pytest.raises(AssertionError, match=r"UserError: .*without optimizer state, which distillation.share.optimizer=teacher needs"):
+    with pytest.raises(
+        AssertionError,
+        match=r"UserError: .*without optimizer state, which distillation.share.optimizer=teacher needs",
+    ):
         groups[1].run(train, vm_jobs(config)[0], [0, 1], None)

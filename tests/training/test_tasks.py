@@ -1,4 +1,5 @@
-"""A vertical model of several tasks beside one of a single task: whole runs, what teaches it, what it exports."""
+"""A vertical model of several tasks beside one of a single task: whole runs, what teaches it, what
+it exports."""
 
 from __future__ import annotations
 
@@ -22,7 +23,10 @@ from exfm_ray.pipeline.schedule import vm_jobs
 from exfm_ray.stores.supervision import TEACHER_COLUMN
 
 TASKS = ("conversion", "click")  # not the stream's order
-MODELS = [{"name": "one", "domain": "feed", "task": "click"}, {"name": "both", "domain": "feed", "task": list(TASKS)}]
+MODELS = [
+    {"name": "one", "domain": "feed", "task": "click"},
+    {"name": "both", "domain": "feed", "task": list(TASKS)},
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +38,38 @@ def config(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_every_arm_has_figures_for_both_tasks(config: Config) -> None:
-    """Wrong: a task is not evaluated or not summed up, or the teacher reaches only one of the tasks."""
+    """Wrong: a task is not evaluated or not summed up, or the teacher reaches only one of the
+    tasks."""
     rows = [row for row in metrics(config).values() if row["model"] == "both"]
     found = {(row["window"], row["arm"], row["domain"], row["task"]) for row in rows}
-    assert found == {(window, arm, "feed", task) for window in range(WINDOWS) for arm in Objective for task in TASKS}
+    assert found == {
+        (window, arm, "feed", task)
+        for window in range(WINDOWS)
+        for arm in Objective
+        for task in TASKS
+    }
     for task in TASKS:
-        for window, different in ((1, 1), (2, len(Objective))):  # window 0 has no supervision, so all arms learn the same from it
-            assert len({row["log_loss"] for row in rows if (row["window"], row["task"]) == (window, task)}) == different
+        for window, different in (
+            (1, 1),
+            (2, len(Objective)),
+        ):  # window 0 has no supervision, so all arms learn the same from it
+            assert (
+                len(
+                    {
+                        row["log_loss"]
+                        for row in rows
+                        if (row["window"], row["task"]) == (window, task)
+                    }
+                )
+                == different
+            )
     told = {(row["arm"], row["task"]): row for row in figures(config) if row["model"] == "both"}
     assert told.keys() == {(arm, task) for arm in Objective for task in TASKS}
-    fm = {row["task"]: row["ne"] for row in figures(config) if row["model"] == "fm" and row["domain"] == "feed"}
+    fm = {
+        row["task"]: row["ne"]
+        for row in figures(config)
+        if row["model"] == "fm" and row["domain"] == "feed"
+    }
     for (arm, task), row in told.items():
         labels = told[Objective.LABELS, task]["ne"]
         assert row["ne_gain"] == pytest.approx((labels - row["ne"]) / labels), (arm, task)
@@ -51,8 +77,13 @@ def test_every_arm_has_figures_for_both_tasks(config: Config) -> None:
 
 
 @pytest.mark.parametrize("model", [MODELS[0] | {"task": ["click"]}, MODELS[1]], ids=["one", "both"])
-def test_each_model_is_what_it_is_alone(config: Config, groups: dict[int, Workers], model: dict[str, Any]) -> None:
-    """Wrong: another model's tasks shift which predictions teach this one, or a list of one task is not that task."""
+def test_each_model_is_what_it_is_alone(
+    config: Config,
+    groups: dict[int, Workers],
+    model: dict[str, Any],
+) -> None:
+    """Wrong: another model's tasks shift which predictions teach this one, or a list of one task is
+    not that task."""
     alone = small_config(config.run.dir, f"{model['name']}-alone", vm={"models": [model]})
     run_locally(groups, alone)
     for key, row in metrics(alone).items():
@@ -66,12 +97,20 @@ def taught(config: Config) -> list[tuple[np.ndarray, np.ndarray]]:
     (job,) = vm_jobs(config)
     stream = EventStream.open(job.stream_root)
     rows = stream.read(1, stream.window(1).fragments[0])
-    labels = list_values(rows["labels"], 2)[:, [stream.schema.task_index(task) for task in job.tasks()]]
+    labels = list_values(rows["labels"], 2)[
+        :, [stream.schema.task_index(task) for task in job.tasks()]
+    ]
     p = pa.array((0.1 + 0.8 * labels).astype(np.float32).ravel())
     rows = rows.append_column(TEACHER_COLUMN, pa.FixedSizeListArray.from_arrays(p, 2))
     seen: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def learn(lane: Any, batch: Any, weight_B: Any, teacher_BT: Any, *_: Any) -> None:
+    def learn(
+        lane: Any,
+        batch: Any,
+        weight_B: Any,
+        teacher_BT: Any,
+        *_: Any,
+    ) -> None:
         seen.append((batch.labels_BT[:, list(lane.tasks)].numpy(), teacher_BT.numpy()))
 
     for group in build_groups(job, stream.schema, torch.device("cpu")):
@@ -81,18 +120,23 @@ def taught(config: Config) -> list[tuple[np.ndarray, np.ndarray]]:
     return seen
 
 
-def test_the_teacher_speaks_of_the_students_tasks(config: Config, groups: dict[int, Workers]) -> None:
+def test_the_teacher_speaks_of_the_students_tasks(
+    config: Config, groups: dict[int, Workers]
+) -> None:
     """Wrong: a task is taught another task's predictions."""
     seen = groups[1].run(taught, config)[0]
     assert [labels.shape[1] for labels, _ in seen] == [1] * len(Objective) + [2] * len(Objective)
     for labels, teacher in seen:
         np.testing.assert_allclose(teacher, 0.1 + 0.8 * labels, rtol=1e-6)
     labels = seen[-1][0]
-    assert labels[:, 0].any() and (labels[:, 0] < labels[:, 1]).any(), "tasks that are equal would hide a mistake"
+    assert labels[:, 0].any() and (labels[:, 0] < labels[:, 1]).any(), (
+        "tasks that are equal would hide a mistake"
+    )
 
 
 def test_exports_all_tasks_in_their_order(config: Config, groups: dict[int, Workers]) -> None:
-    """Wrong: an exported model says fewer tasks than were learnt, or names them in another order."""
+    """Wrong: an exported model says fewer tasks than were learnt, or names them in another
+    order."""
     stream = EventStream.open(config.folder / "stream")
     batch = to_batch(stream.read(0, stream.window(0).fragments[0]).slice(0, 100), stream.schema)
     trained = groups[1].run(predictions, config, 100)[0]
@@ -100,4 +144,9 @@ def test_exports_all_tasks_in_their_order(config: Config, groups: dict[int, Work
         model, manifest = load_model(config.folder / "exported" / f"both-{arm}")
         assert manifest.tasks == TASKS
         # the same float32 weights; fbgemm and torch add the rows of a bag in their own ways
-        torch.testing.assert_close(model.score(batch), torch.sigmoid(torch.from_numpy(trained[f"both-{arm}"])), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            model.score(batch),
+            torch.sigmoid(torch.from_numpy(trained[f"both-{arm}"])),
+            rtol=1e-5,
+            atol=1e-6,
+        )

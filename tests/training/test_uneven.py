@@ -1,4 +1,5 @@
-"""Windows that do not divide among workers, with one row, with none: nothing hangs, no example is dropped."""
+"""Windows that do not divide among workers, with one row, with none: nothing hangs, no example is
+dropped."""
 
 from __future__ import annotations
 
@@ -19,22 +20,35 @@ from exfm_ray.storage.atomic import write_json
 from exfm_ray.training.job import Job
 
 ROWS = [130, 0, 1, 3, 65, 0]
-"""Events in each window; batches are of 64. Windows 1 and 5 are empty, of window 2 one worker gets nothing."""
+"""Events in each window; batches are of 64. Windows 1 and 5 are empty, of window 2 one worker gets
+nothing."""
 BAR = 1e-3
 """Tolerance of test_jobs.py."""
 
 
-def cut(stream: EventStream, window: int, rows: int) -> None:
+def cut(
+    stream: EventStream,
+    window: int,
+    rows: int,
+) -> None:
     """Let a window have only its first `rows` events."""
-    manifest, left, fragments = stream.window(window), rows, []
+    manifest = stream.window(window)
+    left = rows
+    fragments = []
     for fragment in manifest.fragments:
         table = stream.read(window, fragment).slice(0, left)
         left -= table.num_rows
         if table.num_rows:
             path = stream.path(window, fragment)
             pq.write_table(table, path)
-            counts = np.bincount(table["domain"].to_numpy(), minlength=len(stream.schema.domains)).tolist()
-            changed = {"rows": table.num_rows, "bytes": path.stat().st_size, "domain_rows": tuple(counts)}
+            counts = np.bincount(
+                table["domain"].to_numpy(), minlength=len(stream.schema.domains)
+            ).tolist()
+            changed = {
+                "rows": table.num_rows,
+                "bytes": path.stat().st_size,
+                "domain_rows": tuple(counts),
+            }
             fragments.append(fragment.model_copy(update=changed))
     whole: Window = manifest.model_copy(update={"rows": rows, "fragments": tuple(fragments)})
     write_json(stream.root / window_name(window) / "manifest.json", whole.model_dump(mode="json"))
@@ -51,7 +65,14 @@ def base(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -
 def uneven(folder: Path, workers: int) -> Config:
     trainer = {"workers": workers, "zero_stage": 2}
     sizes = {"synthetic": {"windows": len(ROWS), "events_per_window": 200}}
-    config = small_config(folder, f"workers{workers}", data=sizes, fm=trainer, vm=trainer, checkpoint={"every_examples": 50})
+    config = small_config(
+        folder,
+        f"workers{workers}",
+        data=sizes,
+        fm=trainer,
+        vm=trainer,
+        checkpoint={"every_examples": 50},
+    )
     stream = prepare_stream(config)
     for window, rows in enumerate(ROWS):
         cut(stream, window, rows)
@@ -59,21 +80,38 @@ def uneven(folder: Path, workers: int) -> Config:
     return config
 
 
-def test_two_workers_learn_and_evaluate_every_row(groups: dict[int, Workers], base: Config, tmp_path: Path) -> None:
-    """Wrong: a worker without rows hangs or counts rows of padding, or an example is left out of training or of evaluation."""
+def test_two_workers_learn_and_evaluate_every_row(
+    groups: dict[int, Workers],
+    base: Config,
+    tmp_path: Path,
+) -> None:
+    """Wrong: a worker without rows hangs or counts rows of padding, or an example is left out of
+    training or of evaluation."""
     config = uneven(tmp_path, 2)
     run_locally(groups, config)
-    whole = [row for row in metrics(config).values() if row["role"] == "fm" and (row["domain"], row["task"]) == ("all", "click")]
-    assert {row["window"]: row["examples"] for row in whole} == {window: rows for window, rows in enumerate(ROWS) if rows}
+    whole = [
+        row
+        for row in metrics(config).values()
+        if row["role"] == "fm" and (row["domain"], row["task"]) == ("all", "click")
+    ]
+    assert {row["window"]: row["examples"] for row in whole} == {
+        window: rows for window, rows in enumerate(ROWS) if rows
+    }
     for run in (config, base):
         job = Job("fm", run)
-        assert [timing.examples for timing in job.checkpoints.result(job.checkpoints.latest()).timings] == ROWS
+        assert [
+            timing.examples for timing in job.checkpoints.result(job.checkpoints.latest()).timings
+        ] == ROWS
     rows = metrics(config)
     assert rows.keys() == metrics(base).keys()
     assert_close(list(rows.values()), [metrics(base)[key] for key in rows], BAR)
 
 
-def test_a_kill_beside_an_empty_window(groups: dict[int, Workers], base: Config, tmp_path: Path) -> None:
+def test_a_kill_beside_an_empty_window(
+    groups: dict[int, Workers],
+    base: Config,
+    tmp_path: Path,
+) -> None:
     """Wrong: the place in the data is lost where a window has no batch at all."""
     config = uneven(tmp_path, 1)
     for window, batches in ((0, 2), (1, None), (2, 1), (4, 1), (5, None), (None, None)):

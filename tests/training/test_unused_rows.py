@@ -1,4 +1,5 @@
-"""Runs that reset unused rows: what is published and exported, with two workers, and after a kill."""
+"""Runs that reset unused rows: what is published and exported, with two workers, and after a
+kill."""
 
 from __future__ import annotations
 
@@ -24,11 +25,23 @@ from exfm_ray.training.job import Job
 WORKERS_TOLERANCE = 1e-3  # as in test_jobs
 
 
-def churning(folder: Path, name: str, after: int | None, workers: int = 1) -> Config:
-    """FM and two VMs, which learn labels only and so need no FM, on a stream that half of the ads and users leave each window."""
+def churning(
+    folder: Path,
+    name: str,
+    after: int | None,
+    workers: int = 1,
+) -> Config:
+    """FM and two VMs, which learn labels only and so need no FM, on a stream that half of the ads
+    and users leave each window."""
     trainer: dict[str, Any] = {"evict_after_windows": after, "workers": workers}
     models = [{"name": domain, "domain": domain, "task": "click"} for domain in ("feed", "search")]
-    config = small_config(folder, name, data={"synthetic": {"churn": 0.5}}, fm=trainer, vm={**trainer, "arms": ["labels"], "models": models})
+    config = small_config(
+        folder,
+        name,
+        data={"synthetic": {"churn": 0.5}},
+        fm=trainer,
+        vm={**trainer, "arms": ["labels"], "models": models},
+    )
     prepare_stream(config)
     return config
 
@@ -38,69 +51,123 @@ def jobs(config: Config) -> list[Job]:
     return [Job("fm", config), *vm_jobs(config)]
 
 
-def run(groups: dict[int, Workers], config: Config, *dies_at: int | None) -> None:
+def run(
+    groups: dict[int, Workers],
+    config: Config,
+    *dies_at: int | None,
+) -> None:
     """All jobs to the end, or to each window that they die at and then to the end."""
     for job in jobs(config):
         for window in (*dies_at, None):
             groups[config.fm.workers].run(train, job, list(range(WINDOWS)), window)
 
 
-def used(config: Config, table: str, feature: int, windows: range, domain: int | None) -> set[int]:
-    """Rows of a table that only one single-valued feature reads which a domain's examples used in some windows."""
-    stream, found = EventStream.open(config.folder / "stream"), set()
+def used(
+    config: Config,
+    table: str,
+    feature: int,
+    windows: range,
+    domain: int | None,
+) -> set[int]:
+    """Rows of a table that only one single-valued feature reads which a domain's examples used in
+    some windows."""
+    stream = EventStream.open(config.folder / "stream")
+    found = set()
     assert [f.name for f in stream.schema.features if table in (f.name, f.table)] == [table]
-    for rows in (stream.read(window, fragment) for window in windows for fragment in stream.window(window).fragments):
+    for rows in (
+        stream.read(window, fragment)
+        for window in windows
+        for fragment in stream.window(window).fragments
+    ):
         ids_N = list_values(rows["sparse"], len(stream.schema.single))[:, feature]
-        found |= set(ids_N[(rows["domain"].to_numpy() == domain) if domain is not None else slice(None)].tolist())
+        found |= set(
+            ids_N[
+                (rows["domain"].to_numpy() == domain) if domain is not None else slice(None)
+            ].tolist()
+        )
     return found
 
 
 @pytest.mark.parametrize("after", [1, 2])
-def test_rows_out_of_use_are_fresh_in_what_is_stored(groups: dict[int, Workers], tmp_path: Path, after: int) -> None:
-    """Wrong: rows of users that have left keep what they learnt, those of users still there lose it, or a VM goes by the use of
-    other domains."""
+def test_rows_out_of_use_are_fresh_in_what_is_stored(
+    groups: dict[int, Workers],
+    tmp_path: Path,
+    after: int,
+) -> None:
+    """Wrong: rows of users that have left keep what they learnt, those of users still there lose
+    it, or a VM goes by the use of other domains."""
     config = churning(tmp_path, "run", after)
     run(groups, config)
-    for folder, domain in ((config.folder / "snapshots" / "fm" / f"version={WINDOWS:03d}", None), (config.folder / "exported" / "search-labels", 1)):
+    for folder, domain in (
+        (config.folder / "snapshots" / "fm" / f"version={WINDOWS:03d}", None),
+        (config.folder / "exported" / "search-labels", 1),
+    ):
         model, stored = load_model(folder)
         assert [f.name for f in stored.example.single].index("user") == 0
         table = model.tables.tables()["user"]
         kept = used(config, "user", 0, range(WINDOWS - after, WINDOWS), domain)
         stale = used(config, "user", 0, range(WINDOWS), domain) - kept
-        changed = set(torch.nonzero((table != initial_table("user", *table.shape, config.seed)).any(dim=1)).flatten().tolist())
+        changed = set(
+            torch.nonzero((table != initial_table("user", *table.shape, config.seed)).any(dim=1))
+            .flatten()
+            .tolist()
+        )
         assert len(stale) > 20
         assert changed == kept
 
 
 def saved_usage(job: Job) -> set[str]:
     """Names of what the last checkpoint keeps of the rows' use."""
-    names = load_file(job.checkpoints.folder(job.checkpoints.latest()) / "state.rank0000.safetensors")
+    names = load_file(
+        job.checkpoints.folder(job.checkpoints.latest()) / "state.rank0000.safetensors"
+    )
     return {name for name in names if name.startswith("usage/")}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_goes_on_after_a_kill(groups: dict[int, Workers], tmp_path: Path, workers: int) -> None:
-    """Wrong: what was used before a kill is forgotten, so that its rows are never reset; or workers disagree on what to reset."""
-    whole, killed, never = (churning(tmp_path, *case, workers) for case in (("whole", 1), ("killed", 1), ("never", None)))
+def test_goes_on_after_a_kill(
+    groups: dict[int, Workers],
+    tmp_path: Path,
+    workers: int,
+) -> None:
+    """Wrong: what was used before a kill is forgotten, so that its rows are never reset; or workers
+    disagree on what to reset."""
+    whole, killed, never = (
+        churning(tmp_path, *case, workers)
+        for case in (("whole", 1), ("killed", 1), ("never", None))
+    )
     run(groups, whole)
     run(groups, killed, 0, 2)
     run(groups, never)
     assert metrics(killed) == metrics(whole)
-    files = sorted(path.relative_to(whole.folder) for name in ("snapshots", "exported") for path in (whole.folder / name).rglob("*.safetensors"))
+    files = sorted(
+        path.relative_to(whole.folder)
+        for name in ("snapshots", "exported")
+        for path in (whole.folder / name).rglob("*.safetensors")
+    )
     assert len(files) == (WINDOWS + 2) * (workers + 1)
     for file in files:
         assert (killed.folder / file).read_bytes() == (whole.folder / file).read_bytes(), file
     for job in jobs(whole):
         names = ["fm"] if job.role == "fm" else ["feed", "search"]
-        assert saved_usage(job) == {f"usage/{name}/{part}" for name in names for part in ("last", "window")}
+        assert saved_usage(job) == {
+            f"usage/{name}/{part}" for name in names for part in ("last", "window")
+        }
     assert not any(saved_usage(job) for job in jobs(never))
     last = [row["log_loss"] for key, row in metrics(whole).items() if key[0] == WINDOWS - 1]
-    assert not np.isclose(last, [row["log_loss"] for key, row in metrics(never).items() if key[0] == WINDOWS - 1], rtol=1e-6).any()
+    assert not np.isclose(
+        last,
+        [row["log_loss"] for key, row in metrics(never).items() if key[0] == WINDOWS - 1],
+        rtol=1e-6,
+    ).any()
 
 
 def test_two_workers_equal_one(groups: dict[int, Workers], tmp_path: Path) -> None:
     """Wrong: a worker marks only its share of the examples, or resets rows of the other's shard."""
-    one, two = churning(tmp_path, "one", 1), churning(tmp_path, "two", 1, workers=2)
+    one = churning(tmp_path, "one", 1)
+    two = churning(tmp_path, "two", 1, workers=2)
     for config in (one, two):
         run(groups, config)
-    assert_close(list(metrics(two).values()), [metrics(one)[key] for key in metrics(two)], WORKERS_TOLERANCE)
+    assert_close(
+        list(metrics(two).values()), [metrics(one)[key] for key in metrics(two)], WORKERS_TOLERANCE
+    )

@@ -19,21 +19,26 @@ def test_corrections_are_learnt_and_not_evaluated(tmp_path: Path) -> None:
     """Wrong: a trial's figures are also of corrections, or it learns without them."""
     late = {"attribution_s": {"click": 1}, "late_labels": "correct"}
     config = small_config(tmp_path, "late", data=late, vm={"arms": ["labels", "kd"]})
-    stream, student = prepare(config), config.vm.models[0]
+    stream = prepare(config)
+    student = config.vm.models[0]
     store = SupervisionStore(config.folder / "supervision", "fm")
     for window in stream.windows()[1:]:
         for fragment in stream.window(window).fragments:
             ids = stream.read(window, fragment, ["example_id"])["example_id"]
-            store.write(window, fragment, ids, window, {"click": np.full(len(ids), 0.5, np.float32)})
+            store.write(
+                window, fragment, ids, window, {"click": np.full(len(ids), 0.5, np.float32)}
+            )
         store.commit(stream.window(window), window, ("click",), SnapshotPolicy(1))
-    rows, reader = StudentRows.read_from(config, student, stream.windows()), Job("vm-feed", config, (student,)).reader(stream.schema)
+    rows = StudentRows.read_from(config, student, stream.windows())
+    reader = Job("vm-feed", config, (student,)).reader(stream.schema)
     more = 0
     for window in stream.windows():
         for purpose in ("evaluate", "learn"):
             work = WindowPass(window, purpose)  # type: ignore[arg-type]
             assert list(rows.fragments(work)) == list(reader.fragments(work))
             for fragment in rows.fragments(work):
-                found, expected = rows.read(work, fragment), reader.read(work, fragment)
+                found = rows.read(work, fragment)
+                expected = reader.read(work, fragment)
                 assert found["example_id"].equals(expected["example_id"])
                 more += found.num_rows if purpose == "learn" else -found.num_rows
     assert more > 3

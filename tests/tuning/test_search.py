@@ -1,4 +1,5 @@
-"""Several searches in one: each asks, learns and stops by its own trials, also by those of an earlier process."""
+"""Several searches in one: each asks, learns and stops by its own trials, also by those of an
+earlier process."""
 
 from __future__ import annotations
 
@@ -15,13 +16,22 @@ from tuning.search import FAILED, MEMBERS, SCORE, MultiSearch, PerSearchASHA
 from tuning.space import Space
 from tuning.trial import Figures
 
-A, B = Search("a", "ah"), Search("b", "ah")
-W, MLP, BETA = "distillation.ah.w", "distillation.ah.mlp", "distillation.ah.beta"
+A = Search("a", "ah")
+B = Search("b", "ah")
+W = "distillation.ah.w"
+MLP = "distillation.ah.mlp"
+BETA = "distillation.ah.beta"
 SPACES = {search: Space({W: Distribution(low=0.1, high=3.0)}) for search in (A, B)}
 TUNE = TuneConfig(trials=4, score_windows=(3, 6), judge_windows=(7, 8))
 
 
-def finished(search: Search, number: int, w: float, nes: list[float], state: State) -> Trial:
+def finished(
+    search: Search,
+    number: int,
+    w: float,
+    nes: list[float],
+    state: State,
+) -> Trial:
     curve = tuple(Figures(3 + i, ne, 1.0, 1000.0) for i, ne in enumerate(nes))
     return Trial(search, number, {W: w}, state, None if state == "failed" else nes[-1], curve, 1.0)
 
@@ -32,8 +42,15 @@ def report(number: int, *scores: float | None) -> dict[str, Any]:
     return {"training_iteration": number, SCORE: 0.0, MEMBERS: entries}
 
 
-def running(search: Search, name: str, members: int = 1) -> Any:
-    return SimpleNamespace(trial_id=name, config={"student": search.student, "arm": search.arm, MEMBERS: [{}] * members})
+def running(
+    search: Search,
+    name: str,
+    members: int = 1,
+) -> Any:
+    return SimpleNamespace(
+        trial_id=name,
+        config={"student": search.student, "arm": search.arm, MEMBERS: [{}] * members},
+    )
 
 
 def studies(searches: MultiSearch) -> dict[Search, list[optuna.trial.FrozenTrial]]:
@@ -41,18 +58,27 @@ def studies(searches: MultiSearch) -> dict[Search, list[optuna.trial.FrozenTrial
 
 
 def test_asks_in_turn_for_what_is_missing() -> None:
-    """Wrong: a student gets all trials before another gets any, a finished trial is asked for again, trial 0 is not the config."""
-    searches = MultiSearch(Config(), TUNE, SPACES, [finished(A, 1, 0.5, [0.9], "stopped"), finished(B, 0, 2.0, [0.8] * 4, "complete")])
+    """Wrong: a student gets all trials before another gets any, a finished trial is asked for
+    again, trial 0 is not the config."""
+    searches = MultiSearch(
+        Config(),
+        TUNE,
+        SPACES,
+        [finished(A, 1, 0.5, [0.9], "stopped"), finished(B, 0, 2.0, [0.8] * 4, "complete")],
+    )
     assert searches.left == 6
     asked = [searches.suggest(str(i)) for i in range(6)]
     members = [(one["student"], member["number"]) for one in asked for member in one[MEMBERS]]
     assert members == [("a", 0), ("b", 1), ("a", 2), ("b", 2), ("a", 3), ("b", 3)]
-    assert asked[0][MEMBERS][0]["settings"] == {W: 1.0} and asked[1][MEMBERS][0]["settings"] != {W: 1.0}
+    assert asked[0][MEMBERS][0]["settings"] == {W: 1.0} and asked[1][MEMBERS][0]["settings"] != {
+        W: 1.0
+    }
     assert searches.suggest("6") == "FINISHED"
 
 
 def test_what_a_search_learns() -> None:
-    """Wrong: the score of a stopped trial, of fewer windows, counts as one of all; or a failed trial as good; or another student's."""
+    """Wrong: the score of a stopped trial, of fewer windows, counts as one of all; or a failed
+    trial as good; or another student's."""
     searches = MultiSearch(Config(), TUNE, SPACES, [])
     for name in "0123":  # a, b, a, b
         searches.suggest(name)
@@ -66,31 +92,51 @@ def test_what_a_search_learns() -> None:
     searches.on_trial_complete("2", report(2, None))
     searches.on_trial_complete("3", error=True)  # its process died
     states = optuna.trial.TrialState
-    told = {key: [(trial.state, trial.value, trial.intermediate_values) for trial in trials] for key, trials in studies(searches).items()}
-    assert told[A] == [(states.COMPLETE, 0.86, pytest.approx({1: 0.89, 2: 0.88, 3: 0.87, 4: 0.86})), (states.FAIL, None, {1: 0.7})]
+    told = {
+        key: [(trial.state, trial.value, trial.intermediate_values) for trial in trials]
+        for key, trials in studies(searches).items()
+    }
+    assert told[A] == [
+        (states.COMPLETE, 0.86, pytest.approx({1: 0.89, 2: 0.88, 3: 0.87, 4: 0.86})),
+        (states.FAIL, None, {1: 0.7}),
+    ]
     assert told[B] == [(states.PRUNED, 0.5, {1: 0.5}), (states.FAIL, None, {})]
 
 
 def test_a_resumed_search_knows_what_an_undisturbed_one_knows() -> None:
     """Wrong: a sweep that goes on searches from the beginning."""
-    done = [finished(A, 0, 1.0, [0.9, 0.8, 0.7, 0.6], "complete"), finished(A, 1, 0.3, [0.95], "stopped"), finished(A, 2, 2.0, [], "failed")]
+    done = [
+        finished(A, 0, 1.0, [0.9, 0.8, 0.7, 0.6], "complete"),
+        finished(A, 1, 0.3, [0.95], "stopped"),
+        finished(A, 2, 2.0, [], "failed"),
+    ]
     known = studies(MultiSearch(Config(), TUNE, SPACES, done))
     states = optuna.trial.TrialState
-    assert [(t.state, t.params[W]) for t in known[A]] == [(states.COMPLETE, 1.0), (states.PRUNED, 0.3), (states.FAIL, 2.0)]
+    assert [(t.state, t.params[W]) for t in known[A]] == [
+        (states.COMPLETE, 1.0),
+        (states.PRUNED, 0.3),
+        (states.FAIL, 2.0),
+    ]
     assert known[A][0].value == 0.6 and known[A][1].intermediate_values == {1: 0.95}
     assert [t.state for t in known[B]] == [states.WAITING]  # the config as it stands
 
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_each_search_halves_alone(resumed: bool) -> None:
-    """Wrong: a student is stopped because another one is easier, or early stopping starts anew when a sweep goes on."""
+    """Wrong: a student is stopped because another one is easier, or early stopping starts anew when
+    a sweep goes on."""
     earlier = finished(A, 0, 1.0, [0.80, 0.80], "stopped")
     halving = PerSearchASHA(TUNE, SPACES, [earlier] if resumed else [])
     if not resumed:
         first = running(A, "first")
         halving.on_trial_add(None, first)
-        assert [halving.on_trial_result(None, first, report(i, 0.80)) for i in (1, 2)] == ["CONTINUE", "CONTINUE"]
-    worse, better, other = running(A, "worse"), running(A, "better"), running(B, "other")
+        assert [halving.on_trial_result(None, first, report(i, 0.80)) for i in (1, 2)] == [
+            "CONTINUE",
+            "CONTINUE",
+        ]
+    worse = running(A, "worse")
+    better = running(A, "better")
+    other = running(B, "other")
     for trial in (worse, better, other):
         halving.on_trial_add(None, trial)
     assert halving.on_trial_result(None, worse, report(1, 0.81)) == "STOP"
@@ -100,30 +146,56 @@ def test_each_search_halves_alone(resumed: bool) -> None:
 
 
 def test_blocks() -> None:
-    """Wrong: siblings differ in structure, which one process cannot train; or in nothing; or a trial is asked twice or never."""
+    """Wrong: siblings differ in structure, which one process cannot train; or in nothing; or a
+    trial is asked twice or never."""
     space = {
-        MLP: Distribution(choice=((), (8,), (16,), (32,))), W: Distribution(low=0.1, high=3.0),
-        "vm.batch_size": Distribution(low=16, high=999, integer=True, when={MLP: (8,)}), BETA: Distribution(choice=(1.0, 2.0, 3.0)),
-    }  # fmt: skip
+        MLP: Distribution(choice=((), (8,), (16,), (32,))),
+        W: Distribution(low=0.1, high=3.0),
+        "vm.batch_size": Distribution(low=16, high=999, integer=True, when={MLP: (8,)}),
+        BETA: Distribution(choice=(1.0, 2.0, 3.0)),
+    }
     tune = TUNE.model_copy(update={"trials": 30, "trials_per_process": 4})
-    config = Config.model_validate({"vm": {"batch_size": 64}, "distillation": {"ah": {"mlp": [8], "beta": 2}}})
-    searches = MultiSearch(config, tune, {A: Space(space)}, [Trial(A, 5, {W: 1.0, MLP: (), BETA: 1.0}, "failed", None, (), 1.0)])
+    config = Config.model_validate(
+        {"vm": {"batch_size": 64}, "distillation": {"ah": {"mlp": [8], "beta": 2}}}
+    )
+    searches = MultiSearch(
+        config,
+        tune,
+        {A: Space(space)},
+        [Trial(A, 5, {W: 1.0, MLP: (), BETA: 1.0}, "failed", None, (), 1.0)],
+    )
     assert searches.left == 8
     asked = [searches.suggest(str(i))[MEMBERS] for i in range(8)]
-    assert [member["number"] for block in asked for member in block] == [n for n in range(30) if n != 5]
+    assert [member["number"] for block in asked for member in block] == [
+        n for n in range(30) if n != 5
+    ]
     assert [len(block) for block in asked] == [4] * 7 + [1] and searches.suggest("8") == "FINISHED"
     assert asked[0][0]["settings"] == {MLP: (8,), W: 1.0, "vm.batch_size": 64, BETA: 2.0}
-    structures = [{(member["settings"][MLP], member["settings"].get("vm.batch_size")) for member in block} for block in asked]
+    structures = [
+        {(member["settings"][MLP], member["settings"].get("vm.batch_size")) for member in block}
+        for block in asked
+    ]
     assert all(len(one) == 1 for one in structures) and len(set.union(*structures)) > 3
     assert len({member["settings"][W] for block in asked for member in block}) == 29
-    assert len({member["settings"][BETA] for member in asked[0]} | {member["settings"][BETA] for member in asked[1]}) > 1
+    assert (
+        len(
+            {member["settings"][BETA] for member in asked[0]}
+            | {member["settings"][BETA] for member in asked[1]}
+        )
+        > 1
+    )
     known = studies(searches)[A]  # 29 asked, one known before, none that was enqueued and not taken
-    assert len(known) == 30 and all(trial.state != optuna.trial.TrialState.WAITING for trial in known)
+    assert len(known) == 30 and all(
+        trial.state != optuna.trial.TrialState.WAITING for trial in known
+    )
 
 
 def test_what_a_search_learns_of_a_block() -> None:
-    """Wrong: a member's score is told of its sibling, or one member that fails takes the others with it."""
-    searches = MultiSearch(Config(), TUNE.model_copy(update={"trials_per_process": 3}), {A: SPACES[A]}, [])
+    """Wrong: a member's score is told of its sibling, or one member that fails takes the others
+    with it."""
+    searches = MultiSearch(
+        Config(), TUNE.model_copy(update={"trials_per_process": 3}), {A: SPACES[A]}, []
+    )
     asked = [searches.suggest(name)[MEMBERS] for name in ("x_1", "x_11")]
     searches.on_trial_result("x_1", report(1, 0.9, 0.7, 0.8))
     for i in range(2, 5):
@@ -133,18 +205,30 @@ def test_what_a_search_learns_of_a_block() -> None:
     states = optuna.trial.TrialState
     told = [(trial.state, trial.params[W], trial.value) for trial in studies(searches)[A]]
     w = [member["settings"][W] for block in asked for member in block]
-    assert told == [(states.COMPLETE, w[0], 0.86), (states.FAIL, w[1], None), (states.COMPLETE, w[2], 0.76), (states.COMPLETE, w[3], 0.6)]
+    assert told == [
+        (states.COMPLETE, w[0], 0.86),
+        (states.FAIL, w[1], None),
+        (states.COMPLETE, w[2], 0.76),
+        (states.COMPLETE, w[3], 0.6),
+    ]
     assert studies(searches)[A][1].intermediate_values == {1: 0.7}
 
 
 def test_a_block_is_stopped_as_a_whole() -> None:
-    """Wrong: a good member is stopped for a poor sibling; or a block whose members are all poor or failed goes on."""
+    """Wrong: a good member is stopped for a poor sibling; or a block whose members are all poor or
+    failed goes on."""
     halving = PerSearchASHA(TUNE, SPACES, [finished(A, 0, 1.0, [0.80], "stopped")])
-    mixed, poor, broken = running(A, "mixed", 3), running(A, "poor", 2), running(A, "broken", 2)
+    mixed = running(A, "mixed", 3)
+    poor = running(A, "poor", 2)
+    broken = running(A, "broken", 2)
     for block in (mixed, poor, broken):
         halving.on_trial_add(None, block)
     assert halving.on_trial_result(None, mixed, report(1, 0.95, None, 0.70)) == "CONTINUE"
     assert halving.on_trial_result(None, poor, report(1, 0.90, 0.91)) == "STOP"
     assert halving.on_trial_result(None, broken, report(1, None, 0.99)) == "STOP"
-    assert halving.on_trial_result(None, mixed, report(2, 0.95, None, 0.70)) == "CONTINUE"  # first at this rung
-    assert halving.on_trial_result(None, mixed, report(4, 0.95, None, 0.70)) == "STOP"  # the last window
+    assert (
+        halving.on_trial_result(None, mixed, report(2, 0.95, None, 0.70)) == "CONTINUE"
+    )  # first at this rung
+    assert (
+        halving.on_trial_result(None, mixed, report(4, 0.95, None, 0.70)) == "STOP"
+    )  # the last window

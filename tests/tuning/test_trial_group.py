@@ -13,32 +13,60 @@ from exfm_ray.training.job import Job
 from tuning.trial import Exploit, Figures, Outcome, score
 from tuning.trial_group import mean, train_members
 
-W, MLP = "distillation.ah.w", "distillation.ah.mlp"
-FIRST, LAST = 1, 3
+W = "distillation.ah.w"
+MLP = "distillation.ah.mlp"
+FIRST = 1
+LAST = 3
 
 
 def config(**changes: Any) -> Config:
-    tune = {"validation_windows": [FIRST, LAST], "holdout_windows": [4, 5], "early_stopping": "none", "trials": 4, "space": {
-        W: {"low": 0.1, "high": 4}, MLP: {"choice": [[], [8]]},
-    }, **changes}  # fmt: skip
-    return Config.model_validate({"vm": {"models": [{"name": "s", "domain": "s", "task": "click"}]}, "tune": tune})
+    tune = {
+        "validation_windows": [FIRST, LAST],
+        "holdout_windows": [4, 5],
+        "early_stopping": "none",
+        "trials": 4,
+        "space": {
+            W: {"low": 0.1, "high": 4},
+            MLP: {"choice": [[], [8]]},
+        },
+        **changes,
+    }
+    return Config.model_validate(
+        {"vm": {"models": [{"name": "s", "domain": "s", "task": "click"}]}, "tune": tune}
+    )
 
 
 def told(
-    base: Config, monkeypatch: pytest.MonkeyPatch, weights: Sequence[float], fails: Collection[tuple[int, int]] = ()
+    base: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    weights: Sequence[float],
+    fails: Collection[tuple[int, int]] = (),
 ) -> tuple[list[Any], list[Any]]:
-    """A block's reports, and the moves that it sent, with a training in which NE is the weight plus a hundredth of the seed.
+    """A block's reports, and the moves that it sent, with a training in which NE is the weight plus
+    a hundredth of the seed.
 
-    `fails`: (window, position among the trainings) that fail there, and go on once they are replaced.
+    `fails`: (window, position among the trainings) that fail there, and go on once they are
+    replaced.
     """
     sent: list[Any] = []
 
-    def learn(jobs: Sequence[Job], reader: Any, windows: Sequence[int]) -> Generator[list[Outcome], Sequence[Exploit] | None, None]:
-        jobs, failed = list(jobs), set[int]()
+    def learn(
+        jobs: Sequence[Job],
+        reader: Any,
+        windows: Sequence[int],
+    ) -> Generator[list[Outcome], Sequence[Exploit] | None, None]:
+        jobs = list(jobs)
+        failed = set[int]()
         for window in windows:
             failed |= {position for at, position in fails if at == window}
-            figures = [Figures(window, job.config.distillation.ah.w + job.config.seed / 100, 1.0, 50.0) for job in jobs]
-            moves = yield ["diverged" if i in failed else one if window >= FIRST else None for i, one in enumerate(figures)]
+            figures = [
+                Figures(window, job.config.distillation.ah.w + job.config.seed / 100, 1.0, 50.0)
+                for job in jobs
+            ]
+            moves = yield [
+                "diverged" if i in failed else one if window >= FIRST else None
+                for i, one in enumerate(figures)
+            ]
             sent.append(moves)
             for _, target, job in moves or ():
                 jobs[target] = job
@@ -47,30 +75,51 @@ def told(
     monkeypatch.setattr(tuning.trial_group, "learn", learn)
     members = [{"number": number, "settings": {W: w, MLP: [8]}} for number, w in enumerate(weights)]
     reader: Any = None
-    return list(train_members({"student": "s", "arm": "ah", "members": members}, base, base.vm.models[0], reader)), sent
+    return list(
+        train_members(
+            {"student": "s", "arm": "ah", "members": members}, base, base.vm.models[0], reader
+        )
+    ), sent
 
 
 def test_members_with_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: a member gets a sibling's figures, or those of one seed only; or is not failed although one of its trainings is."""
+    """Wrong: a member gets a sibling's figures, or those of one seed only; or is not failed
+    although one of its trainings is."""
     base = config(trials_per_process=2, seeds=3)
     reports, sent = told(base, monkeypatch, [0.3, 0.7], {(2, 4)})
     assert [len(report) for report in reports] == [2, 2, 2] and sent == [None] * 3
     for window, (one, _) in enumerate(reports, FIRST):
         ne = pytest.approx((0.30 + 0.31 + 0.32) / 3, abs=1e-12)
-        assert one == {"window": window, "ne": ne, "calibration": 1.0, "labels": 50.0, "score": ne, "settings": {W: 0.3, MLP: (8,)}}
-    assert reports[0][1]["ne"] == pytest.approx(0.71) and [report[1] for report in reports[1:]] == [{"failed": "diverged"}] * 2
+        assert one == {
+            "window": window,
+            "ne": ne,
+            "calibration": 1.0,
+            "labels": 50.0,
+            "score": ne,
+            "settings": {W: 0.3, MLP: (8,)},
+        }
+    assert (
+        reports[0][1]["ne"] == pytest.approx(0.71)
+        and [report[1] for report in reports[1:]] == [{"failed": "diverged"}] * 2
+    )
 
 
 def test_mean_of_seeds() -> None:
-    """Wrong: the spread that chance gives calibration is thought to shrink with seeds, which all see the same labels; or a mean is wrong."""
+    """Wrong: the spread that chance gives calibration is thought to shrink with seeds, which all
+    see the same labels; or a mean is wrong."""
     outcomes = [Figures(3, 0.8, 1.2, 100.0), Figures(3, 0.6, 0.9, 100.0)]
     assert mean(outcomes) == pytest.approx(Figures(3, 0.7, 1.05, 100.0))
-    assert mean(outcomes[:1]) is not None and mean(outcomes[:1]) == outcomes[0] and mean([None, None]) is None
+    assert (
+        mean(outcomes[:1]) is not None
+        and mean(outcomes[:1]) == outcomes[0]
+        and mean([None, None]) is None
+    )
     assert mean([outcomes[0], "NaN", "more"]) == "NaN" == mean([None, "NaN"])
 
 
 def test_a_block_ends_with_its_last_member(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: a process trains on what is all broken, or ends without saying so because no window has counted yet."""
+    """Wrong: a process trains on what is all broken, or ends without saying so because no window
+    has counted yet."""
     reports, sent = told(config(trials_per_process=2), monkeypatch, [0.3, 0.7], {(0, 0), (0, 1)})
     assert reports == [[{"failed": "diverged"}] * 2] and sent == []
     reports, _ = told(config(trials_per_process=2), monkeypatch, [0.3, 0.7], {(0, 0), (3, 1)})
@@ -78,27 +127,49 @@ def test_a_block_ends_with_its_last_member(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_population(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: members are replaced before any window has counted or after the last one, by others than the best, or are said to have learnt
-    under other settings than they did."""
+    """Wrong: members are replaced before any window has counted or after the last one, by others
+    than the best, or are said to have learnt under other settings than they did."""
     base = config(trials_per_process=4, search="pbt")
     reports, sent = told(base, monkeypatch, [0.3, 2.0, 0.5, 0.6])
     assert base.tune is not None
     assert [len(moves or ()) for moves in sent] == [0, 1, 1]
     weights = [[entry["settings"][W] for entry in report] for report in reports]
-    assert weights[0] == [0.3, 2.0, 0.5, 0.6] and weights[1][1] in (pytest.approx(0.24), pytest.approx(0.375))
+    assert weights[0] == [0.3, 2.0, 0.5, 0.6] and weights[1][1] in (
+        pytest.approx(0.24),
+        pytest.approx(0.375),
+    )
     for before, after, moves in zip(weights[:-1], weights[1:], sent[1:], strict=True):
         ((source, target, job),) = moves
         assert (source, target) == (before.index(min(before)), before.index(max(before)))
-        assert after[target] == job.config.distillation.ah.w and job.config.distillation.ah.mlp == (8,) and job.config.seed == base.seed
-        assert [w for i, w in enumerate(after) if i != target] == [w for i, w in enumerate(before) if i != target]
+        assert (
+            after[target] == job.config.distillation.ah.w
+            and job.config.distillation.ah.mlp == (8,)
+            and job.config.seed == base.seed
+        )
+        assert [w for i, w in enumerate(after) if i != target] == [
+            w for i, w in enumerate(before) if i != target
+        ]
     for report in reports:  # the figures are those of the settings beside them
         assert [entry["ne"] for entry in report] == [entry["settings"][W] for entry in report]
-        assert all(entry["score"] == score(Figures(entry["window"], entry["ne"], 1.0, 50.0), base.tune.calibration) for entry in report)
+        assert all(
+            entry["score"]
+            == score(Figures(entry["window"], entry["ne"], 1.0, 50.0), base.tune.calibration)
+            for entry in report
+        )
     assert told(base, monkeypatch, [0.3, 2.0, 0.5, 0.6])[0] == reports
 
 
 def test_a_failed_member_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong: a population shrinks with every member that diverges."""
-    reports, sent = told(config(trials_per_process=4, search="pbt"), monkeypatch, [0.3, 2.0, 0.5, 0.6], {(0, 0), (1, 2)})
-    assert ["failed" in entry for entry in reports[0]] == [True, False, True, False] and not any("failed" in entry for entry in reports[1])
-    assert {target for _, target, _ in sent[1]} == {0, 2} and {source for source, _, _ in sent[1]} == {3}
+    reports, sent = told(
+        config(trials_per_process=4, search="pbt"),
+        monkeypatch,
+        [0.3, 2.0, 0.5, 0.6],
+        {(0, 0), (1, 2)},
+    )
+    assert ["failed" in entry for entry in reports[0]] == [True, False, True, False] and not any(
+        "failed" in entry for entry in reports[1]
+    )
+    assert {target for _, target, _ in sent[1]} == {0, 2} and {
+        source for source, _, _ in sent[1]
+    } == {3}

@@ -1,7 +1,9 @@
-"""Events and labels from Kafka topics: JSON values, one object a message. Offsets are stored with what was made of the messages.
+"""Events and labels from Kafka topics: JSON values, one object a message. Offsets are stored with
+what was made of the messages.
 
-The consumer belongs to no group and commits nothing to the broker: where it goes on is said by the stream's own files alone,
-so that a kill neither loses nor doubles a message. Needs confluent-kafka (`pip install exfm-ray[kafka]`).
+The consumer belongs to no group and commits nothing to the broker: where it goes on is said by the
+stream's own files alone, so that a kill neither loses nor doubles a message. Needs confluent-kafka
+(`pip install exfm-ray[kafka]`).
 """
 
 from __future__ import annotations
@@ -34,12 +36,14 @@ REACH_S = 30.0
 
 
 class KafkaArrivals:
-    """The topics of `data.follow`; the stream ends when the file `_END` lies in `data.root` and all that was sent by then is read."""
+    """The topics of `data.follow`; the stream ends when the file `_END` lies in `data.root` and all
+    that was sent by then is read."""
 
     def __init__(self, config: Config) -> None:
         follow = config.data.follow
         assert follow and follow.kafka
-        self.config, self.spec = config, followed_spec(config)
+        self.config = config
+        self.spec = followed_spec(config)
         self._columns = _columns(self.spec, set(config.data.delayed))
         self._newest_ms: dict[int, int] = {}  # by partition
         self._held_ms = -FREE
@@ -57,8 +61,12 @@ class KafkaArrivals:
         rows = _renamed(rows, self.spec, set(self.config.data.delayed))
         for partition in np.unique(partition_N).tolist():
             newest = pc.max(rows["event_time"].filter(pa.array(partition_N == partition))).as_py()
-            self._newest_ms[partition] = max(self._newest_ms.get(partition, -FREE), newest if newest is not None else -FREE)
-        self._held_ms = min((self._newest_ms.get(p, -FREE) for p in self._events.behind()), default=FREE)
+            self._newest_ms[partition] = max(
+                self._newest_ms.get(partition, -FREE), newest if newest is not None else -FREE
+            )
+        self._held_ms = min(
+            (self._newest_ms.get(p, -FREE) for p in self._events.behind()), default=FREE
+        )
         return Arrival(rows, Path(self._events.name), position, self._held_ms)
 
     def labels(self, after: Position) -> Arrival | None:
@@ -66,7 +74,11 @@ class KafkaArrivals:
         if found is None or self._labels is None:
             return None
         rows, position, _ = found
-        return Arrival(check_labels(rows, self.config.data.delayed, f"topic '{self._labels.name}'"), Path(self._labels.name), position)
+        return Arrival(
+            check_labels(rows, self.config.data.delayed, f"topic '{self._labels.name}'"),
+            Path(self._labels.name),
+            position,
+        )
 
     def ended(self) -> bool:
         return (self.config.data.root / END).exists()
@@ -79,17 +91,25 @@ class _Topic:
         try:
             import confluent_kafka as kafka
         except ImportError:
-            raise UserError("setting 'data.source' is 'kafka', which needs confluent-kafka: pip install exfm-ray[kafka]") from None
-        self.name, self._kafka = name, kafka
+            raise UserError(
+                "setting 'data.source' is 'kafka', which needs confluent-kafka: pip install exfm-ray[kafka]"
+            ) from None
+        self.name = name
+        self._kafka = kafka
         own = {
-            "bootstrap.servers": config.servers, "group.id": "exfm-ray", "enable.auto.commit": False, "enable.partition.eof": True,
+            "bootstrap.servers": config.servers,
+            "group.id": "exfm-ray",
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
             "auto.offset.reset": "error",
-        }  # fmt: skip
+        }
         try:
             self._consumer = kafka.Consumer({**config.resolved(), **own})
             topics = self._consumer.list_topics(timeout=REACH_S).topics
         except (kafka.KafkaException, ValueError, TypeError) as error:
-            raise UserError(f"kafka at {config.servers}: {error}; see data.follow.kafka.servers and options") from None
+            raise UserError(
+                f"kafka at {config.servers}: {error}; see data.follow.kafka.servers and options"
+            ) from None
         if name not in topics:
             raise UserError(f"kafka at {config.servers}: no topic '{name}'.{nearest(name, topics)}")
         self._partitions = sorted(topics[name].partitions)
@@ -100,12 +120,18 @@ class _Topic:
         return [p for p in self._partitions if p not in self._at_end]
 
     def take(self, after: Position, columns: pa.Schema) -> tuple[pa.Table, Position, Array] | None:
-        """The next messages behind the offsets `after` (partition -> next offset): columns, the offsets behind them, their partitions;
-        None at the end of all partitions."""
+        """The next messages behind the offsets `after` (partition -> next offset): columns, the
+        offsets behind them, their partitions; None at the end of all partitions."""
         if self._position != after:
             first = self._kafka.OFFSET_BEGINNING
-            self._consumer.assign([self._kafka.TopicPartition(self.name, p, after.get(str(p), first)) for p in self._partitions])
-            self._position, self._at_end = dict(after), set[int]()
+            self._consumer.assign(
+                [
+                    self._kafka.TopicPartition(self.name, p, after.get(str(p), first))
+                    for p in self._partitions
+                ]
+            )
+            self._position = dict(after)
+            self._at_end = set[int]()
         messages: list[Any] = []
         while not messages:
             for message in self._consumer.consume(BATCH, WAIT_S):
@@ -115,7 +141,9 @@ class _Topic:
                 elif message.error().code() == self._kafka.KafkaError._PARTITION_EOF:
                     self._at_end.add(message.partition())
                 else:
-                    raise UserError(f"topic '{self.name}', partition {message.partition()}: {message.error().str()}")
+                    raise UserError(
+                        f"topic '{self.name}', partition {message.partition()}: {message.error().str()}"
+                    )
             if not messages and not self.behind():
                 return None
         position = self._position | {str(m.partition()): m.offset() + 1 for m in messages}
@@ -124,12 +152,21 @@ class _Topic:
         return rows, position, np.array([m.partition() for m in messages])
 
 
-def _parse(messages: Sequence[Any], columns: pa.Schema, topic: str) -> pa.Table:
-    """JSON objects as a table of `columns`; fields that are not named are left out, those that are missing are null."""
-    options = pj.ParseOptions(explicit_schema=columns, newlines_in_values=True, unexpected_field_behavior="ignore")
+def _parse(
+    messages: Sequence[Any],
+    columns: pa.Schema,
+    topic: str,
+) -> pa.Table:
+    """JSON objects as a table of `columns`; fields that are not named are left out, those that are
+    missing are null."""
+    options = pj.ParseOptions(
+        explicit_schema=columns, newlines_in_values=True, unexpected_field_behavior="ignore"
+    )
 
     def read(some: Sequence[Any]) -> pa.Table:
-        return pj.read_json(io.BytesIO(b"\n".join(m.value() or b"" for m in some)), parse_options=options)
+        return pj.read_json(
+            io.BytesIO(b"\n".join(m.value() or b"" for m in some)), parse_options=options
+        )
 
     try:
         table = read(messages)
@@ -144,35 +181,65 @@ def _parse(messages: Sequence[Any], columns: pa.Schema, topic: str) -> pa.Table:
                 continue
         except pa.ArrowException as error:
             reason = str(error).splitlines()[0]
-        raise UserError(f"topic '{topic}', partition {message.partition()}, offset {message.offset()}: cannot be read ({reason})")
-    raise UserError(f"topic '{topic}': {len(messages)} messages hold {table.num_rows} objects; send one in each")
+        raise UserError(
+            f"topic '{topic}', partition {message.partition()}, offset {message.offset()}: cannot be read ({reason})"
+        )
+    raise UserError(
+        f"topic '{topic}': {len(messages)} messages hold {table.num_rows} objects; send one in each"
+    )
 
 
 def _columns(spec: TableFile, awaited: set[str]) -> pa.Schema:
     """Types come from the schema file: what is hashed is text, what is an index an integer."""
-    schema, text, whole, number = spec.table_schema, pa.string(), pa.int64(), pa.float64()
+    schema = spec.table_schema
+    text = pa.string()
+    whole = pa.int64()
+    number = pa.float64()
     assert spec.event_time and spec.example_id
-    fields = {spec.example_id: whole, spec.event_time.column: {"s": number, "iso": text}.get(spec.event_time.unit, whole)}
+    fields = {
+        spec.example_id: whole,
+        spec.event_time.column: {"s": number, "iso": text}.get(spec.event_time.unit, whole),
+    }
     for feature in schema.features:
         kind = whole if feature.encoding is Encoding.INDEX else text
         fields[feature.name] = kind if feature.kind is Kind.SINGLE else pa.list_(kind)
-    fields |= dict.fromkeys([*(d.name for d in schema.dense), *(t for t in schema.tasks if t not in awaited)], number)
+    fields |= dict.fromkeys(
+        [*(d.name for d in schema.dense), *(t for t in schema.tasks if t not in awaited)], number
+    )
     return pa.schema(list((fields | ({spec.domain: text} if spec.domain else {})).items()))
 
 
-def _renamed(rows: pa.Table, spec: TableFile, awaited: set[str]) -> pa.Table:
+def _renamed(
+    rows: pa.Table,
+    spec: TableFile,
+    awaited: set[str],
+) -> pa.Table:
     """The source's columns by our names, times in ms."""
     assert spec.event_time and spec.example_id
-    schema, at = spec.table_schema, rows[spec.event_time.column]
+    schema = spec.table_schema
+    at = rows[spec.event_time.column]
     try:
         times = {
-            "s": lambda: pc.round(pc.multiply(at, 1000)), "ms": lambda: at, "us": lambda: pc.divide(at, 1000),
-            "iso": lambda: pc.cast(at, pa.timestamp("ms", tz="UTC") if _zoned(at) else pa.timestamp("ms")),
-        }[spec.event_time.unit]()  # fmt: skip
+            "s": lambda: pc.round(pc.multiply(at, 1000)),
+            "ms": lambda: at,
+            "us": lambda: pc.divide(at, 1000),
+            "iso": lambda: pc.cast(
+                at, pa.timestamp("ms", tz="UTC") if _zoned(at) else pa.timestamp("ms")
+            ),
+        }[spec.event_time.unit]()
     except pa.ArrowInvalid as error:
-        raise UserError(f"column '{spec.event_time.column}': {error}; see `event_time` in the schema file") from None
-    names = [*(f.name for f in schema.features), *(d.name for d in schema.dense), *(t for t in schema.tasks if t not in awaited)]
-    columns = {name: rows[name] for name in names} | {"event_time": times.cast(pa.int64()), "example_id": rows[spec.example_id]}
+        raise UserError(
+            f"column '{spec.event_time.column}': {error}; see `event_time` in the schema file"
+        ) from None
+    names = [
+        *(f.name for f in schema.features),
+        *(d.name for d in schema.dense),
+        *(t for t in schema.tasks if t not in awaited),
+    ]
+    columns = {name: rows[name] for name in names} | {
+        "event_time": times.cast(pa.int64()),
+        "example_id": rows[spec.example_id],
+    }
     return pa.table(columns | ({"domain": rows[spec.domain]} if spec.domain else {}))
 
 

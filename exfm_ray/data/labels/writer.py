@@ -1,4 +1,5 @@
-"""Writes a stream of which the source tells when each label became known: events without them, the label log, the releases."""
+"""Writes a stream of which the source tells when each label became known: events without them, the
+label log, the releases."""
 
 from __future__ import annotations
 
@@ -19,17 +20,31 @@ Array = np.ndarray[Any, Any]
 
 
 class LabeledWriter(StreamWriter):
-    """A window's labels become a part of the log when it is committed; its end is then the clock by which windows are released."""
+    """A window's labels become a part of the log when it is committed; its end is then the clock by
+    which windows are released."""
 
     def __init__(
-        self, root: AnyPath, schema: Schema, settings: dict[str, Any], fragment_rows: int, attribution_s: Mapping[str, int], late_labels: str
+        self,
+        root: AnyPath,
+        schema: Schema,
+        settings: dict[str, Any],
+        fragment_rows: int,
+        attribution_s: Mapping[str, int],
+        late_labels: str,
     ) -> None:
         super().__init__(root, schema, settings, fragment_rows)
         self.attribution_s = attribution_s
-        write_json(root / ATTRIBUTION, {"attribution_s": dict(attribution_s), "late_labels": late_labels})
+        write_json(
+            root / ATTRIBUTION, {"attribution_s": dict(attribution_s), "late_labels": late_labels}
+        )
         self.ledger = LabelLog(EventStream(root, schema), attribution_s, late_labels == "correct")
 
-    def window(self, index: int, start_ms: int, end_ms: int) -> WindowWriter:
+    def window(
+        self,
+        index: int,
+        start_ms: int,
+        end_ms: int,
+    ) -> WindowWriter:
         return _LabelledWindow(self, index, start_ms, end_ms)
 
     def finish(self, statistics: dict[str, Any]) -> None:
@@ -39,7 +54,13 @@ class LabeledWriter(StreamWriter):
 
 
 class _LabelledWindow(WindowWriter):
-    def __init__(self, writer: LabeledWriter, index: int, start_ms: int, end_ms: int) -> None:
+    def __init__(
+        self,
+        writer: LabeledWriter,
+        index: int,
+        start_ms: int,
+        end_ms: int,
+    ) -> None:
         super().__init__(writer, index, start_ms, end_ms)
         self._labelled = writer
         self._log: list[pa.Table] = []
@@ -55,15 +76,25 @@ class _LabelledWindow(WindowWriter):
             column = schema.task_index(task)
             positive = labels_NT[:, column] == 1
             rows = int(positive.sum())
-            ids, times = table["example_id"].to_numpy()[positive], known_NT[positive, column]
-            self._log.append(pa.table([ids, [task] * rows, np.ones(rows, np.int8), times], names=LOG_SCHEMA.names).cast(LOG_SCHEMA))
+            ids = table["example_id"].to_numpy()[positive]
+            times = known_NT[positive, column]
+            self._log.append(
+                pa.table(
+                    [ids, [task] * rows, np.ones(rows, np.int8), times], names=LOG_SCHEMA.names
+                ).cast(LOG_SCHEMA)
+            )
             labels_NT[:, column] = np.nan
         hidden = pa.FixedSizeListArray.from_arrays(pa.array(labels_NT.ravel()), labels_NT.shape[1])
-        super().append(table.set_column(table.column_names.index("labels"), table.schema.field("labels"), hidden))
+        super().append(
+            table.set_column(
+                table.column_names.index("labels"), table.schema.field("labels"), hidden
+            )
+        )
 
     def commit(self, duplicates: int) -> None:
         """Write the window and its part of the log, and release what is over by then."""
-        root, ledger = self._labelled.root, self._labelled.ledger
+        root = self._labelled.root
+        ledger = self._labelled.ledger
         if not self.committed:
             write_part(root, ledger.parts, pa.concat_tables([LOG_SCHEMA.empty_table(), *self._log]))
         assert part_path(root, ledger.parts).exists()

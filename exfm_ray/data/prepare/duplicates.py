@@ -1,4 +1,5 @@
-"""Events that stand twice: equal content at an equal event time, found without keeping the stream in memory."""
+"""Events that stand twice: equal content at an equal event time, found without keeping the stream
+in memory."""
 
 from __future__ import annotations
 
@@ -22,21 +23,30 @@ def fold_bag(hashes: Array, bag: pa.Array) -> Array:
     offsets = bag.offsets.to_numpy().astype(np.int64)
     lengths = np.diff(offsets)
     values = bag.flatten().to_numpy().astype(np.uint64)
-    place = (np.arange(len(values)) - np.repeat(offsets[:-1] - offsets[0], lengths)).astype(np.uint64)
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(splitmix64(values ^ (place << np.uint64(32))), dtype=np.uint64)])
+    place = (np.arange(len(values)) - np.repeat(offsets[:-1] - offsets[0], lengths)).astype(
+        np.uint64
+    )
+    sums = np.concatenate(
+        [
+            np.zeros(1, np.uint64),
+            np.cumsum(splitmix64(values ^ (place << np.uint64(32))), dtype=np.uint64),
+        ]
+    )
     ends = offsets - offsets[0]
     return fold(hashes, (sums[ends[1:]] - sums[ends[:-1]]) ^ lengths.astype(np.uint64))
 
 
 class DuplicateFinder:
-    """Finds rows whose (time, hash) came before. Remembers only the hashes of the latest time it has seen."""
+    """Finds rows whose (time, hash) came before. Remembers only the hashes of the latest time it
+    has seen."""
 
     def __init__(self) -> None:
         self._time: int | None = None
         self._seen = np.empty(0, np.uint64)
 
     def repeated(self, times: Array, hashes: Array) -> Array:
-        """Which of the rows, in event order (times int64 (N,), not decreasing; hashes uint64 (N,)), are repetitions: bool (N,)."""
+        """Which of the rows, in event order (times int64 (N,), not decreasing; hashes uint64 (N,)),
+        are repetitions: bool (N,)."""
         if not len(times):
             return np.zeros(0, bool)
         order = np.lexsort((hashes, times))

@@ -1,4 +1,5 @@
-"""Dense features normalised by what earlier windows have shown, never by the window itself or a later one."""
+"""Dense features normalised by what earlier windows have shown, never by the window itself or a
+later one."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ SMALLEST_STD = 1e-6
 
 
 class Moments:
-    """Count, mean and sum of squared deviations (M2) per column, merged chunk by chunk (Chan et al. 1979)."""
+    """Count, mean and sum of squared deviations (M2) per column, merged chunk by chunk (Chan et al.
+    1979)."""
 
     def __init__(self, width: int) -> None:
         self.count = np.zeros(width)
@@ -41,7 +43,8 @@ class Moments:
 
 
 class Normalizer:
-    """`apply` uses the windows closed so far; `observe` collects the open one; `close_window` moves it over."""
+    """`apply` uses the windows closed so far; `observe` collects the open one; `close_window` moves
+    it over."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
@@ -49,7 +52,8 @@ class Normalizer:
         self._open = Moments(len(names))
 
     def apply(self, values_ND: Array) -> Array:
-        """float32 (N, D): shifted and scaled, missing as 0, within [-10, 10]. Unchanged scale before the first close."""
+        """float32 (N, D): shifted and scaled, missing as 0, within [-10, 10]. Unchanged scale
+        before the first close."""
         shift, scale = self._scale()
         normal = (values_ND - shift) / scale
         return np.clip(np.nan_to_num(normal, nan=0.0), -LIMIT, LIMIT).astype(np.float32)
@@ -79,7 +83,11 @@ class Normalizer:
             setattr(self._closed, name, np.array(values))
 
     def state(self) -> dict[str, dict[str, float]]:
-        """Count, mean and std of every dense feature over the closed windows, for the manifest and for serving."""
+        """Count, mean and std of every dense feature over the closed windows, for the manifest and
+        for serving."""
         shift, scale = self._scale()
         rows = zip(self.names, self._closed.count, shift, scale, strict=True)
-        return {name: {"count": float(count), "mean": float(mean), "std": float(std)} for name, count, mean, std in rows}
+        return {
+            name: {"count": float(count), "mean": float(mean), "std": float(std)}
+            for name, count, mean, std in rows
+        }

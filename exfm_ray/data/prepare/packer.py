@@ -10,7 +10,13 @@ import numpy as np
 import pyarrow as pa
 
 from exfm_ray.data.prepare.duplicates import DuplicateFinder, fold, fold_bag
-from exfm_ray.data.prepare.encode import encode_bag, encode_dense, encode_domains, encode_labels, encode_values
+from exfm_ray.data.prepare.encode import (
+    encode_bag,
+    encode_dense,
+    encode_domains,
+    encode_labels,
+    encode_values,
+)
 from exfm_ray.data.prepare.hash_collisions import Collisions
 from exfm_ray.data.prepare.sequence_feature import HistoryBuilder
 from exfm_ray.data.sources.base import RawSource
@@ -22,10 +28,11 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Rows:
-    """Encoded events, in event order: N events, S single-valued features, D dense features, T tasks.
+    """Encoded events, in event order: N events, S single-valued features, D dense features, T
+    tasks.
 
-    `dense_ND` is transformed, not normalised: that depends on the window. `repeated_N` marks repetitions of earlier events.
-    `known_NT`: ms at which each label became known, int64.
+    `dense_ND` is transformed, not normalised: that depends on the window. `repeated_N` marks
+    repetitions of earlier events. `known_NT`: ms at which each label became known, int64.
     """
 
     example_id_N: Array
@@ -55,12 +62,30 @@ class Rows:
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
         """One after the other."""
-        bags = {name: pa.concat_arrays([part.bags[name] for part in parts]) for name in parts[0].bags}
-        return cls(**{n: np.concatenate([vars(part)[n] for part in parts]) for n in vars(parts[0]) if n != "bags"}, bags=bags)
+        bags = {
+            name: pa.concat_arrays([part.bags[name] for part in parts]) for name in parts[0].bags
+        }
+        return cls(
+            **{
+                n: np.concatenate([vars(part)[n] for part in parts])
+                for n in vars(parts[0])
+                if n != "bags"
+            },
+            bags=bags,
+        )
 
     def packed(self, schema: Schema, dense_ND: Array) -> pa.Table:
         """The stream's columns, with `dense_ND` normalised."""
-        return packed(schema, self.example_id_N, self.times_N, self.domain_N, self.labels_NT, self.sparse_NS, dense_ND, self.bags)
+        return packed(
+            schema,
+            self.example_id_N,
+            self.times_N,
+            self.domain_N,
+            self.labels_NT,
+            self.sparse_NS,
+            dense_ND,
+            self.bags,
+        )
 
 
 def packed(
@@ -87,14 +112,17 @@ def packed(
 
 
 def _fixed(values_NW: Array, of: pa.DataType) -> pa.FixedSizeListArray:
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values_NW).reshape(-1), of), values_NW.shape[1])
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(np.ascontiguousarray(values_NW).reshape(-1), of), values_NW.shape[1]
+    )
 
 
 class Packer:
     """Encodes table after table of a source's raw rows; carries what must outlive a table."""
 
     def __init__(self, source: RawSource, drop_duplicates: bool) -> None:
-        self.source, self.schema = source, source.schema
+        self.source = source
+        self.schema = source.schema
         self.collisions = Collisions(source.schema)
         self._drop = drop_duplicates
         self._finder = DuplicateFinder()
@@ -103,23 +131,42 @@ class Packer:
         self._last_time: int | None = None
 
     def encode(self, raw: pa.Table) -> Rows:
-        """Encode raw rows in event order. Where duplicates are dropped they are marked and still there: see `kept`."""
+        """Encode raw rows in event order. Where duplicates are dropped they are marked and still
+        there: see `kept`."""
         rows = len(raw)
         times_N = self._times(raw)
         numbers_N = np.arange(self._read, self._read + rows)
-        schema, name, watch = self.schema, self.source.name, self.collisions.add
-        domain_N = encode_domains(_column(raw, "domain"), schema, name) if "domain" in raw.column_names else np.zeros(rows, np.int32)
+        schema = self.schema
+        name = self.source.name
+        watch = self.collisions.add
+        domain_N = (
+            encode_domains(_column(raw, "domain"), schema, name)
+            if "domain" in raw.column_names
+            else np.zeros(rows, np.int32)
+        )
         labels = [self._label(raw, task) for task in schema.tasks]
         sparse = [encode_values(_column(raw, f.name), f, name, watch) for f in schema.single[:-1]]
-        dense = [encode_dense(_column(raw, d.name), d.transform, d.name, name) for d in schema.dense]
+        dense = [
+            encode_dense(_column(raw, d.name), d.transform, d.name, name) for d in schema.dense
+        ]
         built = self.source.history.feature if self.source.history else None
-        bags = {f.name: encode_bag(_column(raw, f.name), f, name, watch) for f in schema.bags if f.name != built}
+        bags = {
+            f.name: encode_bag(_column(raw, f.name), f, name, watch)
+            for f in schema.bags
+            if f.name != built
+        }
         encoded = Rows(
             example_id_N=self._ids(raw) if "example_id" in raw.column_names else numbers_N,
             times_N=times_N,
             domain_N=domain_N,
             labels_NT=np.stack(labels, axis=1),
-            known_NT=np.stack([self._known(raw, task, label_N, times_N) for task, label_N in zip(schema.tasks, labels, strict=True)], axis=1),
+            known_NT=np.stack(
+                [
+                    self._known(raw, task, label_N, times_N)
+                    for task, label_N in zip(schema.tasks, labels, strict=True)
+                ],
+                axis=1,
+            ),
             sparse_NS=np.stack([*sparse, domain_N + 1], axis=1).astype(np.int32),
             dense_ND=np.stack(dense, axis=1) if dense else np.zeros((rows, 0)),
             bags=bags,
@@ -140,7 +187,9 @@ class Packer:
                 f"{self.source.name}: event {self._read + _first_null(column)} has no event time; correct the data or leave such events out"
             )
         times_N = column.cast(pa.int64()).to_numpy(zero_copy_only=False)
-        before_N = np.concatenate([[times_N[0] if self._last_time is None else self._last_time], times_N[:-1]])
+        before_N = np.concatenate(
+            [[times_N[0] if self._last_time is None else self._last_time], times_N[:-1]]
+        )
         wrong = np.flatnonzero(times_N < before_N)
         if len(wrong):
             i = int(wrong[0])
@@ -170,14 +219,22 @@ class Packer:
             return np.full(len(raw), np.nan, np.float32)
         return encode_labels(_column(raw, task), task, self.source.name)
 
-    def _known(self, raw: pa.Table, task: str, label_N: Array, times_N: Array) -> Array:
+    def _known(
+        self,
+        raw: pa.Table,
+        task: str,
+        label_N: Array,
+        times_N: Array,
+    ) -> Array:
         """When each label became known, ms; with its event where the source says nothing else."""
         if task not in self.source.label_time_tasks:
             return times_N
         column = _column(raw, f"known:{task}")
         lacking = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False) & (label_N == 1))
         if len(lacking):
-            raise UserError(f"{self.source.name}: event {self._read + lacking[0]} has label 1 for '{task}' but no time at which it became known")
+            raise UserError(
+                f"{self.source.name}: event {self._read + lacking[0]} has label 1 for '{task}' but no time at which it became known"
+            )
         return np.asarray(column.fill_null(0).cast(pa.int64()).to_numpy(zero_copy_only=False))
 
     def _repeated(self, raw: pa.Table, rows: Rows) -> Array:
@@ -199,15 +256,25 @@ class Packer:
         return self._finder.repeated(rows.times_N, hashes)
 
     def _histories(self, raw: pa.Table, rows: Rows) -> pa.Array:
-        """The sequence feature. A repetition that will be dropped does not enter anyone's history."""
-        spec, builder = self.source.history, self._history
+        """The sequence feature. A repetition that will be dropped does not enter anyone's
+        history."""
+        spec = self.source.history
+        builder = self._history
         assert spec and builder
-        users_N, items_N = (_column(raw, c).fill_null(-1).cast(pa.int64()).to_numpy(zero_copy_only=False) for c in (spec.user, spec.item))
+        users_N, items_N = (
+            _column(raw, c).fill_null(-1).cast(pa.int64()).to_numpy(zero_copy_only=False)
+            for c in (spec.user, spec.item)
+        )
         acted_N = rows.labels_NT[:, self.schema.tasks.index(spec.label)] == 1
         if self._drop:
             acted_N = acted_N & ~rows.repeated_N
         feature = next(f for f in self.schema.bags if f.name == spec.feature)
-        return encode_bag(builder.extend(users_N, rows.times_N, items_N, acted_N), feature, self.source.name, self.collisions.add)
+        return encode_bag(
+            builder.extend(users_N, rows.times_N, items_N, acted_N),
+            feature,
+            self.source.name,
+            self.collisions.add,
+        )
 
     def kept(self, rows: Rows) -> Array:
         """Which rows go into the stream: bool (N,)."""

@@ -1,4 +1,5 @@
-"""The sequence feature: what a user did strictly before an event, built while the events stream by."""
+"""The sequence feature: what a user did strictly before an event, built while the events stream
+by."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class History:
-    """The last `length` values of `item` in a user's events whose `label` was 1, as the sequence feature `feature`."""
+    """The last `length` values of `item` in a user's events whose `label` was 1, as the sequence
+    feature `feature`."""
 
     feature: str
     user: str
@@ -23,10 +25,12 @@ class History:
 
 
 class HistoryBuilder:
-    """Per user the last `length` items: a matrix of users by `length`, touched only where a chunk's users stand.
+    """Per user the last `length` items: a matrix of users by `length`, touched only where a chunk's
+    users stand.
 
-    Items of the latest time stay aside until time has moved on, so that an event never sees one of its own instant.
-    Shapes: N events of the chunk, U users known, Q users of the chunk, L length, C items in play.
+    Items of the latest time stay aside until time has moved on, so that an event never sees one of
+    its own instant. Shapes: N events of the chunk, U users known, Q users of the chunk, L length, C
+    items in play.
     """
 
     def __init__(self, length: int) -> None:
@@ -38,8 +42,15 @@ class HistoryBuilder:
         self._held = (np.empty(0, np.int64), np.empty(0, np.int64))
         self._held_time = np.iinfo(np.int64).min
 
-    def extend(self, users_N: Array, times_N: Array, items_N: Array, acted_N: Array) -> pa.ListArray:
-        """The histories of N events in event order, list<int64> with the most recent item last; then learn these events.
+    def extend(
+        self,
+        users_N: Array,
+        times_N: Array,
+        items_N: Array,
+        acted_N: Array,
+    ) -> pa.ListArray:
+        """The histories of N events in event order, list<int64> with the most recent item last;
+        then learn these events.
 
         Args:
             users_N, times_N, items_N: int64; times not decreasing, also from call to call.
@@ -56,16 +67,26 @@ class HistoryBuilder:
         count_Q = self._count_U[slots_Q]
         stored = np.arange(self.length) >= self.length - count_Q[:, None]
         user_C = np.concatenate(
-            [np.repeat(np.arange(len(known_Q)), count_Q), np.searchsorted(known_Q, held_users), np.searchsorted(known_Q, users_N[acted_N])]
+            [
+                np.repeat(np.arange(len(known_Q)), count_Q),
+                np.searchsorted(known_Q, held_users),
+                np.searchsorted(known_Q, users_N[acted_N]),
+            ]
         )
         item_C = np.concatenate([self._items_UL[slots_Q][stored], held_items, items_N[acted_N]])
         rank_C = np.concatenate(
-            [np.zeros(int(count_Q.sum()), np.int64), np.full(len(held_users), held_rank), np.searchsorted(moments, times_N[acted_N]) + 1]
+            [
+                np.zeros(int(count_Q.sum()), np.int64),
+                np.full(len(held_users), held_rank),
+                np.searchsorted(moments, times_N[acted_N]) + 1,
+            ]
         )
         width = len(moments) + 2
         key_C = user_C * width + rank_C
         order = np.argsort(key_C, kind="stable")
-        key_C, item_C, user_C = key_C[order], item_C[order], user_C[order]
+        key_C = key_C[order]
+        item_C = item_C[order]
+        user_C = user_C[order]
 
         asked_N = np.searchsorted(known_Q, users_N)
         end_N = np.searchsorted(key_C, asked_N * width + np.searchsorted(moments, times_N) + 1)
@@ -77,8 +98,16 @@ class HistoryBuilder:
         self._held_time = int(moments[-1])
         return result
 
-    def _store(self, slots_Q: Array, key_C: Array, item_C: Array, width: int, last_rank: int) -> None:
-        """Put each user's last items of before the chunk's last time into the matrix, right-aligned."""
+    def _store(
+        self,
+        slots_Q: Array,
+        key_C: Array,
+        item_C: Array,
+        width: int,
+        last_rank: int,
+    ) -> None:
+        """Put each user's last items of before the chunk's last time into the matrix,
+        right-aligned."""
         start_Q = np.searchsorted(key_C, np.arange(len(slots_Q)) * width)
         end_Q = np.searchsorted(key_C, np.arange(len(slots_Q)) * width + last_rank)
         kept_Q = np.minimum(end_Q - start_Q, self.length)
@@ -111,9 +140,15 @@ class HistoryBuilder:
         self._count_U = np.concatenate([self._count_U, np.zeros(room, np.int64)])
 
 
-def gather(values: Array, begin_N: Array, end_N: Array) -> pa.ListArray:
+def gather(
+    values: Array,
+    begin_N: Array,
+    end_N: Array,
+) -> pa.ListArray:
     """The slices values[begin:end] as a list column: list<int64>, N lists."""
     lengths = end_N - begin_N
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     index = np.arange(offsets[-1]) + np.repeat(begin_N - offsets[:-1], lengths)
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values[index], pa.int64()))
+    return pa.ListArray.from_arrays(
+        pa.array(offsets.astype(np.int32)), pa.array(values[index], pa.int64())
+    )

@@ -1,4 +1,5 @@
-"""Cuts the encoded events into windows and hands them to the writer, normalised by what came before."""
+"""Cuts the encoded events into windows and hands them to the writer, normalised by what came
+before."""
 
 from __future__ import annotations
 
@@ -20,15 +21,23 @@ LARGEST_GAP = 20_000
 
 
 class WindowCutter:
-    """Windows by time count from the first event's window, empty ones between included where they are allowed; windows by rows hold
-    `rows` events, windows by file as many as `file_rows` says."""
+    """Windows by time count from the first event's window, empty ones between included where they
+    are allowed; windows by rows hold `rows` events, windows by file as many as `file_rows` says."""
 
     def __init__(
-        self, writer: StreamWriter, config: WindowConfig, source: str, progress: Progress | None, file_rows: Sequence[int] = ()
+        self,
+        writer: StreamWriter,
+        config: WindowConfig,
+        source: str,
+        progress: Progress | None,
+        file_rows: Sequence[int] = (),
     ) -> None:
         self.normalizer = Normalizer([d.name for d in writer.schema.dense])
         self.rows = self.duplicates = self.windows = 0
-        self._writer, self._config, self._source, self._progress = writer, config, source, progress
+        self._writer = writer
+        self._config = config
+        self._source = source
+        self._progress = progress
         self._first: int | None = None
         self._file_ends = np.cumsum(file_rows)
         self._window: WindowWriter | None = None
@@ -49,7 +58,11 @@ class WindowCutter:
         if self._config.by != "time":
             # A dropped repetition belongs to the window of the event before it.
             number_N = np.maximum(self.rows + np.cumsum(kept_N) - 1, 0)
-            return np.asarray(number_N // self._config.rows if self._config.by == "rows" else np.searchsorted(self._file_ends, number_N, "right"))
+            return np.asarray(
+                number_N // self._config.rows
+                if self._config.by == "rows"
+                else np.searchsorted(self._file_ends, number_N, "right")
+            )
         absolute_N = (times_N - self._config.offset_s * 1000) // (self._config.length_s * 1000)
         if self._first is None and len(times_N):
             self._first = int(absolute_N[0])
@@ -66,7 +79,8 @@ class WindowCutter:
             self._open(0 if self._window is None else self._close(self._window) + 1, time)
 
     def _open(self, index: int, time: int) -> None:
-        start, end = time, time + 1
+        start = time
+        end = time + 1
         if self._config.by == "time":
             assert self._first is not None
             start = ((self._first + index) * self._config.length_s + self._config.offset_s) * 1000
@@ -83,7 +97,10 @@ class WindowCutter:
         if not kept_N.all():
             piece = piece.take(kept_N)
         if not window.committed:
-            window.append(piece.packed(self._writer.schema, self.normalizer.apply(piece.dense_ND)), piece.known_NT)
+            window.append(
+                piece.packed(self._writer.schema, self.normalizer.apply(piece.dense_ND)),
+                piece.known_NT,
+            )
         self.normalizer.observe(piece.dense_ND)
         self._window_rows += len(piece)
         self.rows += len(piece)
@@ -101,10 +118,13 @@ class WindowCutter:
     def finish(self) -> None:
         """Commit the last window. UserError where there was no event at all."""
         if self._window is None or not self.rows:
-            raise UserError(f"{self._source}: no events in it; check data.root and the file's contents")
+            raise UserError(
+                f"{self._source}: no events in it; check data.root and the file's contents"
+            )
         self._close(self._window)
         self._window = None
 
     def statistics(self) -> dict[str, Any]:
-        """For the stream's manifest: totals, and the state by which serving normalises dense features."""
+        """For the stream's manifest: totals, and the state by which serving normalises dense
+        features."""
         return {"rows": self.rows, "duplicates": self.duplicates, "dense": self.normalizer.state()}

@@ -1,4 +1,5 @@
-"""Criteo display ads (the Kaggle training file): tab separated, no header, in order but without times."""
+"""Criteo display ads (the Kaggle training file): tab separated, no header, in order but without
+times."""
 
 from __future__ import annotations
 
@@ -8,18 +9,56 @@ from exfm_ray.schema import DenseFeature, Schema, SparseFeature
 
 INTEGERS = tuple(f"I{i}" for i in range(1, 14))
 # Distinct values of C1..C26 in the whole file, rounded up: small columns get small tables.
-DISTINCT = (1_500, 600, 10**7, 10**7, 400, 50, 12_600, 700, 20, 94_000, 5_700, 10**7, 3_200, 50, 15_000, 10**7, 20, 5_700, 2_200, 20,
-            10**7, 30, 30, 287_000, 110, 143_000)  # fmt: skip
+DISTINCT = (
+    1_500,
+    600,
+    10**7,
+    10**7,
+    400,
+    50,
+    12_600,
+    700,
+    20,
+    94_000,
+    5_700,
+    10**7,
+    3_200,
+    50,
+    15_000,
+    10**7,
+    20,
+    5_700,
+    2_200,
+    20,
+    10**7,
+    30,
+    30,
+    287_000,
+    110,
+    143_000,
+)
 CATEGORIES = tuple(f"C{i}" for i in range(1, 27))
 
 
 def source(config: Config) -> RawSource:
     """A stream by rows; event_time is the row's number."""
     path = require(config.data.root, "train.txt")
-    types = {"click": "DOUBLE"} | dict.fromkeys(INTEGERS, "DOUBLE") | dict.fromkeys(CATEGORIES, "VARCHAR")
+    types = (
+        {"click": "DOUBLE"}
+        | dict.fromkeys(INTEGERS, "DOUBLE")
+        | dict.fromkeys(CATEGORIES, "VARCHAR")
+    )
     columns = ", ".join(f"{sql_literal(c)}: {sql_literal(t)}" for c, t in types.items())
     query = f"SELECT * FROM read_csv({sql_literal(path)}, {PLAIN}, header=false, delim='\t', quote='', escape='', nullstr='', columns={{{columns}}})"
     # Four rows a value keep collisions of the small columns rare.
-    features = [SparseFeature(name=c, rows=min(config.data.hash_rows, 4 * n)) for c, n in zip(CATEGORIES, DISTINCT, strict=True)]
+    features = [
+        SparseFeature(name=c, rows=min(config.data.hash_rows, 4 * n))
+        for c, n in zip(CATEGORIES, DISTINCT, strict=True)
+    ]
     dense = [DenseFeature(name=c, transform="log1p") for c in INTEGERS]
-    return RawSource(schema=Schema(features=tuple(features), dense=tuple(dense), tasks=("click",)), files=(path,), query=query, ordered_only=True)
+    return RawSource(
+        schema=Schema(features=tuple(features), dense=tuple(dense), tasks=("click",)),
+        files=(path,),
+        query=query,
+        ordered_only=True,
+    )

@@ -1,4 +1,5 @@
-"""MovieLens (https://grouplens.org/datasets/movielens/): a rating of four stars or more is a `like`."""
+"""MovieLens (https://grouplens.org/datasets/movielens/): a rating of four stars or more is a
+`like`."""
 
 from __future__ import annotations
 
@@ -12,14 +13,25 @@ LIKES = 20
 
 def source(config: Config) -> RawSource:
     """ratings.csv with the genres of movies.csv, by time, then user and movie."""
-    ratings, movies = require(config.data.root, "ratings.csv"), require(config.data.root, "movies.csv")
+    ratings = require(config.data.root, "ratings.csv")
+    movies = require(config.data.root, "movies.csv")
     rows = config.data.hash_rows
     movie = SparseFeature(name="movie", rows=rows)
     genres = SparseFeature(name="genres", kind=Kind.MULTI, rows=min(rows, 200), max_length=10)
     schema = Schema(
-        features=(SparseFeature(name="user", rows=rows), movie, genres, sequence("liked_movies", movie, LIKES)), tasks=("like",), group_by="user"
+        features=(
+            SparseFeature(name="user", rows=rows),
+            movie,
+            genres,
+            sequence("liked_movies", movie, LIKES),
+        ),
+        tasks=("like",),
+        group_by="user",
     )
-    rating = read_csv([ratings], {"userId": "BIGINT", "movieId": "BIGINT", "rating": "DOUBLE", "timestamp": "BIGINT"})
+    rating = read_csv(
+        [ratings],
+        {"userId": "BIGINT", "movieId": "BIGINT", "rating": "DOUBLE", "timestamp": "BIGINT"},
+    )
     table = read_csv([movies], {"movieId": "BIGINT", "genres": "VARCHAR"})
     query = f"""
         WITH movies AS (SELECT * FROM {table} QUALIFY row_number() OVER (PARTITION BY movieId) = 1)

