@@ -27,7 +27,7 @@ from exfm_ray.models.serialization import (
     StoredModel,
     checked_manifest,
     load_rows,
-    read_manifest,
+    read_stored_model,
 )
 from exfm_ray.storage.remote import AnyPath, StorageError
 from exfm_ray.stores.snapshots import SnapshotError, SnapshotStore
@@ -83,7 +83,7 @@ class TableShard:
     def _load(self, version: int) -> Array:
         folder = self._snapshots.folder(version)
         manifest = (
-            self._checked(folder) if self._restarted else read_manifest(folder)
+            self._checked(folder) if self._restarted else read_stored_model(folder)
         )  # whoever asks has just checked the hashes
         tables = manifest.example.tables
         parts = load_rows(

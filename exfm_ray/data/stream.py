@@ -18,13 +18,13 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
 from exfm_ray.base import FrozenModel
 from exfm_ray.data.rebatch import Rebatcher
 from exfm_ray.errors import UserError
 from exfm_ray.schema import Schema
 from exfm_ray.storage.atomic import atomic_path, parquet_source, read_json, write_json
+from exfm_ray.storage.manifest import read_manifest
 from exfm_ray.storage.remote import AnyPath
 
 ROW_GROUP_ROWS = 50_000
@@ -88,12 +88,7 @@ class EventStream:
             raise UserError(
                 f"{root}: no prepared stream here; run `run.py prepare` with the same config first"
             )
-        try:
-            return cls(root, Schema.model_validate(read_json(root / "schema.json")))
-        except ValidationError as error:
-            raise UserError(
-                f"{root / 'schema.json'}: not a schema ({error.errors()[0]['msg']})"
-            ) from None
+        return cls(root, read_manifest(root / "schema.json", Schema, "a schema"))
 
     @property
     def complete(self) -> bool:
@@ -116,12 +111,7 @@ class EventStream:
             raise UserError(
                 f"{path}: window {index} is not prepared; the stream has {len(self.windows())} windows"
             )
-        try:
-            window = Window.model_validate(read_json(path))
-        except ValidationError as error:
-            raise UserError(
-                f"{path}: not a window manifest ({error.errors()[0]['msg']}); prepare the stream again"
-            ) from None
+        window = read_manifest(path, Window, "a window manifest", "prepare the stream again")
         if window.schema_digest != self.schema.digest:
             raise UserError(
                 f"{path}: this window was prepared with another schema; prepare the stream into a new folder"

@@ -17,7 +17,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,13 +30,13 @@ from exfm_ray.models.network import Network
 from exfm_ray.schema import Schema
 from exfm_ray.storage.atomic import (
     atomic_path,
-    read_json,
     remove_tree,
     sha256,
     write_json,
     write_text,
 )
 from exfm_ray.storage.cache import local_copy, verify_sha256
+from exfm_ray.storage.manifest import read_manifest
 from exfm_ray.storage.remote import AnyPath
 
 MANIFEST = "model.json"
@@ -123,7 +122,7 @@ def write_tables(
 def table_parts(folder: AnyPath, kind: str = TABLES) -> Iterator[tuple[str, int, Tensor]]:
     """What `write_tables` wrote of a stored model: table, first row, rows; one file at a time,
     hashes not checked."""
-    for name, hashed in sorted(read_manifest(folder).files.items()):
+    for name, hashed in sorted(read_stored_model(folder).files.items()):
         if name.startswith(f"{kind}."):
             for key, rows in load_file(local_copy(folder / name, hashed)).items():
                 table, _, first_row = key.rpartition("@")
@@ -181,20 +180,15 @@ def copy_model(source: AnyPath, target: AnyPath) -> None:
     write_text(target / MANIFEST, (source / MANIFEST).read_text())
 
 
-def read_manifest(folder: AnyPath) -> StoredModel:
+def read_stored_model(folder: AnyPath) -> StoredModel:
     """The manifest of a stored model; UserError where there is none or it is damaged."""
-    try:
-        return StoredModel.model_validate(read_json(folder / MANIFEST))
-    except ValidationError as error:
-        raise UserError(
-            f"{folder / MANIFEST}: not a model manifest ({error.errors()[0]['msg']})"
-        ) from None
+    return read_manifest(folder / MANIFEST, StoredModel, "a model manifest")
 
 
 def checked_manifest(folder: AnyPath) -> StoredModel:
     """The manifest of a stored model whose files have the hashes that it names; UserError for a
     damaged one."""
-    manifest = read_manifest(folder)
+    manifest = read_stored_model(folder)
     if DENSE not in manifest.files:
         raise UserError(f"{folder / MANIFEST}: names no {DENSE}; this model is damaged")
     for name, expected in manifest.files.items():

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,7 +39,8 @@ from exfm_ray.serving.folder import (
     write_tables,
 )
 from exfm_ray.serving.program import ONNX, TABLES
-from exfm_ray.storage.atomic import read_json, sha256
+from exfm_ray.storage.atomic import sha256
+from exfm_ray.storage.manifest import read_manifest
 
 DELTA = "delta.safetensors"
 
@@ -188,12 +188,7 @@ def apply_folder(
         UserError: one of the two is damaged or they do not belong together, or `folder` is in the
             way.
     """
-    try:
-        manifest = Delta.model_validate(read_json(delta / MANIFEST))
-    except ValidationError as error:
-        raise UserError(
-            f"{delta / MANIFEST}: not the manifest of a delta ({error.errors()[0]['msg']})"
-        ) from None
+    manifest = read_manifest(delta / MANIFEST, Delta, "the manifest of a delta")
     old = read_served(base)
     check_same_student(base, old, manifest.target)
     if (old.files.get(TABLES), old.files.get(HISTORY)) != (manifest.since, manifest.since_history):

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,7 +25,8 @@ from exfm_ray.config.models import ModelConfig
 from exfm_ray.errors import UserError
 from exfm_ray.models.user_features import HISTORY, UserFeatures
 from exfm_ray.serving.program import TABLES
-from exfm_ray.storage.atomic import read_json, sha256, write_json
+from exfm_ray.storage.atomic import sha256, write_json
+from exfm_ray.storage.manifest import read_manifest
 
 MANIFEST = "manifest.json"
 SCHEMA = "schema.json"
@@ -126,9 +126,4 @@ def write_manifest(folder: Path, manifest: FrozenModel) -> None:
 
 def read_served(folder: Path) -> ExportManifest:
     """The manifest of a served folder; UserError where there is none or it is no such manifest."""
-    try:
-        return ExportManifest.model_validate(read_json(folder / MANIFEST))
-    except ValidationError as error:
-        raise UserError(
-            f"{folder / MANIFEST}: not the manifest of a served student ({error.errors()[0]['msg']})"
-        ) from None
+    return read_manifest(folder / MANIFEST, ExportManifest, "the manifest of a served student")

@@ -21,7 +21,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,8 +30,9 @@ from exfm_ray.data.stream import EventStream, Window, list_values, window_name
 from exfm_ray.errors import UserError
 from exfm_ray.models.serialization import MOMENTUM, table_parts
 from exfm_ray.schema import Schema
-from exfm_ray.storage.atomic import atomic_path, read_json, sha256, write_json
+from exfm_ray.storage.atomic import atomic_path, sha256, write_json
 from exfm_ray.storage.cache import local_copy, verify_sha256
+from exfm_ray.storage.manifest import read_manifest
 from exfm_ray.storage.remote import AnyPath
 from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.snapshots import SnapshotStore, rebuild_hint
@@ -158,12 +158,9 @@ class SharedStore:
             raise UserError(
                 f"{path}: window {window} has no rows of teacher '{self.teacher}'; run the DAS on it"
             )
-        try:
-            return SharedRowsManifest.model_validate(read_json(path))
-        except ValidationError as error:
-            raise UserError(
-                f"{path}: not a manifest of shared rows ({error.errors()[0]['msg']}); {rebuild_hint(folder)}"
-            ) from None
+        return read_manifest(
+            path, SharedRowsManifest, "a manifest of shared rows", rebuild_hint(folder)
+        )
 
     def read(
         self,

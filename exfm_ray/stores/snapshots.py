@@ -23,7 +23,7 @@ from exfm_ray.models.serialization import (
     checked_manifest,
     load_model,
     load_network,
-    read_manifest,
+    read_stored_model,
     table_parts,
     whole_tables,
 )
@@ -71,7 +71,7 @@ class SnapshotStore:
         """The manifest of a version, with the checks of `load` but for the files' hashes; its error
         says what is otherwise in its schema."""
         folder = self._published(version)
-        manifest = read_manifest(folder)
+        manifest = read_stored_model(folder)
         if manifest.example.digest != schema.digest:
             raise SnapshotError(
                 f"{folder}: this snapshot was trained on another schema than the stream's: {schema.difference(manifest.example)}; "
@@ -149,7 +149,7 @@ class SnapshotStore:
 
     def tasks(self, version: int) -> tuple[str, ...]:
         """Tasks that a published version predicts."""
-        return read_manifest(self.folder(version)).tasks
+        return read_stored_model(self.folder(version)).tasks
 
     def remove_before(self, version: int) -> None:
         """Delete versions that no window will need any more."""

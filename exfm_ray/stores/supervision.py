@@ -19,12 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
 from exfm_ray.base import FrozenModel
 from exfm_ray.data.stream import Fragment, Window, list_values, read_parquet, window_name
 from exfm_ray.errors import UserError
-from exfm_ray.storage.atomic import atomic_path, read_json, write_json
+from exfm_ray.storage.atomic import atomic_path, write_json
+from exfm_ray.storage.manifest import read_manifest
 from exfm_ray.storage.remote import AnyPath
 from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 
@@ -91,12 +91,9 @@ class SupervisionStore:
             raise UserError(
                 f"{path}: window {window} has no committed supervision of teacher '{self.teacher}'; run the DAS on it"
             )
-        try:
-            manifest = SupervisionManifest.model_validate(read_json(path))
-        except ValidationError as error:
-            raise UserError(
-                f"{path}: not a supervision manifest ({error.errors()[0]['msg']}); remove the window's folder"
-            ) from None
+        manifest = read_manifest(
+            path, SupervisionManifest, "a supervision manifest", "remove the window's folder"
+        )
         if (manifest.window, manifest.teacher) != (window, self.teacher):
             raise UserError(
                 f"{path}: is of window {manifest.window} and teacher '{manifest.teacher}'; remove the window's folder"

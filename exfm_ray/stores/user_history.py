@@ -26,7 +26,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
@@ -40,8 +39,9 @@ from exfm_ray.models.layout import Layout
 from exfm_ray.models.network import Network
 from exfm_ray.models.serialization import MANIFEST, LocalModel, copy_model, load_model
 from exfm_ray.schema import Schema
-from exfm_ray.storage.atomic import atomic_path, read_json, sha256, write_json
+from exfm_ray.storage.atomic import atomic_path, sha256, write_json
 from exfm_ray.storage.cache import local_copy, verify_sha256
+from exfm_ray.storage.manifest import read_manifest
 from exfm_ray.storage.remote import AnyPath
 from exfm_ray.stores.feature_store import Array, FeatureStore, ridge_alignment
 from exfm_ray.stores.snapshot_policy import SnapshotPolicy
@@ -100,12 +100,9 @@ class HistoryStore:
             raise UserError(
                 f"{folder}: window {window} is not represented by teacher '{self.teacher}'; run the DAS on it"
             )
-        try:
-            return HistoryManifest.model_validate(read_json(path))
-        except ValidationError as error:
-            raise UserError(
-                f"{path}: not a manifest of representations ({error.errors()[0]['msg']}); {rebuild_hint(folder)}"
-            ) from None
+        return read_manifest(
+            path, HistoryManifest, "a manifest of representations", rebuild_hint(folder)
+        )
 
     def state_before(self, window: int, schema: Schema) -> FeatureStore:
         """What was known before a window; UserError where it is not there, damaged, or not what it

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -29,7 +28,8 @@ from exfm_ray.base import FrozenModel
 from exfm_ray.engine.tensor_store import ShardedTensors, cpu_copy
 from exfm_ray.errors import UserError
 from exfm_ray.metrics.state import MetricState
-from exfm_ray.storage.atomic import read_json, sha256, short_hash
+from exfm_ray.storage.atomic import sha256, short_hash
+from exfm_ray.storage.manifest import read_manifest
 from exfm_ray.training.loop import Key, Loop, LoopProgress, Timing
 
 MANIFEST = "manifest.json"
@@ -276,12 +276,7 @@ def _order(folder: Path) -> tuple[int, int]:
 
 
 def _manifest(folder: Path) -> Manifest:
-    try:
-        return Manifest.model_validate(read_json(folder / MANIFEST))
-    except ValidationError as error:
-        raise UserError(
-            f"{folder / MANIFEST}: not a checkpoint's manifest ({error.errors()[0]['msg']})"
-        ) from None
+    return read_manifest(folder / MANIFEST, Manifest, "a checkpoint's manifest")
 
 
 def _damage(folder: Path) -> str | None:

@@ -20,7 +20,7 @@ from exfm_ray.models.serialization import (
     commit_model,
     load_model,
     load_rows,
-    read_manifest,
+    read_stored_model,
     remove_model,
     write_tables,
 )
@@ -128,11 +128,11 @@ def test_a_manifest_that_lacks_a_file_is_told(tmp_path: Path) -> None:
         UserError,
         match="model.json: its files of tables lack rows of 'user'; this model is damaged",
     ):
-        load_rows(tmp_path, read_manifest(tmp_path), rows)
+        load_rows(tmp_path, read_stored_model(tmp_path), rows)
     write_json(tmp_path / MANIFEST, manifest)
     assert {
         name: len(table)
-        for name, table in load_rows(tmp_path, read_manifest(tmp_path), rows).items()
+        for name, table in load_rows(tmp_path, read_stored_model(tmp_path), rows).items()
     } == {n: len(r) for n, r in rows.items()}
 
 

@@ -22,7 +22,7 @@ from specs import make_order, make_place, scored, undisturbed, written
 from exfm_ray.das.client import connect, label
 from exfm_ray.das.sharded_teacher import row_range
 from exfm_ray.data.stream import EventStream
-from exfm_ray.models.serialization import copy_model, load_model, load_rows, read_manifest
+from exfm_ray.models.serialization import copy_model, load_model, load_rows, read_stored_model
 from exfm_ray.storage.atomic import read_json, read_jsonl
 from exfm_ray.storage.remote import RemotePath, StorageError
 
@@ -171,9 +171,9 @@ def test_parts_and_copies_of_a_model(
     assert read_json(here / "model.json") == read_json(there / "model.json")
     copy_model(there, place / "copy")
     ranges = {name: row_range(rows, 1, 3) for name, rows in SCHEMA.tables.items()}
-    wanted = load_rows(here, read_manifest(here), ranges)
+    wanted = load_rows(here, read_stored_model(here), ranges)
     for folder in (there, place / "copy"):
-        found = load_rows(folder, read_manifest(folder), ranges)
+        found = load_rows(folder, read_stored_model(folder), ranges)
         assert all((found[name] == rows).all() for name, rows in wanted.items())
         model = load_model(folder)[0].state_dict()
         assert all(

@@ -23,12 +23,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
 from exfm_ray.base import FrozenModel
 from exfm_ray.data.stream import EventStream, Fragment, list_values, window_name
 from exfm_ray.errors import UserError
 from exfm_ray.storage.atomic import parquet_source, read_json
+from exfm_ray.storage.manifest import read_manifest
 from exfm_ray.storage.remote import AnyPath
 
 ATTRIBUTION = "labels.json"
@@ -96,12 +96,9 @@ def release(
         raise UserError(
             f"{path}: window {window} is not released for task '{task}': its attribution time is not over, or prepare was interrupted"
         )
-    try:
-        found = ReleaseManifest.model_validate(read_json(path))
-    except ValidationError as error:
-        raise UserError(
-            f"{path}: not the manifest of a release ({error.errors()[0]['msg']}); prepare the stream again"
-        ) from None
+    found = read_manifest(
+        path, ReleaseManifest, "the manifest of a release", "prepare the stream again"
+    )
     if (found.window, found.task, found.schema_digest) != (window, task, stream.schema.digest):
         raise UserError(
             f"{path}: is of window {found.window}, task '{found.task}', or of another schema; prepare the stream again"
