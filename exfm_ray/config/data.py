@@ -15,66 +15,76 @@ from exfm_ray.errors import UserError
 from exfm_ray.storage.paths import absolute
 
 SECRET = re.compile("password|secret|token|key.pem|ssl.key$")
-"""Options of librdkafka whose values are for nobody's eyes."""
+"""Matches the names of librdkafka options whose values are secret."""
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+"""Matches a reference to an environment variable, `${NAME}`."""
 
 Rows = Annotated[int, Field(ge=2, le=2**31 - 1)]
 AbsolutePath = Annotated[Path, AfterValidator(absolute)]
-"""Absolute from the start: a run's workers have working folders of their own, and a job's goes away
-with it."""
+"""A path that is made absolute when the config is read.
+
+The workers of a run have working folders of their own, and that of a Ray job is temporary.
+"""
 
 
 class WindowConfig(FrozenModel):
-    """How the stream is cut. `time`: by event time; `rows`: every so many events, for data that
-    have only an order; `file`: each file of the raw data is a window, for static sets that come
-    split into training, validation and test."""
+    """How the stream is cut into windows."""
 
-    by: Literal["time", "rows", "file"] = "time"
-    length_s: int = Field(86_400, ge=1, description="seconds in a window (by: time)")
+    by: Literal["time", "rows", "file"] = Field(
+        "time",
+        description="time: by event time; rows: a fixed number of events, for data that have only "
+        "an order; file: one window per raw file, for static sets that are split into training, "
+        "validation and test.",
+    )
+    length_s: int = Field(86_400, ge=1, description="Length of a window in seconds (by: time).")
     offset_s: int = Field(
         0,
-        description="windows start at multiples of length_s plus this many seconds since the epoch",
+        description="Windows start at multiples of `length_s` plus this many seconds since the "
+        "epoch (by: time).",
     )
-    rows: int = Field(100_000, ge=1, description="events in a window (by: rows)")
+    rows: int = Field(100_000, ge=1, description="Events in a window (by: rows).")
     empty: Literal["error", "keep"] = Field(
         "error",
-        description="a window without any event (by: time): refuse it, or keep it as an empty window",
+        description="A window without any event (by: time). error: refuse the data; keep: keep it "
+        "as an empty window.",
     )
 
 
 class SyntheticConfig(FrozenModel):
-    """The synthetic stream: a generator of ad events whose true click probability is known."""
+    """The synthetic stream: generated ad events with known true click probabilities."""
 
-    seed: int = 0
-    windows: int = Field(12, ge=1)
-    events_per_window: int = Field(50_000, ge=1)
-    users: int = Field(20_000, ge=2)
-    ads: int = Field(4_000, ge=2)
-    advertisers: int = Field(200, ge=2)
+    seed: int = Field(0, description="Seed of the generator.")
+    windows: int = Field(12, ge=1, description="Windows in the stream, 1 hour each.")
+    events_per_window: int = Field(50_000, ge=1, description="Events in each window.")
+    users: int = Field(20_000, ge=2, description="Users at any one time.")
+    ads: int = Field(4_000, ge=2, description="Ads at any one time.")
+    advertisers: int = Field(200, ge=2, description="Advertisers, to whom the ads belong.")
     churn: float = Field(
         0.02,
         ge=0,
         le=1,
-        description="share of users and of ads that are replaced by new ones each window",
+        description="Fraction of users and of ads that each window replaces by new ones.",
     )
     drift: float = Field(
-        0.15, ge=0, description="angle in radians by which user vectors turn each window"
+        0.15, ge=0, description="Angle by which user vectors turn each window, in radians."
     )
     shift_at: int | None = Field(
         None,
         ge=1,
-        description="window at which all user vectors turn at once by a right angle's third",
+        description="Window at which all user vectors turn by 30 degrees at once; none: no such "
+        "window.",
     )
 
 
 class KafkaConfig(FrozenModel):
-    """Where the events of the source `kafka` are."""
+    """Where the source `kafka` reads its events."""
 
-    servers: str = Field(description="host:port, several with commas between")
-    topic: Name = Field(description="topic of the events")
+    servers: str = Field(description="Bootstrap servers, host:port; separate several by commas.")
+    topic: Name = Field(description="Topic of the events.")
     options: dict[str, str | int | float | bool] = Field(
         {},
-        description="more settings of librdkafka, such as security.protocol; a value ${NAME} is that of the environment",
+        description="More librdkafka settings, such as security.protocol. A value ${NAME} is read "
+        "from the environment; secrets must be written so.",
     )
 
     @field_validator("options")
@@ -82,46 +92,62 @@ class KafkaConfig(FrozenModel):
     def _secrets(
         cls, options: dict[str, str | int | float | bool]
     ) -> dict[str, str | int | float | bool]:
-        """A run's folder holds its config, so no secret may stand there."""
+        """Refuse secrets: the run's folder holds a copy of the config."""
         for name, value in options.items():
             if SECRET.search(name) and not VARIABLE.fullmatch(str(value)):
                 raise ValueError(
-                    f"option {name} would be written into the run's config; put it into the environment and write {name}: ${{NAME}}"
+                    f"option {name} would be written into the run's config; put it into the "
+                    f"environment and write {name}: ${{NAME}}"
                 )
         return options
 
     def resolved(self) -> dict[str, str | int | float | bool]:
-        """The options with the environment's values; UserError where one is not set."""
-        found = dict(self.options)
+        """Return the options with the values of the environment filled in.
+
+        Raises:
+            UserError: a variable is not set.
+        """
+        options = dict(self.options)
         for name, value in self.options.items():
-            if variable := VARIABLE.fullmatch(str(value)):
-                if variable[1] not in os.environ:
-                    raise UserError(
-                        f"setting 'data.follow.kafka.options': {name} is ${{{variable[1]}}}, which the environment does not have"
-                    )
-                found[name] = os.environ[variable[1]]
-        return found
+            reference = VARIABLE.fullmatch(str(value))
+            if reference is None:
+                continue
+
+            variable = reference[1]
+            if variable not in os.environ:
+                raise UserError(
+                    f"setting 'data.follow.kafka.options': {name} is ${{{variable}}}, which the "
+                    "environment does not have"
+                )
+            options[name] = os.environ[variable]
+        return options
 
 
 class FollowConfig(FrozenModel):
-    """A stream without an end: `run.py prepare` takes new events and labels as they come, until the
-    file `_END` lies in data.root."""
+    """A stream without an end: `run.py prepare` reads new events and labels as they arrive.
+
+    It ends when a file `_END` appears in data.root.
+    """
 
     labels: RelativePattern | None = Field(
         None,
-        description="label files below data.root, a name pattern, csv or parquet by their suffix; a topic of kafka",
+        description="Name pattern of label files below data.root, csv or parquet by their suffix; "
+        "for the source `kafka` a topic. none: labels stand with their events.",
     )
-    kafka: KafkaConfig | None = Field(None, description="of the source `kafka`")
+    kafka: KafkaConfig | None = Field(
+        None, description="Where to read the events of the source `kafka`; none for other sources."
+    )
     lateness_s: int = Field(
         0,
         ge=0,
-        description="an event may come this much after a younger one; its window is cut when that time is over",
+        description="Seconds by which an event may arrive after a newer one. A window is cut when "
+        "this time is over.",
     )
-    poll_s: float = Field(5.0, gt=0, description="seconds between two looks at what has come")
+    poll_s: float = Field(5.0, gt=0, description="Seconds between two checks for new data.")
 
 
 def _current_source(source: object) -> object:
-    """`embedded` is the former name of the synthetic stream."""
+    """Map `embedded`, the former name of the synthetic stream, to `synthetic`."""
     return "synthetic" if source == "embedded" else source
 
 
@@ -135,69 +161,97 @@ class DataConfig(FrozenModel):
             "synthetic", "kuairand", "movielens", "frappe", "criteo", "avazu", "table", "kafka"
         ],
         BeforeValidator(_current_source),
-    ] = "synthetic"
+    ] = Field(
+        "synthetic",
+        description="The data set: a built-in one, or `table` for your own CSV or Parquet files, "
+        "or `kafka`.",
+    )
     root: AbsolutePath = Field(
-        Path(), validate_default=True, description="folder of the raw data set"
+        Path(),
+        validate_default=True,
+        description="Folder of the raw data set; by default EXFM_HOME or the working folder.",
     )
     schema_file: AbsolutePath | None = Field(
-        None, description="schema of a `table` or `kafka` source (see docs/data.md)"
+        None,
+        description="Schema file of a `table` or `kafka` source, see docs/data.md; none for other "
+        "sources.",
     )
-    window: WindowConfig = WindowConfig()
-    duplicates: Literal["keep", "drop"] = "keep"
-    max_rows: int | None = Field(None, ge=1, description="stop after this many events")
+    window: WindowConfig = Field(WindowConfig(), description="How the stream is cut into windows.")
+    duplicates: Literal["keep", "drop"] = Field(
+        "keep",
+        description="What happens to repeated events. They are counted in either case.",
+    )
+    max_rows: int | None = Field(
+        None, ge=1, description="Stop after this many events; none: read all."
+    )
     fragment_rows: int = Field(
-        50_000, ge=1, description="events in a fragment, the unit of work of DAS and feed"
+        50_000, ge=1, description="Events in a fragment, the unit of work of the DAS and the feed."
     )
     hash_rows: int = Field(
         100_000,
         ge=2,
-        description="table rows of hashed high-cardinality features in the built-in sources",
+        description="Table rows of hashed high-cardinality features in the built-in sources.",
     )
     table_rows: dict[Name, Rows] = Field(
         {},
-        description="rows of hashed tables by name, instead of hash_rows or of the schema file's",
+        description="Hashed table -> its rows, instead of `hash_rows` or of the schema file's "
+        "number.",
     )
     memory_mb: int = Field(
-        1_000, ge=100, description="memory that sorting raw data may use before it goes to disk"
+        1_000,
+        ge=100,
+        description="Memory in MB that sorting and joining raw data may use before it spills to "
+        "disk.",
     )
     attribution_s: dict[Name, Annotated[int, Field(ge=0)]] = Field(
         {},
-        description="seconds after a window's end for which its labels of a task are waited for; 0 or absent: the label stands with the event",
+        description="Task -> seconds to wait for its labels after the end of a window. 0 or not "
+        "listed: the label stands with the event.",
     )
     late_labels: Literal["count", "correct"] = Field(
         "count",
-        description="labels that come after their window's release: only counted, or learnt as positives with a later window",
+        description="Labels that arrive after the release of their window. count: only count them; "
+        "correct: learn them as positives with a later window.",
     )
     follow: FollowConfig | None = Field(
-        None, description="take files of a `table` source, or messages from kafka, as they come"
+        None,
+        description="Read files of a `table` source, or messages of `kafka`, as they arrive; none: "
+        "the data are complete.",
     )
-    synthetic: SyntheticConfig = SyntheticConfig()
+    synthetic: SyntheticConfig = Field(
+        SyntheticConfig(), description="Settings of the source `synthetic`."
+    )
 
     @property
     def delayed(self) -> dict[str, int]:
-        """Seconds of attribution of the tasks whose labels come after their events."""
+        """Return the tasks whose labels arrive after their events, with `attribution_s` of each."""
         return {task: seconds for task, seconds in self.attribution_s.items() if seconds}
 
     @model_validator(mode="after")
-    def _followed(self) -> Self:
+    def _check_follow(self) -> Self:
         if (self.source == "kafka") != bool(self.follow and self.follow.kafka):
             raise ValueError(
-                "data.follow.kafka says where the events of the source 'kafka' are; set both, or none"
+                "data.follow.kafka says where the events of the source 'kafka' are; set both, or "
+                "neither"
             )
         if self.follow is None:
             return self
+
         if self.source not in ("table", "kafka"):
             raise ValueError(
-                f"data.follow is set with the source '{self.source}', which has an end; set data.source=table, or remove data.follow"
+                f"data.follow is set, but the source '{self.source}' has an end; set "
+                "data.source=table, or remove data.follow"
             )
         if self.window.by != "time":
             raise ValueError(
-                f"data.follow cuts windows by time; data.window.by is '{self.window.by}'"
+                f"data.follow cuts windows by time, but data.window.by is '{self.window.by}'; set "
+                "it to time"
             )
         if self.max_rows is not None:
             raise ValueError("data.follow has no end; remove data.max_rows")
         if bool(self.follow.labels) != bool(self.delayed):
             raise ValueError(
-                "data.follow.labels says where labels come from, data.attribution_s which ones do; set both, or none"
+                "data.follow.labels says where labels come from, and data.attribution_s says which "
+                "labels do; set both, or neither"
             )
         return self

@@ -75,7 +75,8 @@ class WukongConfig(BackboneConfig):
     )
     attentive_mlp: Widths = Field(
         (64,),
-        description="Hidden widths of the MLP that computes the projection (projection: attentive).",
+        description="Hidden widths of the MLP that computes the projection (projection: "
+        "attentive).",
     )
     fmb_mlp: Widths = Field(
         (128,), description="Hidden widths of the MLP in each factorization machine block."
