@@ -1,2 +1,1 @@
-"""Figures of a model over the examples it has not learned: summable state, and comparisons of
-figures."""
+"""Metrics of a model on examples it has not learned: additive state, and comparisons of figures."""
