@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,7 @@ from exfm_ray.config.load import dump_config
 from exfm_ray.config.root import Config
 from exfm_ray.config.trainer import StudentConfig
 from exfm_ray.config.tune import Settings, TuneConfig
-from exfm_ray.metrics.gain import ne_gain, transfer_ratio
-from exfm_ray.metrics.state import entropy
+from exfm_ray.metrics.gain import exceeds_spread, ne_gain, pool, transfer_ratio
 from exfm_ray.storage.atomic import write_json, write_text
 from exfm_ray.tracking.recorder import read_metrics
 from exfm_ray.training.loop import FM_ARM
@@ -56,19 +55,6 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     return Estimate(mean, mean - reach, mean + reach, n)
 
 
-def pooled(rows: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
-    """NE and calibration of several windows' examples together, from the sums behind the rows of
-    metrics.jsonl."""
-    rows = [row for row in rows if row["examples"]]
-    examples = sum(row["examples"] for row in rows)
-    labels = sum(row["examples"] * row["label_rate"] for row in rows)
-    log_loss = sum(row["examples"] * row["log_loss"] for row in rows) / examples
-    predictions = sum(
-        row["examples"] * row["label_rate"] * (row["calibration"] or 0.0) for row in rows
-    )
-    return log_loss / entropy(labels / examples), predictions / labels
-
-
 def fm_ne(
     config: Config,
     student: StudentConfig,
@@ -84,7 +70,11 @@ def fm_ne(
         and windows[0] <= row["window"] <= windows[1]
     ]
     tasks = [[row for row in wanted if row["task"] == task] for task in student.tasks]
-    return float(np.mean([pooled(rows)[0] for rows in tasks])) if all(tasks) else None
+    if not all(tasks):
+        return None
+    task_nes = [pool(rows).ne for rows in tasks]
+    known = [ne for ne in task_nes if ne is not None]
+    return float(np.mean(known)) if len(known) == len(tasks) else None
 
 
 def compared(
@@ -106,8 +96,7 @@ def compared(
     ]
     gains = [g for g, _ in paired if g is not None]
     fm_gains = [f for _, f in paired if f is not None]
-    spread = float(np.std(fm_gains, ddof=1)) if len(fm_gains) > 1 else 0.0
-    telling = fm_gains and np.mean(fm_gains) > spread and all(one.arm != "labels" for one in done)
+    telling = exceeds_spread(fm_gains) and all(one.arm != "labels" for one in done)
     ratios = [transfer_ratio(g, f) for g, f in paired] if telling else []
     lists = {
         "ne": [one.ne for one in done if one.ne is not None],

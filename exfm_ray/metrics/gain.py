@@ -63,7 +63,9 @@ class PooledFigures:
     @property
     def calibration(self) -> float | None:
         """Predictions over labels, windows without positives left out; None without labels."""
-        return self.predictions / self.labels if self.labels else None
+        if not self.labels:
+            return None
+        return self.predictions / self.labels
 
 
 def ne_gain(ne: float | None, baseline: float | None) -> float | None:
@@ -79,7 +81,9 @@ def transfer_ratio(student_gain: float | None, teacher_gain: float | None) -> fl
     Returns:
         None where either gain is missing, or where the teacher has no gain to transfer.
     """
-    if student_gain is None or teacher_gain is None or teacher_gain <= 0:
+    if student_gain is None or teacher_gain is None:
+        return None
+    if teacher_gain <= 0:
         return None
     return student_gain / teacher_gain
 
@@ -112,8 +116,9 @@ def exceeds_spread(gains: Sequence[float]) -> bool:
     """
     if not gains:
         return False
-    spread = float(np.std(gains, ddof=1)) if len(gains) > 1 else 0.0
-    return bool(np.mean(gains) > spread)
+    mean = np.mean(gains)
+    spread = np.std(gains, ddof=1) if len(gains) > 1 else 0.0
+    return bool(mean > spread)
 
 
 def pool(rows: Iterable[Mapping[str, Any]]) -> PooledFigures:
@@ -126,17 +131,29 @@ def pool(rows: Iterable[Mapping[str, Any]]) -> PooledFigures:
     Raises:
         ValueError: no row has examples.
     """
-    rows = [row for row in rows if row["examples"]]
-    if not rows:
-        raise ValueError("no window has examples, so there is nothing to pool")
+    examples = 0
+    labels = log_loss = predictions = 0.0
+    has_all_predictions = True
+    for row in rows:
+        window_examples = row["examples"]
+        if not window_examples:
+            continue
+        window_labels = window_examples * row["label_rate"]
 
-    examples = sum(row["examples"] for row in rows)
-    labels = sum(row["examples"] * row["label_rate"] for row in rows)
-    log_loss_sum = sum(row["examples"] * row["log_loss"] for row in rows)
-    predictions = sum(
-        row["examples"] * row["label_rate"] * (row["calibration"] or 0.0) for row in rows
-    )
-    has_all_predictions = all(row["calibration"] is not None for row in rows)
+        examples += window_examples
+        labels += window_labels
+        log_loss += window_examples * row["log_loss"]
+        if row["calibration"] is None:
+            has_all_predictions = False
+        else:
+            predictions += window_labels * row["calibration"]
+
+    if not examples:
+        raise ValueError("no window has examples, so there is nothing to pool")
     return PooledFigures(
-        examples, labels, log_loss_sum / examples, predictions, has_all_predictions
+        examples=examples,
+        labels=labels,
+        log_loss=log_loss / examples,
+        predictions=predictions,
+        has_all_predictions=has_all_predictions,
     )

@@ -129,40 +129,56 @@ class MetricState:
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Arrays for `np.savez` or a checkpoint, with only the bins that have examples."""
         sums = [self.labels, self.predictions, self.log_loss, self.group_weight, self.group_auc]
-        used = np.flatnonzero(self.positives_C + self.negatives_C)
+        examples_C = self.positives_C + self.negatives_C
+        used = np.flatnonzero(examples_C)
+        bins = [used, self.positives_C[used], self.negatives_C[used]]
         return {
             "examples": np.array(self.examples, np.int64),
             "sums": np.array(sums, np.float64),
-            "bins": np.stack([used, self.positives_C[used], self.negatives_C[used]]),
+            "bins": np.stack(bins),
         }
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Self:
         """Restore exactly the state that `to_arrays` wrote."""
-        sums = [float(value) for value in arrays["sums"]]
+        labels, predictions, log_loss, group_weight, group_auc = arrays["sums"].tolist()
         used, positives, negatives = arrays["bins"]
 
         positives_C = _no_counts()
         positives_C[used] = positives
         negatives_C = _no_counts()
         negatives_C[used] = negatives
-        return cls(int(arrays["examples"]), *sums, positives_C, negatives_C)
+        return cls(
+            examples=int(arrays["examples"]),
+            labels=labels,
+            predictions=predictions,
+            log_loss=log_loss,
+            group_weight=group_weight,
+            group_auc=group_auc,
+            positives_C=positives_C,
+            negatives_C=negatives_C,
+        )
 
 
 def entropy(rate: float) -> float:
     """Entropy in nats of a label of this rate; 0 where the rate is 0 or 1."""
     if not 0 < rate < 1:
         return 0.0
-    return float(-rate * np.log(rate) - (1 - rate) * np.log1p(-rate))
+    positive = -rate * np.log(rate)
+    negative = (1 - rate) * np.log1p(-rate)
+    return float(positive - negative)
 
 
 def _ratio(numerator: float | None, denominator: float) -> float | None:
     """None where the numerator is missing or the denominator is 0."""
-    return numerator / denominator if numerator is not None and denominator else None
+    if numerator is None or not denominator:
+        return None
+    return numerator / denominator
 
 
 def _bins(z_N: Floats) -> Counts:
-    position_N = (z_N + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE))
+    bins_per_unit = BINS / (2 * LOGIT_RANGE)
+    position_N = (z_N + LOGIT_RANGE) * bins_per_unit
     return np.clip(position_N, 0, BINS - 1).astype(np.int64)
 
 

@@ -13,7 +13,7 @@ from exfm_ray.config.arms import LABELS
 from exfm_ray.config.root import Config
 from exfm_ray.data.labels.releases import is_released, with_released_labels
 from exfm_ray.data.stream import EventStream, list_values, window_name
-from exfm_ray.metrics.gain import ne_gain, transfer_ratio
+from exfm_ray.metrics.gain import gains_over_labels
 from exfm_ray.metrics.state import MetricState
 from exfm_ray.schema import ALL_DOMAINS
 from exfm_ray.storage.atomic import parquet_source
@@ -58,12 +58,10 @@ def summary_rows(
             else None
         )
         if role == "vm":
-            labels = ne.get((model, LABELS, domain, task))
-            row["ne_gain"] = ne_gain(ne[key], labels)
-            row["fm_ne_gain"] = ne_gain(ne.get((config.fm.name, FM_ARM, domain, task)), labels)
-            row["transfer_ratio"] = (
-                transfer_ratio(row["ne_gain"], row["fm_ne_gain"]) if arm != LABELS else None
-            )
+            labels_ne = ne.get((model, LABELS, domain, task))
+            fm_ne = ne.get((config.fm.name, FM_ARM, domain, task))
+            gains = gains_over_labels(ne[key], labels_ne, fm_ne, is_labels_arm=arm == LABELS)
+            row |= gains._asdict()
         rows.append(row)
     return rows
 

@@ -13,8 +13,7 @@ from typing import Any
 import yaml
 
 from exfm_ray.errors import UserError
-from exfm_ray.metrics.gain import ne_gain, transfer_ratio
-from exfm_ray.metrics.state import entropy
+from exfm_ray.metrics.gain import gains_over_labels, pool
 from exfm_ray.schema import ALL_DOMAINS
 from exfm_ray.storage.atomic import read_json
 from exfm_ray.storage.paths import store_root_of_run
@@ -200,24 +199,13 @@ def combine_windows(rows: Sequence[Row]) -> list[Row]:
 
 
 def _sums(rows: Sequence[Row]) -> Row:
-    examples = sum(row["examples"] for row in rows)
-    labels = sum(row["examples"] * row["label_rate"] for row in rows)
-    log_loss = sum(row["examples"] * row["log_loss"] for row in rows) / examples
-    base = entropy(labels / examples)
-    known = labels and all(
-        row["calibration"] is not None for row in rows
-    )  # a window without labels does not tell its predictions
-    calibration = (
-        sum(row["calibration"] * row["examples"] * row["label_rate"] for row in rows) / labels
-        if known
-        else None
-    )
+    pooled = pool(rows)
     return {
-        "examples": examples,
-        "label_rate": labels / examples,
-        "log_loss": log_loss,
-        "ne": log_loss / base if base else None,
-        "calibration": calibration,
+        "examples": pooled.examples,
+        "label_rate": pooled.label_rate,
+        "log_loss": pooled.log_loss,
+        "ne": pooled.ne,
+        "calibration": pooled.calibration if pooled.has_all_predictions else None,
     }
 
 
@@ -241,10 +229,9 @@ def _gains(
     place = (row["domain"], row["task"])
     teacher = fm.get(place)
     baseline = labels.get((row["model"], *place))
-    gain = ne_gain(row["ne"], baseline)
-    fm_gain = ne_gain(teacher, baseline)
-    ratio = transfer_ratio(gain, fm_gain) if row["arm"] != LABELS else None
-    return {"fm_ne": teacher, "ne_gain": gain, "fm_ne_gain": fm_gain, "transfer_ratio": ratio}
+    is_labels_arm = row["arm"] == LABELS
+    gains = gains_over_labels(row["ne"], baseline, teacher, is_labels_arm)
+    return {"fm_ne": teacher, **gains._asdict()}
 
 
 @dataclass(frozen=True)

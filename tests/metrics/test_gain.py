@@ -57,7 +57,7 @@ def test_pooled_windows_are_the_windows_together() -> None:
     pooled = pool([*(window.figures() for window in windows), empty])
     assert pooled.examples == together["examples"] and pooled.has_all_predictions
     for name in ("ne", "log_loss", "calibration", "label_rate"):
-        assert getattr(pooled, name) == pytest.approx(together[name])
+        assert getattr(pooled, name) == pytest.approx(together[name], rel=1e-12)
 
 
 def test_pooled_windows_without_positives() -> None:

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from exfm_ray.config.root import Config
 from exfm_ray.config.tune import Distribution, TuneConfig
-from exfm_ray.metrics.state import MetricState
-from tuning.analysis import best_config, compared, estimate, importance, pooled
+from tuning.analysis import best_config, compared, estimate, importance
 from tuning.holdout import HoldoutResult, best_trial
 from tuning.results import Search, State, Trial
 from tuning.space import Space
@@ -74,22 +73,6 @@ def test_no_transfer_ratio_without_a_gain_of_the_fm(fm: float | None) -> None:
             "transfer_ratio"
         ]
         is None
-    )
-
-
-def test_pooled_windows() -> None:
-    """Wrong: the FM's figures on the judge windows are a mean of the windows' ratios instead of
-    those of their examples together."""
-    rng = np.random.default_rng(0)
-    parts = [(rng.normal(size=n) - 1, (rng.random(n) < 0.3).astype(float)) for n in (30, 200, 5)]
-    states = [MetricState.from_logits(*part) for part in parts]
-    whole = MetricState.from_logits(
-        *(np.concatenate(column) for column in zip(*parts, strict=True))
-    ).figures()
-    np.testing.assert_allclose(
-        pooled([state.figures() for state in states]),
-        [whole["ne"], whole["calibration"]],
-        rtol=1e-12,
     )
 
 
