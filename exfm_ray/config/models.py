@@ -1,21 +1,42 @@
-"""Sizes of the interaction models, one config each. `docs/models.md` shows how to add one.
+"""Settings of the interaction models, one class each. `docs/models.md` shows how to add a model.
 
-Keys read like the papers: l, n_F, n_L, k (Wukong, arXiv 2403.02545).
+Keys read like the papers: l, n_F, n_L, k (Wukong, arXiv 2403.02545). A `type` of the form
+`my_module:MyModel` names a class outside this package: the module is imported when the setting is
+validated, and the class's own `Config` validates the other settings.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, get_args
+import importlib
+import re
+from collections.abc import Mapping
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Self,
+    TypeAlias,
+    get_args,
+)
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    TypeAdapter,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from exfm_ray.base import FrozenModel, Name
+from exfm_ray.errors import nearest
 
 Widths = tuple[Annotated[int, Field(ge=1)], ...]
 
 
 class BackboneConfig(FrozenModel):
-    """Settings that every interaction model has."""
+    """Settings that every interaction model has; base of the settings of a model of your own."""
 
     dim: int = Field(
         16, ge=1, description="E, the width of an embedding row, in numbers; a multiple of 4."
@@ -34,6 +55,7 @@ class BackboneConfig(FrozenModel):
         lt=1,
         description="Fraction of hidden units dropped in training, after each ReLU; 0: no dropout.",
     )
+    type: str = Field(description="Selects the model.")
 
     @property
     def unpooled(self) -> int:
@@ -199,5 +221,115 @@ _ModelConfigs = (
     | FinalMLPConfig
     | DINConfig
 )
-ModelConfig = Annotated[_ModelConfigs, Field(discriminator="type")]
 MODEL_TYPES = tuple(config.model_fields["type"].default for config in get_args(_ModelConfigs))
+"""Types of the built-in models."""
+
+CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+"""The form of a type that names a class outside this package, `my_package.my_module:MyModel`."""
+
+_config_of_class: dict[type, type[BackboneConfig]] = {}
+_config_of_name: dict[str, type[BackboneConfig]] = {}
+
+
+def register_config(config_class: type[BackboneConfig], model_class: type) -> None:
+    """Make `config_class` the settings of `model_class`.
+
+    If the field `type` of `config_class` has a default, that name selects the model in a config.
+
+    Raises:
+        ValueError: the name belongs to another model already.
+    """
+    name = config_class.model_fields["type"].default
+    if isinstance(name, str):
+        if name in MODEL_TYPES or _config_of_name.get(name, config_class) is not config_class:
+            raise ValueError(f"model type '{name}' exists already; choose another name")
+        _config_of_name[name] = config_class
+    _config_of_class[model_class] = config_class
+
+
+def registered_types() -> tuple[str, ...]:
+    """Names that `register_config` added in this process."""
+    return tuple(_config_of_name)
+
+
+def import_model(class_path: str) -> type:
+    """Import the model class that a type such as `my_module:MyModel` names.
+
+    Raises:
+        ValueError: the module cannot be imported or has no such class.
+    """
+    module_name, _, class_name = class_path.partition(":")
+    if not CLASS_PATH.fullmatch(class_path):
+        raise ValueError(f"type '{class_path}' is not of the form my_module:MyModel")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ValueError(
+            f"type '{class_path}': cannot import module '{module_name}' "
+            f"({type(error).__name__}: {error}); correct its name, or add its folder to PYTHONPATH"
+        ) from error
+
+    model_class = getattr(module, class_name, None)
+    if not isinstance(model_class, type):
+        classes = [name for name, value in vars(module).items() if isinstance(value, type)]
+        raise ValueError(
+            f"type '{class_path}': module '{module_name}' has no class '{class_name}'."
+            f"{nearest(class_name, classes)}"
+        )
+    return model_class
+
+
+def custom_config_class(type_name: str) -> type[BackboneConfig] | None:
+    """Find the settings class of a model that is not built in.
+
+    Args:
+        type_name: a registered name, or a class path, whose module is then imported.
+
+    Returns:
+        None if `type_name` is neither.
+
+    Raises:
+        ValueError: the class cannot be imported or declares no settings.
+    """
+    if type_name in _config_of_name:
+        return _config_of_name[type_name]
+    if ":" not in type_name:
+        return None
+
+    model_class = import_model(type_name)
+    config_class = _config_of_class.get(model_class) or getattr(model_class, "Config", None)
+    if not (isinstance(config_class, type) and issubclass(config_class, BackboneConfig)):
+        raise ValueError(
+            f"type '{type_name}': the class declares no settings; give it a class attribute "
+            "`Config` derived from exfm_ray.config.models.BackboneConfig"
+        )
+    return config_class
+
+
+def _validate_model(value: Any, built_in: ValidatorFunctionWrapHandler) -> BackboneConfig:
+    """Validate a model of the user's own with its own settings class, and others as built-in."""
+    is_built_in = isinstance(value, get_args(_ModelConfigs))
+    if isinstance(value, BackboneConfig) and not is_built_in:
+        return value
+
+    type_name = value.get("type") if isinstance(value, Mapping) else None
+    config_class = custom_config_class(type_name) if isinstance(type_name, str) else None
+    if config_class is None or not isinstance(type_name, str):
+        built_in_config: BackboneConfig = built_in(value)
+        return built_in_config
+
+    # As an entry of a dict, so that errors name the type in their path as those of a union do.
+    by_type = TypeAdapter(dict[str, config_class]).validate_python({type_name: value})  # type: ignore[valid-type]
+    custom_config: BackboneConfig = by_type[type_name]
+    return custom_config
+
+
+if TYPE_CHECKING:
+    ModelConfig: TypeAlias = BackboneConfig
+else:
+    ModelConfig = Annotated[
+        _ModelConfigs,
+        Field(discriminator="type"),
+        WrapValidator(_validate_model),
+        SerializeAsAny(),
+    ]
