@@ -11,21 +11,22 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
 
 
-def _relative(pattern: str) -> str:
+def _check_relative(pattern: str) -> str:
     path = PurePosixPath(pattern)
     if not path.parts or path.is_absolute() or ".." in path.parts:
         raise ValueError(
-            f"'{pattern}' does not lie below data.root; set data.root to a folder that holds it, and name it from there"
+            f"'{pattern}' does not lie below data.root; set data.root to a folder that holds it, "
+            "and write the path from there"
         )
     return pattern
 
 
-RelativePattern = Annotated[str, AfterValidator(_relative)]
-"""A file's name, or a pattern, below a folder that someone else names: it cannot lead out of it."""
+RelativePattern = Annotated[str, AfterValidator(_check_relative)]
+"""A file name or pattern below some folder, which it cannot lead out of."""
 
 
 class FrozenModel(BaseModel):
-    """Base of every declared structure: immutable, unknown keys refused.
+    """Base of every declared structure: immutable, and unknown keys are refused.
 
     Attributes:
         old_names: former name -> name of a field. Files written before a rename stay readable.
@@ -39,6 +40,7 @@ class FrozenModel(BaseModel):
     def _accept_old_names(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
+
         renamed = dict(values)
         for old, new in cls.old_names.items():
             if old not in renamed:

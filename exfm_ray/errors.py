@@ -1,4 +1,4 @@
-"""The one error a user is meant to read."""
+"""The error that is written for users, and suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in a setting, a file or the data: says what is wrong, where, and the way out.
+    """A mistake in a setting, a file or the data: what is wrong, where, and the way out.
 
-    `run.py` prints it as one line without a traceback and exits with 2. Everything else that goes
-    wrong is a fault of the program and keeps its traceback.
+    The command line prints it as one line without a traceback and exits with 2. Every other error
+    is a bug in the program and keeps its traceback.
     """
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the known word nearest to `word`, or an empty string."""
-    known = {w.lower(): w for w in words}
-    close = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
-    return f" Did you mean '{known[close[0]]}'?" if close else ""
+    """Return `" Did you mean 'x'?"` for the known word nearest to `word`, or an empty string."""
+    by_lower_case = {known.lower(): known for known in words}
+    matches = difflib.get_close_matches(word.lower(), list(by_lower_case), n=1, cutoff=0.6)
+    if not matches:
+        return ""
+    return f" Did you mean '{by_lower_case[matches[0]]}'?"

@@ -1,4 +1,4 @@
-"""The schema: what it refuses, and the order and types that everything else relies on."""
+"""The schema: what it refuses, and the order and types that other modules rely on."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ REFUSED: dict[str, dict[str, Any]] = {
     "feature 'labels' has the name of a packed column": {
         "features": [{"name": "labels", "rows": 3}]
     },
-    "feature 'ad' shares the table of 'usr', which owns none. Did you mean 'user'": {
+    "feature 'ad' shares the table of 'usr', which has no table of its own. Did you mean 'user'": {
         "features": [USER, {"name": "ad", "rows": 10, "table": "usr"}]
     },
-    "feature 'ad' and 'user' share a table: give both the same rows": {
+    "feature 'ad' and 'user' share a table: set the same rows": {
         "features": [USER, {"name": "ad", "rows": 9, "table": "user"}]
     },
-    "group_by names 'usr', which is no single-valued feature. Did you mean 'user'": {
+    "group_by names 'usr', which is not a single-valued feature. Did you mean 'user'": {
         "features": [USER],
         "group_by": "usr",
     },
@@ -36,17 +36,17 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("told", REFUSED)
-def test_refuses_what_does_not_fit_together(told: str) -> None:
-    """Wrong: a schema that cannot be trained on is found out only in the middle of a run."""
+@pytest.mark.parametrize("message", REFUSED)
+def test_refuses_inconsistent_schemas(message: str) -> None:
+    """Wrong: a schema that cannot be trained on is noticed only in the middle of a run."""
     with pytest.raises(ValidationError) as caught:
-        Schema.model_validate({"tasks": ["click"]} | REFUSED[told])
-    assert told.strip() in str(caught.value)
+        Schema.model_validate({"tasks": ["click"]} | REFUSED[message])
+    assert message.strip() in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["domain", "example_id"])
-def test_refuses_names_of_its_own(name: str) -> None:
-    """Wrong: a feature named as the domain's hides it."""
+def test_refuses_reserved_names(name: str) -> None:
+    """Wrong: a feature with the name of the domain feature hides it."""
     with pytest.raises(ValidationError, match="rename it"):
         Schema(features=(SparseFeature(name=name, rows=3),), tasks=("click",))
 
@@ -77,19 +77,20 @@ def test_order_and_tables() -> None:
 
 
 def test_digest_names_the_content() -> None:
-    """Wrong: two different schemas pass for one, or one for two after a way through JSON."""
-    again = Schema.model_validate_json(SCHEMA.model_dump_json())
-    assert again == SCHEMA and again.digest == SCHEMA.digest
+    """Wrong: two schemas have one digest, or a schema has another digest after JSON."""
+    restored = Schema.model_validate_json(SCHEMA.model_dump_json())
+    assert restored == SCHEMA and restored.digest == SCHEMA.digest
     other = Schema.model_validate(SCHEMA.model_dump() | {"tasks": ("click", "like")})
     assert other.digest != SCHEMA.digest
 
 
-def test_unknown_names_are_told_with_the_nearest() -> None:
-    """Wrong: a misspelt domain or task is a KeyError."""
+def test_unknown_names_come_with_a_suggestion() -> None:
+    """Wrong: a misspelled domain or task is a KeyError."""
     assert SCHEMA.domain_index("search") == 1 and SCHEMA.task_index("conversion") == 1
     with pytest.raises(
         ValueError,
-        match=r"unknown domain 'serach': the stream has feed, search, stories. Did you mean 'search'",
+        match=r"unknown domain 'serach': the stream has feed, search, stories. "
+        r"Did you mean 'search'",
     ):
         SCHEMA.domain_index("serach")
     with pytest.raises(ValueError, match=r"unknown task 'clik'.*Did you mean 'click'"):

@@ -1,5 +1,7 @@
-"""An arm: how a vertical model learns. It is written `ah`, `ah+share`, `labels+share+history`: an
-objective, then options."""
+"""Arms: how a vertical model learns.
+
+An arm is an objective followed by options, such as `ah`, `ah+share` or `labels+share+history`.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,11 @@ from exfm_ray.errors import nearest
 
 
 class Objective(StrEnum):
-    """What is minimised: labels only, plain distillation, auxiliary head, auxiliary head with
-    student adapter."""
+    """What an arm minimizes.
+
+    labels: the loss on labels only; kd: plain distillation; ah: auxiliary head; ah_sa: auxiliary
+    head with student adapter.
+    """
 
     LABELS = "labels"
     KD = "kd"
@@ -24,20 +29,24 @@ class Objective(StrEnum):
 
 
 class Option(StrEnum):
-    """What a vertical model is given of the FM beside its predictions: rows of its tables, its
-    representations of a user's past."""
+    """What an arm uses of the teacher in addition to its predictions.
+
+    share: rows of the teacher's tables; history: the teacher's representations of the user's
+    earlier examples.
+    """
 
     SHARE = "share"
     HISTORY = "history"
 
 
 class Arm(str):
-    """An objective with options, which is its own name in files and figures: a string, options in
-    one order.
+    """An objective with options, as a string with the options in a fixed order.
+
+    The string is the name of the arm in files and charts.
 
     Attributes:
-        objective: what it minimises.
-        options: none, for the plain objective.
+        objective: what the arm minimizes.
+        options: empty for a plain objective.
     """
 
     __slots__ = ("objective", "options")
@@ -45,18 +54,22 @@ class Arm(str):
     options: frozenset[Option]
 
     def __new__(cls, text: str) -> Self:
-        """ValueError for an unknown objective or option, or one named twice."""
+        """Parse an arm.
+
+        Raises:
+            ValueError: an unknown objective or option, or an option that is named twice.
+        """
         objective, *options = text.split("+")
-        _check(text, "objective", objective, list(Objective))
+        _check_known(text, "objective", objective, list(Objective))
         for option in options:
-            _check(text, "option", option, list(Option))
+            _check_known(text, "option", option, list(Option))
             if options.count(option) > 1:
                 raise ValueError(f"'{text}' names option '{option}' twice")
-        arm = super().__new__(
-            cls, "+".join([objective, *(option for option in Option if option in options)])
-        )
+
+        ordered = [option for option in Option if option in options]
+        arm = super().__new__(cls, "+".join([objective, *ordered]))
         arm.objective = Objective(objective)
-        arm.options = frozenset(Option(option) for option in options)
+        arm.options = frozenset(ordered)
         return arm
 
     def __getnewargs__(self) -> tuple[str]:
@@ -67,42 +80,42 @@ class Arm(str):
 
     @property
     def uses_supervision(self) -> bool:
-        """True when it learns the teacher's predictions."""
+        """True if the arm learns from the teacher's predictions."""
         return self.objective is not Objective.LABELS
 
     @property
     def shares_tables(self) -> bool:
-        """True when it is given rows of the teacher's tables."""
+        """True if the arm takes over rows of the teacher's tables."""
         return Option.SHARE in self.options
 
     @property
     def uses_history(self) -> bool:
-        """True when it reads the teacher's representations of the user's earlier examples: at
-        serving, from a feature store."""
+        """True if the arm reads the teacher's representations of the user's earlier examples.
+
+        At serving time they come from a feature store.
+        """
         return Option.HISTORY in self.options
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        to_plain_string = core_schema.plain_serializer_function_ser_schema(lambda arm: "".join(arm))
         return core_schema.no_info_after_validator_function(
-            cls,
-            core_schema.str_schema(),
-            serialization=core_schema.plain_serializer_function_ser_schema(
-                lambda arm: "".join(arm)
-            ),
+            cls, core_schema.str_schema(), serialization=to_plain_string
         )
 
 
-def _check(
+def _check_known(
     text: str,
     kind: str,
-    part: str,
+    word: str,
     known: Sequence[str],
 ) -> None:
-    if part not in known:
-        hint = nearest(part, known)
-        raise ValueError(
-            f"'{text}': unknown {kind} '{part}'; an arm is one of {', '.join(Objective)}, with options as in labels+share.{hint}"
-        )
+    if word in known:
+        return
+    raise ValueError(
+        f"'{text}': unknown {kind} '{word}'; an arm is one of {', '.join(Objective)}, "
+        f"with options as in labels+share.{nearest(word, known)}"
+    )
 
 
 LABELS = Arm("labels")

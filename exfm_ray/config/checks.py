@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from exfm_ray.config.root import Config
-
-from collections.abc import Mapping
 
 from pydantic import ValidationError
 
 from exfm_ray.config.explain import explain
-from exfm_ray.config.trainer import OptimizerConfig
+from exfm_ray.config.trainer import OptimizerConfig, StudentConfig
 from exfm_ray.config.tree import set_dotted
-from exfm_ray.config.tune import UNSEARCHABLE, TuneConfig, as_text
+from exfm_ray.config.tune import UNSEARCHABLE, Distribution, TuneConfig, as_text
 from exfm_ray.errors import nearest
+
+if TYPE_CHECKING:
+    from exfm_ray.config.root import Config
+
+SHARED_TABLES = "distillation.share.tables"
 
 
 def with_settings(config: Config, settings: Mapping[str, object]) -> Config:
-    """The config with other values of dotted settings and without its `tune` section;
-    ValidationError for values that do not fit."""
+    """Return the config with other values of dotted settings, and without its `tune` section.
+
+    Raises:
+        ValidationError: a value is not allowed.
+    """
     tree = config.model_dump(mode="json", exclude={"tune"})
     for setting, value in settings.items():
         set_dotted(tree, setting, value)
@@ -28,56 +32,156 @@ def with_settings(config: Config, settings: Mapping[str, object]) -> Config:
 
 
 def check_sweep(config: Config, tune: TuneConfig) -> None:
-    """ValueError for students and settings that are not there, and for values of a space that no
-    config may have."""
+    """Check the students, settings and values of a sweep against the config.
+
+    Raises:
+        ValueError: a student or setting does not exist, or no config may have one of the values.
+    """
     students = [student.name for student in config.vm.models]
     for name in tune.students:
         if name not in students:
             raise ValueError(
-                f"tune.students names '{name}', which is none of vm.models.{nearest(name, students)}"
+                f"tune.students names '{name}', which is not in vm.models.{nearest(name, students)}"
             )
-    known = [
-        f"distillation.{part}.{key}"
-        for part, section in config.distillation
-        for key in type(section).model_fields
-    ]
-    searchable = [
-        setting
-        for setting in known
-        if not any(setting.startswith(beginning) for beginning in UNSEARCHABLE)
-    ]
-    searchable += [f"vm.optimizer.{key}" for key in OptimizerConfig.model_fields] + [
-        "vm.batch_size"
-    ]
+
     for setting, distribution in tune.space.items():
-        why = (
-            next(
-                (why for beginning, why in UNSEARCHABLE.items() if setting.startswith(beginning)),
-                None,
-            )
-            if setting in known
-            else None
-        )
-        if why:
-            raise ValueError(f"tune.space: '{setting}' cannot be searched: {why}")
-        if setting not in searchable:
-            told = nearest(setting, searchable) or f" A sweep may search {', '.join(searchable)}."
-            raise ValueError(f"tune.space: unknown setting '{setting}'.{told}")
-        for value in distribution.ends():
-            try:
-                with_settings(config, {setting: value})
-            except ValidationError as error:
-                raise ValueError(
-                    "tune.space: " + "; ".join(explain(e, type(config)) for e in error.errors())
-                ) from None
-    given = config.distillation.share.tables
-    for tables in (
-        tune.space["distillation.share.tables"].choice
-        if given and "distillation.share.tables" in tune.space
-        else ()
-    ):
-        if not tables or not set(tables) <= set(given):  # type: ignore[arg-type]
+        _check_searchable(config, setting)
+        _check_values(config, setting, distribution)
+    _check_shared_tables(config.distillation.share.tables, tune.space.get(SHARED_TABLES))
+
+
+def _check_searchable(config: Config, setting: str) -> None:
+    """Refuse a setting that does not exist or that no sweep can search."""
+    known = _distillation_settings(config)
+    reason = _why_unsearchable(setting)
+    if reason and setting in known:
+        raise ValueError(f"tune.space: '{setting}' cannot be searched: {reason}")
+
+    searchable = [name for name in known if not _why_unsearchable(name)]
+    searchable += [f"vm.optimizer.{key}" for key in OptimizerConfig.model_fields]
+    searchable.append("vm.batch_size")
+    if setting not in searchable:
+        listed = f" A sweep may search {', '.join(searchable)}."
+        hint = nearest(setting, searchable) or listed
+        raise ValueError(f"tune.space: unknown setting '{setting}'.{hint}")
+
+
+def _distillation_settings(config: Config) -> list[str]:
+    settings = []
+    for name, section in config.distillation:
+        keys = type(section).model_fields
+        settings += [f"distillation.{name}.{key}" for key in keys]
+    return settings
+
+
+def _why_unsearchable(setting: str) -> str | None:
+    for prefix, reason in UNSEARCHABLE.items():
+        if setting.startswith(prefix):
+            return reason
+    return None
+
+
+def _check_values(
+    config: Config,
+    setting: str,
+    distribution: Distribution,
+) -> None:
+    """Refuse a distribution with values that no config may have."""
+    for value in distribution.ends():
+        try:
+            with_settings(config, {setting: value})
+        except ValidationError as error:
+            mistakes = "; ".join(explain(mistake, type(config)) for mistake in error.errors())
+            raise ValueError(f"tune.space: {mistakes}") from None
+
+
+def _check_shared_tables(published: Sequence[str], searched: Distribution | None) -> None:
+    """Refuse to search tables whose rows the DAS does not publish; an empty list is all tables."""
+    if not published or searched is None:
+        return
+    for tables in searched.choice:
+        if not tables or not set(tables) <= set(published):  # type: ignore[arg-type]
             raise ValueError(
-                f"tune.space: 'distillation.share.tables' asks for {as_text(tables)}, but before the sweep begins the DAS gives rows of "
-                f"{as_text(given)} alone, as distillation.share.tables says; set that to [], all tables"
+                f"tune.space: '{SHARED_TABLES}' has the choice {as_text(tables)}, but before the "
+                f"sweep begins the DAS publishes only rows of {as_text(tuple(published))}, as set "
+                f"in {SHARED_TABLES}; set that to [], all tables"
             )
+
+
+def check_teachers(config: Config) -> None:
+    """Check who teaches whom.
+
+    Raises:
+        ValueError: two teachers have one name, a teacher does not exist, a vertical model cannot
+            publish its arm, or a vertical model would learn from itself.
+    """
+    publishing = {
+        student.name: student for student in config.vm.models if student.published_arm is not None
+    }
+    names = [config.fm.name, *(teacher.name for teacher in config.teachers)]
+    _check_names(config, names, publishing)
+
+    for student in config.vm.models:
+        if student.teacher and student.teacher not in names:
+            raise ValueError(
+                f"vertical model '{student.name}': teacher '{student.teacher}' is not one of "
+                f"{', '.join(names)}."
+            )
+        _check_published_arm(config, student)
+        _check_acyclic(config, student, publishing)
+
+
+def _check_names(
+    config: Config,
+    names: Sequence[str],
+    publishing: Mapping[str, StudentConfig],
+) -> None:
+    """Refuse two teachers of one name, and teachers that nobody trains."""
+    for teacher in config.teachers:
+        if names.count(teacher.name) > 1:
+            raise ValueError(
+                f"two teachers are named '{teacher.name}' (the FM is '{config.fm.name}')"
+            )
+        if teacher.run is None and teacher.name not in publishing:
+            raise ValueError(
+                f"teacher '{teacher.name}' has no `run`, and no vertical model of this name has a "
+                "`published_arm`"
+            )
+
+
+def _check_published_arm(config: Config, student: StudentConfig) -> None:
+    arm = student.published_arm
+    if arm is None:
+        return
+    if arm not in config.vm.arms:
+        raise ValueError(
+            f"vertical model '{student.name}' publishes arm '{arm}', which is not in vm.arms"
+        )
+    if arm.uses_history:
+        raise ValueError(
+            f"vertical model '{student.name}' publishes arm '{arm}', whose predictions need each "
+            "user's history, which the DAS does not look up when it scores; publish an arm without "
+            "+history"
+        )
+    if student.name == config.fm.name:
+        raise ValueError(
+            f"vertical model '{student.name}' publishes under the FM's name; rename one of them"
+        )
+
+
+def _check_acyclic(
+    config: Config,
+    student: StudentConfig,
+    publishing: Mapping[str, StudentConfig],
+) -> None:
+    """Follow the teachers of a student upward and refuse a cycle."""
+    of_other_runs = {teacher.name for teacher in config.teachers if teacher.run}
+    chain = [student.name]
+    teacher = student.teacher
+    while teacher in publishing and teacher not in of_other_runs:
+        chain.append(teacher)
+        if teacher in chain[:-1]:
+            raise ValueError(
+                f"vertical model '{student.name}' would learn from itself: {' <- '.join(chain)}"
+            )
+        teacher = publishing[teacher].teacher

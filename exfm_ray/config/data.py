@@ -225,7 +225,7 @@ class DataConfig(FrozenModel):
     @property
     def delayed(self) -> dict[str, int]:
         """Return the tasks whose labels arrive after their events, with `attribution_s` of each."""
-        return {task: seconds for task, seconds in self.attribution_s.items() if seconds}
+        return {task: seconds for task, seconds in self.attribution_s.items() if seconds > 0}
 
     @model_validator(mode="after")
     def _check_follow(self) -> Self:

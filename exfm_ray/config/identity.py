@@ -1,4 +1,4 @@
-"""Which settings make a run what it is."""
+"""Which settings identify a run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ MUTABLE_ON_RESUME = {
     "checkpoint": True,
     "das": {"min_actors", "max_actors"},
 }
-"""Settings with which a run that has begun may go on otherwise: how it is spread, not what it
-learns."""
+"""Settings that may change when a run resumes: how it is spread, not what it learns."""
 
 
 def identity_settings(config: Config) -> str:
-    """The settings that a run keeps from its beginning to its end, as YAML."""
-    kept = config.model_dump(mode="json", exclude=MUTABLE_ON_RESUME)  # type: ignore[arg-type]
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    """Return the settings that must not change during a run, as YAML."""
+    settings = config.model_dump(mode="json", exclude=MUTABLE_ON_RESUME)  # type: ignore[arg-type]
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 def store_identity_settings(config: Config) -> str:
-    """Those of them on which what lies in remote stores depends: not the folder, which may be
-    another on each machine."""
-    return identity_settings(
-        config.model_copy(update={"run": config.run.model_copy(update={"dir": Path()})})
-    )
+    """Return the settings on which the contents of remote stores depend, as YAML.
+
+    The run's folder is not among them: it may differ between machines.
+    """
+    run = config.run.model_copy(update={"dir": Path()})
+    without_folder = config.model_copy(update={"run": run})
+    return identity_settings(without_folder)

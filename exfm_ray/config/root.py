@@ -1,4 +1,4 @@
-"""The one config tree: typed, frozen, one YAML file with dotted overrides. Unknown keys are errors.
+"""The root of the config tree. It is typed and frozen, and unknown keys are errors.
 
 Keys read like the papers: w, alpha, beta (ExFM, arXiv 2502.17494), l, n_F, n_L, k (Wukong, arXiv
 2403.02545).
@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from exfm_ray.base import FrozenModel, Name
 from exfm_ray.config.arms import Arm
-from exfm_ray.config.checks import check_sweep
+from exfm_ray.config.checks import check_sweep, check_teachers
 from exfm_ray.config.das import DASConfig, TeacherConfig
 from exfm_ray.config.data import AbsolutePath, DataConfig
 from exfm_ray.config.distillation import DistillationConfig
@@ -25,122 +25,108 @@ from exfm_ray.storage.remote import AnyPath, check_url
 
 
 class MetricsConfig(FrozenModel):
-    """`warmup_windows`: how many windows at the start stay out of summary.json."""
+    """How metrics are summarized."""
 
-    warmup_windows: int = Field(2, ge=0)
+    warmup_windows: int = Field(
+        2, ge=0, description="Windows at the start that are left out of summary.json."
+    )
 
 
 class RunConfig(FrozenModel):
-    """Where runs go."""
+    """Where a run is stored."""
 
-    dir: AbsolutePath = Field(Path("runs"), validate_default=True)
+    dir: AbsolutePath = Field(
+        Path("runs"),
+        validate_default=True,
+        description="Folder of all runs; a run's own folder is <dir>/<name>.",
+    )
     storage: Annotated[str, AfterValidator(check_url)] | None = Field(
         None,
-        description="URL, such as s3://bucket/prefix, below which stream, snapshots and supervision lie instead of in the run's folder",
+        description="URL, such as s3://bucket/prefix, below which the stream, snapshots and "
+        "supervision are stored; none: in the run's folder.",
     )
 
 
 class WandbConfig(FrozenModel):
-    """Runs in wandb (Weights & Biases), under <run>/wandb. Its API key is no setting: wandb reads
-    WANDB_API_KEY or .netrc."""
+    """Runs in wandb (Weights & Biases), stored in <run>/wandb.
+
+    The API key is not a setting: wandb reads WANDB_API_KEY or .netrc.
+    """
 
     mode: Literal["offline", "online", "disabled"] = Field(
-        "offline", description="offline: files that `wandb sync` sends later; disabled: none"
+        "offline",
+        description="offline: write files that `wandb sync` sends later; online: send at once; "
+        "disabled: write nothing.",
     )
-    project: Name = "exfm-ray"
+    project: Name = Field("exfm-ray", description="wandb project of the runs.")
 
 
 class Config(FrozenModel):
     """A whole run."""
 
-    name: Name = "run"
-    seed: int = Field(0, ge=0)
-    run: RunConfig = RunConfig()
-    data: DataConfig = DataConfig()
-    fm: FMConfig = FMConfig()
-    das: DASConfig = DASConfig()
-    teachers: tuple[TeacherConfig, ...] = ()
-    vm: VMConfig = VMConfig()
-    distillation: DistillationConfig = DistillationConfig()
-    metrics: MetricsConfig = MetricsConfig()
-    placement: PlacementConfig = PlacementConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    wandb: WandbConfig = WandbConfig()
+    name: Name = Field(
+        "run", description="Name of the run; by default the stem of the config file."
+    )
+    seed: int = Field(0, ge=0, description="Seed of all random numbers, except the data's own.")
+    run: RunConfig = Field(RunConfig(), description="Where the run is stored.")
+    data: DataConfig = Field(DataConfig(), description="The raw data and the stream.")
+    fm: FMConfig = Field(FMConfig(), description="The foundation model.")
+    das: DASConfig = Field(DASConfig(), description="The Data Augmentation System.")
+    teachers: tuple[TeacherConfig, ...] = Field((), description="Teachers beside the FM.")
+    vm: VMConfig = Field(VMConfig(), description="The vertical models.")
+    distillation: DistillationConfig = Field(
+        DistillationConfig(), description="How the arms use the teacher."
+    )
+    metrics: MetricsConfig = Field(MetricsConfig(), description="How metrics are summarized.")
+    placement: PlacementConfig = Field(
+        PlacementConfig(), description="Nodes of a cluster that each role may run on."
+    )
+    checkpoint: CheckpointConfig = Field(
+        CheckpointConfig(), description="Checkpoints of FM and VM training."
+    )
+    wandb: WandbConfig = Field(WandbConfig(), description="Runs in wandb.")
     tune: TuneConfig | None = Field(
-        None, description="a sweep over the settings of the vertical models"
+        None, description="A sweep over settings of the vertical models; none: no sweep."
     )
 
     @model_validator(mode="after")
-    def _sweep(self) -> Self:
+    def _check_sweep(self) -> Self:
         if self.tune:
             check_sweep(self, self.tune)
         return self
 
     @model_validator(mode="after")
-    def _teachers(self) -> Self:
-        names = [self.fm.name, *(teacher.name for teacher in self.teachers)]
-        publishing = {student.name: student for student in self.vm.models if student.published_arm}
-        for teacher in self.teachers:
-            if names.count(teacher.name) > 1:
-                raise ValueError(
-                    f"two teachers are named '{teacher.name}' (the FM is '{self.fm.name}')"
-                )
-            if teacher.run is None and teacher.name not in publishing:
-                raise ValueError(
-                    f"teacher '{teacher.name}' has no `run`, and no vertical model of this name `publishes`"
-                )
-        for student in self.vm.models:
-            if student.teacher and student.teacher not in names:
-                raise ValueError(
-                    f"vertical model '{student.name}': teacher '{student.teacher}' is none of {', '.join(names)}."
-                )
-            if student.published_arm and student.published_arm not in self.vm.arms:
-                raise ValueError(
-                    f"vertical model '{student.name}' publishes arm '{student.published_arm}', which is none of vm.arms"
-                )
-            if student.published_arm and student.published_arm.uses_history:
-                raise ValueError(
-                    f"vertical model '{student.name}' publishes arm '{student.published_arm}', whose predictions need each user's history, which the "
-                    "DAS does not look up when it scores; let it publish an arm without +history"
-                )
-            if student.published_arm and student.name == self.fm.name:
-                raise ValueError(
-                    f"vertical model '{student.name}' publishes under the FM's name; rename one of them"
-                )
-            seen = [student.name]
-            above = student.teacher
-            while above in publishing and not any(t.name == above and t.run for t in self.teachers):
-                if above in seen:
-                    raise ValueError(
-                        f"vertical model '{student.name}' would learn from itself: {' <- '.join([*seen, above])}"
-                    )
-                seen.append(above)
-                above = publishing[above].teacher
+    def _check_teachers(self) -> Self:
+        check_teachers(self)
         return self
 
     @model_validator(mode="after")
-    def _static(self) -> Self:
+    def _check_static(self) -> Self:
         if self.fm.static and self.vm.models:
             raise ValueError(
-                "fm.static is set: in a set without time no teacher is ignorant of its answers; remove vm.models, or fm.static"
+                "fm.static is set: in a set without time, every teacher has already seen the "
+                "labels; remove vm.models, or fm.static"
             )
         if self.fm.static and self.data.delayed:
             raise ValueError(
-                "fm.static is set: in a set without time no label comes late; remove data.attribution_s, or fm.static"
+                "fm.static is set: in a set without time no label is late; remove "
+                "data.attribution_s, or fm.static"
             )
         return self
 
     @property
     def arms(self) -> tuple[Arm, ...]:
-        """All that the vertical models learn by, in a run or in its sweep."""
-        return (*self.vm.arms, *(self.tune.arms if self.tune else ()))
+        """Return all arms of the vertical models, in a run or in its sweep."""
+        if self.tune is None:
+            return self.vm.arms
+        return self.vm.arms + self.tune.arms
 
     @property
     def folder(self) -> Path:
-        """The run's folder."""
+        """Return the run's folder."""
         return self.run.dir / self.name
 
     @property
     def stores(self) -> AnyPath:
-        """Where what the roles give each other lies: in the run's folder, or remote."""
+        """Return the root of the run's stores: the run's folder, or a remote folder."""
         return store_root(self.folder, self.name, self.run.storage)

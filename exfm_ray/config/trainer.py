@@ -1,4 +1,4 @@
-"""How FM and VMs are trained."""
+"""How the FM and the vertical models are trained."""
 
 from __future__ import annotations
 
@@ -13,110 +13,142 @@ from exfm_ray.config.models import MLPConfig, ModelConfig, WukongConfig
 
 
 class OptimizerConfig(FrozenModel):
-    """Row-wise Adagrad for the tables, Adam for the dense part."""
+    """Row-wise Adagrad for the embedding tables, Adam for the dense part."""
 
-    table_lr: float = Field(0.05, gt=0)
+    table_lr: float = Field(0.05, gt=0, description="Learning rate of the embedding tables.")
     table_weight_decay: float = Field(
         0.0,
         ge=0,
-        description="L2: this much of a row is added to its gradient, in steps that use the row",
+        description="L2 weight decay of table rows: this fraction of a row is added to its "
+        "gradient in steps that use the row.",
     )
-    dense_lr: float = Field(1e-3, gt=0)
-    dense_weight_decay: float = Field(0.0, ge=0)
+    dense_lr: float = Field(1e-3, gt=0, description="Learning rate of the dense part.")
+    dense_weight_decay: float = Field(0.0, ge=0, description="Weight decay of the dense part.")
     ema: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="decay per step of an exponential moving average of all weights, which is evaluated and published instead",
+        description="Decay per step of an exponential moving average of all weights, which is then "
+        "evaluated and published; 0: the weights themselves.",
     )
 
 
 EXECUTION_SETTINGS = {"workers", "min_workers", "zero_stage", "sharding", "threads"}
-"""Settings of a trainer that say how training is spread."""
+"""Settings of a trainer that determine how training is spread over processes."""
 
 
 class TrainerConfig(FrozenModel):
-    """What FM and VM training have in common."""
+    """Settings that FM and VM training have in common."""
 
     old_names: ClassVar[Mapping[str, str]] = {"reset_unused": "evict_after_windows"}
 
-    optimizer: OptimizerConfig = OptimizerConfig()
-    batch_size: int = Field(
-        1024, ge=1, description="global: the workers divide each batch among them"
+    optimizer: OptimizerConfig = Field(
+        OptimizerConfig(), description="Learning rates and weight decay."
     )
-    workers: int = Field(1, ge=1)
+    batch_size: int = Field(
+        1024, ge=1, description="Examples in a global batch, which the workers divide among them."
+    )
+    workers: int = Field(1, ge=1, description="Worker processes of a training job.")
     min_workers: int | None = Field(
         None,
         ge=1,
-        description="elastic: after the loss of workers the job goes on by itself, from its last checkpoint, with as many as there "
-        "are, at least these; without it the loss of a worker ends the run, and the same command goes on",
+        description="Elastic training: after a loss of workers the job continues by itself from "
+        "its last checkpoint, with as many workers as are left, at least this many. none: the loss "
+        "of a worker ends the run; rerun the same command to resume.",
     )
-    device: Literal["cpu", "cuda"] = "cpu"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Device that the workers train on.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Number format of the interaction model; tables stay in fp32."
+    )
     matmul_precision: Literal["highest", "high", "medium"] = Field(
         "highest",
-        description="torch.set_float32_matmul_precision: TF32 on a GPU and faster kernels on a CPU, where below highest",
+        description="Argument of torch.set_float32_matmul_precision. Below highest: TF32 on a GPU, "
+        "faster kernels on a CPU.",
     )
-    compile: bool = Field(False, description="torch.compile the interaction model")
-    zero_stage: int = Field(0, ge=0, le=3)
-    sharding: Literal["row_wise", "table_wise"] = "row_wise"
-    threads: int = Field(
-        0, ge=0, description="torch threads of a CPU worker; 0 leaves torch's own choice"
+    compile: bool = Field(False, description="Compile the interaction model with torch.compile.")
+    zero_stage: int = Field(
+        0,
+        ge=0,
+        le=3,
+        description="DeepSpeed ZeRO stage of the dense part. 0: no sharding; 1: optimizer state; "
+        "2: also gradients; 3: also weights.",
     )
+    sharding: Literal["row_wise", "table_wise"] = Field(
+        "row_wise",
+        description="How embedding tables are spread over the workers: each table cut by rows, or "
+        "each table whole on one worker.",
+    )
+    threads: int = Field(0, ge=0, description="Torch threads of a CPU worker; 0: torch's default.")
     evict_after_windows: int | None = Field(
         None,
         ge=1,
-        description="rows that no example of the last so many windows used are reset, with their optimizer state",
+        description="Reset rows, with their optimizer state, that no example of this many last "
+        "windows has used; none: never.",
     )
 
     @model_validator(mode="after")
     def _check_zero3(self) -> Self:
-        for setting, used in (("optimizer.ema", self.optimizer.ema > 0), ("compile", self.compile)):
+        in_use = {"optimizer.ema": self.optimizer.ema > 0, "compile": self.compile}
+        for setting, used in in_use.items():
             if used and self.zero_stage == 3:
                 raise ValueError(
-                    f"{setting} is set with zero_stage 3, where no worker holds the weights whole; choose stage 0, 1 or 2"
+                    f"{setting} is set with zero_stage 3, in which no worker holds complete "
+                    "weights; choose stage 0, 1 or 2"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_min_workers(self) -> Self:
         if self.min_workers and self.min_workers > self.workers:
             raise ValueError(f"min_workers is {self.min_workers}, above workers = {self.workers}")
         return self
 
 
 class StaticConfig(FrozenModel):
-    """A set without time: the windows before `validation_window` are learnt in several passes,
-    until that window's figure stops improving."""
+    """Training on a set without time.
 
-    passes: int = Field(50, ge=1)
+    The windows before `validation_window` are learned in several passes, until the metric of that
+    window stops improving.
+    """
+
+    passes: int = Field(50, ge=1, description="Passes over the training windows at most.")
     patience: int = Field(
-        3, ge=1, description="passes without improvement after which training ends"
+        3, ge=1, description="Passes without improvement after which training ends."
     )
-    monitor: Literal["auc", "log_loss"] = "auc"
+    monitor: Literal["auc", "log_loss"] = Field(
+        "auc", description="Metric of the validation window that chooses the best pass."
+    )
     validation_window: int = Field(
         1,
         ge=1,
-        description="later windows are tests: evaluated after each pass, never looked at by the choice",
+        description="Number of the validation window. Later windows are test sets: they are "
+        "evaluated after each pass and never used for the choice.",
     )
 
 
 class FMConfig(TrainerConfig):
-    """The foundation model: one network, all domains, a head for every task."""
+    """The foundation model: one network for all domains, with one head per task."""
 
-    name: Name = "fm"
+    name: Name = Field(
+        "fm", description="Name of the foundation model in files, charts and `teacher` settings."
+    )
     static: StaticConfig | None = Field(
-        None, description="several passes over a static set instead of one over the stream"
+        None,
+        description="Train in several passes over a static set; none: one pass over the stream.",
     )
     tasks: tuple[Name, ...] = Field(
-        (), description="tasks it learns; empty means all of the stream's"
+        (), description="Tasks that it learns; empty: all tasks of the stream."
     )
-    model: ModelConfig = WukongConfig()
+    model: ModelConfig = Field(WukongConfig(), description="Its interaction model.")
 
 
-def _listed(value: object) -> object:
+def _as_list(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
-def _distinct(tasks: tuple[str, ...]) -> tuple[str, ...]:
+def _check_distinct(tasks: tuple[str, ...]) -> tuple[str, ...]:
     if not tasks:
-        raise ValueError("names no task; give one, or a list of them")
+        raise ValueError("names no task; set one, or a list of them")
     for task in tasks:
         if tasks.count(task) > 1:
             raise ValueError(f"names task '{task}' twice")
@@ -124,46 +156,59 @@ def _distinct(tasks: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class StudentConfig(FrozenModel):
-    """One vertical model: its domain, its task or list of tasks, its network (`vm.model` where it
-    names none)."""
+    """A vertical model."""
 
     old_names: ClassVar[Mapping[str, str]] = {"publishes": "published_arm"}
 
     model_config = ConfigDict(serialize_by_alias=True)
 
-    name: Name
-    domain: Name
+    name: Name = Field(description="Name of the vertical model in files and charts.")
+    domain: Name = Field(description="Domain that it serves, or `all`.")
     teacher: Name | None = Field(
-        None,
-        description="the teacher whose supervision it learns from: one of `teachers`; None: the FM",
+        None, description="Teacher that supervises it, one of `teachers`; none: the FM."
     )
     published_arm: Arm | None = Field(
         None,
-        description="its model of this arm publishes a snapshot after each window and so can be a teacher itself",
+        description="Arm whose model publishes a snapshot after each window, so that it can be a "
+        "teacher itself; none: no arm.",
     )
-    tasks: Annotated[tuple[Name, ...], BeforeValidator(_listed), AfterValidator(_distinct)] = Field(
-        alias="task"
+    tasks: Annotated[
+        tuple[Name, ...], BeforeValidator(_as_list), AfterValidator(_check_distinct)
+    ] = Field(alias="task", description="Its task, or a list of tasks.")
+    model: ModelConfig | None = Field(
+        None, description="Its interaction model; none: that of vm.model."
     )
-    model: ModelConfig | None = None
 
 
 class VMConfig(TrainerConfig):
-    """The vertical models. With `shared_pass` all of them learn in one worker group from one pass
-    of the data."""
+    """The vertical models."""
 
     old_names: ClassVar[Mapping[str, str]] = {
         **TrainerConfig.old_names,
         "share_pass": "shared_pass",
     }
 
-    models: tuple[StudentConfig, ...] = ()
-    model: ModelConfig = MLPConfig()
-    arms: tuple[Arm, ...] = Field(ALL_OBJECTIVES, min_length=1)
-    shared_pass: bool = True
+    models: tuple[StudentConfig, ...] = Field(
+        (), description="The vertical models; empty: train the FM only."
+    )
+    model: ModelConfig = Field(
+        MLPConfig(), description="Interaction model of the vertical models that name none."
+    )
+    arms: tuple[Arm, ...] = Field(
+        ALL_OBJECTIVES,
+        min_length=1,
+        description="Arms that each vertical model is trained with: labels, kd, ah or ah_sa, with "
+        "the options +share and +history.",
+    )
+    shared_pass: bool = Field(
+        True,
+        description="Train all vertical models in one worker group, from one pass over the data; "
+        "otherwise each one is a job of its own.",
+    )
 
     @model_validator(mode="after")
-    def _names(self) -> Self:
-        names = [m.name for m in self.models]
+    def _check_names(self) -> Self:
+        names = [student.name for student in self.models]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two vertical models are named '{name}'")
@@ -173,16 +218,20 @@ class VMConfig(TrainerConfig):
 
 
 class CheckpointConfig(FrozenModel):
-    """Checkpoints of FM and VM training. There is one at the end of every window (of every pass,
-    over a static set)."""
+    """Checkpoints of FM and VM training.
+
+    There is one at the end of every window, or of every pass over a static set.
+    """
 
     every_examples: int | None = Field(
         None,
         ge=1,
-        description="another one inside a window whenever a job has learnt so many examples",
+        description="Also write a checkpoint inside a window whenever a job has learned this many "
+        "examples; none: at the ends only.",
     )
     keep: int = Field(
         2,
         ge=1,
-        description="the newest so many stay; more than one, lest a damaged file cost the whole run",
+        description="Newest checkpoints to keep. With more than one, a damaged file does not cost "
+        "the whole run.",
     )

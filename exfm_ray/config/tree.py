@@ -10,11 +10,15 @@ def set_dotted(
     key: str,
     value: object,
 ) -> None:
-    """Set a dotted key of a tree; ValueError where a part of it is no section."""
+    """Set a dotted key of a tree in place and create missing sections.
+
+    Raises:
+        ValueError: a part of the key before the last is a value, not a section.
+    """
     *path, last = key.split(".")
+    section = tree
     for part in path:
-        below = tree.setdefault(part, {})
-        if not isinstance(below, dict):
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
             raise ValueError(f"'{part}' is a value, not a section")
-        tree = below
-    tree[last] = value
+    section[last] = value

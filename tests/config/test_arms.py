@@ -1,4 +1,4 @@
-"""Arms: what is written is what is meant, in one form."""
+"""Arms: parsing, and one form of the name everywhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Holder(BaseModel):
 
 @pytest.mark.parametrize("objective", Objective)
 def test_parts_of_an_arm(objective: Objective) -> None:
-    """Wrong: an option is lost, or a plain arm is given something."""
+    """Wrong: an option is lost, or a plain arm has one."""
     plain = Arm(objective)
     shared = Arm(f"{objective}+share")
     assert (
@@ -37,7 +37,7 @@ def test_parts_of_an_arm(objective: Objective) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("kdd", "'kdd': unknown objective 'kdd'; .*Did you mean 'kd'"),
         ("ah+shared", r"'ah\+shared': unknown option 'shared'.*Did you mean 'share'"),
@@ -46,28 +46,27 @@ def test_parts_of_an_arm(objective: Objective) -> None:
         ("", "unknown objective ''"),
     ],
 )
-def test_mistakes_are_told(text: str, told: str) -> None:
-    """Wrong: a misspelt arm is trained as another one."""
-    with pytest.raises(ValueError, match=told):
+def test_mistakes_are_named(text: str, message: str) -> None:
+    """Wrong: a misspelled arm is trained as another one."""
+    with pytest.raises(ValueError, match=message):
         Arm(text)
-    with pytest.raises(ValidationError, match=told):
+    with pytest.raises(ValidationError, match=message):
         Holder(arms=(text,))  # type: ignore[arg-type]
 
 
 def test_an_arm_is_its_name_everywhere() -> None:
-    """Wrong: configs, metrics or Ray's messages hold an arm in another form than the one that is
-    read again."""
-    held = Holder.model_validate({"arms": ["labels", "ah+share"]})
-    arm = held.arms[1]
-    assert yaml.safe_load(yaml.safe_dump(held.model_dump(mode="json"))) == {
+    """Wrong: configs, metrics or Ray's messages write an arm in a form that does not load again."""
+    holder = Holder.model_validate({"arms": ["labels", "ah+share"]})
+    arm = holder.arms[1]
+    assert yaml.safe_load(yaml.safe_dump(holder.model_dump(mode="json"))) == {
         "arms": ["labels", "ah+share"]
     }
-    again = pickle.loads(pickle.dumps(arm))
+    unpickled = pickle.loads(pickle.dumps(arm))
     assert (
-        type(again) is Arm
-        and again == arm
-        and again.options == arm.options
-        and again.objective is Objective.AH
+        type(unpickled) is Arm
+        and unpickled == arm
+        and unpickled.options == arm.options
+        and unpickled.objective is Objective.AH
     )
     assert (
         json.dumps({arm: arm}) == '{"ah+share": "ah+share"}'

@@ -1,4 +1,4 @@
-"""The section `data`: what no run's config may hold."""
+"""The section `data`: what a run's config must not contain."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from exfm_ray.errors import UserError
 @pytest.mark.parametrize(
     "name", ["sasl.password", "ssl.key.password", "ssl.key.pem", "sasl.oauthbearer.client.secret"]
 )
-def test_a_secret_does_not_stand_in_a_config(name: str) -> None:
+def test_secrets_are_refused_in_a_config(name: str) -> None:
     """Wrong: a password for Kafka is written into runs/<name>/config.yaml and sent to wandb."""
     with pytest.raises(
         ValidationError, match=rf"option {name} would be written into the run's config"
-    ) as told:
+    ) as caught:
         KafkaConfig.model_validate(
             {"servers": "b:9092", "topic": "t", "options": {name: "hunter2"}}
         )
-    assert "hunter2" not in told.value.errors()[0]["msg"]
+    assert "hunter2" not in caught.value.errors()[0]["msg"]
 
 
 def test_secrets_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: librdkafka is given the variable's name, the config holds its value, or a variable
-    that is not set is an empty password."""
+    """Wrong: librdkafka receives the variable's name, the config contains its value, or a variable
+    that is not set becomes an empty password."""
     config = KafkaConfig(
         servers="b:9092",
         topic="t",
@@ -44,8 +44,7 @@ def test_secrets_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("pattern", ["/etc/*.csv", "../labels/*.csv", "a/../../b.csv", ""])
 def test_label_files_lie_below_the_root(pattern: str) -> None:
-    """Wrong: files elsewhere on the disk are read as labels, or the pattern ends in pathlib's
-    traceback."""
+    """Wrong: files elsewhere on the disk are read as labels, or pathlib raises a traceback."""
     with pytest.raises(ValidationError, match=r"does not lie below data.root; set data.root"):
         FollowConfig(labels=pattern)
     assert FollowConfig(labels="labels/..part-*.csv").labels == "labels/..part-*.csv"

@@ -1,4 +1,4 @@
-"""The `tune` section: mistakes are told when the config is read."""
+"""The `tune` section: mistakes are reported when the config is read."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SPACES = {
     ),
     "projection": (
         {"distillation.share.projection": {"choice": ["none"]}},
-        r"'distillation.share.projection' cannot be searched: rows that fit",
+        r"'distillation.share.projection' cannot be searched: rows of the same width",
     ),
     "no tables": (
         {"distillation.share.tables": {"choice": ["user"]}},
@@ -68,14 +68,14 @@ SPACES = {
         r"tune.space.distillation.ah.w': low is 2, which is not below high = 1",
     ),
     "log": ({W: {"low": 0, "high": 1, "log": True}}, r"log is set with low = 0"),
-    "integer": ({"vm.batch_size": {"low": 1.5, "high": 4, "integer": True}}, r"give whole numbers"),
-    "both": ({W: {**RANGE, "choice": [1]}}, r"low and high, or a choice, not both"),
-    "neither": ({W: {"low": 0}}, r"give low and high, or a choice"),
+    "integer": ({"vm.batch_size": {"low": 1.5, "high": 4, "integer": True}}, r"set whole numbers"),
+    "both": ({W: {**RANGE, "choice": [1]}}, r"set low and high, or a choice, not both"),
+    "neither": ({W: {"low": 0}}, r"set low and high, or a choice"),
     "twice": ({W: {"choice": [1, 2, 1]}}, r"names a value twice"),
     "key": ({W: {"lo": 0, "high": 1}}, r"unknown setting 'tune.space.distillation.ah.w.lo'"),
     "condition": (
         {SA_LR: {**RANGE, "when": {SA_MLP: [8]}}},
-        r"which the space does not name before",
+        r"which the space does not list before",
     ),
     "range as condition": (
         {SA_W: RANGE, SA_LR: {**RANGE, "when": {SA_W: 1}}},
@@ -83,26 +83,27 @@ SPACES = {
     ),
     "condition's value": (
         {SA_MLP: {"choice": [[4]]}, SA_LR: {**RANGE, "when": {SA_MLP: [8]}}},
-        r"distillation.sa.mlp = \[8\], which is none",
+        r"when requires distillation.sa.mlp = \[8\], which is not one of its choices",
     ),
 }
 MISTAKES: dict[str, tuple[dict[str, object], str]] = {
-    name: ({"space": space}, told) for name, (space, told) in SPACES.items()
+    name: ({"space": space}, message) for name, (space, message) in SPACES.items()
 } | {
     "student": (
         {"students": ["tab22"]},
-        r"tune.students names 'tab22', which is none of vm.models. Did you mean 'tab2'\?",
+        r"tune.students names 'tab22', which is not in vm.models. Did you mean 'tab2'\?",
     ),
     "arm": ({"arms": ["labels", "ahh"]}, r"setting 'tune.arms.1'"),
-    "no labels": ({"arms": ["ah"]}, r"tune.arms leaves out labels"),
+    "no labels": ({"arms": ["ah"]}, r"tune.arms does not contain labels"),
     "overlap": (
         {"holdout_windows": [2, 4]},
-        r"tune.holdout_windows begin at 2, tune.validation_windows end at 2: what judges must lie after what chose",
+        r"tune.holdout_windows begin at 2, but tune.validation_windows end at 2: holdout windows "
+        r"must be later",
     ),
     "backwards": ({"validation_windows": [2, 1]}, r"tune.validation_windows is \[2, 1\]"),
     "calibration": (
         {"calibration": [1.05, 1.1]},
-        r"tune.calibration is \[1.05, 1.1\]: give a bound below 1",
+        r"tune.calibration is \[1.05, 1.1\]: set one bound below 1",
     ),
     "trials_per_process": ({"trials_per_process": 0}, r"setting 'tune.trials_per_process'"),
     "alike": (
@@ -111,7 +112,8 @@ MISTAKES: dict[str, tuple[dict[str, object], str]] = {
             "arms": ["labels", "ah"],
             "space": {"distillation.ah.mlp": {"choice": [[], [8]]}},
         },
-        r"tune.trials_per_process is 2: trials of arm ah would be alike within a process, for of what it searches \(distillation.ah.mlp\)",
+        r"tune.trials_per_process is 2, but every setting searched for arm ah "
+        r"\(distillation.ah.mlp\) must be equal within a process",
     ),
     "condition in a block": (
         {
@@ -121,15 +123,16 @@ MISTAKES: dict[str, tuple[dict[str, object], str]] = {
                 "distillation.ah.mlp": {"choice": [[], [8]], "when": {W: 1}},
             },
         },
-        r"'distillation.ah.mlp': when names 'distillation.ah.w', in which trials of one process differ",
+        r"'distillation.ah.mlp': when names 'distillation.ah.w', which may differ between trials "
+        r"of one process",
     ),
     "small population": (
         {"search": "pbt", "trials_per_process": 3, "early_stopping": "none", "trials": 3},
-        r"tune.trials_per_process is 3: .*give at least 4",
+        r"tune.trials_per_process is 3: .*set it to at least 4",
     ),
     "part of a population": (
         {**PBT, "trials": 6},
-        r"tune.trials is 6: .*give a multiple of tune.trials_per_process = 4",
+        r"tune.trials is 6: .*set a multiple of tune.trials_per_process = 4",
     ),
     "population and halving": (
         {**PBT, "early_stopping": "asha"},
@@ -159,14 +162,14 @@ def written(folder: Path, tune: object) -> Path:
 def test_mistakes(tmp_path: Path, name: str) -> None:
     """Wrong: a sweep starts with a space that fails in every trial, or chooses on the windows that
     judge it."""
-    change, told = MISTAKES[name]
-    with pytest.raises(UserError, match=told):
+    change, message = MISTAKES[name]
+    with pytest.raises(UserError, match=message):
         load_config(written(tmp_path, {**GOOD, **change}))
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    """Wrong: a run's folder holds another sweep than the one that was asked for, and its own config
-    is refused."""
+    """Wrong: a run's folder holds another sweep than the requested one, or its own config is
+    refused."""
     space = {
         "distillation.ah.mlp": {"choice": [[], [8, 4]]},
         "distillation.ah.w": {"low": 0.1, "high": 3, "when": {"distillation.ah.mlp": [8, 4]}},
@@ -179,8 +182,8 @@ def test_round_trip(tmp_path: Path) -> None:
     )
 
 
-def test_populations_and_blocks(tmp_path: Path) -> None:
-    """Wrong: a sweep in blocks that could run is refused."""
+def test_populations_and_groups(tmp_path: Path) -> None:
+    """Wrong: a sweep in groups that could run is refused."""
     assert load_config(written(tmp_path, {**GOOD, **PBT})).tune is not None
     space = {
         "distillation.ah.mlp": {"choice": [[], [8]]},
@@ -195,7 +198,7 @@ def test_populations_and_blocks(tmp_path: Path) -> None:
 
 
 def test_with_settings() -> None:
-    """Wrong: trials learn under other settings, or under ones that no config may have."""
+    """Wrong: trials learn with other settings, or with ones that no config may have."""
     config = Config()
     changed = with_settings(config, {"distillation.sa.mlp": (), "vm.optimizer.dense_lr": 0.5})
     assert (changed.distillation.sa.mlp, changed.vm.optimizer.dense_lr) == ((), 0.5)
@@ -208,16 +211,16 @@ def test_with_settings() -> None:
     assert json.dumps(config.model_dump(mode="json"))  # the original is untouched and whole
 
 
-def test_settings_of_shared_rows_are_searched_where_rows_are_shared() -> None:
-    """Wrong: a sweep leaves the settings of +share out, or asks arms for them that have none."""
+def test_settings_of_shared_rows_are_searched_for_arms_with_share() -> None:
+    """Wrong: a sweep omits the settings of +share, or searches them for arms without it."""
     rate = "vm.optimizer.table_lr"
     mode = "distillation.share.mode"
-    given = "distillation.share.table_lr"
+    shared_rate = "distillation.share.table_lr"
     space = {
         mode: {"choice": ["replace", "average"]},
         W: RANGE,
         rate: {"low": 0.1, "high": 0.2},
-        given: {"low": 0.01, "high": 0.02},
+        shared_rate: {"low": 0.01, "high": 0.02},
     }
     tune = Config.model_validate(
         {"tune": {**GOOD, "arms": ["labels", "ah", "labels+share", "ah+share"], "space": space}}
@@ -226,14 +229,14 @@ def test_settings_of_shared_rows_are_searched_where_rows_are_shared() -> None:
     searched = {
         "labels": {rate},
         "ah": {W, rate},
-        "labels+share": {mode, given},
-        "ah+share": {mode, W, given},
+        "labels+share": {mode, shared_rate},
+        "ah+share": {mode, W, shared_rate},
     }
     assert {str(arm): set(tune.space_of(arm)) for arm in tune.arms} == searched
 
 
-def test_tables_that_the_das_does_not_give_are_not_searched() -> None:
-    """Wrong: a trial shares fewer tables than it says, for the DAS has published no others."""
+def test_tables_that_the_das_does_not_publish_are_not_searched() -> None:
+    """Wrong: a trial shares fewer tables than its settings list."""
     tables = {"choice": [["user"], ["user", "ad"]]}
     tune = {**GOOD, "arms": ["labels", "kd+share"], "space": {"distillation.share.tables": tables}}
     assert (
@@ -247,18 +250,19 @@ def test_tables_that_the_das_does_not_give_are_not_searched() -> None:
         ("user",),
         ("user", "ad"),
     )
-    for given, asked in ((["user"], ["user", "ad"]), (["user"], [])):
-        tune["space"] = {"distillation.share.tables": {"choice": [asked]}}
+    for searched in (["user", "ad"], []):
+        tune["space"] = {"distillation.share.tables": {"choice": [searched]}}
         with pytest.raises(
             ValueError,
-            match=r"asks for \[.*before the sweep begins the DAS gives rows of \[\"user\"\] alone",
+            match=r"has the choice \[.*before the sweep begins the DAS publishes only rows of "
+            r"\[\"user\"\]",
         ):
-            Config.model_validate({"tune": tune, "distillation": {"share": {"tables": given}}})
+            Config.model_validate({"tune": tune, "distillation": {"share": {"tables": ["user"]}}})
 
 
-def test_the_default_space_searches_shared_rows_where_they_are_shared() -> None:
-    """Wrong: a sweep over arms with +share leaves their own settings as they stand, or asks for
-    weights where nothing is averaged."""
+def test_the_default_space_searches_shared_rows_for_arms_with_share() -> None:
+    """Wrong: a sweep over arms with +share does not search their settings, or searches weights
+    although nothing is averaged."""
     tune = Config.model_validate(
         {"tune": {**GOOD, "arms": ["labels", "kd", "kd+share", "ah+share+history"]}}
     ).tune

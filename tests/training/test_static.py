@@ -24,6 +24,7 @@ from exfm_ray.errors import UserError
 from exfm_ray.metrics.state import MetricState
 from exfm_ray.pipeline.preflight import prepare_stream
 from exfm_ray.pipeline.runner import PipelineRunner
+from exfm_ray.pipeline.schedule import Role
 from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.tracking.recorder import read_metrics
 from exfm_ray.training.checkpoint import Cursor
@@ -153,7 +154,7 @@ def test_the_best_pass_is_published_and_summed_up(base: Config) -> None:
     store = published(base)
     stream = EventStream.open(base.folder / "stream")
     assert store.versions() == [best]
-    figures = PipelineRunner(base, stream).summarise()["figures"]
+    figures = PipelineRunner(base, stream).summarize()["figures"]
     assert {row["pass"] for row in figures} == {best} and {row["window"] for row in figures} == {
         VALIDATION,
         TEST,
@@ -381,10 +382,10 @@ def test_what_a_static_set_cannot_do_is_refused(base: Config, tmp_path: Path) ->
     validate."""
     with pytest.raises(UserError, match="no DAS; run train-fm"):
         PipelineRunner(base, EventStream.open(base.folder / "stream")).execute(
-            fm=True, das=True, vm=False
+            frozenset({Role.FM, Role.DAS})
         )
     with pytest.raises(
-        ValueError, match=r"no teacher is ignorant of its answers; remove vm.models"
+        ValueError, match=r"every teacher has already seen the labels; remove vm.models"
     ):
         small_config(tmp_path, "students", fm={"static": {}})
     for window in (4, 9):
@@ -392,4 +393,4 @@ def test_what_a_static_set_cannot_do_is_refused(base: Config, tmp_path: Path) ->
         with pytest.raises(
             UserError, match=rf"validation_window' is {window}, the stream has windows 0 to 3"
         ):
-            PipelineRunner(config, prepare_stream(config)).execute(fm=True, das=False, vm=False)
+            PipelineRunner(config, prepare_stream(config)).execute(frozenset({Role.FM}))
