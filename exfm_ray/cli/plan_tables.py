@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.table import Column, Table
 
-from exfm_ray.planner.memory import UTILIZATION, MemoryPlan, TableShards, format_bytes
+from exfm_ray.planner.memory import UTILIZATION, MemoryPlan, format_bytes
+from exfm_ray.planner.table_placement import TableShards
 
 SHOWN = 20
 """Tables that have a line of their own."""
@@ -76,7 +77,7 @@ def summary_lines(
     fit."""
     found = [
         f"{plan.parameters:,} parameters, {plan.dense.parameters:,} of them dense.",
-        f"{plan.training_flops / 1e9:,.3f} GFLOP per example in training; {plan.share_examples:,} examples of a batch on each worker.",
+        f"{plan.training_flops / 1e9:,.3f} GFLOP per example in training; {plan.worker_examples:,} examples of a batch on each worker.",
     ]
     if tflops:
         found.append(

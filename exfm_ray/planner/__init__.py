@@ -1,1 +1,1 @@
-"""What a training would need, computed before it starts."""
+"""Memory and compute that a training would need, calculated before it starts."""

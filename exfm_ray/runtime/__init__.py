@@ -1,1 +1,1 @@
-"""Ray: the session, its resources, its actors."""
+"""Ray for a run: the session, CPUs and nodes, calls to actors, memory."""

@@ -1,5 +1,4 @@
-"""The actors of a run that it cannot do without: where they live, and waits for their answers that
-end."""
+"""Actors that a run cannot do without: where they live, and calls to them that end."""
 
 from __future__ import annotations
 
@@ -12,13 +11,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from exfm_ray.errors import UserError
 
 RPC_TIMEOUT_S = 600.0
-"""Longest wait for an actor that has nothing long to do."""
+"""Longest wait for a call to an actor that has nothing long to do."""
 
 
 def pin_to_driver_node() -> NodeAffinitySchedulingStrategy:
-    """For an actor whose loss would end the run: it lives on the driver's node, whose loss ends the
-    run anyway."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    """Return the scheduling strategy for an actor whose loss would end the run.
+
+    The actor lives on the driver's node, whose loss ends the run anyway.
+    """
+    node = ray.get_runtime_context().get_node_id()
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def get_with_timeout(
@@ -27,10 +29,21 @@ def get_with_timeout(
     what: str,
     seconds: float = RPC_TIMEOUT_S,
 ) -> Any:
-    """What `ref` holds; UserError where `who` has waited for `what` for so many seconds."""
+    """Return the value of a Ray object reference, or of a list of them.
+
+    Args:
+        ref: what `ray.get` takes.
+        who: the waiting part of the run, for the error message.
+        what: what it waits for, for the error message.
+        seconds: longest wait.
+
+    Raises:
+        UserError: the value did not come in time.
+    """
     try:
         return ray.get(ref, timeout=seconds)
     except GetTimeoutError:
         raise UserError(
-            f"{who} waited {seconds:.0f} s for {what} and gave up; the same command goes on from the last checkpoint"
+            f"{who} waited {seconds:.0f} s for {what} and gave up; "
+            "rerun the same command to resume from the last checkpoint"
         ) from None

@@ -1,4 +1,4 @@
-"""Ray for a run: the cluster that the environment names, or one of this machine."""
+"""The Ray session of a run: the cluster that RAY_ADDRESS names, or one on this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,92 +19,112 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from exfm_ray.config.root import Config
 from exfm_ray.errors import UserError
 from exfm_ray.runtime.actors import get_with_timeout
-from exfm_ray.runtime.resources import _written, logical_cpus, missing_resources
+from exfm_ray.runtime.resources import format_labels, logical_cpus, missing_resources
 
-NODES_S = 120.0
+RPC_TIMEOUT_S = 120.0
 """Longest wait for all nodes of a cluster to answer."""
 
-CONNECT_S = 5.0
+CONNECT_TIMEOUT_S = 5.0
 """Longest wait for a connection to the address that the environment names."""
+
+CONNECT_ERRORS = (OSError, RuntimeError, ValueError)
+"""What `ray.init` raises when it cannot connect."""
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Connect to RAY_ADDRESS, if set, or start Ray here with enough logical CPUs for every role
-    side by side. A session that is open already is used as it is."""
+    """Connect to RAY_ADDRESS, or start Ray on this machine if that is not set.
+
+    Ray on this machine gets enough logical CPUs to run every role at the same time. A session that
+    is open already is used unchanged.
+
+    Raises:
+        UserError: there is no Ray at RAY_ADDRESS, `placement` names labeled nodes but there is no
+            cluster, or a node of the cluster does not see the run's folder.
+    """
     if ray.is_initialized():
         yield
         return
-    logs = config.folder / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    _log_to(logs / "driver.log")
-    options: dict[str, Any] = {}
-    if not os.environ.get("RAY_ADDRESS"):
-        _check_one_machine(config)
-        options = {
-            "address": "local",
-            "num_cpus": max(logical_cpus(config), os.cpu_count() or 1),
-            "include_dashboard": False,
-        }
-        # Workers inherit the environment; a runtime_env would make Ray throw away the workers that
-        # it starts ahead.
-        os.environ["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])
-        )
-    try:
-        if not options:
-            _check_reachable()
-        with _stderr_to(logs / "driver.log"):  # Ray's C++ core does not log, it prints
-            ray.init(
-                log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options
-            )
-    except (OSError, RuntimeError, ValueError) as error:
-        if options:
-            raise
-        told = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']}, and no Ray could be joined there ({told}); correct it, start that cluster, or unset it: "
-            "the run then starts Ray on this machine"
-        ) from None
+
+    log = config.folder / "logs" / "driver.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    _log_to(log)
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _connect(address, log)
+    else:
+        _start_local(config, log)
     restrict_token_file()
     try:
-        if not options:
+        if address:
             _check_cluster(config)
         yield
     finally:
         ray.shutdown()
 
 
+def _connect(address: str, log: Path) -> None:
+    try:
+        _check_reachable()
+        _init_ray(log)
+    except CONNECT_ERRORS as error:
+        raise UserError(
+            f"RAY_ADDRESS is {address}, and no Ray could be joined there ({_first_line(error)}); "
+            "correct it, start that cluster, or unset it: the run then starts Ray on this machine"
+        ) from None
+
+
+def _start_local(config: Config, log: Path) -> None:
+    _check_one_machine(config)
+    # Workers inherit the environment. A runtime_env would make Ray discard its prestarted workers.
+    code = str(Path(__file__).parents[2])
+    search_path = [code, os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
+    cpus = max(logical_cpus(config), os.cpu_count() or 1)
+    _init_ray(log, address="local", num_cpus=cpus, include_dashboard=False)
+
+
+def _init_ray(log: Path, **options: Any) -> None:
+    """Call `ray.init`; what Ray's C++ core prints goes to `log`."""
+    with _redirect_stderr(log):
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+            **options,
+        )
+
+
 def _check_one_machine(config: Config) -> None:
-    """UserError where roles are to run on labelled nodes and there is no cluster."""
+    """Raise UserError if a role requests labeled nodes; a single machine has none."""
     for role, labels in config.placement:
         if labels:
             raise UserError(
-                f"setting 'placement.{role}' asks for nodes with {_written(labels)}, but RAY_ADDRESS is not set, so the run is on this machine "
-                "alone; submit it to a cluster, or leave 'placement' out"
+                f"setting 'placement.{role}' asks for nodes with {format_labels(labels)}, "
+                "but RAY_ADDRESS is not set, so the run is on this machine alone; "
+                "submit it to a cluster, or leave 'placement' out"
             )
 
 
 @contextmanager
 def running_ray() -> Iterator[None]:
-    """Connect to a Ray that runs already: RAY_ADDRESS, else the one that `ray start` has started on
-    this machine. UserError without any."""
+    """Connect to a running Ray: RAY_ADDRESS, else the one that `ray start` started here.
+
+    Raises:
+        UserError: no Ray is running.
+    """
     if ray.is_initialized():
         yield
         return
     try:
         _check_reachable()
-        with _stderr_to(Path(os.devnull)):
-            ray.init(
-                address="auto",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-            )
-    except (OSError, RuntimeError, ValueError) as error:
-        told = str(error).strip().splitlines()[0]
+        _init_ray(Path(os.devnull), address="auto")
+    except CONNECT_ERRORS as error:
         raise UserError(
-            f"no running Ray to connect to ({told}); set RAY_ADDRESS, or start one here with `ray start --head`"
+            f"no running Ray to connect to ({_first_line(error)}); "
+            "set RAY_ADDRESS, or start one here with `ray start --head`"
         ) from None
     restrict_token_file()
     try:
@@ -113,46 +133,64 @@ def running_ray() -> Iterator[None]:
         ray.shutdown()
 
 
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0]
+
+
 def _check_reachable() -> None:
-    """OSError where nobody listens at RAY_ADDRESS; Ray itself would try for minutes."""
+    """Raise OSError if nothing listens at RAY_ADDRESS; Ray itself would try for minutes."""
     host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
     if host and port.isdigit() and "/" not in host:
-        socket.create_connection((host, int(port)), CONNECT_S).close()
+        connection = socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S)
+        connection.close()
 
 
 def _check_cluster(config: Config) -> None:
-    """Say what the run will wait for; UserError where one of the cluster's nodes does not see the
-    run's folder."""
+    """Warn about what the run will wait for, and check that all nodes see the run's folder.
+
+    Raises:
+        UserError: a node does not see the folder.
+    """
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    for line in missing_resources(config, nodes):
-        print(line, file=sys.stderr)
-    here = ray.get_runtime_context().get_node_id()
-    others = [node for node in nodes if node["NodeID"] != here]
+    for message in missing_resources(config, nodes):
+        logger.warning(message)
+
+    this_node = ray.get_runtime_context().get_node_id()
+    others = [node for node in nodes if node["NodeID"] != this_node]
     marker = config.folder / "logs" / f"seen-{uuid.uuid4().hex}"
     marker.touch()
     try:
-        tasks = [
-            ray.remote(_exists).options(
-                num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], False)
-            )
-            for n in others
-        ]
-        where = ", ".join(node["NodeManagerAddress"] for node in others)
-        seen = get_with_timeout(
-            [task.remote(marker) for task in tasks],
-            "the run",
-            f"the nodes {where} to look for {config.folder}",
-            NODES_S,
-        )
+        visible = _visible_on(others, marker, config.folder)
     finally:
         marker.unlink()
-    blind = [
-        node["NodeManagerAddress"] for node, sees in zip(others, seen, strict=True) if not sees
-    ]
+
+    blind = []
+    for node, sees in zip(others, visible, strict=True):
+        if not sees:
+            blind.append(node["NodeManagerAddress"])
     if blind:
         raise UserError(
-            f"{config.folder}: {', '.join(blind)} does not see this folder; put run.dir, or EXFM_HOME, on a file system that all nodes share"
+            f"{config.folder}: {', '.join(blind)} does not see this folder; "
+            "put run.dir, or EXFM_HOME, on a file system that all nodes share"
         )
+
+
+def _visible_on(
+    nodes: Sequence[Mapping[str, Any]],
+    marker: Path,
+    folder: Path,
+) -> list[bool]:
+    """Return for each node whether the file `marker` in `folder` exists there."""
+    refs = []
+    for node in nodes:
+        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], False)
+        task = ray.remote(_exists).options(num_cpus=0, scheduling_strategy=strategy)
+        refs.append(task.remote(marker))
+    addresses = ", ".join(node["NodeManagerAddress"] for node in nodes)
+    what = f"the nodes {addresses} to look for {folder}"
+    visible: list[bool] = get_with_timeout(refs, "the run", what, RPC_TIMEOUT_S)
+    return visible
 
 
 def _exists(path: Path) -> bool:
@@ -160,18 +198,18 @@ def _exists(path: Path) -> bool:
 
 
 def _log_to(path: Path) -> None:
-    """The libraries' own chatter goes to a file, not to the terminal."""
+    """Send the libraries' log messages to a file instead of the terminal."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name in ("ray", "deepspeed", "DeepSpeed"):
-        logger = logging.getLogger(name)
-        logger.handlers[:] = [handler]
-        logger.propagate = False
+        library = logging.getLogger(name)
+        library.handlers[:] = [handler]
+        library.propagate = False
 
 
 @contextmanager
-def _stderr_to(path: Path) -> Iterator[None]:
-    """Send what this process writes to file descriptor 2 to a file."""
+def _redirect_stderr(path: Path) -> Iterator[None]:
+    """Append what this process writes to file descriptor 2 to a file; Ray's C++ core prints."""
     sys.stderr.flush()
     saved = os.dup(2)
     with path.open("a") as file:
@@ -184,28 +222,30 @@ def _stderr_to(path: Path) -> Iterator[None]:
 
 
 def restrict_token_file() -> None:
-    """Ray writes its token file for everyone on the machine to read."""
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    """Make Ray's token file readable for its owner only; Ray creates it readable for everyone."""
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    token = Path(named or Path.home() / ".ray" / "auth_token")
     if token.exists() and token.stat().st_uid == os.getuid():
         token.chmod(0o600)
 
 
 def user_error(error: BaseException) -> UserError | None:
-    """The UserError at the bottom of an error that Ray has wrapped, if there is one."""
+    """Return the UserError inside an error that Ray has wrapped, if there is one."""
     seen: set[int] = set()
-    waiting: list[object] = [error]
-    while waiting:
-        current = waiting.pop()
+    candidates: list[object] = [error]
+    while candidates:
+        current = candidates.pop()
         if not isinstance(current, BaseException) or id(current) in seen:
             continue
         seen.add(id(current))
         if isinstance(current, UserError) and not isinstance(current, RayTaskError):
             return current
-        failures = getattr(current, "worker_failures", {})
-        waiting += [
+
+        worker_failures = getattr(current, "worker_failures", {})
+        candidates += [
             getattr(current, "cause", None),
             current.__cause__,
             current.__context__,
-            *failures.values(),
+            *worker_failures.values(),
         ]
     return None

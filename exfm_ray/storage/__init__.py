@@ -1,1 +1,1 @@
-"""Files, local and remote: atomic writes, copies, locks."""
+"""Local and remote files: atomic writes, local copies, locks."""

@@ -1,5 +1,8 @@
-"""Files that are whole or absent: every write goes to a temporary name beside its target and is
-renamed; a remote file is put in one step."""
+"""Atomic file writes and readers that name a damaged file.
+
+A file is complete or absent: every write goes to a temporary name beside its target and is then
+renamed. A remote file is uploaded in one step.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,20 @@ from exfm_ray.storage.remote import AnyPath, RemotePath
 
 @contextmanager
 def atomic_path(path: AnyPath) -> Iterator[Path]:
-    """Yield a temporary path in `path`'s folder; rename it to `path` when the block ends without an
-    error. Of a remote file the temporary one lies on this machine."""
+    """Yield a temporary path; move it to `path` when the block ends without an error.
+
+    The temporary file lies in `path`'s folder, or on this machine if `path` is remote.
+    """
     if isinstance(path, RemotePath):
         with tempfile.TemporaryDirectory(prefix="exfm-ray.") as folder:
-            yield Path(folder) / path.name
-            path.upload(Path(folder) / path.name)
+            local = Path(folder, path.name)
+            yield local
+            path.upload(local)
         return
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(
-        f".{path.name}.{uuid.uuid4().hex}.tmp"
-    )  # threads, and other nodes, may write the same file
+    # The name is unique: other threads and nodes may write the same file at the same time.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as handle:
@@ -48,24 +54,31 @@ def write_text(path: AnyPath, text: str) -> None:
 
 def write_json(path: AnyPath, value: Any) -> None:
     """Write `value` as JSON to `path` atomically."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    text = json.dumps(value, indent=1)
+    write_text(path, text + "\n")
 
 
 def read_json(path: AnyPath) -> Any:
-    """The JSON value in `path`; UserError where the file is missing or damaged."""
+    """Return the JSON value in `path`.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:  # not JSON, not text, or nested without end
+    except (ValueError, RecursionError) as error:  # not JSON, not text, nested too deeply
         raise UserError(
             f"{path}: not valid JSON ({error}); remove it and run the step that writes it again"
         ) from None
 
 
 def parquet_source(path: AnyPath) -> Any:
-    """What pyarrow reads a Parquet file from: a local one where it lies, a remote one from memory,
-    fetched whole in one go."""
+    """Return what pyarrow reads a Parquet file from.
+
+    That is the path of a local file, or the bytes of a remote one, downloaded in one request.
+    """
     if isinstance(path, Path):
         return path
     import pyarrow as pa
@@ -74,7 +87,7 @@ def parquet_source(path: AnyPath) -> Any:
 
 
 def remove_tree(folder: AnyPath) -> None:
-    """Delete all below a folder, and a local one itself. What is not there is no error."""
+    """Delete a folder and everything below it. A missing folder is no error."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
     else:
@@ -82,56 +95,65 @@ def remove_tree(folder: AnyPath) -> None:
 
 
 def append_jsonl(path: Path, rows: Sequence[Any]) -> None:
-    """Append a line of JSON for each row, in one write."""
+    """Append one line of JSON per row, all in one write."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
     with path.open("a") as file:
-        file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+        file.write("".join(lines))
         file.flush()
         os.fsync(file.fileno())
 
 
 def append_text(path: Path, line: str) -> None:
-    """Append a line to a log."""
+    """Append one line to a text file, such as a log."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(line + "\n")
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """The rows of a file of JSON lines; a last line that is not whole (being written, or cut short
-    by a kill) is left out.
+    """Return the rows of a file of JSON lines; a missing file has none.
 
-    UserError where a line before it is damaged.
+    An incomplete last line (being written, or cut off by a kill) is left out.
+
+    Raises:
+        UserError: a line before the last one is damaged.
     """
     if not path.exists():
         return []
-    data = path.read_bytes()
+    *lines, _ = path.read_bytes().split(b"\n")
     rows = []
-    for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path}: line {number} is damaged ({error}); remove the line"
-            ) from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: line {number} is no JSON object; remove the line")
+    for number, line in enumerate(lines, start=1):
+        row = _parse_row(line, f"{path}: line {number}")
         rows.append(row)
     return rows
 
 
+def _parse_row(line: bytes, where: str) -> Any:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is damaged ({error}); remove the line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not a JSON object; remove the line")
+    return row
+
+
 def truncate_partial_line(path: Path) -> None:
-    """Cut off a last line that a kill cut short, or the next row would be glued to it."""
+    """Remove an incomplete last line, which a kill left; the next row would be joined to it."""
     if path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        data = path.read_bytes()
+        complete_bytes = data.rfind(b"\n") + 1
+        os.truncate(path, complete_bytes)
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Return the SHA-256 of a file's bytes as hex digits."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def short_hash(value: Any) -> str:
-    """A short stable digest of a JSON-able value: 16 hex digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    """Return a short stable digest of a JSON-able value: 16 hex digits."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""Remote files on this machine: one copy for all processes of the node, checked by its hash.
+"""Local copies of remote files: one per node, shared by all processes, checked by SHA-256.
 
-A local file is its own copy. The copies lie below the folder for temporary files (TMPDIR); one that
-nobody has asked for within `CACHE_TTL_S` goes when the next comes.
+A local file is its own copy. The copies lie below the folder for temporary files (TMPDIR). A copy
+that was not used for `CACHE_TTL_S` is deleted when the next file is downloaded.
 """
 
 from __future__ import annotations
@@ -9,100 +9,96 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from fcntl import LOCK_EX, LOCK_NB, flock
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 from exfm_ray.errors import UserError
 from exfm_ray.storage.atomic import sha256, short_hash
+from exfm_ray.storage.locks import file_lock
 from exfm_ray.storage.remote import AnyPath, RemotePath
 
 CACHE_TTL_S = 3600.0
-FETCH_S = 3600.0
-LOOK_S = 0.1
-"""Longest wait for another process of this node that fetches the same file, and the pause between
-two looks."""
+DOWNLOAD_TIMEOUT_S = 3600.0
+"""Longest wait for another process of this node that downloads the same file."""
 
 
 def verify_sha256(path: AnyPath, expected: str) -> bool:
-    """True when the file is there and has this SHA-256. A remote one is fetched for that."""
+    """Return True if the file exists and has this SHA-256. A remote file is downloaded first."""
     if isinstance(path, Path):
         return path.exists() and sha256(path) == expected
     try:
-        copy = _copy(path, expected)
+        copy = _cached_copy(path, expected)
         if sha256(copy) == expected:
             return True
-        copy.unlink()  # a disk has spoilt it
-        return sha256(_copy(path, expected)) == expected
+        copy.unlink()  # the local disk damaged it
+        return sha256(_cached_copy(path, expected)) == expected
     except FileNotFoundError:
         return False
 
 
 def local_copy(path: AnyPath, expected: str) -> Path:
-    """The file on this machine. One that is fetched for this has the SHA-256 `expected`, or it is a
-    UserError; a local one is not looked at."""
+    """Return the file's path on this machine; download a remote file.
+
+    Args:
+        path: a local file is returned as it is, without a check.
+        expected: SHA-256 that a downloaded file must have.
+
+    Raises:
+        UserError: the downloaded file has another SHA-256.
+    """
     if isinstance(path, Path):
         return path
-    copy = _copy(path, expected)
+    copy = _cached_copy(path, expected)
     if not copy.exists():
         raise UserError(f"{path}: not the file that its manifest describes; it is damaged")
     return copy
 
 
-def _copy(path: RemotePath, expected: str) -> Path:
-    """The copy of a remote file as it is now, by its time (S3's are whole seconds) and size. A new
-    one that has not this SHA-256 is not kept, and `sha256` of it finds no file."""
-    there = path.stat()
-    copy = _folder() / short_hash(
-        [path.root, *path.parts, there.st_mtime_ns, there.st_size, expected]
-    )
-    with _exclusive(copy.with_suffix(".lock")):
+def _cached_copy(path: RemotePath, expected: str) -> Path:
+    """Return the path of the copy; the file is missing if what was downloaded has another SHA-256.
+
+    The copy's name depends on the remote file's time (S3: whole seconds) and size, so a file that
+    was overwritten is downloaded again.
+    """
+    stat = path.stat()
+    key = [path.root, *path.parts, stat.st_mtime_ns, stat.st_size, expected]
+    copy = _cache_folder() / short_hash(key)
+    lock = copy.with_suffix(".lock")
+
+    def refusal(holder: str) -> str:
+        return (
+            f"{lock}: waited {DOWNLOAD_TIMEOUT_S:.0f} s for {holder}, "
+            "which downloads the same file, and gave up"
+        )
+
+    with file_lock(lock, refusal, DOWNLOAD_TIMEOUT_S):
         if copy.exists():
             os.utime(copy)
             return copy
-        _forget_old()
+        _evict_expired()
         with tempfile.TemporaryDirectory(dir=copy.parent) as folder:
-            fresh = Path(folder) / "copy"
-            path.download(fresh)
-            if sha256(fresh) == expected:
-                fresh.replace(copy)
+            download = Path(folder) / "copy"
+            path.download(download)
+            if sha256(download) == expected:
+                download.replace(copy)
     return copy
 
 
-def _folder() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"exfm-ray-{os.getuid()}"
+def _cache_folder() -> Path:
+    user = os.getuid()
+    folder = Path(tempfile.gettempdir()) / f"exfm-ray-{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
+    owner = folder.stat().st_uid
+    if owner != user:
         raise UserError(f"{folder}: belongs to another user; set TMPDIR to a folder of your own")
     return folder
 
 
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        deadline = time.monotonic() + FETCH_S
-        while not _locked(lock):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{path}: waited {FETCH_S:.0f} s for another process of this node that fetches the same file, and gave up"
-                )
-            time.sleep(LOOK_S)
-        yield
-
-
-def _locked(file: IO[str]) -> bool:
-    try:
-        flock(file, LOCK_EX | LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _forget_old() -> None:
-    """Copies out of use, with their locks."""
-    for path in _folder().iterdir():
+def _evict_expired() -> None:
+    """Delete copies that were not used recently, with their lock files."""
+    oldest = time.time() - CACHE_TTL_S
+    for path in _cache_folder().iterdir():
         with suppress(OSError):
-            if path.is_file() and path.stat().st_mtime < time.time() - CACHE_TTL_S:
+            is_expired = path.stat().st_mtime < oldest
+            if is_expired and path.is_file():
                 path.unlink()

@@ -1,4 +1,4 @@
-"""Manifests: JSON files, written last, that make what lies beside them visible."""
+"""Manifests: JSON files, written last, that make the files beside them visible."""
 
 from __future__ import annotations
 

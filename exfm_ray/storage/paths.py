@@ -1,6 +1,9 @@
-"""Where relative folders lie: below EXFM_HOME, else below the working folder; in a Ray job never in
-the code uploaded for it. And where a run keeps what its roles give each other: in its folder, or
-remote."""
+"""Where relative folders and the stores of a run lie.
+
+Relative folders lie below EXFM_HOME, else below the working folder; in a Ray job never in its
+uploaded code. The stores of a run (stream, snapshots, supervision) lie in its folder or on remote
+storage.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +18,33 @@ from exfm_ray.errors import UserError
 from exfm_ray.storage.remote import AnyPath, RemotePath, check_url
 
 UPLOADS = "working_dir_files"
-"""The folder of a Ray node in which uploaded code lies, one folder for each upload. Ray removes
-them when jobs or its session end."""
+"""Folder of a Ray node that holds uploaded code, one folder per upload.
+
+Ray removes them when jobs or its session end.
+"""
 
 
 def uses_home_dir() -> bool:
-    """Whether relative folders lie elsewhere than below the working folder."""
-    return bool(os.environ.get("EXFM_HOME")) or UPLOADS in Path.cwd().parts
+    """Return True if relative folders do not start from the working folder."""
+    if os.environ.get("EXFM_HOME"):
+        return True
+    return UPLOADS in Path.cwd().parts
 
 
 def home_dir() -> Path:
-    """The folder that relative paths start from: EXFM_HOME, where it is not set ~/exfm-ray in a
-    job's uploaded code, else the working folder. It does not depend on the code uploaded, so that a
-    run goes on where it stopped."""
-    if uses_home_dir():
-        return Path(os.environ.get("EXFM_HOME") or Path.home() / "exfm-ray").absolute()
-    return Path.cwd()
+    """Return the folder that relative paths start from.
+
+    It is EXFM_HOME if that is set, `~/exfm-ray` in a job's uploaded code, else the working folder.
+    It does not depend on which code was uploaded, so a run can be resumed with changed code.
+    """
+    if not uses_home_dir():
+        return Path.cwd()
+    home = os.environ.get("EXFM_HOME") or Path.home() / "exfm-ray"
+    return Path(home).absolute()
 
 
 def absolute(path: str | Path) -> Path:
-    """`path` made absolute."""
+    """Return `path` as an absolute path, below `home_dir()` if it is relative."""
     return home_dir() / path
 
 
@@ -43,14 +53,24 @@ def store_root(
     name: str,
     storage: str | None,
 ) -> AnyPath:
-    """Where the run `name` in `folder` has its stores: stream, snapshots, supervision, and what
-    students are given beside it."""
-    return folder if storage is None else RemotePath(storage) / name
+    """Return where the stores of a run lie: stream, snapshots, supervision, student data.
+
+    Args:
+        folder: the run's folder.
+        name: the run's name.
+        storage: the URL of `run.storage`, if it is set.
+    """
+    if storage is None:
+        return folder
+    return RemotePath(storage) / name
 
 
 def store_root_of_run(run: Path) -> AnyPath:
-    """The same of a run that is there, as the config in its folder says. UserError where that says
-    what no config of ours could."""
+    """Return where the stores of an existing run lie, according to the config in its folder.
+
+    Raises:
+        UserError: the config has a name or a storage URL that no config of ours can have.
+    """
     try:
         settings = next(iter(yaml.safe_load_all((run / "config.yaml").read_text())))
         name = settings["name"]
@@ -63,20 +83,20 @@ def store_root_of_run(run: Path) -> AnyPath:
         TypeError,
         KeyError,
         AttributeError,
-    ):  # whoever reads the settings says so
-        return run
+    ):
+        return run  # the caller reads the settings next and reports what is wrong
     if storage is None:
         return run
+
     try:
-        return store_root(
-            run,
-            TypeAdapter(Name).validate_python(name),
-            check_url(TypeAdapter(str).validate_python(storage)),
-        )
+        name = TypeAdapter(Name).validate_python(name)
+        url = check_url(TypeAdapter(str).validate_python(storage))
+        return store_root(run, name, url)
     except ValidationError as error:
-        told = error.errors()[0]["msg"]
+        reason = error.errors()[0]["msg"]
     except ValueError as error:
-        told = str(error)
+        reason = str(error)
     raise UserError(
-        f"{run / 'config.yaml'}: settings 'name' and 'run.storage' lead to no store ({told}); give the run's command again"
+        f"{run / 'config.yaml'}: settings 'name' and 'run.storage' lead to no store ({reason}); "
+        "run the run's command again"
     )

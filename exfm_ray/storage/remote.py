@@ -1,9 +1,9 @@
-"""Files on a remote file system, named by a URL: as much of pathlib as the stores of a run need,
-over pyarrow's file systems.
+"""Files on a remote file system, named by a URL.
 
-S3 and Google Cloud Storage are built into pyarrow; any other scheme is fsspec's. A file is put
-whole: an object of S3 or GCS appears when its upload is complete; elsewhere a file is written under
-another name and moved. Credentials come from the environment alone.
+`RemotePath` offers the part of pathlib that the stores of a run need, on top of pyarrow's file
+systems. S3 and Google Cloud Storage are built into pyarrow; any other scheme is opened by fsspec.
+Every upload is atomic: an object of S3 or GCS appears when its upload is complete; elsewhere a file
+is written under another name and moved. Credentials come from the environment alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from exfm_ray.errors import UserError
@@ -26,141 +26,197 @@ OBJECT_STORES = {
     "s3": "S3 (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)",
     "gs": "Google Cloud (GOOGLE_APPLICATION_CREDENTIALS)",
 }
-"""Schemes whose files are objects, put in one step; and where their credentials come from."""
+"""Schemes of object stores, whose uploads are atomic, with the source of their credentials."""
 OPTIONS = {"s3": {"region", "endpoint_override", "scheme"}, "gs": {"endpoint_override", "scheme"}}
-"""What may follow the `?` of their URLs."""
+"""Options that may follow the `?` of their URLs."""
 PROBE_ATTEMPTS = 3
-TRIES = 8
-"""Tries of a request, with pauses that double from half a second: at the first look, where a
-mistake is likely; then some 40 s in all."""
-CONNECT_S = 10.0
-GCS_S = 60.0
+MAX_ATTEMPTS = 8
+"""Attempts per request, with pauses that double from half a second.
+
+The first request has few, because an error there is most likely a mistake in the settings; later
+requests are retried for about 40 s in all.
+"""
+CONNECT_TIMEOUT_S = 10.0
+GCS_RETRY_S = 60.0
 POLL_S = 1.0
-"""Shortest pause between two looks at a remote place for what may have come."""
+"""Shortest pause between two polls of remote storage."""
 
 
 class StorageError(UserError):
-    """A remote file system could not be used: nothing is known of the file."""
+    """A remote file system could not be used, so the state of the file is unknown."""
 
 
 def check_url(url: str) -> str:
-    """The URL; ValueError where it is none, holds credentials, or no file system that is installed
-    reads it."""
+    """Return the URL if it can be used.
+
+    Raises:
+        ValueError: it is not a URL, holds credentials, or has a scheme that no installed file
+            system reads.
+    """
     parts = urlsplit(url)
     if "://" not in url or not parts.scheme:
         raise ValueError(
-            "is no URL; write it as s3://bucket/prefix, or remove it: without it all lies below run.dir"
+            "is not a URL; write it as s3://bucket/prefix, "
+            "or remove it: without it everything lies below run.dir"
         )
-    if parts.password or (parts.username and parts.scheme in OBJECT_STORES):
+    is_object_store = parts.scheme in OBJECT_STORES
+    if parts.password or (parts.username and is_object_store):
+        source = f", for {OBJECT_STORES[parts.scheme]}" if is_object_store else ""
         raise ValueError(
-            "holds credentials, which would be written into the run's folder; put them into the environment of all nodes"
-            + (f", for {OBJECT_STORES[parts.scheme]}" if parts.scheme in OBJECT_STORES else "")
+            "holds credentials, which would be written into the run's folder; "
+            f"put them into the environment of all nodes{source}"
         )
-    options = parse_qs(parts.query)
-    allowed = OPTIONS.get(parts.scheme, set())
-    if unknown := sorted(options.keys() - allowed):
-        raise ValueError(
-            f"has the option '{unknown[0]}'; known for '{parts.scheme}': {', '.join(sorted(allowed)) or 'none'}"
-        )
-    if any("@" in value for values in options.values() for value in values):
-        raise ValueError(
-            "holds credentials in an option; put them into the environment of all nodes"
-        )
-    if parts.scheme in OBJECT_STORES and not parts.netloc:
+    _check_options(parts)
+    if not is_object_store:
+        _check_installed(parts.scheme)
+    elif not parts.netloc:
         raise ValueError(f"names no bucket; write it as {parts.scheme}://bucket/prefix")
-    if parts.scheme not in OBJECT_STORES:
-        import fsspec
-
-        try:
-            fsspec.get_filesystem_class(parts.scheme)
-        except (ImportError, ValueError) as error:
-            raise ValueError(
-                f"no file system for '{parts.scheme}' is installed ({error}); s3 and gs are built in"
-            ) from None
     return url
 
 
+def _check_options(parts: SplitResult) -> None:
+    options = parse_qs(parts.query)
+    allowed = OPTIONS.get(parts.scheme, set())
+    unknown = sorted(options.keys() - allowed)
+    if unknown:
+        known = ", ".join(sorted(allowed)) or "none"
+        raise ValueError(
+            f"has the option '{unknown[0]}'; known for '{parts.scheme}': {known}",
+        )
+    for values in options.values():
+        holds_user = any("@" in value for value in values)
+        if holds_user:
+            raise ValueError(
+                "holds credentials in an option; put them into the environment of all nodes"
+            )
+
+
+def _check_installed(scheme: str) -> None:
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"no file system for '{scheme}' is installed ({error}); s3 and gs are built in"
+        ) from None
+
+
 def redact_url(url: str) -> str:
-    """A URL as it may be shown: without user, password and options."""
-    head, separator, rest = url.partition("://")
-    return f"{head}://{rest.partition('?')[0].rpartition('@')[2]}" if separator else url
+    """Return a URL as it may be shown: without user, password and options."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    without_options = rest.partition("?")[0]
+    without_user = without_options.rpartition("@")[2]
+    return f"{scheme}://{without_user}"
+
+
+class _Connection(NamedTuple):
+    """An open file system.
+
+    Attributes:
+        system: for all requests.
+        probe: the same file system with fewer attempts, for the first request.
+        base: the URL's path on it.
+    """
+
+    system: Any
+    probe: Any
+    base: str
 
 
 @lru_cache(maxsize=8)
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """The file system of a checked URL, and the URL's path on it. It is looked at once: UserError
-    where it cannot be used."""
-    from pyarrow import fs
+    """Return the file system of a checked URL, and the URL's path on it.
+
+    Raises:
+        UserError: the file system does not answer the first request, or its bucket does not exist.
+    """
+    from pyarrow.fs import FileType
 
     parts = urlsplit(url)
     shown = redact_url(url)
-    base = f"{parts.netloc}{parts.path}".rstrip("/")
+    is_object_store = parts.scheme in OBJECT_STORES
     try:
-        if parts.scheme == "s3":
-            door, system = (_s3(parts, tries) for tries in (PROBE_ATTEMPTS, TRIES))
-        elif parts.scheme == "gs":
-            door = system = fs.GcsFileSystem(
-                retry_time_limit=timedelta(seconds=GCS_S), **_options(parts)
-            )
-        else:
-            import fsspec
-
-            other, base = fsspec.url_to_fs(url, use_listings_cache=False)
-            door = system = fs.PyFileSystem(fs.FSSpecHandler(other))
-        found = door.get_file_info(parts.netloc if parts.scheme in OBJECT_STORES else base)
+        connection = _connect(url, parts)
+        probed_path = parts.netloc if is_object_store else connection.base
+        info = connection.probe.get_file_info(probed_path)
     except OSError as error:
-        place = OBJECT_STORES.get(parts.scheme, parts.scheme)
+        credentials = OBJECT_STORES.get(parts.scheme, parts.scheme)
         raise StorageError(
-            f"setting 'run.storage': {shown} cannot be reached ({_plain(error)}); does the environment of this process hold credentials for "
-            f"{place}, may they list the bucket, and is the address right?"
+            f"setting 'run.storage': {shown} cannot be reached ({_first_line(error)}); "
+            f"does the environment of this process hold credentials for {credentials}, "
+            "may they list the bucket, and is the address right?"
         ) from None
-    if parts.scheme in OBJECT_STORES and found.type is fs.FileType.NotFound:
+    if is_object_store and info.type is FileType.NotFound:
         raise UserError(
-            f"setting 'run.storage': {shown}: there is no bucket '{parts.netloc}'; create it, or correct the name"
+            f"setting 'run.storage': {shown}: there is no bucket '{parts.netloc}'; "
+            "create it, or correct the name"
         )
-    return system, base
+    return connection.system, connection.base
+
+
+def _connect(url: str, parts: SplitResult) -> _Connection:
+    from pyarrow import fs
+
+    base = f"{parts.netloc}{parts.path}".rstrip("/")
+    if parts.scheme == "s3":
+        probe = _s3(parts, PROBE_ATTEMPTS)
+        return _Connection(_s3(parts, MAX_ATTEMPTS), probe, base)
+    if parts.scheme == "gs":
+        retry_limit = timedelta(seconds=GCS_RETRY_S)
+        system = fs.GcsFileSystem(retry_time_limit=retry_limit, **_options(parts))
+        return _Connection(system, system, base)
+
+    import fsspec
+
+    filesystem, base = fsspec.url_to_fs(url, use_listings_cache=False)
+    system = fs.PyFileSystem(fs.FSSpecHandler(filesystem))
+    return _Connection(system, system, base)
 
 
 def _options(parts: SplitResult) -> dict[str, str]:
-    return {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    options = parse_qs(parts.query)
+    return {name: values[-1] for name, values in options.items()}
 
 
-def _s3(parts: SplitResult, tries: int) -> Any:
-    """The endpoint and region of the URL, else the environment's, else Amazon's and the bucket's
-    own."""
+def _s3(parts: SplitResult, attempts: int) -> Any:
+    """Open S3 with the endpoint and region of the URL, else of the environment.
+
+    Without either the endpoint is Amazon's, and the region the bucket's.
+    """
     from pyarrow import fs
 
     options = _options(parts)
-    environment = os.environ
-    named = environment.get("AWS_ENDPOINT_URL_S3") or environment.get(
-        "AWS_ENDPOINT_URL"
-    )  # pyarrow itself does not look at them
-    if named and "endpoint_override" not in options:
-        scheme, _, address = named.rstrip("/").rpartition("://")
-        options |= {
-            "endpoint_override": address,
-            "scheme": options.get("scheme", scheme or "https"),
-        }
+    # pyarrow itself does not read these variables.
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint and "endpoint_override" not in options:
+        scheme, _, address = endpoint.rstrip("/").rpartition("://")
+        options["endpoint_override"] = address
+        options.setdefault("scheme", scheme or "https")
+
     if "region" not in options:
-        region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
-        options["region"] = region or (
-            "us-east-1" if "endpoint_override" in options else fs.resolve_s3_region(parts.netloc)
-        )
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        if not region and "endpoint_override" in options:
+            region = "us-east-1"
+        options["region"] = region or fs.resolve_s3_region(parts.netloc)
     return fs.S3FileSystem(
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=tries),
-        connect_timeout=CONNECT_S,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+        connect_timeout=CONNECT_TIMEOUT_S,
         allow_delayed_open=True,
         **options,
     )
 
 
-def _plain(error: OSError) -> str:
-    return str(error).splitlines()[0]
+def _first_line(error: OSError) -> str:
+    lines = str(error).splitlines()
+    return lines[0]
 
 
 @dataclass(frozen=True)
 class Stat:
-    """What is asked of a file."""
+    """Size and modification time of a file, named as in `os.stat_result`."""
 
     st_size: int
     st_mtime: float
@@ -169,18 +225,21 @@ class Stat:
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A file, or what lies under a prefix: `root` is a URL that `check_url` has passed, `parts` the
-    names below it.
+    """A file, or a prefix of files, on a remote file system.
 
-    As with pathlib, a missing file is a FileNotFoundError. Whatever else goes wrong is a
-    StorageError.
+    As with pathlib, a missing file is a FileNotFoundError. Any other failure is a StorageError.
+
+    Attributes:
+        root: a URL that `check_url` has accepted.
+        parts: the names below it.
     """
 
     root: str
     parts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "/".join([redact_url(self.root).rstrip("/"), *self.parts])
+        root = redact_url(self.root).rstrip("/")
+        return "/".join([root, *self.parts])
 
     def __truediv__(self, below: str) -> RemotePath:
         parts = below.split("/")
@@ -190,21 +249,23 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        """The last part."""
-        return self.parts[-1] if self.parts else ""
+        """The last part, empty for the root itself."""
+        if not self.parts:
+            return ""
+        return self.parts[-1]
 
     @property
     def parent(self) -> RemotePath:
-        """Without the last part."""
+        """The path without its last part."""
         return RemotePath(self.root, self.parts[:-1])
 
     def with_name(self, name: str) -> RemotePath:
-        """Beside it."""
+        """Return the path of another file in the same parent."""
         return self.parent / name
 
     @contextmanager
-    def _at(self) -> Iterator[tuple[Any, str]]:
-        """The file system and the path on it, for one operation."""
+    def _open(self) -> Iterator[tuple[Any, str]]:
+        """Yield the file system and the path on it, for one operation."""
         system, base = open_filesystem(self.root)
         try:
             yield system, "/".join([base, *self.parts])
@@ -212,105 +273,131 @@ class RemotePath:
             raise
         except OSError as error:
             raise StorageError(
-                f"{self}: {_plain(error)}; the same command goes on when the storage can be used again"
+                f"{self}: {_first_line(error)}; "
+                "rerun the same command to resume when the storage can be used again"
             ) from None
 
     def _info(self) -> Any:
-        with self._at() as (system, path):
+        with self._open() as (system, path):
             return system.get_file_info(path)
 
     def exists(self) -> bool:
-        """True for a file, and for a prefix of files."""
+        """Return True for a file and for a prefix of files."""
         from pyarrow.fs import FileType
 
         return self._info().type is not FileType.NotFound
 
     def stat(self) -> Stat:
-        """Of a file."""
+        """Return size and modification time of a file; the time is 0 if the storage has none."""
         info = self._info()
         if not info.is_file:
             raise FileNotFoundError(str(self))
-        return Stat(info.size, info.mtime.timestamp() if info.mtime else 0.0, info.mtime_ns or 0)
+        modified_s = info.mtime.timestamp() if info.mtime else 0.0
+        return Stat(info.size, modified_s, info.mtime_ns or 0)
 
     def read_bytes(self) -> bytes:
-        """The whole file."""
-        with self._at() as (system, path), system.open_input_file(path) as file:
+        """Return the content of the file."""
+        with (
+            self._open() as (system, path),
+            system.open_input_file(path) as file,
+        ):
             data: bytes = file.read()
         return data
 
     def read_text(self) -> str:
-        """The whole file, UTF-8."""
+        """Return the content of the file, decoded as UTF-8."""
         return self.read_bytes().decode()
 
     def download(self, target: Path) -> None:
-        """Copy the file to this machine."""
+        """Copy the file to a local path."""
         with (
-            self._at() as (system, path),
+            self._open() as (system, path),
             system.open_input_stream(path, compression=None) as file,
             target.open("wb") as copy,
         ):
-            while piece := file.read(1 << 24):
-                copy.write(piece)
+            while chunk := file.read(1 << 24):
+                copy.write(chunk)
 
     def upload(self, source: Path) -> None:
-        """Make this file a copy of a local one, in one step for all who read it."""
-        import pyarrow as pa
-
-        objects = urlsplit(self.root).scheme in OBJECT_STORES
-        with self._at() as (system, path):
-            target = path if objects else f"{path}.{uuid.uuid4().hex}.tmp"
-            if not objects:
-                system.create_dir(path.rpartition("/")[0], recursive=True)
-            with system.open_output_stream(target, compression=None) as file:
-                if source.stat().st_size:  # nothing cannot be mapped into memory
-                    file.write(pa.memory_map(str(source)).read_buffer())
-            if not objects:
-                system.move(target, path)
+        """Make this file a copy of a local one. Readers see the old content or the new."""
+        atomic_upload = urlsplit(self.root).scheme in OBJECT_STORES
+        with self._open() as (system, path):
+            if atomic_upload:
+                _write(system, path, source)
+                return
+            temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+            system.create_dir(path.rpartition("/")[0], recursive=True)
+            _write(system, temporary, source)
+            system.move(temporary, path)
 
     def unlink(self, missing_ok: bool = False) -> None:
-        """Delete a file."""
+        """Delete the file."""
         try:
-            with self._at() as (system, path):
+            with self._open() as (system, path):
                 system.delete_file(path)
         except FileNotFoundError:
             if not missing_ok:
                 raise
 
     def remove_tree(self) -> None:
-        """Delete all files under a prefix, if any."""
-        with suppress(FileNotFoundError), self._at() as (system, path):
+        """Delete all files under the prefix, if there are any."""
+        with (
+            suppress(FileNotFoundError),
+            self._open() as (system, path),
+        ):
             system.delete_dir(path)
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
-        """What lies below, as deep as the pattern and matching it part by part: for a pattern of
-        one part files and prefixes, for a longer one files. A request for each thousand files
-        below."""
-        wanted = pattern.split("/")
-        for path in self._relative(recursive=len(wanted) > 1):
+        """Yield the paths below that match the pattern part by part.
+
+        A pattern of one part yields files and prefixes, a longer one files only. It takes one
+        request for each thousand files below.
+        """
+        patterns = pattern.split("/")
+        depth = len(patterns)
+        for path in self._list(recursive=depth > 1):
             names = path.parts[len(self.parts) :]
-            if len(names) == len(wanted) and all(map(fnmatchcase, names, wanted)):
+            if len(names) != depth:
+                continue
+            if all(map(fnmatchcase, names, patterns)):
                 yield path
 
     def rglob(self, pattern: str) -> Iterator[RemotePath]:
-        """All files below whose name matches."""
-        return (path for path in self._relative(recursive=True) if fnmatchcase(path.name, pattern))
+        """Yield all files below whose name matches the pattern."""
+        for path in self._list(recursive=True):
+            if fnmatchcase(path.name, pattern):
+                yield path
 
-    def _relative(self, recursive: bool) -> Iterator[RemotePath]:
+    def _list(self, recursive: bool) -> Iterator[RemotePath]:
         from pyarrow.fs import FileSelector
 
-        with self._at() as (system, path):
-            found = system.get_file_info(
-                FileSelector(path, recursive=recursive, allow_not_found=True)
-            )
-        for info in found:
+        with self._open() as (system, path):
+            selector = FileSelector(path, recursive=recursive, allow_not_found=True)
+            infos = system.get_file_info(selector)
+        for info in infos:
             if info.is_file or not recursive:
-                yield self / info.path[len(path) :].strip("/")
+                below = info.path[len(path) :].strip("/")
+                yield self / below
+
+
+def _write(
+    system: Any,
+    path: str,
+    source: Path,
+) -> None:
+    import pyarrow as pa
+
+    with system.open_output_stream(path, compression=None) as file:
+        if source.stat().st_size:  # an empty file cannot be mapped into memory
+            file.write(pa.memory_map(str(source)).read_buffer())
 
 
 AnyPath = Path | RemotePath
-"""Where a store lies."""
+"""The root of a store, local or remote."""
 
 
-def poll_interval(place: AnyPath, local_s: float) -> float:
-    """Pause between two looks at a place: `local_s`, where a look is a request longer."""
-    return local_s if isinstance(place, Path) else max(local_s, POLL_S)
+def poll_interval(store: AnyPath, local_s: float) -> float:
+    """Return the pause between two polls of a store, in seconds: `local_s`, longer for remote."""
+    if isinstance(store, Path):
+        return local_s
+    return max(local_s, POLL_S)

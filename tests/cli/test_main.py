@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from refusals import refused
-from role_locks import held
+from role_locks import role_holder
 from small_runs import SETTINGS, merged
 
 from exfm_ray.cli.inspect import export
@@ -192,7 +192,7 @@ def test_a_run_that_another_process_drives(
     """Wrong: a command that is given twice writes every row and checkpoint twice."""
     assert main(["prepare", "--config", str(file)]) == 0
     folder = load_config(file).folder
-    with held(folder, "vm") as other:
+    with role_holder(folder, "vm") as other:
         for command in ("pipeline", "train-vm"):
             assert main([command, "--config", str(file)]) == 2
             assert f"error: {folder}: process {other.pid} on" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A role of a run held by another process."""
+"""A role of a run that another process has locked."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 
 
 @contextmanager
-def held(folder: Path, *roles: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds roles; it has a child that outlives it."""
+def role_holder(folder: Path, *roles: str) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the locks of some roles; it has a child that outlives it."""
     command = [sys.executable, "-c", HOLDER, str(folder), *roles]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout
-    heir = int(process.stdout.readline())
+    child_pid = int(process.stdout.readline())
     try:
         yield process
     finally:
         process.kill()
         process.communicate()
-        subprocess.run(["kill", str(heir)], check=True)
+        subprocess.run(["kill", str(child_pid)], check=True)
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ from pathlib import Path
 from exfm_ray.storage.locks import acquire_role_lock
 acquire_role_lock(Path(sys.argv[1]), sys.argv[2:])
 acquire_role_lock(Path(sys.argv[1]), sys.argv[2:])
-heir = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
-print(heir.pid, flush=True)
+child = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
+print(child.pid, flush=True)
 sys.stdin.read()
 """

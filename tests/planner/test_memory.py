@@ -1,4 +1,4 @@
-"""Plans: equal to what a real training holds, and to sums by hand where none can run."""
+"""Memory plans equal what a real training holds, and sums by hand where none can run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from exfm_ray.cli.main import main
 from exfm_ray.config.models import MLPConfig, WukongConfig
 from exfm_ray.config.root import Config
 from exfm_ray.config.trainer import FMConfig
-from exfm_ray.planner.memory import REDUCE_BUCKET, plan_fm
+from exfm_ray.planner.dense_state import REDUCE_BUCKET
+from exfm_ray.planner.memory import plan_fm
 from exfm_ray.schema import DenseFeature, Kind, Schema, SparseFeature
 
 BIG = Schema(
@@ -44,38 +45,38 @@ CASES: dict[str, dict[str, Any]] = {
     "table-wise, bf16": {"sharding": "table_wise", "precision": "bf16"},
     "row-wise, stage 3": {"sharding": "row_wise", "zero_stage": 3},
 }
-KEPT = ("dense weights", "float32 masters", "Adam", "moving average")
+RESIDENT = ("dense weights", "float32 masters", "Adam", "moving average")
 
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_a_plan_says_what_a_training_holds(
+def test_a_plan_equals_what_a_training_holds(
     groups: dict[int, Workers],
     case: str,
     world: int,
 ) -> None:
-    """Wrong: a run that was planned to fit does not, or the plan deals the tables to other workers
-    than the engine does."""
+    """Wrong: a run that should fit according to its plan does not, or the plan places the tables
+    on other workers than the engine does."""
     fm = FMConfig(model=MODEL, workers=world, batch_size=512, **CASES[case])
     plan = plan_fm(Config(fm=fm), BIG)
     assert plan.table_parameters * 4 > 25 * 2**20
-    for rank, found in enumerate(groups[world].run(measure, fm, BIG)):
-        said = plan.parts(rank)
-        assert {
+    for rank, measured in enumerate(groups[world].run(measure, fm, BIG)):
+        planned = plan.parts(rank)
+        planned_rows = {
             shard.name: int(shard.rows_W[rank]) for shard in plan.shards if shard.rows_W[rank]
-        } == found["rows"]
-        assert {name: said[name] for name in ("tables", "row-wise Adagrad")} == {
-            name: found[name] for name in ("tables", "row-wise Adagrad")
         }
-        # Adam holds a step for each parameter, too, and stage 3 keeps small parameters whole: less
+        assert planned_rows == measured["rows"]
+        for name in ("tables", "row-wise Adagrad"):
+            assert planned[name] == measured[name]
+        # Adam also holds a step for each parameter, and stage 3 keeps small parameters whole: less
         # than 1 %.
-        assert {name: said[name] for name in KEPT} == pytest.approx(
-            {name: found[name] for name in KEPT}, rel=0.01
+        assert {name: planned[name] for name in RESIDENT} == pytest.approx(
+            {name: measured[name] for name in RESIDENT}, rel=0.01
         )
-        if fm.zero_stage < 3:  # there the weights are gathered from place to place
-            assert said["activations"] == pytest.approx(found["activations"], rel=0.1)
+        if fm.zero_stage < 3:  # stage 3 gathers the weights while it computes
+            assert planned["activations"] == pytest.approx(measured["activations"], rel=0.1)
         if fm.zero_stage == 0 and fm.precision == "fp32" and world == 1:
-            assert said["gradients and reduce buffers"] == found["gradients"]
+            assert planned["gradients and reduce buffers"] == measured["gradients"]
 
 
 TRILLION = Schema(
@@ -95,7 +96,7 @@ def trillion(**settings: Any) -> Config:
 
 
 def test_a_trillion_parameters_by_hand() -> None:
-    """Wrong: a sum overflows, a worker's part is of the wrong size, or a part is left out."""
+    """Wrong: a sum overflows, a worker's part has the wrong size, or a part is missing."""
     plan = plan_fm(trillion(workers=64), TRILLION)
     assert plan.parameters == 8 * 2_000_000_000 * 64 + 2 * 64 + DENSE
     assert plan.replica_bytes == 4 * plan.parameters
@@ -134,8 +135,8 @@ def test_dense_state_by_hand(
     adam: int,
     gradients: int,
 ) -> None:
-    """Wrong: bf16 has no float32 masters, a stage divides what it does not, or the reduce bucket is
-    forgotten."""
+    """Wrong: bf16 has no float32 masters, a stage divides what every worker holds whole, or the
+    reduce bucket is missing."""
     assert DENSE % 16 == 1  # padded to a multiple of two numbers for each of 8 workers
     dense = plan_fm(trillion(workers=8, precision="bf16", zero_stage=stage), TRILLION).dense
     assert (dense.weights, dense.masters, dense.adam, dense.gradients) == (
@@ -146,9 +147,8 @@ def test_dense_state_by_hand(
     )
 
 
-def test_what_does_not_fit_is_named() -> None:
-    """Wrong: a plan that cannot run says that it fits, or leaves the user to search for the
-    table."""
+def test_violations_name_what_does_not_fit() -> None:
+    """Wrong: a plan that cannot run passes, or the user has to search for the table."""
     rows = plan_fm(trillion(workers=8), TRILLION).violations(80 * 2**30)
     assert rows[0].startswith("8 of 8 worker(s) need more than 80.0 GiB, worker 0 most: 48")
     assert rows[1:] == ["most of worker 0: tables, 476.8 GiB"]
@@ -166,8 +166,8 @@ def test_what_does_not_fit_is_named() -> None:
     )
 
 
-def test_a_trillion_rows_are_planned_at_once() -> None:
-    """Wrong: something of a table's size is allocated, or looped over."""
+def test_a_trillion_rows_are_planned_within_seconds() -> None:
+    """Wrong: the plan allocates something of a table's size, or loops over its rows."""
     many = Schema(
         features=tuple(SparseFeature(name=f"t{i}", rows=2_147_483_647) for i in range(500)),
         tasks=("click",),
@@ -197,8 +197,8 @@ def test_the_command_plans_from_a_config_alone(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Wrong: a plan needs the data, writes something, loses an option, or ends as if all were well
-    where something does not fit."""
+    """Wrong: a plan needs the data, writes something, loses an option, or ends with success
+    although something does not fit."""
     command = [
         "plan",
         "--config",
@@ -225,13 +225,13 @@ def test_the_command_plans_from_a_config_alone(
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_table_source_is_planned_by_its_schema_file_alone(
+def test_a_table_source_is_planned_from_its_schema_file_alone(
     file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Wrong: trillions of rows must be on the disk before they can be planned, or `data.table_rows`
-    is not heeded."""
+    """Wrong: trillions of rows must be on the disk before they can be planned, or the plan ignores
+    `data.table_rows`."""
     declared = {
         "format": "csv",
         "files": "no.csv",
@@ -257,7 +257,7 @@ def test_a_table_source_is_planned_by_its_schema_file_alone(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (
             ["--set", "data.source=frappe", "--set", "data.root=/nowhere"],
@@ -277,12 +277,12 @@ def test_a_table_source_is_planned_by_its_schema_file_alone(
         (["--gpus", "2", "--workers", "2"], "not allowed with argument"),
     ],
 )
-def test_mistakes_are_told(
+def test_mistakes_are_reported(
     file: Path,
     arguments: list[str],
-    told: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Wrong: a mistake ends in a traceback, or in a plan."""
+    """Wrong: a mistake ends in a traceback or in a plan."""
     assert main(["plan", "--config", str(file), *arguments]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

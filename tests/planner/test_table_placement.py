@@ -1,4 +1,4 @@
-"""Tables are dealt evenly, each to one worker or to all."""
+"""Tables are placed evenly, each on one worker or on all."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ TABLES = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(2, 
 
 @given(TABLES, st.integers(1, 9))
 def test_no_worker_holds_much_more_than_another(tables: dict[str, int], workers: int) -> None:
-    """Wrong: a table is lost, the order depends on the schema's, or one worker is given a table
-    while another has fewer rows."""
-    dealt = place_tables(tables, "table_wise", workers)
-    assert dealt.keys() == tables.keys() and dealt == place_tables(
-        dict(reversed(tables.items())), "table_wise", workers
-    )
-    held = [[tables[name] for name, worker in dealt.items() if worker == w] for w in range(workers)]
-    assert sum(map(len, held)) == len(tables)
-    for mine in held:
-        for other in held:
-            assert not mine or sum(mine) - min(mine) <= sum(
-                other
-            )  # the last that it was given, the smallest, came when it had least
+    """Wrong: a table is lost, the placement depends on the schema's order, or a worker gets a
+    table while another has fewer rows."""
+    placement = place_tables(tables, "table_wise", workers)
+    reordered = dict(reversed(tables.items()))
+    assert placement.keys() == tables.keys()
+    assert placement == place_tables(reordered, "table_wise", workers)
+
+    rows_on: list[list[int]] = [[] for _ in range(workers)]
+    for name, worker in placement.items():
+        assert worker is not None
+        rows_on[worker].append(tables[name])
+    assert sum(map(len, rows_on)) == len(tables)
+    for rows in rows_on:
+        # A worker's smallest table was its last. Before, the worker had the fewest rows.
+        before_last = sum(rows) - min(rows, default=0)
+        assert all(before_last <= sum(other) for other in rows_on)
 
 
 @given(TABLES, st.integers(2, 9))
-def test_row_wise_cuts_everything_where_there_is_something_to_cut(
+def test_row_wise_splits_every_table_over_several_workers(
     tables: dict[str, int], workers: int
 ) -> None:
-    """Wrong: a table stays whole on one worker, or a single worker's tables are cut."""
+    """Wrong: a table stays whole on one of several workers, or a single worker's tables are
+    split."""
     assert set(place_tables(tables, "row_wise", workers).values()) == {None}
     assert set(place_tables(tables, "row_wise", 1).values()) == {0}

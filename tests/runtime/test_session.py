@@ -1,4 +1,4 @@
-"""Ray's wrapping taken off errors, the CPUs a run asks for, memory measured."""
+"""User errors inside Ray's, the CPUs that a run requests, its Ray session, its memory."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ import ray
 from small_runs import small_config
 
 from exfm_ray.errors import UserError
-from exfm_ray.runtime import resources
-from exfm_ray.runtime import session as runtime
+from exfm_ray.runtime import resources, session
 from exfm_ray.runtime.resources import DATA_CPUS, logical_cpus
 from exfm_ray.runtime.session import restrict_token_file, user_error
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_finds_the_mistake_below_other_errors() -> None:
-    """Wrong: a user reads Ray's wrapping instead of the mistake, or a cycle of errors hangs the
-    search."""
+def test_finds_the_mistake_inside_other_errors() -> None:
+    """Wrong: a user sees Ray's wrapping instead of the mistake, or a cycle of errors makes the
+    search endless."""
     mistake = UserError("here")
 
     class WrapperError(Exception):
@@ -50,7 +49,7 @@ def test_finds_the_mistake_below_other_errors() -> None:
 
 @ray.remote(num_cpus=0)
 class Failing:
-    """Raises what a scorer or a feed raises."""
+    """An actor that raises what a scorer or a feed raises."""
 
     def __init__(self, at_start: bool) -> None:
         if at_start:
@@ -61,21 +60,21 @@ class Failing:
 
 
 @pytest.mark.parametrize(
-    ("at_start", "told"), [(True, "no stream here"), (False, "no window here")]
+    ("at_start", "message"), [(True, "no stream here"), (False, "no window here")]
 )
-def test_finds_the_mistake_that_an_actor_made(
+def test_finds_the_mistake_that_an_actor_reports(
     cluster: None,
     at_start: bool,
-    told: str,
+    message: str,
 ) -> None:
-    """Wrong: a mistake that an actor finds, at its start or later, keeps its traceback."""
+    """Wrong: a mistake that an actor finds, at its start or later, is shown with a traceback."""
     with pytest.raises(ray.exceptions.RayError) as caught:
         ray.get(Failing.remote(at_start).fail.remote())
-    assert told in str(user_error(caught.value) or caught.value)
-    assert at_start or str(user_error(caught.value)) == told
+    assert message in str(user_error(caught.value) or caught.value)
+    assert at_start or str(user_error(caught.value)) == message
 
 
-def test_asks_for_cpus_for_every_role_and_for_the_data(tmp_path: Path) -> None:
+def test_requests_cpus_for_every_role_and_for_the_data(tmp_path: Path) -> None:
     """Wrong: Ray has no CPU left for reading and the run hangs."""
     config = small_config(
         tmp_path,
@@ -89,18 +88,17 @@ def test_asks_for_cpus_for_every_role_and_for_the_data(tmp_path: Path) -> None:
     assert logical_cpus(shared) == 3 + 2 + 4 + DATA_CPUS
 
 
-def test_an_address_at_which_nobody_listens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Wrong: a wrong RAY_ADDRESS ends in Ray's traceback, after minutes."""
+def test_an_address_where_nothing_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: a wrong RAY_ADDRESS ends in Ray's traceback after minutes."""
     monkeypatch.setattr("exfm_ray.runtime.session.ray.is_initialized", lambda: False)
-    monkeypatch.setattr(runtime, "_log_to", lambda path: None)
+    monkeypatch.setattr(session, "_log_to", lambda path: None)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{closed.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
-        told = f"RAY_ADDRESS is {address}, and no Ray could be joined there .*; correct it, .* or unset it"
-        with pytest.raises(UserError, match=told), runtime.ray_session(small_config(tmp_path, "x")):
+        config = small_config(tmp_path, "x")
+        message = rf"RAY_ADDRESS is {address}, and no Ray could be .*; correct it, .* or unset it"
+        with pytest.raises(UserError, match=message), session.ray_session(config):
             pass
 
 
@@ -122,14 +120,14 @@ def test_the_token_is_for_its_owner_only(tmp_path: Path, monkeypatch: pytest.Mon
     assert named.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_cluster_is_asked_for_cpus_and_for_the_folder(
+def test_a_cluster_is_checked_for_cpus_and_for_the_folder(
     cluster: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Wrong: a run waits without a word for CPUs that are not there, or fails in the middle where a
-    node lacks its folder."""
+    """Wrong: a run waits without a message for missing CPUs, or fails half-way because a node does
+    not see its folder."""
     monkeypatch.setattr(
         "exfm_ray.runtime.session.ray.get_runtime_context",
         lambda: SimpleNamespace(get_node_id=lambda: "another"),
@@ -137,14 +135,15 @@ def test_a_cluster_is_asked_for_cpus_and_for_the_folder(
     config = small_config(tmp_path, "x", fm={"workers": 99})
     logs = config.folder / "logs"
     logs.mkdir(parents=True)
-    runtime._check_cluster(config)
-    assert "CPUs and this run asks for 103: it waits until nodes join" in capsys.readouterr().err
-    monkeypatch.setattr(runtime, "_exists", lambda path: False)
-    with pytest.raises(
-        UserError,
-        match=f"{config.folder}: [0-9.]+ does not see this folder; put run.dir, or EXFM_HOME, on a file system",
-    ):
-        runtime._check_cluster(config)
+    session._check_cluster(config)
+    assert "CPUs and this run asks for 103: it waits until nodes join" in caplog.text
+    monkeypatch.setattr(session, "_exists", lambda path: False)
+    message = (
+        rf"{config.folder}: [0-9.]+ does not see this folder; "
+        "put run.dir, or EXFM_HOME, on a file system"
+    )
+    with pytest.raises(UserError, match=message):
+        session._check_cluster(config)
     assert not list(logs.iterdir())
 
 
@@ -152,9 +151,9 @@ def node(cpus: float, **labels: str) -> dict[str, Any]:
     return {"Resources": {"CPU": cpus}, "Labels": labels}
 
 
-def test_says_which_labelled_nodes_a_run_will_wait_for(tmp_path: Path) -> None:
-    """Wrong: a run waits without a word for nodes that never come, or is told to wait for nodes
-    that are there."""
+def test_names_the_labeled_nodes_that_a_run_will_wait_for(tmp_path: Path) -> None:
+    """Wrong: a run waits without a message for nodes that never come, or reports that it waits for
+    nodes that are present."""
     placement = {
         "fm": {"group": "fm", "disk": "ssd"},
         "das": {"group": "cpu"},
@@ -163,15 +162,16 @@ def test_says_which_labelled_nodes_a_run_will_wait_for(tmp_path: Path) -> None:
     config = small_config(
         tmp_path, "x", placement=placement, fm={"workers": 3}, das={"max_actors": 4}
     )
-    told = "what is to run there waits until such nodes join"
+    ending = "what is to run there waits until such nodes join"
     cpu = node(8, group="cpu")
     assert resources.missing_resources(
         config, [cpu, node(2, group="fm", disk="ssd"), node(9, group="fm")]
     ) == [
-        f"setting 'placement.fm': the nodes with group=fm,disk=ssd have 2 CPUs, 3 CPUs are asked for; {told}"
+        "setting 'placement.fm': the nodes with group=fm,disk=ssd have 2 CPUs, "
+        f"3 CPUs are asked for; {ending}"
     ]
     assert resources.missing_resources(config, [cpu, node(9, disk="ssd")]) == [
-        f"setting 'placement.fm': no node has group=fm,disk=ssd, 3 CPUs are asked for; {told}"
+        f"setting 'placement.fm': no node has group=fm,disk=ssd, 3 CPUs are asked for; {ending}"
     ]
     assert (
         resources.missing_resources(
@@ -185,18 +185,18 @@ def test_says_which_labelled_nodes_a_run_will_wait_for(tmp_path: Path) -> None:
 def test_labels_without_a_cluster_are_a_mistake(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wrong: a run on one machine waits for ever for a labelled node."""
+    """Wrong: a run on one machine waits for ever for a labeled node."""
     monkeypatch.setattr("exfm_ray.runtime.session.ray.is_initialized", lambda: False)
     monkeypatch.setattr("exfm_ray.runtime.session._log_to", lambda path: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = small_config(tmp_path, "x", placement={"vm": {"group": "cpu"}})
-    told = "setting 'placement.vm' asks for nodes with group=cpu, but RAY_ADDRESS is not set"
-    with pytest.raises(UserError, match=told), runtime.ray_session(config):
+    message = "setting 'placement.vm' asks for nodes with group=cpu, but RAY_ADDRESS is not set"
+    with pytest.raises(UserError, match=message), session.ray_session(config):
         pass
 
 
 MEASURE = """
-from exfm_ray.runtime.session import MemoryMeter
+from exfm_ray.runtime.memory import MemoryMeter
 meter = MemoryMeter(); meter.sample(); before = meter.peak
 block = bytearray(b"x") * (300 << 20); meter.sample(); full = meter.peak
 del block; meter.sample()

@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Files are complete or absent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from exfm_ray.storage.atomic import (
 )
 
 
-def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
+def test_an_error_while_writing_keeps_the_old_file(tmp_path: Path) -> None:
     """Wrong: a failed write destroys the old file, shows half of the new one, or leaves litter
     (rule 5)."""
     path = tmp_path / "deep" / "file.json"
@@ -30,7 +30,7 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["file.json"]
 
 
-def test_a_new_file_takes_the_old_ones_place(tmp_path: Path) -> None:
+def test_a_new_file_replaces_the_old_one(tmp_path: Path) -> None:
     """Wrong: writing twice fails or appends."""
     for text in ("one", "two"):
         write_text(tmp_path / "f", text)
@@ -38,8 +38,8 @@ def test_a_new_file_takes_the_old_ones_place(tmp_path: Path) -> None:
 
 
 def test_two_threads_write_the_same_file(tmp_path: Path) -> None:
-    """Wrong: two that write the same file at once write into one temporary file, or one that a
-    sweep after a kill does not find."""
+    """Wrong: two writers of the same file share one temporary file, or the cleanup after a kill
+    does not find it."""
     path = tmp_path / "f"
     with atomic_path(path) as one, atomic_path(path) as other:
         one.write_text("one")
@@ -60,7 +60,7 @@ def test_missing_and_damaged_json_is_named(tmp_path: Path) -> None:
 
 
 def test_digests_are_stable(tmp_path: Path) -> None:
-    """Wrong: the order of keys, or the machine, changes a digest, and everything seems to be of
+    """Wrong: the order of keys, or the machine, changes a digest, and every file seems to have
     another schema."""
     assert short_hash({"a": 1, "b": [2]}) == short_hash({"b": [2], "a": 1}) == "ae8a9a5052464275"
     (tmp_path / "f").write_bytes(b"abc")

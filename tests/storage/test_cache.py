@@ -1,4 +1,4 @@
-"""Copies of remote files on this machine."""
+"""Local copies of remote files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import pytest
 from s3_server import S3
 
 from exfm_ray.errors import UserError
-from exfm_ray.storage import cache as copies
+from exfm_ray.storage import cache
 from exfm_ray.storage.atomic import sha256, write_text
 from exfm_ray.storage.cache import local_copy, verify_sha256
+from exfm_ray.storage.locks import file_lock
 from exfm_ray.storage.remote import RemotePath, StorageError
 
 TEXT = "rows"
@@ -25,31 +26,32 @@ HASH = hashlib.sha256(TEXT.encode()).hexdigest()
 
 @pytest.fixture
 def fetches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What is fetched, into a folder of the test's own."""
-    found: list[str] = []
-    fetch = RemotePath.download
-    monkeypatch.setattr(
-        RemotePath,
-        "download",
-        lambda self, target: (found.append(self.name), fetch(self, target))[1],
-    )
+    """The names of the downloaded files; the copies go into a folder of the test's own."""
+    names: list[str] = []
+    download = RemotePath.download
+
+    def recorded(self: RemotePath, target: Path) -> None:
+        names.append(self.name)
+        download(self, target)
+
+    monkeypatch.setattr(RemotePath, "download", recorded)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    yield found
+    yield names
 
 
-def test_fetched_once_for_a_node(
+def test_downloaded_once_per_node(
     s3: S3,
     tmp_path: Path,
     fetches: list[str],
 ) -> None:
-    """Wrong: each process or each use fetches a snapshot's tables again, or sees those of another
-    version."""
+    """Wrong: each process or each use downloads a snapshot's tables again, or sees those of
+    another version."""
     path = RemotePath(s3.url(tmp_path.name)) / "a"
     write_text(path, TEXT)
     with ThreadPoolExecutor(4) as threads:
-        found = set(threads.map(lambda _: local_copy(path, HASH), range(8)))
+        copies = set(threads.map(lambda _: local_copy(path, HASH), range(8)))
     assert fetches == ["a"] and verify_sha256(path, HASH)
-    (copy,) = found
+    (copy,) = copies
     assert copy.read_text() == TEXT and copy.parent.stat().st_mode & 0o77 == 0
     write_text(path, "other rows")
     assert local_copy(
@@ -77,15 +79,15 @@ def test_damage_is_seen_and_not_kept(
         UserError, match=r"s3://tests/.*a: not the file that its manifest describes; it is damaged"
     ):
         local_copy(RemotePath(s3.url(tmp_path.name)) / "a", HASH)
-    assert local_copy(tmp_path / "b", HASH) == tmp_path / "b", "a local file is not looked at"
+    assert local_copy(tmp_path / "b", HASH) == tmp_path / "b", "a local file is not checked"
 
 
-def test_a_copy_that_was_spoilt_is_seen(
+def test_a_damaged_copy_is_replaced(
     s3: S3,
     tmp_path: Path,
     fetches: list[str],
 ) -> None:
-    """Wrong: a copy that a full or failing disk has spoilt is taken for the snapshot."""
+    """Wrong: a copy that a full or failing disk has damaged is used as the snapshot."""
     path = RemotePath(s3.url(tmp_path.name)) / "a"
     write_text(path, TEXT)
     local_copy(path, HASH).write_text("rowz")
@@ -93,52 +95,55 @@ def test_a_copy_that_was_spoilt_is_seen(
     assert verify_sha256(path, HASH) and fetches == ["a", "a"]
 
 
-def test_an_outage_is_no_damage(
+def test_an_outage_is_not_damage(
     s3: S3,
     tmp_path: Path,
     fetches: list[str],
 ) -> None:
-    """Wrong: while the storage cannot be asked a whole snapshot counts as damaged, and an older one
-    takes its place."""
+    """Wrong: while the storage does not answer, an intact snapshot counts as damaged and an older
+    one takes its place."""
     path = RemotePath(s3.url(tmp_path.name)) / "a"
     write_text(path, TEXT)
     with s3.refusing(), pytest.raises(StorageError):
         verify_sha256(path, HASH)
 
 
-def test_a_fetch_that_hangs_elsewhere_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_download_that_hangs_elsewhere_is_reported(
+    s3: S3,
+    tmp_path: Path,
+    fetches: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wrong: processes wait for ever for one that hangs while it fetches, or do not wait for it at
-    all."""
-    monkeypatch.setattr(copies, "FETCH_S", 0.3)
-    path = tmp_path / "a.lock"
-    with copies._exclusive(path):
+    """Wrong: processes wait for ever for one that hangs while it downloads, do not wait for it at
+    all, or do not name it."""
+    monkeypatch.setattr(cache, "DOWNLOAD_TIMEOUT_S", 0.3)
+    path = RemotePath(s3.url(tmp_path.name)) / "a"
+    write_text(path, TEXT)
+    copy = local_copy(path, HASH)
+    lock = copy.with_suffix(".lock")
+    with file_lock(lock, str):
         started = time.monotonic()
-        with (
-            pytest.raises(UserError, match=r"a.lock: waited 0 s for another process of this node"),
-            copies._exclusive(path),
-        ):
-            pass
+        message = rf"{lock}: waited 0 s for process {os.getpid()} on .*, which downloads the same"
+        with pytest.raises(UserError, match=message):
+            local_copy(path, HASH)
         assert time.monotonic() - started > 0.3
-    with copies._exclusive(path):
-        pass
+    assert local_copy(path, HASH) == copy
 
 
-def test_what_is_out_of_use_goes(
+def test_expired_copies_are_deleted(
     s3: S3,
     tmp_path: Path,
     fetches: list[str],
 ) -> None:
-    """Wrong: the copies of all snapshots of a long run fill the disk, or one that is in use
-    goes."""
+    """Wrong: the copies of all snapshots of a long run fill the disk, or one in use is
+    deleted."""
     folder = RemotePath(s3.url(tmp_path.name))
     for name in ("old", "used", "new"):
         write_text(folder / name, TEXT)
     old = local_copy(folder / "old", HASH)
     used = local_copy(folder / "used", HASH)
     for copy in (old, used):
-        os.utime(copy, (0, time.time() - copies.CACHE_TTL_S - 1))
+        os.utime(copy, (0, time.time() - cache.CACHE_TTL_S - 1))
     local_copy(folder / "used", HASH)
     local_copy(folder / "new", HASH)
     assert used.exists() and not old.exists()

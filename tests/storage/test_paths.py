@@ -25,7 +25,7 @@ def upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_below_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: a run on this machine goes elsewhere than where it was started."""
+    """Wrong: a run on this machine writes somewhere else than where it was started."""
     monkeypatch.delenv("EXFM_HOME", raising=False)
     monkeypatch.chdir(tmp_path)
     assert not uses_home_dir()
@@ -36,13 +36,13 @@ def test_below_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
 
 
-def test_a_job_leaves_nothing_in_its_upload(
+def test_a_job_writes_nothing_into_its_uploaded_code(
     tmp_path: Path,
     upload: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wrong: a run is lost with the job, or does not go on after a change of the code, which makes
-    another upload."""
+    """Wrong: a run is lost with the job, or cannot be resumed after a change of the code, which
+    makes another upload."""
     assert uses_home_dir() and home_dir() == tmp_path / "home" / "exfm-ray"
     monkeypatch.setenv("EXFM_HOME", str(tmp_path / "shared"))
     config = Config.model_validate(SETTINGS | {"run": {}})
@@ -55,18 +55,16 @@ def test_a_job_leaves_nothing_in_its_upload(
     assert Config.model_validate(SETTINGS | {"run": {}}) == config
 
 
-def test_a_home_that_is_set_counts_everywhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exfm_home_counts_outside_of_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong: a command in an image, whose working folder is lost with the container, writes its run
     there."""
     monkeypatch.setenv("EXFM_HOME", str(tmp_path))
     assert uses_home_dir() and absolute("runs") == tmp_path / "runs"
 
 
-def test_stores_of_a_run_that_is_there(tmp_path: Path) -> None:
-    """Wrong: the stores of another run are looked for elsewhere, or a config.yaml that no command
-    of ours wrote leads to any place it likes."""
+def test_stores_of_an_existing_run(tmp_path: Path) -> None:
+    """Wrong: the stores of another run are read from the wrong place, or a config.yaml that no
+    command of ours wrote can name any place."""
     assert store_root_of_run(tmp_path) == tmp_path
     file = tmp_path / "config.yaml"
     file.write_text("name: a\nrun: {storage: null}\n")

@@ -1,5 +1,5 @@
-"""Remote files behave as local ones do; what cannot be used is told at the door, without anybody's
-secrets."""
+"""Remote files behave as local ones do; storage that cannot be used is reported at the start, and
+no message contains a secret."""
 
 from __future__ import annotations
 
@@ -37,16 +37,14 @@ def remote(
     s3: S3,
     tmp_path: Path,
 ) -> RemotePath:
-    """A place on S3, and one of a file system that only fsspec has."""
-    return (
-        RemotePath(s3.url(tmp_path.name))
-        if request.param == "s3"
-        else RemotePath(f"memory:///{tmp_path.name}")
-    )
+    """A folder on S3, and one on a file system that only fsspec has."""
+    if request.param == "s3":
+        return RemotePath(s3.url(tmp_path.name))
+    return RemotePath(f"memory:///{tmp_path.name}")
 
 
-def told(place: AnyPath) -> dict[str, Any]:
-    """What a store can learn of a place."""
+def observed(place: AnyPath) -> dict[str, Any]:
+    """Everything that a store can learn about a folder."""
 
     def names(paths: Any) -> list[str]:
         return sorted(str(path).removeprefix(str(place)) for path in paths)
@@ -84,7 +82,7 @@ def told(place: AnyPath) -> dict[str, Any]:
 
 
 def test_a_path_stays_below_its_root() -> None:
-    """Wrong: a name in a file that came from elsewhere leads to another run's objects."""
+    """Wrong: a name in a file from elsewhere leads to another run's objects."""
     place = RemotePath("s3://bucket/runs") / "a"
     assert str(place / "b/c..d") == "s3://bucket/runs/a/b/c..d"
     for name in ("..", "../b", "b/../../c"):
@@ -100,11 +98,11 @@ def lay_out(place: AnyPath) -> None:
 
 
 def test_as_a_local_folder(remote: RemotePath, tmp_path: Path) -> None:
-    """Wrong: a store finds, reads or misses another file where its place is remote."""
+    """Wrong: a store finds, reads or misses other files when it is remote."""
     local = tmp_path / "local"
     for place in (local, remote):
         lay_out(place)
-    assert told(remote) == told(local)
+    assert observed(remote) == observed(local)
     for place in (local, remote):
         remove_tree(place / "window=000")
         remove_tree(place / "never")
@@ -131,7 +129,7 @@ def test_an_error_while_writing_leaves_what_was_there(remote: RemotePath) -> Non
 
 
 def test_a_large_file_is_whole(s3: S3, tmp_path: Path) -> None:
-    """Wrong: a file of more than one part of S3's loses one, or is seen before all are there."""
+    """Wrong: a file of several S3 parts loses one, or is visible before its upload is complete."""
     path = RemotePath(s3.url(tmp_path.name)) / "large"
     data = bytes(range(251)) * 45_000
     with atomic_path(path) as temporary:
@@ -143,7 +141,7 @@ def test_a_large_file_is_whole(s3: S3, tmp_path: Path) -> None:
 
 
 def test_a_path_carries_no_secret(s3: S3, tmp_path: Path) -> None:
-    """Wrong: credentials travel with a path to other nodes, or stand in what is shown of it."""
+    """Wrong: credentials travel with a path to other nodes, or appear in its printed form."""
     path = RemotePath(s3.url(tmp_path.name)) / "stream" / "schema.json"
     write_json(path, {})
     assert ENVIRONMENT["AWS_SECRET_ACCESS_KEY"].encode() not in pickle.dumps(path)
@@ -153,10 +151,11 @@ def test_a_path_carries_no_secret(s3: S3, tmp_path: Path) -> None:
 
 
 BAD_URLS = {
-    "a folder": ("/data/runs", "is no URL; write it as s3://bucket/prefix"),
+    "a folder": ("/data/runs", "is not a URL; write it as s3://bucket/prefix"),
     "a secret": (
         f"s3://AKIA:{SECRET}@tests/x",
-        "holds credentials, .* put them into the environment of all nodes, for S3 .AWS_ACCESS_KEY_ID",
+        "holds credentials, .* put them into the environment of all nodes, for S3 "
+        ".AWS_ACCESS_KEY_ID",
     ),
     "a key": (f"s3://{SECRET}@tests/x", "holds credentials"),
     "a secret option": (
@@ -186,8 +185,8 @@ def test_bad_urls_are_refused_with_the_config(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Wrong: a URL that cannot work is told after minutes, or its secret is printed or written
-    down."""
+    """Wrong: a URL that cannot work is reported after minutes, or its secret is printed or
+    stored."""
     url, message = BAD_URLS[case]
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(merged(SETTINGS, {"run": {"dir": str(tmp_path / "runs")}})))
@@ -196,39 +195,46 @@ def test_bad_urls_are_refused_with_the_config(
     assert re.search(message, line) and SECRET not in line, line
 
 
-def test_what_cannot_be_used_is_told_at_the_door(s3: S3, tmp_path: Path) -> None:
-    """Wrong: a wrong bucket, address or key is a traceback, or takes as long to tell as an outage
-    may last."""
+def test_storage_that_cannot_be_used_is_reported_at_the_first_request(
+    s3: S3, tmp_path: Path
+) -> None:
+    """Wrong: a wrong bucket, address or key is a traceback, or is reported only after the time that
+    an outage may last."""
+    wrong_bucket = s3.url("x", bucket="testz")
+    server = f"endpoint_override=127.0.0.1:{free_port()}"
+    wrong_address = f"s3://tests/x?{server}&scheme=http&region=us-east-1"
     cases = {
-        s3.url(
-            "x", bucket="testz"
-        ): "setting 'run.storage': s3://testz/x: there is no bucket 'testz'; create it, or correct the name",
-        f"s3://tests/x?endpoint_override=127.0.0.1:{free_port()}&scheme=http&region=us-east-1": "s3://tests/x cannot be reached .* address right",
+        wrong_bucket: (
+            "setting 'run.storage': s3://testz/x: there is no bucket 'testz'; "
+            "create it, or correct the name"
+        ),
+        wrong_address: "s3://tests/x cannot be reached .* address right",
     }
     for url, message in cases.items():
         started = time.monotonic()
         with pytest.raises(UserError, match=message):
             EventStream.open(RemotePath(url) / "stream")
         assert time.monotonic() - started < 20, (
-            "the tries at the door have pauses of 0 to 3 s in all"
+            "the first request's attempts have pauses of 0 to 3 s in all"
         )
     with (
         s3.refusing(),
         pytest.raises(
             UserError,
-            match=r"'run.storage': .* cannot be reached .*ACCESS_DENIED.* hold credentials for S3 \(AWS_ACC",
+            match=r"'run.storage': .* cannot be reached .*ACCESS_DENIED.* "
+            r"hold credentials for S3 \(AWS_ACC",
         ),
     ):
         EventStream.open(RemotePath(s3.url(tmp_path.name)) / "stream")
 
 
-def test_an_outage_is_told_as_one(s3: S3, tmp_path: Path) -> None:
-    """Wrong: where the storage cannot be asked, a file is taken to be missing or damaged, and is
-    made anew."""
+def test_an_outage_is_reported_as_one(s3: S3, tmp_path: Path) -> None:
+    """Wrong: while the storage does not answer, a file counts as missing or damaged and is written
+    again."""
     path = RemotePath(s3.url(tmp_path.name)) / "a.json"
     write_json(path, 1)
     with s3.refusing():
-        for ask in (
+        for operation in (
             path.exists,
             path.stat,
             path.read_bytes,
@@ -238,9 +244,9 @@ def test_an_outage_is_told_as_one(s3: S3, tmp_path: Path) -> None:
         ):
             with pytest.raises(
                 StorageError,
-                match=r"s3://tests/.*; the same command goes on when the storage can be used again",
+                match=r"s3://tests/.*; rerun the same command to resume when the storage can be",
             ):
-                ask()
+                operation()
     assert read_json(path) == 1
 
 
@@ -249,7 +255,7 @@ def test_the_environment_names_the_server(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wrong: AWS_ENDPOINT_URL, which other tools follow, is passed over, and a run goes to Amazon's
+    """Wrong: AWS_ENDPOINT_URL, which other tools follow, is ignored, and a run uses Amazon's
     servers."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{s3.address}/")
     monkeypatch.delenv("AWS_REGION", raising=False)
@@ -260,23 +266,22 @@ def test_the_environment_names_the_server(
     open_filesystem.cache_clear()
 
 
-def test_looks_are_few(s3: S3, tmp_path: Path) -> None:
-    """Wrong: who waits for a window asks the server for each of the windows before, or for each
-    row."""
+def test_requests_are_few(s3: S3, tmp_path: Path) -> None:
+    """Wrong: waiting for a window takes a request for each earlier window, or for each row."""
     root = RemotePath(s3.url(tmp_path.name)) / "stream"
     writer = StreamWriter(root, SCHEMA, {}, 100)
     for window in range(12):
         writer.write_window(window, window, window + 1, 0, [make_rows(100, window)])
     stream = EventStream.open(root)
 
-    def asked(look: Any) -> int:
+    def requests(operation: Any) -> int:
         before = len(s3.requests())
-        look()
+        operation()
         return len(s3.requests()) - before
 
-    assert stream.windows() == list(range(12)) and asked(stream.windows) == 1
-    assert asked(lambda: stream.has(11)) == 1 and asked(lambda: stream.has(12)) <= 2
+    assert stream.windows() == list(range(12)) and requests(stream.windows) == 1
+    assert requests(lambda: stream.has(11)) == 1 and requests(lambda: stream.has(12)) <= 2
     fragment = stream.window(5).fragments[0]
-    assert asked(lambda: stream.read(5, fragment)) <= 3, (
+    assert requests(lambda: stream.read(5, fragment)) <= 3, (
         "its size, its size once more by pyarrow, its bytes"
     )

@@ -123,7 +123,7 @@ def test_an_outage_ends_no_service(
     with s3.refusing():
         until(
             lambda: (
-                "the same command goes on when the storage can be used again"
+                "rerun the same command to resume when the storage can be used again"
                 in service._scheduler._held_back
             )
         )

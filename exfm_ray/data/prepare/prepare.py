@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.schema import Schema
 from exfm_ray.storage.atomic import read_json, remove_tree
+from exfm_ray.storage.locks import file_lock
 from exfm_ray.storage.remote import AnyPath, StorageError
 
 __all__ = ["follow", "prepare", "source_schema", "stream_folder"]
@@ -114,11 +114,8 @@ def follow(
     if check:
         check(schema)
     config.folder.mkdir(parents=True, exist_ok=True)
-    with (config.folder / ".follow.lock").open("w") as lock:
-        try:
-            flock(lock, LOCK_EX | LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{root}: another process follows this stream already") from None
+    lock = config.folder / ".follow.lock"
+    with file_lock(lock, lambda holder: f"{root}: {holder} follows this stream already"):
         writer = StreamWriter(
             root, schema, _settings(config, schema, None), config.data.fragment_rows
         )
