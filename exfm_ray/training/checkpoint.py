@@ -2,15 +2,14 @@
 
 <root>/windows=003/                    at the end of a window
 <root>/windows=003.examples=00051200/  inside the next one, after so many of its examples
-    state.rank0000.safetensors         what worker 0 holds of tables, dense parts, optimizers, averages and adapters (`engine.parts`),
-                                       its random state; worker 0 also has metric states and when
-                                       table rows were last used
-    manifest.json                      written last: how far the job is, hashes of the files, timings
+    state.rank0000.safetensors         the part of the state that worker 0 holds, see `loop_state`
+    state.rank0000.json                hash of that file
+    manifest.json                      written last: how far the job is, hashes of the files,
+                                       timings
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,50 +17,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import Tensor
 
 from exfm_ray.base import FrozenModel
-from exfm_ray.engine.tensor_store import ShardedTensors, cpu_copy
+from exfm_ray.engine.tensor_store import ShardedTensors
 from exfm_ray.errors import UserError
 from exfm_ray.metrics.state import MetricState
 from exfm_ray.storage.atomic import sha256, short_hash
 from exfm_ray.storage.manifest import read_manifest
-from exfm_ray.training.loop import Key, Loop, LoopProgress, Timing
+from exfm_ray.training.loop import Loop, LoopProgress, Timing
+from exfm_ray.training.loop_state import metric_states, restore_loop
+from exfm_ray.training.metric_rows import Key
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"windows=(\d+)(?:\.examples=(\d+))?")
+MAX_DAMAGED = 1000
+"""Most folders of damaged checkpoints of the same name."""
 
 
 class Cursor(NamedTuple):
-    """How far a job has come.
+    """How far a job is.
 
     Attributes:
-        windows: learnt as a whole; passes, over a static set.
-        examples: learnt of the next one.
-        work: how many of its passes are done, such as its evaluation.
+        windows: learned as a whole; passes, over a static set.
+        examples: learned of the next one.
+        passes: how many passes of the next one are done, such as its evaluation.
     """
 
     windows: int
     examples: int = 0
-    work: int = 0
+    passes: int = 0
 
 
 BEGINNING = Cursor(0)
 
 
 class Manifest(FrozenModel):
-    """What a checkpoint says of itself.
+    """The manifest of a checkpoint.
 
     Attributes:
         files: name -> SHA-256.
-        teacher: version of the snapshot that supervised the last window learnt; None without.
-        underway: passes that are not finished, inside a window.
+        teacher: version of the snapshot that supervised the last window learned; None without.
+        underway: the `LoopProgress` inside a window.
         stopping: the state of early stopping, for a static set.
-        digest: of all the rest.
+        digest: of all other fields.
     """
 
     windows: int
@@ -75,34 +74,37 @@ class Manifest(FrozenModel):
     digest: str = ""
 
     def sealed(self) -> Manifest:
-        """With the digest of all the rest."""
-        return self.model_copy(
-            update={"digest": short_hash(self.model_dump(mode="json", exclude={"digest"}))}
-        )
+        """The same manifest with the digest of all other fields."""
+        content = self.model_dump(mode="json", exclude={"digest"})
+        return self.model_copy(update={"digest": short_hash(content)})
 
     @property
-    def mark(self) -> Cursor:
+    def cursor(self) -> Cursor:
         """How far the job was."""
-        return Cursor(self.windows, self.examples, self.underway["work"] if self.underway else 0)
+        passes = self.underway["work"] if self.underway else 0
+        return Cursor(self.windows, self.examples, passes)
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job has to tell: metric states summed over the windows after the warm-up, and where
-    its time went."""
+    """Figures of a job.
+
+    Attributes:
+        states: metric states summed over the windows after the warm-up.
+        timings: of each window, or pass over a static set.
+    """
 
     states: dict[Key, MetricState]
     timings: list[Timing]
 
     @property
     def examples(self) -> int:
-        """Examples learnt."""
+        """Examples learned."""
         return sum(t.examples for t in self.timings)
 
     @property
     def seconds(self) -> float:
-        """Seconds in which windows were evaluated and learnt, without the job's start and its
-        checkpoints."""
+        """Seconds of evaluating and learning, without the job's start and its checkpoints."""
         return sum(t.evaluate_s + t.learn_s for t in self.timings)
 
 
@@ -112,124 +114,99 @@ class Checkpoints:
 
     root: Path
 
-    def folder(self, mark: Cursor) -> Path:
-        """Where a checkpoint lies."""
-        inside = f".examples={mark.examples:08d}" if mark.examples else ""
-        return self.root / f"windows={mark.windows:03d}{inside}"
+    def folder(self, cursor: Cursor) -> Path:
+        """The folder of a checkpoint."""
+        inside = f".examples={cursor.examples:08d}" if cursor.examples else ""
+        return self.root / f"windows={cursor.windows:03d}{inside}"
 
     def committed(self) -> list[Path]:
         """Folders of the whole checkpoints, the oldest first."""
-        return sorted(
-            (
-                path.parent
-                for path in self.root.glob(f"windows=*/{MANIFEST}")
-                if NAME.fullmatch(path.parent.name)
-            ),
-            key=_order,
-        )
+        manifests = self.root.glob(f"windows=*/{MANIFEST}")
+        folders = [path.parent for path in manifests if NAME.fullmatch(path.parent.name)]
+        return sorted(folders, key=_position)
 
     def latest(self) -> Cursor:
         """How far the job was at the newest whole checkpoint; `BEGINNING` without any."""
-        found = self.committed()
-        return _manifest(found[-1]).mark if found else BEGINNING
+        folders = self.committed()
+        return _manifest(folders[-1]).cursor if folders else BEGINNING
 
     def set_aside_damaged(self) -> Iterator[str]:
-        """Rename the newest checkpoints as long as they are damaged, so that the one before is gone
-        on from; says which and why.
+        """Rename the newest checkpoints as long as they are damaged, so that an older one is used.
 
-        Says too which newer folders are no checkpoint for lack of a manifest.
+        Yields:
+            A message for each damaged checkpoint, and for each newer folder without a manifest.
         """
         for folder in reversed(self.committed()):
             damage = _damage(folder)
             if damage is None:
                 break
-            aside = folder.with_name(f"damaged.{folder.name}")
-            for number in range(1, 1000):
-                if not aside.exists():
-                    break
-                aside = folder.with_name(f"damaged.{folder.name}.{number}")
-            folder.rename(aside)
-            before = self.committed()
-            goes_on = (
-                f"the one before, {before[-1].name}, is gone on from"
-                if before
-                else "there is none before, so this job begins anew"
+            renamed = folder.rename(_unused_name(folder))
+            yield (
+                f"checkpoint {folder} is damaged ({damage}); {self._resume_message()}. "
+                f"It was renamed to {renamed.name}"
             )
-            yield f"checkpoint {folder} is damaged ({damage}); {goes_on}. It was renamed to {aside.name}"
-        yield from self._without_manifest()
+        yield from self._folders_without_manifest()
 
-    def _without_manifest(self) -> Iterator[str]:
+    def _folders_without_manifest(self) -> Iterator[str]:
+        """A message for each folder that is newer than all checkpoints and not one itself."""
         committed = self.committed()
-        newest = _order(committed[-1]) if committed else (-1, -1)
-        goes_on = f"{committed[-1].name} is gone on from" if committed else "this job begins anew"
-        for folder in sorted(
-            path
-            for path in self.root.glob("windows=*")
-            if NAME.fullmatch(path.name) and path not in committed
-        ):
-            if _order(folder) > newest:
-                yield (
-                    f"checkpoint {folder} has no {MANIFEST} and is not used: it was not written to its end, as when a run is killed, or that file "
-                    f"was lost; {goes_on}, and the folder is deleted when the next checkpoint is whole"
-                )
+        newest = _position(committed[-1]) if committed else (-1, -1)
+        folders = [path for path in self.root.glob("windows=*") if NAME.fullmatch(path.name)]
+        for folder in sorted(folders):
+            if folder in committed or _position(folder) <= newest:
+                continue
+            yield (
+                f"checkpoint {folder} has no {MANIFEST} and is not used: the run was killed "
+                f"while writing it, or the file was lost; {self._resume_message()}. "
+                "The folder is deleted after the next checkpoint"
+            )
+
+    def _resume_message(self) -> str:
+        """Where training resumes."""
+        committed = self.committed()
+        if not committed:
+            return "there is no earlier one, so training starts from the beginning"
+        return f"training resumes from {committed[-1].name}"
 
     def last_good(self) -> str:
-        """For an error's message."""
+        """Which checkpoint is the newest whole one, for an error message."""
         committed = self.committed()
-        return (
-            f"the last good checkpoint is {committed[-1]}"
-            if committed
-            else "there is no checkpoint before"
-        )
+        if not committed:
+            return "there is no checkpoint before"
+        return f"the last good checkpoint is {committed[-1]}"
 
     @contextmanager
     def writing(self, what: object) -> Iterator[None]:
-        """Inside, `what` is written: a full disk is a UserError that names it, the last good
-        checkpoint and the way out."""
+        """Convert errors of writing `what`, such as a full disk, to a UserError with a remedy."""
         try:
             yield
         except (OSError, SafetensorError) as error:
-            cause = (
-                str(error).strip().splitlines()[-1:]
-            )  # of an actor's error all before is its traceback
-            told = f"{what} could not be written ({cause[0] if cause else type(error).__name__}); {self.last_good()}"
+            # of an actor's error, all lines but the last are its traceback
+            lines = str(error).strip().splitlines()
+            cause = lines[-1] if lines else type(error).__name__
             raise UserError(
-                f"{told}. Make room, or mend what is named, and give the command again"
+                f"{what} could not be written ({cause}); {self.last_good()}. "
+                "Free disk space or fix the cause, then rerun the same command to resume"
             ) from error
 
-    def load(self, mark: Cursor, loop: Loop) -> None:
-        """Restore the state of a checkpoint of any number of workers; every worker calls it."""
-        folder = self.folder(mark)
+    def load(self, cursor: Cursor, loop: Loop) -> None:
+        """Restore a checkpoint written by any number of workers; every worker calls it."""
+        folder = self.folder(cursor)
         manifest = _manifest(folder)
-        parts = _parts(folder, manifest)
-        for lane in loop.lanes:
-            lane.restore(parts.with_prefix(f"lanes/{lane.name}"))
-        for group in loop.groups:
-            if group.sharing and group.sharing.uses:
-                own = parts.with_prefix(f"uses/{group.lanes[0].model}")
-                group.sharing.uses.restore({name: own[name].numpy() for name in own})
-            if group.usage:
-                own = parts.with_prefix(f"usage/{group.lanes[0].model}")
-                group.usage.restore({name: own[name].numpy() for name in own})
-        own = parts.with_prefix(
-            f"random/{dist.get_rank() % manifest.workers}"
-        )  # dropout draws from it
-        torch.set_rng_state(own["cpu"])
-        if "cuda" in own and torch.cuda.is_available():
-            torch.cuda.set_rng_state(own["cuda"])
-        loop.states = _states(parts)
+        restore_loop(loop, _tensors(folder, manifest), manifest.workers)
         loop.timings = _timings(manifest)
         loop.underway = LoopProgress(**manifest.underway) if manifest.underway else None
 
     def stopping(self) -> dict[str, Any] | None:
         """The state of early stopping at the newest whole checkpoint; None without any."""
-        mark = self.latest()
-        return _manifest(self.folder(mark)).stopping if mark != BEGINNING else None
+        cursor = self.latest()
+        return _manifest(self.folder(cursor)).stopping if cursor != BEGINNING else None
 
-    def result(self, mark: Cursor) -> JobResult:
+    def result(self, cursor: Cursor) -> JobResult:
         """The figures at a checkpoint."""
-        manifest = _manifest(self.folder(mark))
-        return JobResult(_states(_parts(self.folder(mark), manifest)), _timings(manifest))
+        folder = self.folder(cursor)
+        manifest = _manifest(folder)
+        return JobResult(metric_states(_tensors(folder, manifest)), _timings(manifest))
 
 
 def rank_file(rank: int) -> str:
@@ -237,42 +214,26 @@ def rank_file(rank: int) -> str:
     return f"state.rank{rank:04d}.safetensors"
 
 
-def state_of(loop: Loop) -> dict[str, Tensor]:
-    """This worker's part of the state, copied to the CPU; names as `engine.parts` reads them."""
-    rank = dist.get_rank()
-    state: dict[str, Tensor] = {}
-    for lane in loop.lanes:
-        state |= {f"lanes/{lane.name}/{name}": tensor for name, tensor in lane.state().items()}
-    state[f"random/{rank}/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state[f"random/{rank}/cuda"] = torch.cuda.get_rng_state()
-    if rank == 0:
-        for group in loop.groups:
-            if group.sharing and group.sharing.uses:
-                state |= {
-                    f"uses/{group.lanes[0].model}/{name}": torch.from_numpy(array)
-                    for name, array in group.sharing.uses.state().items()
-                }
-            if group.usage:
-                arrays = group.usage.state()
-                state |= {
-                    f"usage/{group.lanes[0].model}/{name}": torch.from_numpy(array)
-                    for name, array in arrays.items()
-                }
-        for key, metric in loop.states.items():
-            state |= {
-                f"metrics/{json.dumps(key)}/{name}": cpu_copy(torch.from_numpy(np.asarray(a)))
-                for name, a in metric.to_arrays().items()
-            }
-    return state
+def timings_as_json(timings: Sequence[Timing]) -> list[dict[str, float]]:
+    """Timings as a manifest stores them."""
+    return [timing._asdict() for timing in timings]
 
 
-def _order(folder: Path) -> tuple[int, int]:
-    """Windows and examples, from a folder's name (which sorts wrongly as text from 1000 windows
-    on)."""
+def _position(folder: Path) -> tuple[int, int]:
+    """Windows and examples in a folder's name, which sorts wrongly as text from 1000 windows on."""
     match = NAME.fullmatch(folder.name)
     assert match
     return int(match[1]), int(match[2] or 0)
+
+
+def _unused_name(folder: Path) -> Path:
+    """The path that a damaged checkpoint is renamed to."""
+    renamed = folder.with_name(f"damaged.{folder.name}")
+    for number in range(1, MAX_DAMAGED):
+        if not renamed.exists():
+            break
+        renamed = folder.with_name(f"damaged.{folder.name}.{number}")
+    return renamed
 
 
 def _manifest(folder: Path) -> Manifest:
@@ -280,19 +241,20 @@ def _manifest(folder: Path) -> Manifest:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None where it is whole."""
+    """The first fault of a checkpoint; None if it is whole."""
     try:
         return _difference(folder, _manifest(folder))
     except UserError as error:
         return str(error)
-    except OSError as error:  # the disk fails, or the file may not be read
+    except OSError as error:  # the disk fails, or permission is missing
         return f"it cannot be read: {error}"
 
 
 def _difference(folder: Path, manifest: Manifest) -> str | None:
+    """The first difference between a checkpoint and its manifest."""
     if manifest != manifest.sealed():
         return f"{MANIFEST} was changed after it was written"
-    if _order(folder) != manifest.mark[:2]:
+    if _position(folder) != (manifest.windows, manifest.examples):
         return f"{MANIFEST} is another checkpoint's"
     if sorted(manifest.files) != [rank_file(rank) for rank in range(manifest.workers)]:
         return f"{MANIFEST} does not name a file for each of {manifest.workers} workers"
@@ -304,28 +266,13 @@ def _difference(folder: Path, manifest: Manifest) -> str | None:
     return None
 
 
-def _parts(folder: Path, manifest: Manifest) -> ShardedTensors:
+def _tensors(folder: Path, manifest: Manifest) -> ShardedTensors:
     return ShardedTensors.open([folder / rank_file(rank) for rank in range(manifest.workers)])
 
 
 def _timings(manifest: Manifest) -> list[Timing]:
     timings = []
     for row in manifest.timings:
-        whole = {"window": int(row["window"]), "examples": int(row["examples"])}
-        timings.append(Timing(**{**row, **whole}))  # type: ignore[arg-type]
+        counts = {"window": int(row["window"]), "examples": int(row["examples"])}
+        timings.append(Timing(**{**row, **counts}))  # type: ignore[arg-type]
     return timings
-
-
-def _states(parts: ShardedTensors) -> dict[Key, MetricState]:
-    found: dict[Key, dict[str, Any]] = {}
-    metrics = parts.with_prefix("metrics")
-    for name in metrics:
-        text, _, part = name.rpartition("/")
-        model, arm, domain, task = json.loads(text)
-        found.setdefault((model, arm, domain, task), {})[part] = metrics[name].numpy()
-    return {key: MetricState.from_arrays(arrays) for key, arrays in found.items()}
-
-
-def timings_as_json(timings: Sequence[Timing]) -> list[dict[str, float]]:
-    """For a manifest."""
-    return [timing._asdict() for timing in timings]

@@ -1,5 +1,7 @@
-"""Ends a job at a mistake that every restart would meet again. A module of its own, for Ray Train's
-controller imports what it calls."""
+"""Ends a job at an error that every restart would meet again.
+
+It is a module of its own because Ray Train's controller imports the callbacks it calls.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,19 @@ from exfm_ray.runtime.actors import get_with_timeout
 
 
 class FailFastCallback(UserCallback):  # type: ignore[misc]  # ray has no types
-    """Asks the job's feed, whenever a worker has failed, whether one has met a UserError. An error
-    in here is one that Ray Train tries not again."""
+    """Runs after a worker failure. If the cause was a UserError, raises it.
+
+    Ray Train does not restart a job whose callback raises.
+    """
 
     def __init__(self, feed: Any) -> None:
+        """`feed` is the actor to which workers report a UserError."""
         self._feed = feed
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        """UserError with what the worker has told."""
-        told = get_with_timeout(
+        """Raise the UserError that a worker has reported to the feed, if any."""
+        message = get_with_timeout(
             self._feed.failed.remote(), "the job", "its feed to tell why a worker has failed"
         )
-        if told:
-            raise UserError(told)
+        if message:
+            raise UserError(message)

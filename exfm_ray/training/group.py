@@ -1,9 +1,9 @@
-"""Models of one domain that see the same batches."""
+"""Trainers that see the same batches: those of one domain, or the FM over all domains."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,30 +11,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from exfm_ray.data.batch import Batch, to_batch
-from exfm_ray.data.feed import WorkerSlice, worker_slice
 from exfm_ray.data.stream import list_values
-from exfm_ray.engine.row_weight_decay import RowCounts
 from exfm_ray.schema import Schema
-from exfm_ray.stores.supervision import teacher_values
-from exfm_ray.stores.user_history import HISTORY_COLUMN
 from exfm_ray.training.model_trainer import ModelTrainer
 from exfm_ray.training.row_usage import RowLastUse
 from exfm_ray.training.table_sharing import TableSharing
+from exfm_ray.training.train_batch import BatchParser, model_inputs
 
 
 @dataclass
 class Predictions:
-    """Rows of a window in order, with what each lane says of them.
+    """Rows of a window, in order, with the predictions of each model of a group.
 
     Attributes:
-        logits: lane -> float32 (N, tasks of the lane).
+        logits: name of the model -> float32 (N, tasks of the model).
         labels_NT: float32, all tasks of the stream.
-        domain_N, group_N: int32; the domain, and the id by which AUC is grouped (0 where the schema
-            groups by nothing).
+        domain_N: int32, the domain.
+        group_N: int32, the id by which AUC is grouped; 0 if the schema groups by nothing.
     """
 
     logits: dict[str, np.ndarray]
@@ -44,29 +39,31 @@ class Predictions:
 
     @classmethod
     def join(cls, parts: Sequence[Predictions]) -> Predictions:
-        """One after the other."""
+        """Concatenate the rows of all parts."""
+        logits = {
+            name: np.concatenate([part.logits[name] for part in parts]) for name in parts[0].logits
+        }
         return cls(
-            {name: np.concatenate([p.logits[name] for p in parts]) for name in parts[0].logits},
-            *(
-                np.concatenate([getattr(p, column) for p in parts])
-                for column in ("labels_NT", "domain_N", "group_N")
-            ),
+            logits=logits,
+            labels_NT=np.concatenate([part.labels_NT for part in parts]),
+            domain_N=np.concatenate([part.domain_N for part in parts]),
+            group_N=np.concatenate([part.group_N for part in parts]),
         )
 
 
 @dataclass
 class BatchGroup:
-    """Lanes that see the same rows: one domain's, or all (`domain` None).
+    """Trainers that see the same rows: those of one domain, or all rows (`domain` None).
 
     Attributes:
-        teacher_columns: which of the `teacher_tasks` columns of predictions are the lanes' tasks,
-            in their order; where the lane teaches several models, those of each of them.
+        teacher_columns: which of the `teacher_tasks` prediction columns belong to the trainers'
+            tasks, in their order. One sequence for each model if a trainer stacks several.
         evict_after_windows: after how many windows without use a row is reset; None: never.
-        sharing: where its arms with +share find the teacher's table rows.
+        sharing: where the arms with +share read the teacher's table rows.
     """
 
     schema: Schema
-    lanes: Sequence[ModelTrainer]
+    trainers: Sequence[ModelTrainer]
     domain: int | None
     batch_size: int
     device: torch.device
@@ -77,144 +74,109 @@ class BatchGroup:
     _usage: RowLastUse | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._usage = (
-            RowLastUse(self.schema, self.evict_after_windows) if self.evict_after_windows else None
-        )
+        self._usage = None
+        if self.evict_after_windows:
+            self._usage = RowLastUse(self.schema, self.evict_after_windows)
         names = [f.name for f in self.schema.single]
         self._group_column = names.index(self.schema.group_by) if self.schema.group_by else None
         self._worker = dist.get_rank()
         self._workers = dist.get_world_size()
-        self._repeats = (
-            RowCounts(self.schema) if any(lane.engine.decays for lane in self.lanes) else None
+        self._parser = BatchParser(
+            self.schema,
+            self.device,
+            self.teacher_columns,
+            self.teacher_tasks,
+            counts_rows=any(trainer.engine.decays for trainer in self.trainers),
         )
 
     def select(self, table: pa.Table) -> pa.Table:
         """The group's rows of a fragment."""
-        return (
-            table if self.domain is None else table.filter(pc.equal(table["domain"], self.domain))
-        )
+        if self.domain is None:
+            return table
+        return table.filter(pc.equal(table["domain"], self.domain))
 
     def begin_window(self, window: int) -> None:
-        """A window is going to be evaluated: give the arms with +share the rows of its ids."""
-        lanes = [lane for lane in self.lanes if lane.arm and lane.arm.shares_tables]
-        if self.sharing and lanes:
+        """Prepare the evaluation of a window: write the rows of its ids into arms with +share."""
+        trainers = self._sharing_trainers()
+        if self.sharing and trainers:
             rows = self.sharing.rows(window)
-            for lane in lanes:
-                lane.engine.give_rows(rows, self.sharing.weight)
+            for trainer in trainers:
+                trainer.engine.give_rows(rows, self.sharing.weight)
 
     def refresh(self, windows: int) -> None:
-        """So many windows are learnt: give the arms with +share all of the teacher's rows that are
-        known now, to be served with."""
-        lanes = [lane for lane in self.lanes if lane.arm and lane.arm.shares_tables]
-        if self.sharing and lanes:
+        """Write all of the teacher's rows known after `windows` windows into arms with +share.
+
+        The models are then exported with them.
+        """
+        trainers = self._sharing_trainers()
+        if self.sharing and trainers:
             for rows in self.sharing.rows_after(windows):
-                for lane in lanes:
-                    lane.engine.give_rows(rows, self.sharing.weight)
+                for trainer in trainers:
+                    trainer.engine.give_rows(rows, self.sharing.weight)
 
     def mark(self, rows: pa.Table) -> None:
-        """These rows, of a fragment, are going to be learnt."""
+        """Note that these rows of a fragment are going to be learned."""
         if self.sharing:
             self.sharing.mark(rows)
         if self._usage:
             self._usage.mark(rows)
 
     def end_window(self) -> None:
-        """A window is learnt: reset the table rows that have been out of use for too long."""
+        """Finish a window that was learned: reset table rows that are out of use for too long."""
         if self.sharing:
             self.sharing.end_window()
         if self._usage:
             stale = self._usage.end_window()
-            for lane in self.lanes:
-                lane.engine.reset_rows(stale)
+            for trainer in self.trainers:
+                trainer.engine.reset_rows(stale)
 
     @property
     def usage(self) -> RowLastUse | None:
-        """When rows were last used, where unused ones are reset; the same on all workers."""
+        """When rows were last used, equal on all workers; None if unused rows are not reset."""
         return self._usage
 
     def learn(self, rows: pa.Table) -> None:
-        """One step of every lane on a global batch."""
-        mine = worker_slice(rows, self._worker, self._workers)
-        batches = self._batches(mine)
-        repeats_BS = (
-            self._share_of(
-                self._repeats.count(list_values(rows["sparse"], len(self.schema.single))), mine
-            )
-            if self._repeats
-            else None
-        )
-        weight_B = torch.zeros(mine.length, device=self.device)
-        weight_B[: mine.table.num_rows] = self._workers / mine.total
-        teacher_BT = self._teacher(mine)
-        for lane in self.lanes:
-            lane.learn(batches[lane.uses_history], weight_B, teacher_BT, repeats_BS)
+        """Take one step of every trainer on a global batch."""
+        batch = self._parser.train_batch(rows)
+        for trainer in self.trainers:
+            trainer.learn(batch)
 
     def evaluate(self, rows: pa.Table) -> Predictions:
-        """What the models, as they are, say of this worker's rows of a global batch."""
-        mine = worker_slice(rows, self._worker, self._workers)
-        batches = self._batches(mine)
-        count = mine.table.num_rows
+        """Predictions of the current models for this worker's rows of a global batch."""
+        local = self._parser.local_slice(rows)
+        features, history_BF = self._parser.features(local)
         predicted: dict[str, Tensor] = {}
-        for lane in self.lanes:
-            predicted |= lane.predict(batches[lane.uses_history])
-        sparse_NS = list_values(mine.table["sparse"], len(self.schema.single))
+        for trainer in self.trainers:
+            predicted |= trainer.predict(model_inputs(features, history_BF, trainer.uses_history))
+
+        count = local.table.num_rows
         return Predictions(
             logits={name: logits_BT[:count].cpu().numpy() for name, logits_BT in predicted.items()},
-            labels_NT=list_values(mine.table["labels"], len(self.schema.tasks)),
-            domain_N=mine.table["domain"].to_numpy(),
-            group_N=np.zeros(count, np.int32)
-            if self._group_column is None
-            else sparse_NS[:, self._group_column],
+            labels_NT=list_values(local.table["labels"], len(self.schema.tasks)),
+            domain_N=local.table["domain"].to_numpy(),
+            group_N=self._group_ids(local.table),
         )
 
-    def gather(self, mine: Sequence[Predictions]) -> Predictions | None:
-        """All workers' parts together on rank 0; None elsewhere, and where the window has no row
-        for this group."""
+    def gather(self, local_parts: Sequence[Predictions]) -> Predictions | None:
+        """Join all workers' predictions on rank 0.
+
+        Returns:
+            None on the other ranks, and if the window has no row for this group.
+        """
         if self._workers == 1:
-            return Predictions.join(mine) if mine else None
-        everyone: list[Any] | None = [None] * self._workers if self._worker == 0 else None
-        dist.gather_object(mine, everyone)
-        parts = [part for worker in everyone or [] for part in worker]
+            return Predictions.join(local_parts) if local_parts else None
+        gathered: list[Any] | None = [None] * self._workers if self._worker == 0 else None
+        dist.gather_object(local_parts, gathered)
+        parts = [part for worker_parts in gathered or [] for part in worker_parts]
         return Predictions.join(parts) if parts else None
 
-    def _batches(self, mine: WorkerSlice) -> tuple[Batch, Batch]:
-        """This worker's examples; and the same with their history among the dense features, where
-        they have one."""
-        batch = to_batch(mine.table, self.schema)
-        remembered = batch
-        if HISTORY_COLUMN in mine.table.column_names:
-            width = mine.table.schema.field(HISTORY_COLUMN).type.list_size
-            history_BF = torch.from_numpy(list_values(mine.table[HISTORY_COLUMN], width).copy())
-            remembered = replace(batch, dense_BD=torch.cat([batch.dense_BD, history_BF], dim=1))
-        first = pad(batch, mine.length).to(self.device)
-        return first, first if remembered is batch else pad(remembered, mine.length).to(self.device)
+    def _sharing_trainers(self) -> list[ModelTrainer]:
+        """Trainers of arms with +share."""
+        return [trainer for trainer in self.trainers if trainer.arm and trainer.arm.shares_tables]
 
-    def _share_of(self, values_NS: Tensor, mine: WorkerSlice) -> Tensor:
-        """This worker's rows of what belongs to a global batch, filled up with zeros."""
-        own_BS = values_NS[self._worker * mine.length :][: mine.length]
-        return F.pad(own_BS, (0, 0, 0, mine.length - len(own_BS))).to(self.device)
-
-    def _teacher(self, mine: WorkerSlice) -> Tensor | None:
-        values = teacher_values(mine.table, self.teacher_tasks)
-        if values is None:
-            return None
-        teacher_BT = torch.from_numpy(values[:, np.array(self.teacher_columns)]).movedim(
-            0, -2
-        )  # (K, B, T) with several models
-        return F.pad(teacher_BT, (0, 0, 0, mine.length - mine.table.num_rows)).to(self.device)
-
-
-def pad(batch: Batch, length: int) -> Batch:
-    """Fill a batch up to `length` rows with rows of missing values, so that all workers step with
-    equal lengths."""
-    short = length - len(batch)
-    if short <= 0:
-        return batch
-    rows = (0, 0, 0, short)
-    return Batch(
-        sparse_BS=F.pad(batch.sparse_BS, rows),
-        bag_values_V=batch.bag_values_V,
-        bag_lengths_MB=F.pad(batch.bag_lengths_MB, (0, short)),
-        dense_BD=F.pad(batch.dense_BD, rows),
-        labels_BT=F.pad(batch.labels_BT, rows),
-    )
+    def _group_ids(self, table: pa.Table) -> np.ndarray:
+        """The id by which AUC is grouped, for each row."""
+        if self._group_column is None:
+            return np.zeros(table.num_rows, np.int32)
+        sparse_NS = list_values(table["sparse"], len(self.schema.single))
+        return sparse_NS[:, self._group_column]

@@ -1,5 +1,7 @@
-"""A training job: whose models it trains, what it reads, how far it is. What its workers run is in
-`worker`, which imports seconds of engine."""
+"""A training job: whose models it trains, what it reads, how far it is.
+
+The code that its workers run is in `worker`, which takes seconds to import.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,19 @@ from exfm_ray.stores.shared_rows import shared_store
 from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.stores.supervision import SupervisionStore
-from exfm_ray.stores.user_history import history_store
+from exfm_ray.stores.user_history import history_store, with_history
 from exfm_ray.training.checkpoint import Checkpoints, Cursor
 from exfm_ray.training.static import EarlyStopping, StaticSet
 
 
 @dataclass(frozen=True)
 class Job:
-    """The FM's training (`students` empty) or that of some vertical models, in all arms of the
-    config."""
+    """The training of the FM (`students` empty), or of vertical models in all arms of the config.
+
+    Attributes:
+        name: names its checkpoints, logs and rows of the timeline.
+        students: the vertical models that it trains.
+    """
 
     name: str
     config: Config
@@ -33,17 +39,19 @@ class Job:
 
     @property
     def role(self) -> str:
-        """fm or vm."""
+        """The role of the job, `fm` or `vm`."""
         return "vm" if self.students else "fm"
 
     @property
     def trainer(self) -> TrainerConfig:
-        """Settings of this job's training."""
+        """The training settings of this job."""
         return self.config.vm if self.students else self.config.fm
 
     def trainer_for(self, arm: Arm | None) -> TrainerConfig:
-        """The same of one arm (None: the FM): tables that are given rows have a rate of their
-        own."""
+        """The training settings of one arm, or of the FM (None).
+
+        Tables that take the teacher's rows have a learning rate of their own.
+        """
         if arm is None or not arm.shares_tables:
             return self.trainer
         optimizer = self.trainer.optimizer.model_copy(
@@ -53,91 +61,99 @@ class Job:
 
     @property
     def labels(self) -> dict[str, str]:
-        """Of the nodes that its workers run on."""
+        """Labels of the nodes that its workers run on."""
         return self.config.placement.vm if self.students else self.config.placement.fm
 
     @property
     def stream_root(self) -> AnyPath:
-        """Where the stream lies."""
+        """The folder of the stream."""
         return self.config.stores / "stream"
 
     @property
     def checkpoints(self) -> Checkpoints:
-        """The job's checkpoints."""
+        """The checkpoints of the job."""
         return Checkpoints(self.config.folder / "checkpoints" / self.name)
 
     def tasks(self) -> tuple[str, ...]:
         """Tasks whose supervision the students read."""
-        return tuple(dict.fromkeys(task for student in self.students for task in student.tasks))
+        names: dict[str, None] = {}
+        for student in self.students:
+            names |= dict.fromkeys(student.tasks)
+        return tuple(names)
 
     @property
     def teacher(self) -> str:
-        """Whose supervision the students read: the same for all of them."""
-        return next(
-            (student.teacher for student in self.students if student.teacher), self.config.fm.name
-        )
+        """The teacher of all students."""
+        teachers = [student.teacher for student in self.students if student.teacher]
+        return teachers[0] if teachers else self.config.fm.name
 
     def reader(self, schema: Schema) -> FragmentReader:
-        """What the feed reads for this job."""
-        if self.config.fm.static:
-            return ShuffledReader(self.stream_root, seed=self.config.seed)
+        """The reader that the feed uses for this job."""
+        config = self.config
+        if config.fm.static:
+            return ShuffledReader(self.stream_root, seed=config.seed)
         if not self.students:
-            return StreamReader(self.stream_root, fm_tasks(self.config, schema))
-        taught = any(arm.uses_supervision for arm in self.config.vm.arms)
-        store = (
-            SupervisionStore(self.config.stores / "supervision", self.teacher) if taught else None
-        )
-        domains = tuple(sorted({schema.domain_index(student.domain) for student in self.students}))
-        given = shared_store(self.config, self.teacher), history_store(self.config)
+            return StreamReader(self.stream_root, fm_tasks(config, schema))
+
+        supervision = None
+        if any(arm.uses_supervision for arm in config.vm.arms):
+            supervision = SupervisionStore(config.stores / "supervision", self.teacher)
+        domains = {schema.domain_index(student.domain) for student in self.students}
         return AugmentedReader(
             self.stream_root,
-            store,
-            SnapshotPolicy.from_config(self.config.das),
-            domains,
+            supervision,
+            SnapshotPolicy.from_config(config.das),
+            tuple(sorted(domains)),
             self.tasks(),
-            *given,
+            shared_store(config, self.teacher),
+            history_store(config),
         )
 
     def static(self, windows: Sequence[int]) -> StaticSet | None:
-        """The windows as a static set, where the config says so."""
+        """The windows as a static set; None if they are a stream."""
         return StaticSet(self.config.fm.static, tuple(windows)) if self.config.fm.static else None
 
     def passes(self, windows: Sequence[int], done: Cursor) -> list[WindowPass]:
-        """What is read, in order, from a mark on: each window to evaluate, then to learn; over a
-        static set, each pass."""
+        """The passes that remain after `done`, in order.
+
+        In a stream each window is evaluated, then learned. Over a static set each pass learns the
+        training windows, then evaluates the others.
+        """
         static = self.static(windows)
+        passes: list[WindowPass] = []
         if static:
-            works = [
-                work
-                for number in range(done.windows + 1, static.config.passes + 1)
-                for work in static.passes(number)
-            ]
+            for number in range(done.windows + 1, static.config.passes + 1):
+                passes += static.passes(number)
         else:
-            works = [
-                work
-                for window in windows[done.windows :]
-                for work in (WindowPass(window, "evaluate"), WindowPass(window, "learn"))
-            ]
-        return works[done.work :]
+            for window in windows[done.windows :]:
+                passes += [WindowPass(window, "evaluate"), WindowPass(window, "learn")]
+        return passes[done.passes :]
 
     def superseded(self, best: int) -> list[int]:
-        """Published passes over a static set that are not the best one: a kill may leave one
-        behind."""
-        return [
-            version
-            for version in SnapshotStore.from_config(self.config).versions()
-            if version != best
-        ]
+        """Published passes over a static set that are not the best one; a kill may leave one."""
+        versions = SnapshotStore.from_config(self.config).versions()
+        return [version for version in versions if version != best]
 
     def finished(self, windows: Sequence[int]) -> bool:
-        """True when nothing is left to do."""
-        if self.config.fm.static:
-            before = self.checkpoints.stopping()
-            stopping = EarlyStopping.restore(self.config.fm.static, before) if before else None
-            return stopping is not None and stopping.over and not self.superseded(stopping.best)
-        return self.checkpoints.latest().windows >= len(windows)
+        """True if nothing is left to do."""
+        if not self.config.fm.static:
+            return self.checkpoints.latest().windows >= len(windows)
+        state = self.checkpoints.stopping()
+        if not state:
+            return False
+        stopping = EarlyStopping.restore(self.config.fm.static, state)
+        return stopping.over and not self.superseded(stopping.best)
 
 
 def fm_tasks(config: Config, schema: Schema) -> tuple[str, ...]:
     """Tasks that the FM learns."""
     return config.fm.tasks or schema.tasks
+
+
+def arm_schema(
+    arm: Arm | None,
+    schema: Schema,
+    config: Config,
+) -> Schema:
+    """The schema of the examples that an arm reads."""
+    return with_history(schema, config.distillation.history) if arm and arm.uses_history else schema

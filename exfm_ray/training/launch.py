@@ -1,17 +1,17 @@
-"""Ray Train around a job: starts its workers and its feed, and gives back its result or its
-error."""
+"""Runs a job on Ray Train: starts its workers and its feed, and raises its error."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from exfm_ray.data.feed import FEED_WAIT_S, LOOK_S, Feed
+from exfm_ray.data.feed import FEED_WAIT_S, POLL_S, Feed
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
 from exfm_ray.runtime.actors import get_with_timeout, pin_to_driver_node
@@ -21,22 +21,25 @@ from exfm_ray.training.checkpoint import BEGINNING, Cursor
 from exfm_ray.training.job import Job
 
 COLLECTIVE_WAIT_S = 4 * FEED_WAIT_S
-"""Longest wait of a worker for the others in a collective operation; each of them may itself wait
-for the feed, which gives up sooner."""
+"""Longest wait of a worker for the others in a collective operation.
+
+Each of them may itself wait for the feed, which gives up sooner.
+"""
 RESTARTS = 5
 """How often an elastic job is started again after losing workers."""
 NO_ROOM = "WorkerGroupStartupTimeoutError"
-"""Ray Train's own, not public name of the error of a try that ended without room."""
+"""Name of Ray Train's non-public error that ends an attempt without resources."""
 ADVICE = "\nFailed to apply UDF transform"
-"""From here on Ray Data's own advice, which it puts behind the message of an error in a read
-task."""
+"""Start of the advice that Ray Data appends to the message of an error in a read task."""
 START_TRIES = 60
-"""How often Ray Train asks for room for a job's workers; each time it waits a minute, and a node
-may join meanwhile."""
+"""How often Ray Train requests resources for a job's workers.
+
+Each attempt waits a minute, in which a node may join.
+"""
 
 
 class _RecorderReport:
-    """Rank 0's end of the recorder actor."""
+    """Rank 0's client of the recorder actor."""
 
     def __init__(self, recorder: Any, job: str) -> None:
         self._recorder = recorder
@@ -53,28 +56,39 @@ class _RecorderReport:
         self._recorder.progress.remote(self._job, window, examples)
 
     def timeline(self, rows: Sequence[dict[str, Any]]) -> None:
-        told = [{"role": self._job, **row} for row in rows]
+        with_role = [{"role": self._job, **row} for row in rows]
         get_with_timeout(
-            self._recorder.timeline.remote(told),
+            self._recorder.timeline.remote(with_role),
             f"worker 0 of {self._job}",
             "the recorder to write its timeline",
         )
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What each worker of a job needs."""
+
+    job: Job
+    windows: list[int]
+    feed: Any
+    recorder: Any
+
+
 def start_feed(job: Job, windows: Sequence[int]) -> Any:
-    """The actor that reads for a job what it has still to do. To kill it ends the job: its workers
-    fail at their next block."""
+    """Start the actor that reads what a job has still to learn.
+
+    Killing it ends the job: its workers fail at their next block.
+    """
     workers = job.trainer.workers
     reader = job.reader(EventStream.open(job.stream_root).schema)
     passes = job.passes(windows, job.checkpoints.latest())
     labels = job.config.placement.data
-    place: dict[str, Any] = (
+    placement: dict[str, Any] = (
         {"label_selector": labels} if labels else {"scheduling_strategy": pin_to_driver_node()}
     )
-    actor = Feed.options(max_concurrency=2 * workers + 2, **place)  # type: ignore[attr-defined]
-    return actor.remote(
-        reader, passes, workers, FEED_WAIT_S, labels, poll_interval(job.stream_root, LOOK_S)
-    )
+    actor = Feed.options(max_concurrency=2 * workers + 2, **placement)  # type: ignore[attr-defined]
+    poll_s = poll_interval(job.stream_root, POLL_S)
+    return actor.remote(reader, passes, workers, FEED_WAIT_S, labels, poll_s)
 
 
 def run_job(
@@ -83,121 +97,137 @@ def run_job(
     recorder: Any,
     feed: Any,
 ) -> None:
-    """Run a job to its end, from its latest checkpoint on; `feed`: what `start_feed` gave.
+    """Run a job from its latest checkpoint to its end.
 
-    An elastic job (`min_workers`) that loses workers is started again with as many as there are
-    room for, `RESTARTS` times at most. UserError where there is no room for its workers, and the
-    one that a worker has met: no job is started again after that.
+    An elastic job (`min_workers`) that loses workers is restarted with as many as the cluster has
+    resources for, `RESTARTS` times at most.
+
+    Args:
+        feed: the actor that `start_feed` returned.
+
+    Raises:
+        UserError: there are no resources for the workers, or a worker raised a UserError. Such a
+            job is not restarted.
     """
-    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import ControllerError
+
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # The watcher is one more process at each start, and nothing here uses its notice.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # An elastic job's next attempt is for as many workers as Ray Train sees by then.
+    attempts = RESTARTS if job.trainer.min_workers else START_TRIES
+    ray_trainer = _ray_trainer(_Task(job, list(windows), feed, recorder), attempts)
+    try:
+        ray_trainer.fit()
+    except ControllerError as error:
+        cause = error.controller_failure
+        if isinstance(cause, UserError):
+            raise cause from None
+        if type(cause).__name__ == NO_ROOM:
+            raise _no_resources(job, attempts) from None
+        raise
+
+
+def _ray_trainer(task: _Task, attempts: int) -> Any:
+    """The Ray Train trainer of a job, which requests resources `attempts` times."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from exfm_ray.training.fail_fast import FailFastCallback
 
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault(
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"
-    )  # a process more at each start, for a notice that nothing here uses
+    job = task.job
     trainer = job.trainer
-    logs = job.config.folder / "logs"
-    cuda = trainer.device == "cuda"
-    elastic = trainer.min_workers
-    settings = {"job": job, "windows": list(windows), "feed": feed, "recorder": recorder}
-    tries = (
-        RESTARTS if elastic else START_TRIES
-    )  # elastic: the next try is for as many as Ray Train sees by then
-    trainer_of_ray = TorchTrainer(
-        lambda: _train(
-            settings
-            # As `train_loop_config` they would be read, and all that they import, by Ray Train's
-            # controller, too
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=(elastic, trainer.workers) if elastic else trainer.workers,
-            use_gpu=cuda,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if cuda else {})},
-            label_selector=job.labels or None,
-        ),
-        torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout_s=int(COLLECTIVE_WAIT_S)
-        ),
-        run_config=RunConfig(
-            name=job.name,
-            storage_path=str(logs / "ray_train"),
-            callbacks=[FailFastCallback(feed)],
-            failure_config=FailureConfig(
-                max_failures=RESTARTS if elastic else 0, controller_failure_limit=tries
-            ),
-        ),
+    use_gpu = trainer.device == "cuda"
+    min_workers = trainer.min_workers
+    resources = {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1}
+
+    scaling = ScalingConfig(
+        num_workers=(min_workers, trainer.workers) if min_workers else trainer.workers,
+        use_gpu=use_gpu,
+        resources_per_worker=resources,
+        label_selector=job.labels or None,
     )
-    try:
-        trainer_of_ray.fit()
-    except ControllerError as error:
-        if isinstance(error.controller_failure, UserError):
-            raise error.controller_failure from None
-        if type(error.controller_failure).__name__ != NO_ROOM:
-            raise
-        raise UserError(
-            f"{job.name} waited {tries + 1} minutes for room for its workers (a CPU{' and a GPU' if cuda else ''} each), which other roles or runs "
-            f"hold or the cluster has not; let nodes join, or lower {job.role}.workers: the same command goes on"
-        ) from None
+    failure = FailureConfig(
+        max_failures=RESTARTS if min_workers else 0, controller_failure_limit=attempts
+    )
+    run = RunConfig(
+        name=job.name,
+        storage_path=str(job.config.folder / "logs" / "ray_train"),
+        callbacks=[FailFastCallback(task.feed)],
+        failure_config=failure,
+    )
+    backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
+    return TorchTrainer(
+        # Ray Train's controller would unpickle a `train_loop_config` too, and so import all that
+        # the task needs.
+        lambda: _train(task),
+        scaling_config=scaling,
+        torch_config=TorchConfig(backend=backend, timeout_s=int(COLLECTIVE_WAIT_S)),
+        run_config=run,
+    )
 
 
-def _train(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
-    job: Job = settings["job"]
+def _no_resources(job: Job, attempts: int) -> UserError:
+    """The error of a job whose workers could not be started."""
+    needs = "1 CPU and 1 GPU" if job.trainer.device == "cuda" else "1 CPU"
+    return UserError(
+        f"{job.name}: no resources for its workers after {attempts + 1} minutes ({needs} each); "
+        "other roles or runs use them, or the cluster is too small. "
+        f"Add nodes or lower {job.role}.workers, then rerun the same command to resume"
+    )
+
+
+def _train(task: _Task) -> None:
+    """Run a worker in Ray Train's process; report a UserError to the feed."""
+    job = task.job
     rank = ray.train.get_context().get_world_rank()
     with redirect_output(job.config.folder / "logs" / f"{job.name}.rank{rank}.log"):
         try:
-            _work(job, rank, settings)
+            _run_worker(task, rank)
         except Exception as error:
             mistake = user_error(error)
             if mistake:
-                told = str(mistake).partition(ADVICE)[0]
+                message = str(mistake).partition(ADVICE)[0]
                 get_with_timeout(
-                    settings["feed"].report_failure.remote(told),
+                    task.feed.report_failure.remote(message),
                     f"worker {rank} of {job.name}",
                     "the feed to take its error",
                 )
             raise
 
 
-def _work(
-    job: Job,
-    rank: int,
-    settings: dict[str, Any],
-) -> None:
+def _run_worker(task: _Task, rank: int) -> None:
+    # imported here because neither the driver nor Ray Train's controller needs to spend the seconds
     import torch
 
-    from exfm_ray.training.worker import (
-        Worker,
-    )  # seconds that neither the driver nor Ray Train's controller need spend
+    from exfm_ray.training.worker import Worker
 
+    job = task.job
     if job.trainer.threads:
         torch.set_num_threads(job.trainer.threads)
-    device = torch.device("cpu")
-    if job.trainer.device == "cuda":
-        device = ray.train.torch.get_device()
-    begun: list[Cursor | None] = [None]
+    use_gpu = job.trainer.device == "cuda"
+    device = ray.train.torch.get_device() if use_gpu else torch.device("cpu")
+
+    done: list[Cursor] = [BEGINNING]
     if rank == 0:
-        begun = [job.checkpoints.latest()]
-        passes = job.passes(settings["windows"], begun[0] or BEGINNING)
+        done = [job.checkpoints.latest()]
+        passes = job.passes(task.windows, done[0])
         get_with_timeout(
-            settings["feed"].restart.remote(passes, torch.distributed.get_world_size()),
+            task.feed.restart.remote(passes, torch.distributed.get_world_size()),
             f"worker 0 of {job.name}",
             "its feed",
         )
-    torch.distributed.broadcast_object_list(
-        begun
-    )  # all go on from the same checkpoint, and none asks the feed before it has begun
-    report = _RecorderReport(settings["recorder"], job.name) if rank == 0 else None
-    Worker(job, settings["feed"], report, device).run(settings["windows"], begun[0] or BEGINNING)
+    # All workers resume from the same checkpoint, and none reads from the feed before it restarts.
+    torch.distributed.broadcast_object_list(done)
+
+    report = _RecorderReport(task.recorder, job.name) if rank == 0 else None
+    Worker(job, task.feed, report, device).run(task.windows, done[0])
     torch.distributed.barrier()  # a worker that leaves first may abort the others
 
 
 @contextmanager
 def redirect_output(path: Path) -> Iterator[None]:
-    """Send this process's output, logging and that of its libraries to a file."""
+    """Send the output and the logging of this process and its libraries to a file."""
     import logging
 
     path.parent.mkdir(parents=True, exist_ok=True)

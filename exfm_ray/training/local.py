@@ -1,5 +1,7 @@
-"""A training job without Ray: the same lanes, loop and files in this process. For sweeps' trials,
-benchmarks and tests."""
+"""Run a training job without Ray: the same trainers, loop and files in this process.
+
+For the trials of sweeps, benchmarks and tests.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,18 @@ from exfm_ray.training.worker import build_groups
 
 
 class LocalClient:
-    """The passes' fragments in order, read here when they are asked for. `waited`: seconds that
-    reading took."""
+    """Reads the fragments of passes in order, on demand, in this process.
+
+    Attributes:
+        waited: seconds spent reading.
+    """
 
     def __init__(self, reader: FragmentReader, passes: Sequence[WindowPass]) -> None:
+        """Read the fragments of `passes` through `reader`."""
         self.waited = 0.0
-        self._tables = (
-            reader.read(work, fragment) for work in passes for fragment in reader.fragments(work)
-        )
+        self._reader = reader
+        self._passes = passes
+        self._tables = self._read()
 
     def fragments(self, count: int) -> Iterator[pa.Table]:
         """The next `count` fragments."""
@@ -41,31 +47,41 @@ class LocalClient:
             self.waited += time.perf_counter() - started
             yield table
 
+    def _read(self) -> Iterator[pa.Table]:
+        for window_pass in self._passes:
+            for fragment in self._reader.fragments(window_pass):
+                yield self._reader.read(window_pass, fragment)
+
 
 class InMemoryReport:
-    """A report that keeps the rows of metrics.jsonl in memory."""
+    """A report that keeps the rows of metrics.jsonl in memory.
+
+    Attributes:
+        rows: of metrics.jsonl.
+    """
 
     def __init__(self) -> None:
+        """Start without rows."""
         self.rows: list[dict[str, Any]] = []
 
     def metrics(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Keep them."""
+        """Append to `rows`."""
         self.rows += rows
 
     def progress(self, window: int, examples: int) -> None:
-        """Nobody looks."""
+        """Ignore the progress."""
 
     def timeline(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Nobody looks."""
+        """Ignore the timeline."""
 
 
 def init_single_process() -> None:
-    """Make a process group of this process alone, where there is none."""
+    """Make a process group of this process alone unless there is a group already."""
     if dist.is_initialized():
         return
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0"
     )
@@ -78,18 +94,18 @@ def local_loop(
     reader: FragmentReader | None = None,
     groups: Sequence[BatchGroup] | None = None,
 ) -> tuple[Loop, InMemoryReport]:
-    """The job's loop, ready to run `windows` from fresh models.
+    """The loop of a job, ready to run `windows` from fresh models, and its report.
 
     Args:
-        reader: of the job's rows, where they are not read from the run's folder.
-        groups: what learns, where it is not the job's own lanes.
+        reader: of the job's rows, instead of the one that reads the run's folder.
+        groups: instead of the job's own trainers.
     """
     init_single_process()
     schema = EventStream.open(job.stream_root).schema
     torch.manual_seed(job.config.seed)
-    report = InMemoryReport()
     reader = reader or job.reader(schema)
     client: Any = LocalClient(reader, job.passes(windows, BEGINNING))
+    report = InMemoryReport()
     loop = Loop(
         role=job.role,
         seed=job.config.seed,

@@ -1,5 +1,7 @@
-"""The streaming loop: evaluate a window, learn it, go on to the next. Every model sees every window
-so, once, in order."""
+"""The streaming loop: evaluate a window, learn it, go on to the next.
+
+So every model sees every window once, in order.
+"""
 
 from __future__ import annotations
 
@@ -7,51 +9,51 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain, product
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import numpy as np
 import pyarrow as pa
 
-from exfm_ray.config.arms import LABELS, Arm
 from exfm_ray.data.feed import FeedClient
 from exfm_ray.data.readers import FragmentReader, WindowPass
 from exfm_ray.data.rebatch import Rebatcher
-from exfm_ray.errors import UserError
 from exfm_ray.metrics.state import MetricState
-from exfm_ray.schema import ALL_DOMAINS
 from exfm_ray.stores.snapshot_policy import SnapshotPolicy
+from exfm_ray.training.metric_rows import Key, describe, metric_states, supervising_version
 
-if TYPE_CHECKING:  # it imports seconds of engine
+if TYPE_CHECKING:  # importing them loads the engine, which takes seconds
     from exfm_ray.training.group import BatchGroup, Predictions
     from exfm_ray.training.model_trainer import ModelTrainer
 
-Key = tuple[str, str, str, str]
-"""Model, arm (`fm` for the FM), domain, task."""
-
-FM_ARM = "fm"
 EVALUATION_BATCH = 2048
+
+Row = dict[str, Any]
+"""Columns of a line of metrics.jsonl or timeline.jsonl."""
 
 
 class Report(Protocol):
     """Where figures and progress go; only rank 0 has one."""
 
-    def metrics(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Rows for metrics.jsonl."""
+    def metrics(self, rows: Sequence[Row]) -> None:
+        """Append rows to metrics.jsonl."""
         ...
 
     def progress(self, window: int, examples: int) -> None:
-        """`examples` more of `window` were learnt."""
+        """Note that `examples` more of `window` were learned."""
         ...
 
-    def timeline(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Rows for timeline.jsonl, all but their role."""
+    def timeline(self, rows: Sequence[Row]) -> None:
+        """Append rows to timeline.jsonl; they have all columns but the role."""
         ...
 
 
 class Timing(NamedTuple):
-    """Seconds of one window, or of one pass over a static set; both kinds of waiting for data are
-    part of the seconds before them."""
+    """Seconds of one window, or of one pass over a static set.
+
+    Attributes:
+        evaluate_s, learn_s: including the waits.
+        evaluate_wait_s, learn_wait_s: spent waiting for data.
+    """
 
     window: int
     examples: int
@@ -63,17 +65,19 @@ class Timing(NamedTuple):
 
 @dataclass
 class LoopProgress:
-    """Passes that are not finished, as a checkpoint between two batches keeps them; JSON-able.
+    """Progress within unfinished passes, which a checkpoint between two batches stores as JSON.
+
+    The names of the attributes are those in the file.
 
     Attributes:
-        number: names them in the timings.
-        work: how many of them are done.
-        batches: learnt in the next one.
-        learnt: examples, for each group.
+        number: of the window or pass in the timings.
+        learnt: examples learned, for each group.
+        lane_seconds: spent learning, for each trainer.
+        work: how many of the passes are done.
+        batches: learned in the current pass.
         seconds, waited: by purpose, see `Timing`.
-        lane_seconds: spent learning, for each lane.
-        rows: for metrics.jsonl, without their speed; each with the numbers of its group and of its
-            lane in it (rank 0).
+        rows: for metrics.jsonl, without their speed; each with the position of its group and of
+            the trainer in it (rank 0).
         spans: for timeline.jsonl.
     """
 
@@ -84,29 +88,46 @@ class LoopProgress:
     batches: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"evaluate": 0.0, "learn": 0.0})
     waited: dict[str, float] = field(default_factory=lambda: {"evaluate": 0.0, "learn": 0.0})
-    rows: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
-    spans: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[tuple[int, int, Row]] = field(default_factory=list)
+    spans: list[Row] = field(default_factory=list)
 
     @classmethod
     def begin(
         cls,
         number: int,
         groups: int,
-        lanes: int,
+        trainers: int,
     ) -> LoopProgress:
-        """Nothing done yet."""
-        return cls(number, [0] * groups, [0.0] * lanes)
+        """Progress before the first pass."""
+        return cls(number, [0] * groups, [0.0] * trainers)
+
+    @property
+    def examples(self) -> int:
+        """Examples learned by all groups."""
+        return sum(self.learnt)
+
+    def timing(self) -> Timing:
+        """The timing of the finished passes."""
+        return Timing(
+            self.number,
+            self.examples,
+            self.seconds["evaluate"],
+            self.seconds["learn"],
+            self.waited["evaluate"],
+            self.waited["learn"],
+        )
 
 
 @dataclass
 class Loop:
-    """Runs groups of lanes over windows. Rank 0 holds the metric states, summed over the windows
-    after the warm-up.
+    """Runs groups of trainers over windows.
 
     Attributes:
-        between: called after each batch is learnt, with the number of its group.
-        telling: entered while figures are reported.
-        underway: passes that are not finished.
+        states: metric states summed over the windows after the warm-up (rank 0).
+        timings: of the finished windows or passes.
+        on_batch_end: called after each batch is learned, with the position of its group.
+        report_guard: entered while figures are reported.
+        underway: progress within passes that are not finished.
     """
 
     role: str
@@ -124,209 +145,186 @@ class Loop:
     underway: LoopProgress | None = None
     _clock: tuple[float, float] = (0.0, 0.0)
 
+    @property
+    def trainers(self) -> list[ModelTrainer]:
+        """Trainers of all groups."""
+        return [trainer for group in self.groups for trainer in group.trainers]
+
     def run(self, window: int) -> None:
         """Evaluate window `window` with models that have not seen it, then learn it."""
         self.run_passes([WindowPass(window, "evaluate"), WindowPass(window, "learn")], window)
 
-    def run_passes(self, passes: Sequence[WindowPass], number: int) -> list[dict[str, Any]]:
-        """Evaluate and learn what `passes` says, in that order; the rows for metrics.jsonl,
-        reported too (rank 0).
+    def run_passes(self, passes: Sequence[WindowPass], number: int) -> list[Row]:
+        """Run `passes` in order and report their figures.
 
-        `number` names the passes in the timings. Where `underway` was restored from a checkpoint,
-        the passes go on from there.
+        If `underway` was restored from a checkpoint, the passes go on from there.
+
+        Args:
+            number: of the window or pass in the timings.
+
+        Returns:
+            The rows for metrics.jsonl (rank 0).
         """
-        under = self.underway = self.underway or LoopProgress.begin(
-            number, len(self.groups), len(self.lanes)
-        )
-        for lane, seconds in zip(self.lanes, under.lane_seconds, strict=True):
-            lane.seconds = seconds
+        if self.underway is None:
+            self.underway = LoopProgress.begin(number, len(self.groups), len(self.trainers))
+        progress = self.underway
+        for trainer, seconds in zip(self.trainers, progress.lane_seconds, strict=True):
+            trainer.seconds = seconds
+
         try:
-            while under.work < len(passes):
-                self._pass(passes[under.work], under)
+            while progress.work < len(passes):
+                self._run_pass(passes[progress.work], progress)
         finally:
             self.underway = None
-        took = under.seconds
-        waited = under.waited
-        timing = Timing(
-            number,
-            sum(under.learnt),
-            took["evaluate"],
-            took["learn"],
-            waited["evaluate"],
-            waited["learn"],
-        )
-        self.timings.append(timing)
+
+        self.timings.append(progress.timing())
         rows = [
-            row | {"examples_per_s": self._speed(under, group, lane)}
-            for group, lane, row in under.rows
+            row | {"examples_per_s": self._speed(progress, group, trainer)}
+            for group, trainer, row in progress.rows
         ]
         if self.report:
             with self.report_guard():
                 self.report.metrics(rows)
-                self.report.timeline(under.spans)
+                self.report.timeline(progress.spans)
         return rows
 
-    def _pass(self, work: WindowPass, under: LoopProgress) -> None:
-        """One pass, from its beginning or from where a checkpoint was taken."""
-        started = time.time()
-        begun = time.perf_counter()
-        examples = sum(under.learnt)
+    def _run_pass(self, window_pass: WindowPass, progress: LoopProgress) -> None:
+        """Run one pass from its beginning, or from where a checkpoint was taken."""
+        started_s = time.time()
+        started = time.perf_counter()
         waited = self.client.waited
+        examples = progress.examples
+
         self.start_clock()
-        if work.purpose == "evaluate":
-            for number, result in enumerate(self._evaluate(work)):
-                under.rows += self._rows(work, number, result) if result and self.report else []
+        if window_pass.purpose == "evaluate":
+            predictions = self._evaluate(window_pass)
+            if self.report:
+                progress.rows += self._metric_rows(window_pass, predictions)
         else:
-            self._learn(work, under)
-        self.stop_clock(work, under)
-        span: dict[str, Any] = {
-            "window": work.window,
-            "phase": work.purpose,
-            "started_s": started,
-            "ended_s": started + time.perf_counter() - begun,
+            self._learn(window_pass, progress)
+        self.stop_clock(window_pass, progress)
+
+        span: Row = {"pass": window_pass.number} if window_pass.number else {}
+        span |= {
+            "window": window_pass.window,
+            "phase": window_pass.purpose,
+            "started_s": started_s,
+            "ended_s": started_s + time.perf_counter() - started,
+            "waited_s": self.client.waited - waited,
+            "examples": progress.examples - examples,
         }
-        span |= {"waited_s": self.client.waited - waited, "examples": sum(under.learnt) - examples}
-        under.spans.append(({"pass": work.number} if work.number else {}) | span)
-        under.work = under.work + 1
-        under.batches = 0
+        progress.spans.append(span)
+        progress.work += 1
+        progress.batches = 0
 
     def start_clock(self) -> None:
-        """From now on time counts as the pass's."""
+        """From now on, time counts towards the current pass."""
         self._clock = (time.perf_counter(), self.client.waited)
 
-    def stop_clock(self, work: WindowPass, under: LoopProgress) -> None:
-        """Add the time since the clock was started to the pass's."""
-        under.seconds[work.purpose] += time.perf_counter() - self._clock[0]
-        under.waited[work.purpose] += self.client.waited - self._clock[1]
-        under.lane_seconds = [lane.seconds for lane in self.lanes]
-
-    @property
-    def lanes(self) -> list[ModelTrainer]:
-        """Of all groups."""
-        return [lane for group in self.groups for lane in group.lanes]
+    def stop_clock(self, window_pass: WindowPass, progress: LoopProgress) -> None:
+        """Add the time since `start_clock` to the pass."""
+        started, waited = self._clock
+        progress.seconds[window_pass.purpose] += time.perf_counter() - started
+        progress.waited[window_pass.purpose] += self.client.waited - waited
+        progress.lane_seconds = [trainer.seconds for trainer in self.trainers]
 
     def _speed(
         self,
-        under: LoopProgress,
+        progress: LoopProgress,
         group: int,
-        lane: int,
+        trainer: int,
     ) -> float | None:
-        seconds = self.groups[group].lanes[lane].seconds
-        return under.learnt[group] / seconds if seconds else None
+        """Examples per second that a trainer has learned."""
+        seconds = self.groups[group].trainers[trainer].seconds
+        return progress.learnt[group] / seconds if seconds else None
 
     def _batches(
-        self, work: WindowPass, size: Callable[[BatchGroup], int]
+        self, window_pass: WindowPass, size: Callable[[BatchGroup], int]
     ) -> Iterator[tuple[int, pa.Table]]:
-        """Global batches of one pass, each with the number of the group whose rows they are."""
-        regroups = [Rebatcher(size(group)) for group in self.groups]
-        for fragment in self.client.fragments(len(self.reader.fragments(work))):
-            for i, (group, regroup) in enumerate(zip(self.groups, regroups, strict=True)):
+        """Global batches of one pass, each with the position of the group whose rows they are."""
+        rebatchers = [Rebatcher(size(group)) for group in self.groups]
+        fragment_count = len(self.reader.fragments(window_pass))
+        for fragment in self.client.fragments(fragment_count):
+            for position, group in enumerate(self.groups):
                 selected = group.select(fragment)
-                if work.purpose == "learn":
+                if window_pass.purpose == "learn":
                     group.mark(selected)
-                for rows in regroup.add(selected):
-                    yield i, rows
-        for i, regroup in enumerate(regroups):
-            for rows in regroup.flush():
-                yield i, rows
+                for rows in rebatchers[position].add(selected):
+                    yield position, rows
 
-    def _evaluate(self, work: WindowPass) -> list[Predictions | None]:
+        for position, rebatcher in enumerate(rebatchers):
+            for rows in rebatcher.flush():
+                yield position, rows
+
+    def _evaluate(self, window_pass: WindowPass) -> list[Predictions | None]:
+        """Predictions of each group on a window; None if it has no row, and on other ranks."""
         parts: list[list[Predictions]] = [[] for _ in self.groups]
-        batches = self._batches(work, evaluation_batch)
-        first = next(batches, None)  # the feed hands it out when all that the window needs is there
-        for group in self.groups if first else ():
-            group.begin_window(work.window)
-        with ExitStack() as stack:
-            for lane in self.lanes:
-                stack.enter_context(lane.engine.ema_weights())
-            for i, rows in chain([first] if first else [], batches):
-                parts[i].append(self.groups[i].evaluate(rows))
-        return [group.gather(mine) for group, mine in zip(self.groups, parts, strict=True)]
+        batches = self._batches(window_pass, evaluation_batch)
+        first = next(batches, None)  # the feed yields it once all inputs of the window exist
+        if first:
+            batches = chain([first], batches)
+            for group in self.groups:
+                group.begin_window(window_pass.window)
 
-    def _learn(self, work: WindowPass, under: LoopProgress) -> None:
-        for position, (i, rows) in enumerate(self._batches(work, lambda group: group.batch_size)):
-            if position < under.batches:  # learnt before the checkpoint that the job goes on from
+        with ExitStack() as stack:
+            for trainer in self.trainers:
+                stack.enter_context(trainer.engine.ema_weights())
+            for position, rows in batches:
+                parts[position].append(self.groups[position].evaluate(rows))
+        return [
+            group.gather(local_parts) for group, local_parts in zip(self.groups, parts, strict=True)
+        ]
+
+    def _learn(self, window_pass: WindowPass, progress: LoopProgress) -> None:
+        batches = self._batches(window_pass, lambda group: group.batch_size)
+        for number, (position, rows) in enumerate(batches):
+            if number < progress.batches:  # learned before the checkpoint was taken
                 continue
-            self.groups[i].learn(rows)
-            under.batches = position + 1
-            under.learnt[i] = under.learnt[i] + rows.num_rows
+            self.groups[position].learn(rows)
+            progress.batches = number + 1
+            progress.learnt[position] += rows.num_rows
             if self.report:
-                self.report.progress(work.window, rows.num_rows)
+                self.report.progress(window_pass.window, rows.num_rows)
             if self.on_batch_end:
-                self.on_batch_end(work, under, i)
+                self.on_batch_end(window_pass, progress, position)
+
         for group in self.groups:
             group.end_window()
 
-    def _rows(
+    def _metric_rows(
         self,
-        work: WindowPass,
-        number: int,
-        result: Predictions,
-    ) -> list[tuple[int, int, dict[str, Any]]]:
-        """One row, without its speed, for each lane, domain and task of group `number`; for lanes
-        over all domains also one for the domains together. Each with the numbers of the group and
-        of the lane in it."""
-        rows = []
-        window = work.window
-        group = self.groups[number]
-        place = {"pass": work.number, "window": window} if work.number else {"window": window}
-        for position, lane in enumerate(group.lanes):
-            for learner, (domain, chosen_N) in product(lane.learners, _domains(group, result)):
-                for column, task in enumerate(lane.tasks):
-                    key = (learner.model, str(lane.arm or FM_ARM), domain, group.schema.tasks[task])
-                    group_N = result.group_N[chosen_N] if group.schema.group_by else None
-                    try:
-                        state = MetricState.from_logits(
-                            result.logits[learner.name][chosen_N, column],
-                            result.labels_NT[chosen_N, task],
-                            group_N,
-                        )
-                    except ValueError as error:
-                        raise UserError(
-                            f"window {window}, evaluation of '{learner.name}' on {domain}, {key[3]}: {error}"
-                        ) from None
-                    if window >= self.warmup_windows:
-                        self.states[key] = self.states.get(key, MetricState()) + state
-                    identity = {
-                        "role": self.role,
-                        **describe(key),
-                        "seed": self.seed,
-                        "snapshot": supervising_version(key, window, self.policy),
-                    }
-                    rows.append((number, position, {**place, **identity, **state.figures()}))
-        return rows
+        window_pass: WindowPass,
+        predictions: Sequence[Predictions | None],
+    ) -> Iterator[tuple[int, int, Row]]:
+        """Rows of all groups for metrics.jsonl, without their speed; see `LoopProgress.rows`.
+
+        Adds their states to `states`.
+        """
+        window = window_pass.window
+        for number, group in enumerate(self.groups):
+            group_predictions = predictions[number]
+            if group_predictions is None:
+                continue
+            for position, key, state in metric_states(group, window, group_predictions):
+                if window >= self.warmup_windows:
+                    self.states[key] = self.states.get(key, MetricState()) + state
+                row: Row = {"pass": window_pass.number} if window_pass.number else {}
+                row |= {
+                    "window": window,
+                    "role": self.role,
+                    **describe(key),
+                    "seed": self.seed,
+                    "snapshot": supervising_version(key, window, self.policy),
+                    **state.figures(),
+                }
+                yield number, position, row
 
 
 def evaluation_batch(group: BatchGroup) -> int:
-    """Rows in a batch: as many logits for all models of a lane together, lest their temporaries
-    outgrow the cache."""
-    return EVALUATION_BATCH // max(1, *(len(lane.learners) for lane in group.lanes))
+    """Rows in a batch of an evaluation.
 
-
-def describe(key: Key) -> dict[str, str]:
-    """A key as the columns of a row."""
-    return dict(zip(("model", "arm", "domain", "task"), key, strict=True))
-
-
-def supervising_version(
-    key: Key,
-    window: int,
-    policy: SnapshotPolicy,
-) -> int | None:
-    """Version of the newest snapshot that a model knows when `window` is evaluated: the one that
-    supervised the window before, or, in an arm with +share, whose rows it is given for this one;
-    None without a teacher."""
-    if key[1] in (FM_ARM, LABELS):
-        return None
-    return policy.version(window if Arm(key[1]).shares_tables else window - 1)
-
-
-def _domains(group: BatchGroup, result: Predictions) -> Iterator[tuple[str, np.ndarray | slice]]:
-    """Names of the domains in a window and which of its rows are theirs."""
-    if group.domain is not None:
-        yield group.schema.domains[group.domain], slice(None)
-        return
-    yield ALL_DOMAINS, slice(None)
-    if len(group.schema.domains) > 1:
-        for index in np.unique(result.domain_N):
-            yield group.schema.domains[index], result.domain_N == index
+    All models of a trainer together have `EVALUATION_BATCH` logits for a task, so that temporary
+    tensors do not outgrow the cache.
+    """
+    models = [len(trainer.model_names) for trainer in group.trainers]
+    return EVALUATION_BATCH // max(1, *models)

@@ -1,9 +1,12 @@
-"""Looks for losses and weights that are not numbers; for losses without waiting for the device at
-every step."""
+"""Checks losses and weights for values that are not finite.
+
+Losses are checked every few batches only, because each check waits for the device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,12 +17,22 @@ from exfm_ray.training.checkpoint import Checkpoints
 from exfm_ray.training.loop import Loop
 from exfm_ray.training.model_trainer import LOSSES_KEPT
 
-NONE = 2**62
+ALL_FINITE = 2**62
+
+
+class _Step(NamedTuple):
+    """A batch that a group has learned."""
+
+    window: int
+    batch: int
+    group: int
 
 
 class FiniteCheck:
-    """Checks the losses of all lanes every `LOSSES_KEPT` batches, and whenever it is asked to; all
-    workers call it in step."""
+    """Checks the losses of all trainers every `LOSSES_KEPT` batches, and on request.
+
+    All workers call its methods in step.
+    """
 
     def __init__(
         self,
@@ -27,13 +40,11 @@ class FiniteCheck:
         checkpoints: Checkpoints,
         section: str,
     ) -> None:
-        """`section`: of the config, whose rates the user may lower."""
+        """`section` of the config has the learning rates that the user may lower."""
         self._loop = loop
         self._checkpoints = checkpoints
         self._section = section
-        self._learnt: list[
-            tuple[int, int, int]
-        ] = []  # window, batch and group of the batches since the last check
+        self._steps: list[_Step] = []  # since the last check
 
     def observe(
         self,
@@ -41,73 +52,75 @@ class FiniteCheck:
         batch: int,
         group: int,
     ) -> None:
-        """A batch of a group was learnt."""
-        self._learnt.append((window, batch, group))
-        if len(self._learnt) == LOSSES_KEPT:
+        """Note that a group has learned a batch."""
+        self._steps.append(_Step(window, batch, group))
+        if len(self._steps) == LOSSES_KEPT:
             self.check()
 
     def check(self) -> None:
-        """UserError that names the first batch since the last check whose loss is not a number, on
-        any worker."""
-        lanes = [
-            (number, lane) for number, group in enumerate(self._loop.groups) for lane in group.lanes
-        ]
-        first = NONE
-        for code, (number, lane) in enumerate(lanes):
-            bad = lane.first_bad_loss()
-            if bad is not None:
-                own = [
-                    position
-                    for position, (_, _, group) in enumerate(self._learnt)
-                    if group == number
-                ]
-                first = min(first, own[bad] * len(lanes) + code)
-        if dist.get_world_size() > 1:
-            found = torch.tensor(first)
-            dist.all_reduce(found, dist.ReduceOp.MIN)
-            first = int(found)
-        if first != NONE:
-            position, code = divmod(first, len(lanes))
-            window, batch, _ = self._learnt[position]
-            self._stop(window, batch, lanes[code][1].name)
-        self._learnt = []
+        """Raise a UserError if a loss since the last check is not finite on any worker.
 
-    def _stop(
-        self,
-        window: int,
-        batch: int,
-        lane: str,
-    ) -> None:
-        raise UserError(
-            f"window {window}, batch {batch}: the loss of '{lane}' is not a number, training stops; {self._checkpoints.last_good()}. "
-            f"Lower {self._section}.optimizer's learning rates under another --name"
-        )
+        It names the first such batch.
+        """
+        names = [trainer.name for trainer in self._loop.trainers]
+        first_code = self._first_bad_code()
+        if dist.get_world_size() > 1:
+            code = torch.tensor(first_code)
+            dist.all_reduce(code, dist.ReduceOp.MIN)
+            first_code = int(code)
+        if first_code != ALL_FINITE:
+            position, trainer = divmod(first_code, len(names))
+            step = self._steps[position]
+            raise UserError(
+                f"window {step.window}, batch {step.batch}: the loss of '{names[trainer]}' is not "
+                f"a number, training stops; {self._checkpoints.last_good()}. {self._remedy()}"
+            )
+        self._steps = []
+
+    def _first_bad_code(self) -> int:
+        """This worker's first bad loss, as a number that orders by step, then by trainer.
+
+        It is (position of the step) * (number of trainers) + (number of the trainer), or
+        `ALL_FINITE`.
+        """
+        trainer_count = len(self._loop.trainers)
+        first_code = ALL_FINITE
+        number = 0
+        for position, group in enumerate(self._loop.groups):
+            group_steps = [i for i, step in enumerate(self._steps) if step.group == position]
+            for trainer in group.trainers:
+                bad = trainer.first_bad_loss()
+                if bad is not None:
+                    first_code = min(first_code, group_steps[bad] * trainer_count + number)
+                number += 1
+        return first_code
 
     def check_weights(
         self,
         when: str,
-        lane: str,
+        trainer: str,
         weights: Mapping[str, Tensor],
     ) -> None:
-        """UserError, on all workers, where one of a lane's weights that are about to be stored is
-        not finite on any of them."""
-        found: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, not_finite(weights))
-        bad = next((name for name in found if name), None)
-        if bad:
+        """Raise a UserError, on all workers, if a weight to be stored is not finite on any."""
+        bad_names: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(bad_names, not_finite(weights))
+        bad_name = next((name for name in bad_names if name), None)
+        if bad_name:
             raise UserError(
-                f"{when}: '{bad}' of '{lane}' is not finite, the model has diverged, so it is not stored; {self._checkpoints.last_good()}. "
-                f"Lower {self._section}.optimizer's learning rates under another --name"
+                f"{when}: '{bad_name}' of '{trainer}' is not finite, the model has diverged, "
+                f"so it is not stored; {self._checkpoints.last_good()}. {self._remedy()}"
             )
+
+    def _remedy(self) -> str:
+        return f"Lower {self._section}.optimizer's learning rates under another --name"
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds a NaN or an infinity; None without any."""
     for name, tensor in tensors.items():
-        if (
-            tensor.is_floating_point()
-            and tensor.numel()
-            and not torch.isfinite(torch.stack(tensor.aminmax())).all()
-        ):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        extremes = torch.stack(tensor.aminmax())
+        if not torch.isfinite(extremes).all():
             return name
     return None

@@ -1,5 +1,8 @@
-"""When each table row was last used, so that the rows of ids that have left can be reset; and how
-often."""
+"""How often, and when last, each table row was used.
+
+Rows of ids that have left the stream can so be reset. All workers see whole fragments, not only
+their slice of a batch, so all hold the same numbers and need not communicate.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ NEVER = -1
 
 
 class _AllRows:
-    """The rows R of all tables, one table after the other."""
+    """The rows R of all tables T, one table after the other."""
 
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
@@ -29,55 +32,59 @@ class _AllRows:
         self._bags = [(f.name, self._first[f.table or f.name]) for f in schema.bags]
 
     def read_by(self, rows: pa.Table) -> Iterator[Array]:
-        """Numbers of the rows that examples read, as often as they do."""
+        """Numbers of the table rows that examples read; each as often as it is read."""
         yield list_values(rows["sparse"], len(self._single_S)) + self._single_S
         for name, first in self._bags:
-            yield rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) + first
+            values = rows[name].combine_chunks().flatten()
+            yield values.to_numpy(zero_copy_only=False) + first
 
 
 class RowUseCounts(_AllRows):
-    """How often examples of finished windows have read each row. All workers hold the same, as with
-    `RowLastUse`."""
+    """How often examples of finished windows have read each table row."""
 
     def __init__(self, schema: Schema) -> None:
+        """Start with zero uses."""
         super().__init__(schema)
-        self._count_R, self._now_R = np.zeros(self._rows, np.int32), np.zeros(self._rows, np.int32)
+        self._count_R = np.zeros(self._rows, np.int32)
+        self._window_count_R = np.zeros(self._rows, np.int32)
 
     def mark(self, rows: pa.Table) -> None:
-        """Examples `rows` use their table rows."""
-        if rows.num_rows:
-            for number_X in self.read_by(rows):
-                np.add.at(self._now_R, number_X.ravel(), 1)
+        """Note that examples use their table rows."""
+        if not rows.num_rows:
+            return
+        for number_X in self.read_by(rows):
+            np.add.at(self._window_count_R, number_X.ravel(), 1)
 
     def end_window(self) -> None:
-        """A window is learnt: its uses count from now on. Within a window nothing does, so that
-        going on there marks it whole again."""
-        self._count_R += self._now_R
-        self._now_R[:] = 0
+        """Add the uses of the window to the counts.
+
+        Within a window they do not count, so a job that resumes there can mark it again as a whole.
+        """
+        self._count_R += self._window_count_R
+        self._window_count_R[:] = 0
 
     def of(self, table: str) -> Array:
-        """Uses of a table's rows so far."""
-        return self._count_R[self._first[table] :][: self._schema.tables[table]]
+        """Uses of a table's rows in all finished windows."""
+        first = self._first[table]
+        return self._count_R[first : first + self._schema.tables[table]]
 
     def state(self) -> dict[str, Array]:
-        """For a checkpoint: a copy."""
+        """A copy of the counts for a checkpoint."""
         return {"count": self._count_R.copy()}
 
     def restore(self, state: Mapping[str, Array]) -> None:
-        """From `state()`."""
+        """Restore what `state()` returned."""
         self._count_R = np.array(state["count"], np.int32)
 
 
 class RowLastUse(_AllRows):
-    """The last window in which an example used a row.
+    """The last window in which an example used each table row.
 
-    Only windows with examples count, from 0 on: a silence of the stream makes no row stale. Every
-    worker marks the rows of whole fragments, not of its share, so all workers hold the same and
-    need not ask each other.
+    Only windows with examples count, from 0 on, so a silence of the stream makes no row stale.
     """
 
     def __init__(self, schema: Schema, windows: int) -> None:
-        """`windows`: for how many windows a row may be unused."""
+        """A row is stale after `windows` windows without use."""
         super().__init__(schema)
         self._windows = windows
         self._last_R = np.full(self._rows, NEVER, np.int32)
@@ -85,7 +92,7 @@ class RowLastUse(_AllRows):
         self._marked = False
 
     def mark(self, rows: pa.Table) -> None:
-        """The window's examples `rows` use their table rows."""
+        """Note that examples of the window use their table rows."""
         if not rows.num_rows:
             return
         for number_X in self.read_by(rows):
@@ -93,21 +100,23 @@ class RowLastUse(_AllRows):
         self._marked = True
 
     def end_window(self) -> dict[str, Array]:
-        """The rows that none of the last `windows` windows used, by table, int64 ascending; from
-        now on they count as never used.
+        """Finish the window; return its stale rows, which then count as never used.
 
-        Row 0, the missing value, is never among them.
+        Returns:
+            Row numbers by table, int64 ascending. Row 0, the missing value, is never stale.
         """
         if not self._marked:
             return {}
         self._last_R[self._first_T] = NEVER
-        stale_X = np.flatnonzero(
-            (self._last_R != NEVER) & (self._last_R <= self._window - self._windows)
-        )
+        is_used_R = self._last_R != NEVER
+        is_old_R = self._last_R <= self._window - self._windows
+        stale_X = np.flatnonzero(is_used_R & is_old_R)
         self._last_R[stale_X] = NEVER
-        self._window = self._window + 1
+        self._window += 1
         self._marked = False
-        parts = np.split(stale_X, np.searchsorted(stale_X, self._first_T[1:]))
+
+        bounds = np.searchsorted(stale_X, self._first_T[1:])
+        parts = np.split(stale_X, bounds)
         return {
             table: part - first
             for table, first, part in zip(self._schema.tables, self._first_T, parts, strict=True)
@@ -115,14 +124,14 @@ class RowLastUse(_AllRows):
         }
 
     def state(self) -> dict[str, Array]:
-        """For a checkpoint: a copy."""
+        """A copy of the state for a checkpoint."""
         return {
             "last": self._last_R.copy(),
             "window": np.array([self._window, self._marked], np.int64),
         }
 
     def restore(self, state: Mapping[str, Array]) -> None:
-        """From `state()`."""
+        """Restore what `state()` returned."""
         self._last_R = np.array(state["last"], np.int32)
         self._window = int(state["window"][0])
         self._marked = bool(state["window"][1])

@@ -1,8 +1,8 @@
 """Static sets: several passes over the training windows, stopped early by a validation window.
 
-For benchmarks of sets without time. The windows before `validation_window` are learnt, that window
-decides when to stop and which pass is the best, the windows after it (tests) are only evaluated.
-Rule 1 holds: no held-out window is ever learnt.
+For benchmarks on sets without time. The windows before `validation_window` are learned. That window
+decides when to stop and which pass is the best. The windows after it (tests) are only evaluated.
+Rule 1 holds: no held-out window is ever learned.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class StaticSet:
     windows: tuple[int, ...]
 
     @property
-    def learnt(self) -> tuple[int, ...]:
-        """Windows that are learnt in each pass."""
+    def training(self) -> tuple[int, ...]:
+        """Windows that are learned in each pass."""
         return tuple(window for window in self.windows if window < self.config.validation_window)
 
     @property
@@ -36,22 +36,24 @@ class StaticSet:
         return tuple(window for window in self.windows if window >= self.config.validation_window)
 
     def passes(self, number: int) -> list[WindowPass]:
-        """What pass `number`, counted from 1, reads: the training windows to learn, then the others
-        to evaluate."""
+        """What pass `number`, counted from 1, reads.
+
+        First the training windows to learn, then the others to evaluate.
+        """
         return [
-            *(WindowPass(window, "learn", number) for window in self.learnt),
+            *(WindowPass(window, "learn", number) for window in self.training),
             *(WindowPass(window, "evaluate", number) for window in self.held_out),
         ]
 
 
 @dataclass
 class EarlyStopping:
-    """Which pass was the best so far, and whether it is time to stop.
+    """Which pass was the best so far, and whether to stop.
 
     Attributes:
         best: number of the best pass; 0 before the first.
-        value: its figure on the validation window, the mean over the tasks; None where it is
-            undefined, as with labels of one class.
+        value: its figure on the validation window, the mean over the tasks; None if undefined, as
+            with labels of one class.
         last: number of the last pass.
     """
 
@@ -62,35 +64,35 @@ class EarlyStopping:
 
     @classmethod
     def restore(cls, config: StaticConfig, state: Mapping[str, Any]) -> Self:
-        """From `state()`."""
+        """Restore what `state()` returned."""
         return cls(config, **state)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The state as a checkpoint stores it."""
         return {"best": self.best, "value": self.value, "last": self.last}
 
     @property
     def over(self) -> bool:
-        """True when all passes are done, or `patience` of them brought nothing."""
+        """True if all passes are done, or the last `patience` of them improved nothing."""
         return self.last >= self.config.passes or self.last - self.best >= self.config.patience
 
     def take(self, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """Take in the metric rows of a pass; True where it is the best so far."""
+        """Take in the metric rows of a pass; True if it is the best so far."""
         self.last += 1
         values = [
-            r[self.config.monitor]
-            for r in rows
-            if r["window"] == self.config.validation_window and r["domain"] == ALL_DOMAINS
+            row[self.config.monitor]
+            for row in rows
+            if row["window"] == self.config.validation_window and row["domain"] == ALL_DOMAINS
         ]
         value = float(np.mean(values)) if values and None not in values else None
-        if not self.best or self._better(value):
-            self.best = self.last
-            self.value = value
-            return True
-        return False
+        if self.best and not self._is_better(value):
+            return False
+        self.best = self.last
+        self.value = value
+        return True
 
-    def _better(self, value: float | None) -> bool:
-        """Any figure is better than none."""
+    def _is_better(self, value: float | None) -> bool:
+        """Compare with the best figure so far; any figure is better than an undefined one."""
         if value is None or self.value is None:
             return value is not None
         return value > self.value if self.config.monitor == "auc" else value < self.value

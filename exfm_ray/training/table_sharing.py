@@ -1,5 +1,7 @@
-"""What arms with +share are given: the teacher's table rows for a window's ids, made to fit the
-vertical model's tables."""
+"""The teacher's table rows for the ids of a window, fitted to the tables of a vertical model.
+
+Arms with +share write them into their tables. Shape suffixes: X rows, W and V widths of a row.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from exfm_ray.config.models import ModelConfig
 from exfm_ray.config.root import Config
 from exfm_ray.config.trainer import StudentConfig
 from exfm_ray.engine.tensor_store import RowUpdate
@@ -24,15 +27,20 @@ from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.training.row_usage import RowUseCounts
 
 
+def network_widths(network: ModelConfig, schema: Schema) -> dict[str, int]:
+    """Width of each table's rows in a network."""
+    embeddings = Layout.from_config(network, schema).embeddings
+    return {table: count * network.dim for table, count in embeddings.items()}
+
+
 def widths(
     config: Config,
     student: StudentConfig | None,
     schema: Schema,
 ) -> dict[str, int]:
     """Width of each table's rows in a student, or in the FM (None)."""
-    model = config.fm.model if student is None else student.model or config.vm.model
-    embeddings = Layout.from_config(model, schema).embeddings
-    return {table: number * model.dim for table, number in embeddings.items()}
+    network = config.fm.model if student is None else student.model or config.vm.model
+    return network_widths(network, schema)
 
 
 def teachers_widths(
@@ -40,81 +48,96 @@ def teachers_widths(
     teacher: str | None,
     schema: Schema,
 ) -> dict[str, int] | None:
-    """Width of each table's rows in a teacher: the FM, a vertical model of this run, or another
-    run's FM, by its first snapshot; None where that one has published none yet."""
+    """Width of each table's rows in a teacher.
+
+    The teacher is the FM, a vertical model of this run, or the FM of another run, which is known by
+    its first snapshot.
+
+    Returns:
+        None if another run's FM has not published a snapshot yet.
+    """
     if teacher in (None, config.fm.name):
         return widths(config, None, schema)
     if any(other.name == teacher and other.run for other in config.teachers):
         snapshots = SnapshotStore.from_config(config, teacher)
-        first = snapshots.versions()[:1]
-        stored = snapshots.manifest(first[0], schema) if first else None
-        return (
-            {
-                name: number * stored.network.dim
-                for name, number in Layout.from_config(stored.network, schema).embeddings.items()
-            }
-            if stored
-            else None
-        )
-    return widths(
-        config, next(student for student in config.vm.models if student.name == teacher), schema
-    )
+        versions = snapshots.versions()
+        if not versions:
+            return None
+        return network_widths(snapshots.manifest(versions[0], schema).network, schema)
+    student = next(student for student in config.vm.models if student.name == teacher)
+    return widths(config, student, schema)
 
 
 def check_sharing(config: Config, schema: Schema) -> None:
-    """UserError where the config's arms share tables that are not there, or rows that do not fit
-    and have no projection."""
-    share = config.distillation.share
+    """Check the tables that the config's arms share.
+
+    Raises:
+        UserError: a table does not exist, or its rows do not fit the student's table and are not
+            projected.
+    """
     if not any(arm.shares_tables for arm in config.arms):
         return
-    searched = (
-        config.tune.space["distillation.share.tables"].choice
-        if config.tune and "distillation.share.tables" in config.tune.space
-        else ()
-    )
-    for setting, names in (
-        ("distillation.share.tables", share.tables),
-        *(("tune.space", choice) for choice in searched),
-    ):
-        for name in names if isinstance(names, tuple) else ():
-            if name not in schema.tables:
-                told = (
-                    nearest(str(name), schema.tables) or f" There are {', '.join(schema.tables)}."
-                )
-                raise UserError(f"setting '{setting}': no table is named '{name}'.{told}")
+    setting = "distillation.share.tables"
+    _check_tables_exist(setting, config.distillation.share.tables, schema)
+    if config.tune and setting in config.tune.space:
+        for choice in config.tune.space[setting].choice:
+            if isinstance(choice, tuple):
+                _check_tables_exist("tune.space", choice, schema)
     for student in config.vm.models:
-        theirs = teachers_widths(config, student.teacher, schema)
-        for name, width in widths(config, student, schema).items() if theirs else ():
-            if (
-                (name in share.tables or not share.tables)
-                and theirs
-                and width != theirs[name]
-                and share.projection == "none"
-            ):
-                raise misfit(student, name, theirs[name], width)
+        _check_widths(config, student, schema)
+
+
+def _check_tables_exist(
+    setting: str,
+    names: tuple[object, ...],
+    schema: Schema,
+) -> None:
+    for name in names:
+        if name not in schema.tables:
+            known = f" There are {', '.join(schema.tables)}."
+            hint = nearest(str(name), schema.tables) or known
+            raise UserError(f"setting '{setting}': no table is named '{name}'.{hint}")
+
+
+def _check_widths(
+    config: Config,
+    student: StudentConfig,
+    schema: Schema,
+) -> None:
+    """UserError if the teacher's rows of a shared table do not fit and are not projected."""
+    share = config.distillation.share
+    teacher_widths = teachers_widths(config, student.teacher, schema)
+    if not teacher_widths or share.projection != "none":
+        return
+    for name, width in widths(config, student, schema).items():
+        is_shared = name in share.tables or not share.tables
+        if is_shared and width != teacher_widths[name]:
+            raise misfit(student, name, teacher_widths[name], width)
 
 
 def misfit(
     student: StudentConfig,
     table: str,
-    given: int,
+    teacher_width: int,
     width: int,
 ) -> UserError:
-    """That rows of `given` numbers cannot be written into a table of `width`."""
+    """The error of rows of `teacher_width` numbers that a table of `width` cannot take."""
     teacher = f"teacher '{student.teacher}'" if student.teacher else "the FM"
     return UserError(
-        f"setting 'vm.arms': '{student.name}' shares table '{table}', whose rows have {given} numbers in {teacher} and {width} in the student; set "
-        "distillation.share.projection=principal, give both the same dim and embeddings, or leave the table out of distillation.share.tables"
+        f"setting 'vm.arms': '{student.name}' shares table '{table}', whose rows have "
+        f"{teacher_width} numbers in {teacher} and {width} in the student; set "
+        "distillation.share.projection=principal, give both the same dim and embeddings, "
+        "or leave the table out of distillation.share.tables"
     )
 
 
 @dataclass
 class TableSharing:
-    """The rows for one student, window by window.
+    """The teacher's rows for one student, window by window.
 
     Attributes:
-        widths: of the student's tables.
-        uses: how often each row was used, where that decides.
+        widths: of the rows of the student's tables.
+        uses: how often each row was used, if only rows of rare ids are written.
     """
 
     config: Config
@@ -125,8 +148,9 @@ class TableSharing:
     uses: RowUseCounts | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._share = self.config.distillation.share
-        self.uses = RowUseCounts(self.schema) if self._share.mode == "unseen" else None
+        self._settings = self.config.distillation.share
+        self._policy = SnapshotPolicy.from_config(self.config.das)
+        self.uses = RowUseCounts(self.schema) if self._settings.mode == "unseen" else None
 
     @classmethod
     def from_config(
@@ -135,113 +159,138 @@ class TableSharing:
         student: StudentConfig,
         schema: Schema,
     ) -> TableSharing | None:
-        """None where no arm takes rows."""
+        """The sharing of a student; None if no arm shares tables."""
         store = shared_store(config, student.teacher)
-        return (
-            cls(config, store, schema, student, widths(config, student, schema)) if store else None
-        )
+        if store is None:
+            return None
+        return cls(config, store, schema, student, widths(config, student, schema))
 
     @property
     def weight(self) -> float:
-        """How far a row is moved to the given one."""
-        return self._share.weight if self._share.mode == "average" else 1.0
+        """How far a row is moved towards the teacher's."""
+        return self._settings.weight if self._settings.mode == "average" else 1.0
 
     def rows(self, window: int) -> dict[str, RowUpdate]:
-        """What is written before a window is evaluated; nothing in windows without a teacher."""
-        policy = SnapshotPolicy.from_config(self.config.das)
-        if policy.version(window) is None:
+        """The rows to write before a window is evaluated; none for windows without a teacher."""
+        if self._policy.version(window) is None:
             return {}
-        given = self.store.read(window, self.student.domain, self.schema, policy)
-        return {name: self._fit(name, rows) for name, rows in given.items() if self._takes(name)}
+        teacher_rows = self.store.read(window, self.student.domain, self.schema, self._policy)
+        return {
+            name: self._fit(name, rows)
+            for name, rows in teacher_rows.items()
+            if self._is_shared(name)
+        }
 
     def rows_after(self, windows: int) -> Iterator[dict[str, RowUpdate]]:
-        """What a student is served with after so many windows: all rows of the snapshot that is to
-        supervise the next one, in parts."""
-        version = SnapshotPolicy.from_config(self.config.das).version(windows)
+        """The rows to export a student with after so many windows.
+
+        They are all rows, in parts, of the snapshot that will supervise the next window.
+        """
+        version = self._policy.version(windows)
         if version is None:
             return
         snapshots = SnapshotStore.from_config(self.config, self.store.teacher)
         for name, first_row, row_XW in snapshots.tables(version, self.schema):
-            if self._takes(name):
+            if self._is_shared(name):
                 id_X = np.arange(first_row, first_row + len(row_XW))
-                yield {name: self._fit(name, TableRows(id_X, row_XW, torch.zeros(len(row_XW))))}
+                rows = TableRows(id_X, row_XW, torch.zeros(len(row_XW)))
+                yield {name: self._fit(name, rows)}
 
     def mark(self, rows: pa.Table) -> None:
-        """These rows, of a fragment, are going to be learnt."""
+        """Note that these rows of a fragment are going to be learned."""
         if self.uses:
             self.uses.mark(rows)
 
     def end_window(self) -> None:
-        """The window is learnt."""
+        """Note that the window is learned."""
         if self.uses:
             self.uses.end_window()
 
-    def _takes(self, table: str) -> bool:
-        """The DAS may give rows of more tables than a sweep's trial takes."""
-        return table in self._share.tables or not self._share.tables
+    def _is_shared(self, table: str) -> bool:
+        """The DAS may publish rows of more tables than a trial of a sweep shares."""
+        return table in self._settings.tables or not self._settings.tables
 
     def _fit(self, name: str, rows: TableRows) -> RowUpdate:
-        """The student's rows from the teacher's."""
-        id_X, row_XW, momentum_X = rows
+        """The student's rows for the teacher's rows of a table."""
         if self.uses:
-            few_X = self.uses.of(name)[id_X] < self._share.min_uses
-            chosen = torch.from_numpy(few_X)
-            id_X = id_X[few_X]
-            row_XW = row_XW[chosen]
-            momentum_X = None if momentum_X is None else momentum_X[chosen]
-        given = row_XW.shape[1]
+            rows = self._rarely_used(self.uses, name, rows)
+        row_XW = rows.row_XW
+        teacher_width = row_XW.shape[1]
         width = self.widths[name]
-        if given != width:
-            if (
-                self._share.projection == "none"
-            ):  # another run's teacher, whose snapshots came after `check_sharing`
-                raise misfit(self.student, name, given, width)
-            row_XW = row_XW @ self._maps[name]
-        if self._share.optimizer == "keep":
-            return RowUpdate(id_X, row_XW, None)
-        if self._share.optimizer == "reset":
-            return RowUpdate(id_X, row_XW, torch.zeros(len(id_X)))
-        if momentum_X is None:
+        if teacher_width != width:
+            # `check_sharing` did not see another run's teacher that had no snapshot yet.
+            if self._settings.projection == "none":
+                raise misfit(self.student, name, teacher_width, width)
+            row_XW = row_XW @ self._projections[name]
+        return RowUpdate(rows.id_X, row_XW, self._momentum(rows))
+
+    def _rarely_used(
+        self,
+        uses: RowUseCounts,
+        name: str,
+        rows: TableRows,
+    ) -> TableRows:
+        """The rows that the student has used less than `min_uses` times."""
+        is_rare_X = uses.of(name)[rows.id_X] < self._settings.min_uses
+        mask_X = torch.from_numpy(is_rare_X)
+        momentum_X = None if rows.momentum_X is None else rows.momentum_X[mask_X]
+        return TableRows(rows.id_X[is_rare_X], rows.row_XW[mask_X], momentum_X)
+
+    def _momentum(self, rows: TableRows) -> Tensor | None:
+        """The optimizer state to write with the rows; None keeps the student's."""
+        if self._settings.optimizer == "keep":
+            return None
+        if self._settings.optimizer == "reset":
+            return torch.zeros(len(rows.id_X))
+        if rows.momentum_X is None:
             raise UserError(
-                f"{self.store.root}: the teacher's rows come without optimizer state, which distillation.share.optimizer=teacher needs; train the FM "
-                "anew in a run whose arms share tables, or choose keep or reset"
+                f"{self.store.root}: the teacher's rows come without optimizer state, which "
+                "distillation.share.optimizer=teacher needs; train the FM again in a run whose "
+                "arms share tables, or choose keep or reset"
             )
-        return RowUpdate(id_X, row_XW, momentum_X)
+        return rows.momentum_X
 
     @cached_property
-    def _maps(self) -> dict[str, Tensor]:
-        """(W of the teacher, W of the student) for each table of another width, from the first rows
-        that were given."""
-        policy = SnapshotPolicy.from_config(self.config.das)
-        window = policy.first
+    def _projections(self) -> dict[str, Tensor]:
+        """(W of the teacher, W of the student) for each table of another width.
+
+        They depend on the rows of the first window that has any.
+        """
         domain = self.student.domain
+        window = self._policy.first
         while self.store.has(window) and not self.store.manifest(window).domains[domain].rows:
             window += 1
-        first = self.store.read(window, domain, self.schema, policy)
-        theirs = self.store.manifest(window).widths
-        none = torch.empty(0)
-        return {
-            name: principal_map(
-                first[name].row_XW if name in first else none.view(0, width), self.widths[name]
-            )
-            for name, width in theirs.items()
-            if width != self.widths[name]
-        }
+        first_rows = self.store.read(window, domain, self.schema, self._policy)
+
+        projections = {}
+        for name, teacher_width in self.store.manifest(window).widths.items():
+            width = self.widths[name]
+            if teacher_width == width:
+                continue
+            row_XW = torch.empty(0, teacher_width)
+            if name in first_rows:
+                row_XW = first_rows[name].row_XW
+            projections[name] = principal_map(row_XW, width)
+        return projections
 
 
 def principal_map(row_XW: Tensor, width: int) -> Tensor:
-    """The linear map of rows onto the `width` directions in which they are largest (eigenvectors of
-    their second moment), float32 (W, width).
+    """The linear map onto the `width` directions in which the rows are largest.
 
-    Orthonormal, so it keeps lengths and angles as well as any map to that width can; to a greater
-    width the rows are filled up with zeros. The sign of each direction is such that its largest
-    component is positive.
+    The directions are the eigenvectors of the rows' second moment. They are orthonormal, so the map
+    keeps lengths and angles as well as any map to that width can. Rows are padded with zeros to a
+    greater width. The largest component of each direction is positive.
+
+    Returns:
+        float32 (W, width).
     """
-    wide = row_XW.shape[1]
-    if width >= wide:
-        return torch.eye(wide, width)
-    _, vector_WW = torch.linalg.eigh(row_XW.double().T @ row_XW.double())
+    teacher_width = row_XW.shape[1]
+    if width >= teacher_width:
+        return torch.eye(teacher_width, width)
+    double_XW = row_XW.double()
+    _, vector_WW = torch.linalg.eigh(double_XW.T @ double_XW)
     map_WV = vector_WW.flip(1)[:, :width]
-    sign_V = map_WV.gather(0, map_WV.abs().argmax(0, keepdim=True)).sign()
+    largest_V = map_WV.abs().argmax(0, keepdim=True)
+    sign_V = map_WV.gather(0, largest_V).sign()
     projection_WV: Tensor = (map_WV * sign_V).float()
     return projection_WV

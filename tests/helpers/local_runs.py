@@ -1,8 +1,8 @@
-"""A run's roles one after the other in the engine's workers, without Ray: the same jobs, loop,
-scorer and stores.
+"""Run the roles of a run one after the other in the engine's workers, without Ray.
 
-Only the feed is another one, which reads the same fragments in the same order in the worker itself.
-It takes 2 s where Ray takes 40; one test holds the two equal.
+Jobs, loop, scorer and stores are the same. Only the feed differs: it reads the same fragments in
+the same order in the worker itself. A run takes 2 s instead of 40 s; one test checks that both are
+equal.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from exfm_ray.training.worker import Worker
 
 @dataclass
 class LocalReport:
-    """Rank 0's rows go straight to the files."""
+    """Writes rank 0's rows straight to the files."""
 
     path: Path
     job: str
@@ -50,7 +50,7 @@ class LocalReport:
 
 
 class DiedError(Exception):
-    """Stands for a kill."""
+    """Raised in a worker in place of a kill."""
 
 
 def train(
@@ -59,67 +59,68 @@ def train(
     dies_at: int | None,
     batches: int | None = None,
 ) -> None:
-    """A worker's part of a job, from its latest checkpoint on.
+    """Run a worker's part of a job from its latest checkpoint.
 
     Args:
-        dies_at: ends in that window: after its figures, before its checkpoint, or after so many
-            `batches` of it.
+        dies_at: window in which the worker dies: after its figures and before its checkpoint, or
+            after `batches` of it.
     """
     done = job.checkpoints.latest()
-    report = (
-        LocalReport(job.config.folder / "metrics.jsonl", job.name) if dist.get_rank() == 0 else None
-    )
+    report = None
+    if dist.get_rank() == 0:
+        report = LocalReport(job.config.folder / "metrics.jsonl", job.name)
     dist.barrier()
     worker = Worker(job, None, report, torch.device("cpu"))
     worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, done))  # type: ignore[assignment]
     save = worker._save
-    on_batch_end = worker._between
+    on_batch_end = worker._on_batch_end
 
-    def dying_save(mark: Any, window: int | None) -> None:
-        if window == dies_at and not mark.examples:
+    def dying_save(cursor: Any, window: int | None) -> None:
+        if window == dies_at and not cursor.examples:
             raise DiedError
-        save(mark, window)
+        save(cursor, window)
 
-    def dying_between(
-        work: Any,
-        under: Any,
+    def dying_on_batch_end(
+        window_pass: Any,
+        progress: Any,
         group: int,
     ) -> None:
-        on_batch_end(work, under, group)
-        if work.window == dies_at and under.batches == batches:
+        on_batch_end(window_pass, progress, group)
+        if window_pass.window == dies_at and progress.batches == batches:
             raise DiedError
 
     if dies_at is not None:
-        worker._save, worker._between = dying_save, dying_between  # type: ignore[method-assign]
+        worker._save = dying_save  # type: ignore[method-assign]
+        worker._on_batch_end = dying_on_batch_end  # type: ignore[method-assign]
     with suppress(DiedError):
         worker.run(windows, done)
     worker.saver.finish()
 
 
 def score(config: Config, windows: Sequence[int] | None = None) -> int:
-    """The DAS of a run, in this process, over all windows or over `windows`; rows scored."""
+    """Run the DAS in this process over `windows` (None: all); return how many rows it scored."""
     stream = EventStream.open(config.folder / "stream")
     return Labeler(config, stream).label_locally(stream.windows() if windows is None else windows)
 
 
 def predictions(config: Config, rows: int) -> dict[str, Any]:
-    """Logits of trained lanes, from the last checkpoint, on the stream's first rows."""
+    """Logits of the trained models, from the last checkpoint, on the stream's first rows."""
     (job,) = vm_jobs(config)
     worker = Worker(job, None, None, torch.device("cpu"))
     job.checkpoints.load(job.checkpoints.latest(), worker.loop)
     stream = EventStream.open(config.folder / "stream")
     batch = to_batch(stream.read(0, stream.window(0).fragments[0]).slice(0, rows), stream.schema)
-    return {lane.name: lane.engine.predict(batch).numpy() for lane in worker.loop.lanes}
+    return {trainer.name: trainer.engine.predict(batch).numpy() for trainer in worker.loop.trainers}
 
 
 def run_locally(groups: dict[int, Workers], config: Config) -> dict[str, Any]:
-    """FM, DAS and VMs, each to the end of the stream; the summary."""
+    """Run FM, DAS and VMs, each to the end of the stream; return the summary."""
     stream = prepare_stream(config)
     groups[config.fm.workers].run(train, Job("fm", config), stream.windows(), None)
     groups[1].run(score, config)
     for job in vm_jobs(config):
         groups[config.vm.workers].run(train, job, stream.windows(), None)
-    return PipelineRunner(config, stream).summarise()
+    return PipelineRunner(config, stream).summarize()
 
 
 def with_inputs(
@@ -129,7 +130,7 @@ def with_inputs(
     *parts: str,
     **changes: Any,
 ) -> Config:
-    """A run that finds stream, and what else is named, of the undisturbed one."""
+    """A run with copies of the stream and of `parts` of the undisturbed run `base`."""
     config = small_config(folder, name, **changes)
     for part in ("stream", *parts):
         shutil.copytree(base.folder / part, config.folder / part)
@@ -137,6 +138,9 @@ def with_inputs(
 
 
 def files(config: Config, *folders: str) -> dict[str, bytes]:
-    """All weights that a run has published or exported."""
-    found = [path for folder in folders for path in (config.folder / folder).rglob("*.safetensors")]
-    return {str(path.relative_to(config.folder)): path.read_bytes() for path in found}
+    """Content of all weight files in some folders of a run, by path."""
+    contents = {}
+    for folder in folders:
+        for path in (config.folder / folder).rglob("*.safetensors"):
+            contents[str(path.relative_to(config.folder))] = path.read_bytes()
+    return contents

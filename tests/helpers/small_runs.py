@@ -64,7 +64,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` put in, section by section."""
+    """`base` with `changes` applied, section by section."""
     result = dict(base)
     for key, value in changes.items():
         result[key] = merged(result.get(key, {}), value) if isinstance(value, Mapping) else value
@@ -76,60 +76,58 @@ def small_config(
     name: str,
     **changes: Any,
 ) -> Config:
-    """The tiny run, in `folder`, with other settings where asked for."""
+    """The tiny run in `folder`, with `changes` of its settings."""
     return Config.model_validate(
         merged(SETTINGS, {"name": name, "run": {"dir": folder}, **changes})
     )
 
 
-def run(
-    config: Config,
-    fm: bool = True,
-    das: bool = True,
-    vm: bool = True,
-) -> dict[str, Any]:
-    """Run roles to the end of the stream; the summary."""
+def run(config: Config, *names: str) -> dict[str, Any]:
+    """Run these roles, or all of them, to the end of the stream; returns the summary."""
     from exfm_ray.pipeline.preflight import prepare_stream
     from exfm_ray.pipeline.runner import PipelineRunner
+    from exfm_ray.pipeline.schedule import ALL_ROLES, Role
 
-    whole = PipelineRunner(config, prepare_stream(config))
-    whole.execute(fm, das, vm)
-    return whole.summarise()
+    roles = frozenset(Role(name) for name in names) or ALL_ROLES
+    runner = PipelineRunner(config, prepare_stream(config))
+    runner.execute(roles)
+    return runner.summarize()
 
 
 def metrics(config: Config) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Rows of metrics.jsonl by their identity, without the speed; no row twice."""
+    """Rows of metrics.jsonl by their identity, without the speed."""
     rows = read_metrics(config.folder / "metrics.jsonl")
-    found = {
-        tuple(row[key] for key in IDENTITY): {k: v for k, v in row.items() if k != "examples_per_s"}
-        for row in rows
-    }
-    assert len(found) == len(rows), "a row was written twice"
-    return found
+    by_identity = {}
+    for row in rows:
+        identity = tuple(row[key] for key in IDENTITY)
+        by_identity[identity] = {k: v for k, v in row.items() if k != "examples_per_s"}
+    assert len(by_identity) == len(rows), "a row was written twice"
+    return by_identity
 
 
 def figures(config: Config) -> list[dict[str, Any]]:
-    """The figures of summary.json in one order."""
+    """The figures of summary.json, sorted."""
     rows: list[dict[str, Any]] = json.loads((config.folder / "summary.json").read_text())["figures"]
     return sorted(rows, key=lambda row: tuple(str(row[key]) for key in IDENTITY[1:]))
 
 
 def assert_close(
-    found: Any,
+    actual: Any,
     expected: Any,
     tolerance: float,
 ) -> None:
-    """Rows equal, floats to a relative tolerance."""
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert one.keys() == other.keys()
-        for key, value in other.items():
-            if isinstance(value, float) and one[key] is not None:
+    """Assert that rows are equal, floats up to a tolerance."""
+    assert len(actual) == len(expected)
+    for row, expected_row in zip(actual, expected, strict=True):
+        assert row.keys() == expected_row.keys()
+        for key, value in expected_row.items():
+            if isinstance(value, float) and row[key] is not None:
+                message = f"{key} of {expected_row}"
                 np.testing.assert_allclose(
-                    one[key], value, rtol=tolerance, atol=tolerance, err_msg=f"{key} of {other}"
+                    row[key], value, rtol=tolerance, atol=tolerance, err_msg=message
                 )
             else:
-                assert one[key] == value, (key, other)
+                assert row[key] == value, (key, expected_row)
 
 
 def rewrite(
@@ -137,7 +135,7 @@ def rewrite(
     window: int,
     change: Callable[[pa.Table], pa.Table],
 ) -> None:
-    """Put changed rows into a window's fragments, and the manifest right."""
+    """Change the rows of a window's fragments and update its manifest."""
     fragments = []
     for fragment in stream.window(window).fragments:
         path = stream.path(window, fragment)
@@ -150,7 +148,7 @@ def rewrite(
 
 
 def flip_labels(table: pa.Table) -> pa.Table:
-    """Every label the other way round."""
+    """Replace every label by 1 - label."""
     width = table.schema.field("labels").type.list_size
     labels = 1 - list_values(table["labels"], width)
     index = table.column_names.index("labels")
