@@ -151,9 +151,9 @@ def worker(
     grown = resident() - before
     result = group.gather([group.evaluate(events(of, steps))])
     if result:
-        np.save(folder / "logits.npy", result.logits[group.lanes[0].name])
+        np.save(folder / "logits.npy", result.logits[group.trainers[0].name])
     own = 0
-    for shard in group.lanes[0].engine.tables.shards():
+    for shard in group.trainers[0].engine.tables.shards():
         own += shard.weight_RW.nbytes + shard.momentum_R.nbytes
         np.save(folder / f"weight.{shard.table}.{shard.first_row:08d}.npy", shard.weight_RW.numpy())
         np.save(

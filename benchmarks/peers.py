@@ -49,6 +49,7 @@ from exfm_ray.data.stream import EventStream, StreamWriter
 from exfm_ray.schema import DOMAIN_FEATURE, Schema
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import init_single_process
+from exfm_ray.training.train_batch import TrainBatch
 from exfm_ray.training.worker import build_groups
 
 SAYS = "Times training of Wukong and DCNv2 and of their peers on Frappe, and with a table of 5 million ids: about 9 minutes (--quick: 2)."
@@ -177,7 +178,8 @@ class Ours:
         started = time.perf_counter()
         if way == READY:
             for batch in self.ready:
-                self.group.lanes[0].learn(batch, torch.full((len(batch),), 1 / len(batch)), None)
+                weight_B = torch.full((len(batch),), 1 / len(batch))
+                self.group.trainers[0].learn(TrainBatch(batch, weight_B))
         else:
             for rows in regroup(
                 (self.stream.read(0, fragment) for fragment in self.fragments), BATCH_SIZE

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from exfm_ray.data.batch import to_batch
 from exfm_ray.data.rebatch import Rebatcher
 from exfm_ray.data.stream import EventStream
-from exfm_ray.training.group import pad
+from exfm_ray.training.train_batch import pad
 
 
 @pytest.mark.parametrize(("start", "rows"), [(0, 50), (7, 20), (49, 1), (10, 0)])

@@ -30,7 +30,7 @@ def reset(case: Case) -> list[dict[str, np.ndarray]]:
     group = steps.make_group(case)
     for rows in steps.global_batches(case):
         group.learn(rows)
-    engine = group.lanes[0].engine
+    engine = group.trainers[0].engine
     before = steps.state(group)
     engine.reset_rows(ROWS)
     after = steps.state(group)
@@ -78,7 +78,7 @@ def learn_again(case: Case) -> dict[str, np.ndarray]:
     group = steps.make_group(case)
     for rows in steps.global_batches(case):
         group.learn(rows)
-    group.lanes[0].engine.reset_rows(ROWS)
+    group.trainers[0].engine.reset_rows(ROWS)
     for rows in steps.global_batches(case):
         group.learn(rows)
     return steps.state(group)

@@ -45,7 +45,7 @@ def write_rows(
     group = steps.make_group(case)
     for rows in steps.global_batches(case):
         group.learn(rows)
-    engine = group.lanes[0].engine
+    engine = group.trainers[0].engine
     before = steps.state(group)
     state = {
         name: torch.arange(len(ids), dtype=torch.float32) if momentum else None

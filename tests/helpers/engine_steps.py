@@ -1,4 +1,4 @@
-"""What the engine's workers run: a lane of one arm that learns global batches, and what its state
+"""What the engine's workers run: a trainer of one arm that learns global batches, and what its state
 is afterwards."""
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def global_batches(case: Case) -> list[pa.Table]:
 
 
 def make_group(case: Case) -> Any:
-    """A group of one lane: the FM (arm None, both tasks) or a vertical model in one arm."""
+    """A group of one trainer: the FM (arm None, both tasks) or a vertical model in one arm."""
     from exfm_ray.distillation.adapter import Adapter
     from exfm_ray.distillation.objective import Weights
     from exfm_ray.distillation.student import Student
@@ -84,7 +84,7 @@ def make_group(case: Case) -> Any:
         if case.arm is Objective.AH_SA
         else None
     )
-    lane = ModelTrainer(
+    trainer = ModelTrainer(
         "m",
         Arm(case.arm) if case.arm else None,
         tasks,
@@ -92,19 +92,19 @@ def make_group(case: Case) -> Any:
         Weights.from_config(distillation),
         adapter,
     )
-    return BatchGroup(SCHEMA, [lane], None, 64, device, tasks, len(SCHEMA.tasks))
+    return BatchGroup(SCHEMA, [trainer], None, 64, device, tasks, len(SCHEMA.tasks))
 
 
 def state(group: Any) -> dict[str, np.ndarray]:
-    """All weights of the lane, and the tables' momentum, whole: gathered from all workers."""
-    lane = group.lanes[0]
-    found = {f"dense/{name}": tensor.numpy() for name, tensor in lane.engine.dense_state().items()}
-    if lane.adapter:
+    """All weights of the trainer, and the tables' momentum, whole: gathered from all workers."""
+    trainer = group.trainers[0]
+    found = {f"dense/{name}": tensor.numpy() for name, tensor in trainer.engine.dense_state().items()}
+    if trainer.adapter:
         found |= {
             f"adapter/{name}": tensor.numpy().copy()
-            for name, tensor in lane.adapter.module.state_dict().items()
+            for name, tensor in trainer.adapter.module.state_dict().items()
         }
-    return found | whole(lane.engine.tables)
+    return found | whole(trainer.engine.tables)
 
 
 def whole(tables: Any) -> dict[str, np.ndarray]:
@@ -144,15 +144,15 @@ def evaluate(case: Case, rows: int) -> dict[str, np.ndarray] | None:
     return (
         None
         if result is None
-        else {"logits": result.logits[group.lanes[0].name], "groups": result.group_N}
+        else {"logits": result.logits[group.trainers[0].name], "groups": result.group_N}
     )
 
 
 def write_state(group: Any, folder: Path) -> None:
-    """Every worker's part of the lane's state into a file of its own."""
+    """Every worker's part of the trainer's state into a file of its own."""
     from exfm_ray.training.async_checkpoint import write_part
 
-    write_part(folder, dist.get_rank(), group.lanes[0].state())
+    write_part(folder, dist.get_rank(), group.trainers[0].state())
     dist.barrier()
 
 
@@ -169,14 +169,14 @@ def resume(
     cut: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The state after learning straight on, and after saving at `cut` and going on in a fresh
-    lane."""
+    trainer."""
     batches = global_batches(case)
     straight = make_group(case)
     fresh = make_group(case)
     for rows in batches[:cut]:
         straight.learn(rows)
     write_state(straight, folder)
-    fresh.lanes[0].restore(saved_parts(folder))
+    fresh.trainers[0].restore(saved_parts(folder))
     for rows in batches[cut:]:
         straight.learn(rows)
         fresh.learn(rows)
@@ -204,7 +204,7 @@ def go_on(
 ) -> dict[str, np.ndarray]:
     """The state after going on from what `save_at` wrote; or, `restored`, as it was read."""
     group = make_group(case)
-    group.lanes[0].restore(saved_parts(folder))
+    group.trainers[0].restore(saved_parts(folder))
     for rows in global_batches(case)[cut:] if not restored else []:
         group.learn(rows)
     return state(group)
