@@ -1,4 +1,4 @@
-"""A window's rows joined with its supervision."""
+"""Reads a window's rows, joined with the supervision and the user histories of the window."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from functools import cached_property
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from exfm_ray.data.labels.corrections import learnt_fragments, with_corrections
+from exfm_ray.data.labels.corrections import learned_fragments, with_corrections
 from exfm_ray.data.labels.releases import is_released, with_released_labels
 from exfm_ray.data.readers import WindowPass
-from exfm_ray.data.stream import EventStream, Fragment, window_name
+from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.errors import UserError
 from exfm_ray.storage.remote import AnyPath
 from exfm_ray.stores.shared_rows import SharedStore
@@ -23,12 +23,17 @@ from exfm_ray.stores.user_history import HistoryStore
 
 @dataclass(frozen=True)
 class AugmentedReader:
-    """Reads the rows of some domains; to learn from, joined with their supervision where the window
-    has any.
+    """Reads the rows of some domains with everything that a teacher adds to them.
 
-    With `shared`, a window is ready to be evaluated once the teacher's table rows are there that
-    its models are given first. With `history`, its rows are joined with the feature store as it was
-    before the window, to learn and to evaluate.
+    Attributes:
+        stream_root: folder of the stream.
+        store: supervision, joined to the rows of passes that learn; None if no arm uses it.
+        policy: decides which windows have a teacher.
+        domains: indices of the domains whose rows are read.
+        tasks: tasks of the job.
+        shared: rows of the teacher's tables. A window is ready to be evaluated once its rows are
+            committed, because models take them over before they evaluate the window.
+        history: user histories, joined to the rows of every pass as they were before the window.
     """
 
     stream_root: AnyPath
@@ -39,114 +44,126 @@ class AugmentedReader:
     shared: SharedStore | None = None
     history: HistoryStore | None = None
 
-    def supervised(self, work: WindowPass) -> bool:
-        """True when a teacher exists for this pass and the job wants one."""
+    def supervised(self, window_pass: WindowPass) -> bool:
+        """Return True if the pass learns from supervision."""
         return (
-            work.purpose == "learn"
+            window_pass.purpose == "learn"
             and self.store is not None
-            and self.policy.version(work.window) is not None
+            and self.policy.version(window_pass.window) is not None
         )
 
-    def ready(self, work: WindowPass) -> bool:
-        if self._shared(work) and not (self.shared and self.shared.has(work.window)):
+    def ready(self, window_pass: WindowPass) -> bool:
+        """Return True when everything that the pass needs is committed."""
+        window = window_pass.window
+        shared = self._shared_before(window_pass)
+        if shared and not shared.has(window):
             return False
-        if self.history and not self.history.ready(work.window):
+        if self.history and not self.history.ready(window):
             return False
-        labels = is_released(self._stream, work.window, self.tasks)
-        return labels and (
-            self.store is None or not self.supervised(work) or self.store.has(work.window)
-        )
+        if not is_released(self._stream, window, self.tasks):
+            return False
+        store = self._supervision_of(window_pass)
+        return store is None or store.has(window)
 
-    def _shared(self, work: WindowPass) -> bool:
-        """True when models are given table rows before this pass."""
-        return (
-            work.purpose == "evaluate"
-            and self.shared is not None
-            and self.policy.version(work.window) is not None
-        )
+    def missing_input(self, window_pass: WindowPass) -> str:
+        """Name what the pass waits for, for an error message."""
+        window = window_pass.window
+        shared = self._shared_before(window_pass)
+        if shared:
+            return f"the shared table rows of window {window} (teacher '{shared.teacher}')"
+        if self.history and not self.history.ready(window):
+            teacher = self.history.teacher
+            return f"the representations of window {window - 1} (teacher '{teacher}')"
+        if not is_released(self._stream, window, self.tasks):
+            return f"the labels of window {window} for {', '.join(self.tasks)}"
+        teacher = self.store.teacher if self.store else "none"
+        return f"the supervision of window {window} (teacher '{teacher}')"
 
-    def missing_input(self, work: WindowPass) -> str:
-        if self._shared(work):
-            return f"the shared table rows of window {work.window} (teacher '{self.shared.teacher if self.shared else None}')"
-        if self.history and not self.history.ready(work.window):
-            return f"the representations of window {work.window - 1} (teacher '{self.history.teacher}')"
-        if not is_released(self._stream, work.window, self.tasks):
-            return f"the labels of window {work.window} for {', '.join(self.tasks)}"
-        return f"the supervision of window {work.window} (teacher '{self.store.teacher if self.store else None}')"
+    def _supervision_of(self, window_pass: WindowPass) -> SupervisionStore | None:
+        return self.store if self.supervised(window_pass) else None
+
+    def _shared_before(self, window_pass: WindowPass) -> SharedStore | None:
+        """Return the store of the table rows that models take over before this pass, if any."""
+        has_teacher = self.policy.version(window_pass.window) is not None
+        return self.shared if window_pass.purpose == "evaluate" and has_teacher else None
 
     @cached_property
     def _stream(self) -> EventStream:
         return EventStream.open(self.stream_root)
 
-    def fragments(self, work: WindowPass) -> Sequence[Fragment]:
-        """Fragments that hold a row of one of the domains; to learn, see `learnt_fragments`."""
-        if work.purpose == "learn":
-            return learnt_fragments(self._stream, work.window, self.tasks, self.domains)
+    def fragments(self, window_pass: WindowPass) -> Sequence[Fragment]:
+        """Return the fragments that hold a row of the domains; to learn: `learned_fragments`."""
+        window = window_pass.window
+        if window_pass.purpose == "learn":
+            return learned_fragments(self._stream, window, self.tasks, self.domains)
         return [
-            f
-            for f in self._stream.window(work.window).fragments
-            if any(f.domain_rows[d] for d in self.domains)
+            fragment
+            for fragment in self._stream.window(window).fragments
+            if any(fragment.domain_rows[domain] for domain in self.domains)
         ]
 
-    def read(self, work: WindowPass, fragment: Fragment) -> pa.Table:
-        def own() -> pa.Table:
-            return self._augment(
-                work,
-                fragment,
-                with_released_labels(self._stream, work.window, fragment, self.tasks),
+    def read(self, window_pass: WindowPass, fragment: Fragment) -> pa.Table:
+        """Read the rows of one fragment, with the columns that the stores add."""
+        window = window_pass.window
+
+        def read_events() -> pa.Table:
+            events = with_released_labels(self._stream, window, fragment, self.tasks)
+            return self._augment(window_pass, fragment, events)
+
+        def read_earlier(window: int, fragment: Fragment) -> pa.Table | None:
+            return self._read_corrected(window_pass, window, fragment)
+
+        if window_pass.purpose == "learn":
+            events = with_corrections(
+                self._stream, window, fragment, self.tasks, read_events, read_earlier
             )
+        else:
+            events = read_events()
+        in_domains = pc.is_in(events["domain"], pa.array(self.domains, pa.int32()))
+        return events.filter(in_domains)
 
-        def origin(window: int, fragment: Fragment) -> pa.Table | None:
-            return self._origin(work, window, fragment)
-
-        learns = work.purpose == "learn"
-        events = (
-            with_corrections(self._stream, work.window, fragment, self.tasks, own, origin)
-            if learns
-            else own()
-        )
-        return events.filter(pc.is_in(events["domain"], pa.array(self.domains, pa.int32())))
-
-    def _origin(
+    def _read_corrected(
         self,
-        work: WindowPass,
+        window_pass: WindowPass,
         window: int,
         fragment: Fragment,
     ) -> pa.Table | None:
-        """A fragment that corrections point to, with its own supervision; None where it had no
-        teacher but `work`'s rows have one."""
-        origin = WindowPass(window, "learn")
-        if self.supervised(work) and not self.supervised(origin):
+        """Read an earlier fragment that the pass's corrections point to, with its own supervision.
+
+        Returns None if the earlier window had no teacher but the pass has one.
+        """
+        earlier_pass = WindowPass(window, "learn")
+        if self.supervised(window_pass) and not self.supervised(earlier_pass):
             return None
-        return self._augment(origin, fragment, self._stream.read(window, fragment))
+        return self._augment(earlier_pass, fragment, self._stream.read(window, fragment))
 
     def _augment(
         self,
-        work: WindowPass,
+        window_pass: WindowPass,
         fragment: Fragment,
         events: pa.Table,
     ) -> pa.Table:
-        """With the window's supervision, and with what was remembered before it."""
-        if self.supervised(work):
-            assert self.store is not None
-            self._check_teacher(work.window)
-            events = self.store.join(work.window, fragment, events, self.tasks)
-        return (
-            self.history.join(work.window, events, self._stream.schema) if self.history else events
-        )
+        """Add the window's supervision, and the user histories from before the window."""
+        window = window_pass.window
+        store = self._supervision_of(window_pass)
+        if store:
+            self._check_teacher(store, window)
+            events = store.join(window, fragment, events, self.tasks)
+        if self.history:
+            events = self.history.join(window, events, self._stream.schema)
+        return events
 
-    def _check_teacher(self, window: int) -> None:
-        """Rule 2 once more, where it counts: at the reader."""
-        assert self.store is not None
-        manifest = self.store.manifest(window)
-        wanted = self.policy.version(window)
-        asked = manifest.snapshot if manifest.asked is None else manifest.asked
-        if asked != wanted or not self.policy.may_supervise(manifest.snapshot, window):
+    def _check_teacher(self, store: SupervisionStore, window: int) -> None:
+        """Check rule 2 once more where it matters: where supervision is read."""
+        manifest = store.manifest(window)
+        if not self.policy.accepts(manifest.snapshot, manifest.asked, window):
             raise UserError(
-                f"window {window}: supervised by snapshot {manifest.snapshot} of '{self.store.teacher}', but das.fm_lag = {self.policy.fm_lag} "
-                f"asks for {wanted}; remove {self.store.root / self.store.teacher / window_name(window)} and run the DAS again"
+                f"window {window}: supervised by snapshot {manifest.snapshot} of "
+                f"'{store.teacher}', but das.fm_lag = {self.policy.fm_lag} asks for "
+                f"{self.policy.version(window)}; {store.rebuild_hint(window)}"
             )
         if manifest.schema_digest != self._stream.schema.digest:
             raise UserError(
-                f"window {window}: its supervision is of a stream with another schema; run the DAS on this stream"
+                f"window {window}: its supervision is of a stream with another schema; "
+                "run the DAS on this stream"
             )

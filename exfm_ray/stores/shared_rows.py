@@ -1,21 +1,21 @@
-"""Rows of the teacher's tables, given to vertical models: for each window and domain those of the
-ids that occur in it.
+"""Rows of the teacher's tables that vertical models take over, by window and domain.
 
-    <store>/<teacher>/window=003/<domain>.safetensors   ids/<table> int64 (X), rows/<table> float32
-    (X, W), momentum/<table> float32 (X)
-    <store>/<teacher>/window=003/manifest.json          written last
+    <store>/<teacher>/window=003/<domain>.safetensors
+        ids/<table>       int64 (X), the rows' numbers, ascending
+        rows/<table>      float32 (X, W)
+        momentum/<table>  float32 (X), the Adagrad state; only if the snapshot holds it
+    <store>/<teacher>/window=003/manifest.json   written last
 
-The rows are of the snapshot that supervises the window, so they know nothing of it (rule 2). What a
-window does not name it does not need; so each one is a change to what was given before, and small
-beside the tables.
+The rows are of the snapshot that supervises the window, so they know nothing of it (rule 2). Each
+window stores only the rows that its examples read, so it is a small delta.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,23 +26,30 @@ from torch import Tensor
 
 from exfm_ray.base import FrozenModel
 from exfm_ray.config.root import Config
-from exfm_ray.data.stream import EventStream, Window, list_values, window_name
+from exfm_ray.data.stream import EventStream, Window, list_values
 from exfm_ray.errors import UserError
 from exfm_ray.models.serialization import MOMENTUM, table_parts
 from exfm_ray.schema import Schema
-from exfm_ray.storage.atomic import atomic_path, sha256, write_json
+from exfm_ray.storage.atomic import atomic_path, sha256
 from exfm_ray.storage.cache import local_copy, verify_sha256
-from exfm_ray.storage.manifest import read_manifest
 from exfm_ray.storage.remote import AnyPath
+from exfm_ray.stores.base import WindowManifest, WindowStore
 from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.snapshots import SnapshotStore, rebuild_hint
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
+TablePart = tuple[str, int, Tensor]
+"""A part of a table: the table's name, the number of its first row, its rows (X, ...)."""
 
 
 class TableRows(NamedTuple):
-    """Rows of a table: their numbers, int64 ascending (X), the rows, float32 (X, W), their Adagrad
-    state (X) where it is given."""
+    """Some rows of one table.
+
+    Attributes:
+        id_X: the rows' numbers, int64, ascending.
+        row_XW: the rows, float32.
+        momentum_X: their Adagrad state, float32; None if it was not published.
+    """
 
     id_X: Ids
     row_XW: Tensor
@@ -50,7 +57,7 @@ class TableRows(NamedTuple):
 
 
 class DomainFile(FrozenModel):
-    """One domain's file."""
+    """The file with one domain's rows."""
 
     file: str
     sha256: str
@@ -58,14 +65,17 @@ class DomainFile(FrozenModel):
     bytes: int
 
 
-class SharedRowsManifest(FrozenModel):
-    """The manifest of a window's rows. `widths`: W of each table; `momentum`: with the tables'
-    Adagrad state; `asked`: the version that was to give them, where that one is damaged and an
-    older one did in its place."""
+class SharedRowsManifest(WindowManifest):
+    """The manifest of a window's rows.
 
-    window: int
-    teacher: str
-    snapshot: int
+    Attributes:
+        schema_digest: digest of the stream's schema.
+        widths: W of each table.
+        momentum: True if the tables' Adagrad state is published, too.
+        domains: the file of each domain.
+        asked: the damaged version that `snapshot` replaced as a fallback, None if it replaced none.
+    """
+
     schema_digest: str
     widths: dict[str, int]
     momentum: bool
@@ -74,19 +84,22 @@ class SharedRowsManifest(FrozenModel):
 
 
 @dataclass(frozen=True)
-class SharedStore:
-    """What one teacher gives."""
+class SharedStore(WindowStore):
+    """The rows that one teacher shares."""
 
-    root: AnyPath
-    teacher: str
+    contents: ClassVar[str] = "shared rows"
 
-    def folder(self, window: int) -> AnyPath:
-        """Where a window's rows lie."""
-        return self.root / self.teacher / window_name(window)
+    def rebuild_hint(self, window: int) -> str:
+        """Return what a user can do about a window whose rows are damaged or stale."""
+        return rebuild_hint(self.folder(window))
 
-    def has(self, window: int) -> bool:
-        """True when a window's rows are committed."""
-        return (self.folder(window) / "manifest.json").exists()
+    def manifest(self, window: int) -> SharedRowsManifest:
+        """Read the manifest of a committed window.
+
+        Raises:
+            UserError: it is missing, damaged, or of another window or teacher.
+        """
+        return self._read_manifest(window, SharedRowsManifest)
 
     def publish(
         self,
@@ -98,68 +111,46 @@ class SharedStore:
         tables: Sequence[str],
         policy: SnapshotPolicy,
     ) -> None:
-        """Write the rows that a window's examples of each domain read, with their Adagrad state
-        where the snapshot holds it.
-
-        Refuses a snapshot that may have learned the window (rule 2).
+        """Write the rows that a window's examples of each domain read.
 
         Args:
-            tables: names; none: all tables.
-        """
-        if not policy.may_supervise(version, window.index):
-            raise UserError(
-                f"window {window.index} must not be given rows of snapshot {version}: with das.fm_lag = {policy.fm_lag} it takes one that has "
-                f"learned no window after {window.index - policy.fm_lag}"
-            )
-        folder = self.folder(window.index)
-        schema = stream.schema
-        own = [name for name in schema.tables if name in tables or not tables]
-        # mapped into memory, file by file: of a teacher larger than this process only the rows that
-        # are given come into it
-        held = list(snapshots.tables(version, schema))
-        state = list(table_parts(snapshots.folder(version), MOMENTUM))
-        parts = {}
-        for domain in domains:
-            ids = ids_of(stream, window, domain, own)
-            path = folder / f"{domain}.safetensors"
-            tensors = {f"ids/{name}": torch.from_numpy(id_X) for name, id_X in ids.items()}
-            tensors |= {f"rows/{name}": rows for name, rows in rows_of(held, ids).items()}
-            tensors |= {f"momentum/{name}": rows for name, rows in rows_of(state, ids).items()}
-            with atomic_path(path) as temporary:
-                save_file(tensors, temporary)
-                size = temporary.stat().st_size
-                hashed = sha256(temporary)
-            parts[domain] = DomainFile(
-                file=path.name,
-                sha256=hashed,
-                rows=sum(len(id_X) for id_X in ids.values()),
-                bytes=size,
-            )
-        manifest = SharedRowsManifest(
-            window=window.index,
-            teacher=self.teacher,
-            snapshot=version,
-            schema_digest=schema.digest,
-            momentum=bool(state),
-            domains=parts,
-            widths={
-                name: next(rows.shape[1] for table, _, rows in held if table == name)
-                for name in own
-            },
-            asked=None if version == policy.version(window.index) else policy.version(window.index),
-        )
-        write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
+            stream: the stream.
+            window: the window.
+            snapshots: the teacher's snapshots.
+            version: the snapshot whose rows are written, with their Adagrad state if it holds it.
+            domains: names of the domains.
+            tables: names of the tables; empty for all tables.
+            policy: the settings' policy.
 
-    def manifest(self, window: int) -> SharedRowsManifest:
-        """The manifest of a committed window; UserError where it is missing or damaged."""
-        folder = self.folder(window)
-        path = folder / "manifest.json"
-        if not path.exists():
-            raise UserError(
-                f"{path}: window {window} has no rows of teacher '{self.teacher}'; run the DAS on it"
+        Raises:
+            UserError: the snapshot may have learned from the window (rule 2).
+        """
+        policy.refuse_later_snapshot(version, window.index, "given rows of")
+        schema = stream.schema
+        published = [name for name in schema.tables if name in tables or not tables]
+        # The files are mapped into memory: only the rows that are published are really read, so
+        # the teacher may be larger than this process.
+        weights = list(snapshots.tables(version, schema))
+        momentum = list(table_parts(snapshots.folder(version), MOMENTUM))
+
+        files = {}
+        for domain in domains:
+            ids = ids_of(stream, window, domain, published)
+            path = self.folder(window.index) / f"{domain}.safetensors"
+            files[domain] = _write_domain(path, ids, weights, momentum)
+
+        widths = {name: rows.shape[1] for name, _, rows in weights}
+        self._write_manifest(
+            SharedRowsManifest(
+                window=window.index,
+                teacher=self.teacher,
+                snapshot=version,
+                schema_digest=schema.digest,
+                momentum=bool(momentum),
+                domains=files,
+                widths={name: widths[name] for name in published},
+                asked=policy.replaced_version(version, window.index),
             )
-        return read_manifest(
-            path, SharedRowsManifest, "a manifest of shared rows", rebuild_hint(folder)
         )
 
     def read(
@@ -169,61 +160,102 @@ class SharedStore:
         schema: Schema,
         policy: SnapshotPolicy,
     ) -> dict[str, TableRows]:
-        """A domain's rows by table, checked: window, teacher, snapshot, schema and the file's
-        hash."""
+        """Read a domain's rows, by table.
+
+        Raises:
+            UserError: the window is not committed, its file is damaged, or it is of another
+                window, teacher, snapshot or schema.
+        """
         manifest = self.manifest(window)
         folder = self.folder(window)
-        again = f"; {rebuild_hint(folder)}"
-        if (manifest.window, manifest.teacher) != (window, self.teacher):
+        hint = self.rebuild_hint(window)
+        if not policy.accepts(manifest.snapshot, manifest.asked, window):
             raise UserError(
-                f"{folder}: holds rows of window {manifest.window} and teacher '{manifest.teacher}'{again}"
-            )
-        asked = manifest.snapshot if manifest.asked is None else manifest.asked
-        wanted = policy.version(window)
-        if asked != wanted or not policy.may_supervise(manifest.snapshot, window):
-            raise UserError(
-                f"{folder}: rows of snapshot {manifest.snapshot}, das.fm_lag = {policy.fm_lag} asks for {wanted}{again}"
+                f"{folder}: rows of snapshot {manifest.snapshot}, das.fm_lag = {policy.fm_lag} "
+                f"asks for {policy.version(window)}; {hint}"
             )
         if manifest.schema_digest != schema.digest:
             raise UserError(
-                f"{folder}: its rows are numbered by another schema (other features, rows or encodings) than the stream's{again}"
+                f"{folder}: its rows are numbered by another schema (other features, rows or "
+                f"encodings) than the stream's; {hint}"
             )
         if domain not in manifest.domains:
-            raise UserError(
-                f"{folder}: no rows for domain '{domain}', only for {', '.join(manifest.domains) or 'none'}{again}"
-            )
-        part = manifest.domains[domain]
-        path = folder / part.file
-        if PurePath(part.file).name != part.file or not verify_sha256(path, part.sha256):
-            raise UserError(f"{path}: missing or not the file that its manifest describes{again}")
-        tensors = load_file(local_copy(path, part.sha256))
-        return {
-            name: TableRows(
-                tensors[f"ids/{name}"].numpy(),
-                tensors[f"rows/{name}"],
-                tensors.get(f"momentum/{name}"),
-            )
-            for name in manifest.widths
-            if f"ids/{name}" in tensors
-        }
+            domains = ", ".join(manifest.domains) or "none"
+            raise UserError(f"{folder}: no rows for domain '{domain}', only for {domains}; {hint}")
+
+        file = manifest.domains[domain]
+        path = folder / file.file
+        is_inside = PurePath(file.file).name == file.file
+        if not is_inside or not verify_sha256(path, file.sha256):
+            raise UserError(f"{path}: missing or not the file that its manifest describes; {hint}")
+        return _read_domain(path, file, manifest.widths)
+
+
+def _write_domain(
+    path: AnyPath,
+    ids: Mapping[str, Ids],
+    weights: Sequence[TablePart],
+    momentum: Sequence[TablePart],
+) -> DomainFile:
+    tensors = {f"ids/{name}": torch.from_numpy(id_X) for name, id_X in ids.items()}
+    for name, row_XW in rows_of(weights, ids).items():
+        tensors[f"rows/{name}"] = row_XW
+    for name, momentum_X in rows_of(momentum, ids).items():
+        tensors[f"momentum/{name}"] = momentum_X
+
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+        digest = sha256(temporary)
+        size = temporary.stat().st_size
+    rows = sum(len(id_X) for id_X in ids.values())
+    return DomainFile(file=path.name, sha256=digest, rows=rows, bytes=size)
+
+
+def _read_domain(
+    path: AnyPath,
+    file: DomainFile,
+    tables: Iterable[str],
+) -> dict[str, TableRows]:
+    tensors = load_file(local_copy(path, file.sha256))
+    rows = {}
+    for name in tables:
+        id_X = tensors.get(f"ids/{name}")
+        if id_X is not None:
+            row_XW = tensors[f"rows/{name}"]
+            momentum_X = tensors.get(f"momentum/{name}")
+            rows[name] = TableRows(id_X.numpy(), row_XW, momentum_X)
+    return rows
 
 
 def shared_store(config: Config, teacher: str | None = None) -> SharedStore | None:
-    """Where the rows of a run's FM, or of another of its teachers, lie; None where no arm takes
-    them."""
-    shares = any(arm.shares_tables for arm in config.arms)
-    return SharedStore(config.stores / "shared", teacher or config.fm.name) if shares else None
+    """Return the rows of a run's FM, or of another of its teachers; None if no arm uses them."""
+    if not any(arm.shares_tables for arm in config.arms):
+        return None
+    name = teacher or config.fm.name
+    return SharedStore(config.stores / "shared", name)
 
 
-def rows_of(parts: Sequence[tuple[str, int, Tensor]], ids: Mapping[str, Ids]) -> dict[str, Tensor]:
-    """Rows (X, ...) of tables that lie in parts (table, first row, rows), by their numbers,
-    ascending (X)."""
-    found: dict[str, list[Tensor]] = {}
+def rows_of(parts: Sequence[TablePart], ids: Mapping[str, Ids]) -> dict[str, Tensor]:
+    """Gather rows of tables that lie in parts.
+
+    Args:
+        parts: parts of tables, in any order.
+        ids: table -> numbers of its rows (X), ascending.
+
+    Returns:
+        Table -> rows (X, ...).
+    """
+    chunks: dict[str, list[Tensor]] = {}
     for name, first, rows in sorted(parts, key=lambda part: part[1]):
-        if name in ids:
-            low, high = np.searchsorted(ids[name], (first, first + len(rows)))
-            found.setdefault(name, []).append(rows[torch.from_numpy(ids[name][low:high] - first)])
-    return {name: torch.cat(chosen) for name, chosen in found.items()}
+        if name not in ids:
+            continue
+        id_X = ids[name]
+        end = first + len(rows)
+        low, high = np.searchsorted(id_X, (first, end))
+        local_Y = torch.from_numpy(id_X[low:high] - first)
+        chunks.setdefault(name, [])
+        chunks[name].append(rows[local_Y])
+    return {name: torch.cat(table_chunks) for name, table_chunks in chunks.items()}
 
 
 def ids_of(
@@ -232,28 +264,40 @@ def ids_of(
     domain: str,
     tables: Sequence[str],
 ) -> dict[str, Ids]:
-    """The rows of each table that a window's examples of a domain read, ascending; tables that none
-    reads are left out."""
+    """Return the rows of each table that a window's examples of a domain read, ascending.
+
+    Tables of which no row is read are left out.
+    """
     schema = stream.schema
-    index = stream.schema.domain_index(domain)
-    first = dict(zip(schema.tables, np.cumsum([0, *schema.tables.values()]).tolist(), strict=False))
-    used_R = np.zeros(sum(schema.tables.values()), bool)
-    single_S = np.array([first[f.table or f.name] for f in schema.single])
-    for rows in _rows_of(stream, window, index):
-        used_R[list_values(rows["sparse"], len(single_S)) + single_S] = True
+    sizes = schema.tables
+    # One mask over the rows of all tables, one table after the other (R).
+    total = sum(sizes.values())
+    is_used_R = np.zeros(total, bool)
+    starts = np.cumsum([0, *sizes.values()]).tolist()
+    first_row = dict(zip(sizes, starts, strict=False))
+
+    tables_S = [feature.table or feature.name for feature in schema.single]
+    first_S = np.array([first_row[table] for table in tables_S])
+    for rows in _rows_of_domain(stream, window, schema.domain_index(domain)):
+        id_BS = list_values(rows["sparse"], len(first_S))
+        is_used_R[id_BS + first_S] = True
         for bag in schema.bags:
-            used_R[
-                rows[bag.name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-                + first[bag.table or bag.name]
-            ] = True
-    found = {
-        name: np.flatnonzero(used_R[first[name] : first[name] + schema.tables[name]])
-        for name in tables
-    }
-    return {name: id_X for name, id_X in found.items() if len(id_X)}
+            first = first_row[bag.table or bag.name]
+            values = rows[bag.name].combine_chunks().flatten()
+            id_V = values.to_numpy(zero_copy_only=False)
+            is_used_R[id_V + first] = True
+
+    ids = {}
+    for name in tables:
+        start = first_row[name]
+        end = start + sizes[name]
+        id_X = np.flatnonzero(is_used_R[start:end])
+        if len(id_X):
+            ids[name] = id_X
+    return ids
 
 
-def _rows_of(
+def _rows_of_domain(
     stream: EventStream,
     window: Window,
     domain: int,
@@ -262,4 +306,5 @@ def _rows_of(
     for fragment in window.fragments:
         if fragment.domain_rows[domain]:
             rows = stream.read(window.index, fragment, columns)
-            yield rows.filter(pc.equal(rows["domain"], domain))
+            is_in_domain = pc.equal(rows["domain"], domain)
+            yield rows.filter(is_in_domain)

@@ -1,10 +1,13 @@
-"""Supervision: the FM's predictions beside the stream's fragments, one row an example, in the same
-order.
+"""Supervision: a teacher's predictions beside the stream's fragments, one row per example.
 
-<store>/<teacher>/window=003/fragment=0000.parquet
-    example_id  int64, teacher  string, snapshot  int32, prediction:<task>  float32 (a probability)
-    for every task
-<store>/<teacher>/window=003/manifest.json   written last
+The rows have the order of the fragment's examples.
+
+    <store>/<teacher>/window=003/fragment=0000.parquet
+        example_id         int64
+        teacher            string
+        snapshot           int32
+        prediction:<task>  float32, a probability; one column per task
+    <store>/<teacher>/window=003/manifest.json   written last
 """
 
 from __future__ import annotations
@@ -13,52 +16,50 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from exfm_ray.base import FrozenModel
-from exfm_ray.data.stream import Fragment, Window, list_values, read_parquet, window_name
+from exfm_ray.data.stream import Fragment, Window, list_values, read_parquet
 from exfm_ray.errors import UserError
-from exfm_ray.storage.atomic import atomic_path, write_json
-from exfm_ray.storage.manifest import read_manifest
+from exfm_ray.storage.atomic import atomic_path
 from exfm_ray.storage.remote import AnyPath
+from exfm_ray.stores.base import WindowManifest, WindowStore
 from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 
-if TYPE_CHECKING:  # they import torch, seconds that no process that only reads need spend
-    pass
-
-TEACHER_COLUMN = (
-    "teacher_predictions"  # float32[tasks of the job], added to a fragment's packed columns
-)
+TEACHER_COLUMN = "teacher_predictions"
+"""Column of the joined rows: float32 [tasks of the job], the teacher's probabilities."""
 IO_THREADS = 8
-"""Fragments that are looked at side by side before a window is committed: of a remote store each is
-a request."""
+"""Fragments that are checked in parallel before a commit; in a remote store each is a request."""
 
 
 class NotScoredError(UserError):
-    """A window that cannot be committed: its snapshot has not scored these fragments."""
+    """A window that cannot be committed because its snapshot has not scored `fragments`."""
 
-    def __init__(self, told: str, fragments: Sequence[Fragment]) -> None:
-        super().__init__(told)
+    def __init__(self, message: str, fragments: Sequence[Fragment]) -> None:
+        super().__init__(message)
         self.fragments = tuple(fragments)
 
 
 def prediction_column(task: str) -> str:
-    """Name of the column that holds the teacher's probability for a task."""
+    """Return the name of the column with the teacher's probability for a task."""
     return f"prediction:{task}"
 
 
-class SupervisionManifest(FrozenModel):
-    """The manifest of a window's supervision. `asked`: the version that was to supervise it, where
-    that one is damaged and an older one did in its place."""
+class SupervisionManifest(WindowManifest):
+    """The manifest of a window's supervision.
 
-    window: int
-    teacher: str
-    snapshot: int
+    Attributes:
+        tasks: tasks that the teacher predicts.
+        schema_digest: digest of the stream's schema.
+        rows: examples of the window.
+        fragments: file names of the stream's fragments.
+        asked: the damaged version that `snapshot` replaced as a fallback, None if it replaced none.
+    """
+
     tasks: tuple[str, ...]
     schema_digest: str
     rows: int
@@ -67,38 +68,22 @@ class SupervisionManifest(FrozenModel):
 
 
 @dataclass(frozen=True)
-class SupervisionStore:
-    """What one teacher wrote."""
+class SupervisionStore(WindowStore):
+    """The supervision by one teacher."""
 
-    root: AnyPath
-    teacher: str
+    contents: ClassVar[str] = "supervision"
 
     def path(self, window: int, fragment: Fragment) -> AnyPath:
-        """The supervision of one fragment: the fragment's own file name."""
-        return self.root / self.teacher / window_name(window) / PurePath(fragment.file).name
-
-    def has(self, window: int) -> bool:
-        """True when a window's supervision is committed."""
-        return self._manifest(window).exists()
-
-    def _manifest(self, window: int) -> AnyPath:
-        return self.root / self.teacher / window_name(window) / "manifest.json"
+        """Return the file of one fragment's supervision, named like the fragment's own file."""
+        return self.folder(window) / PurePath(fragment.file).name
 
     def manifest(self, window: int) -> SupervisionManifest:
-        """The manifest of a committed window; UserError where it is missing or damaged."""
-        path = self._manifest(window)
-        if not path.exists():
-            raise UserError(
-                f"{path}: window {window} has no committed supervision of teacher '{self.teacher}'; run the DAS on it"
-            )
-        manifest = read_manifest(
-            path, SupervisionManifest, "a supervision manifest", "remove the window's folder"
-        )
-        if (manifest.window, manifest.teacher) != (window, self.teacher):
-            raise UserError(
-                f"{path}: is of window {manifest.window} and teacher '{manifest.teacher}'; remove the window's folder"
-            )
-        return manifest
+        """Read the manifest of a committed window.
+
+        Raises:
+            UserError: it is missing, damaged, or of another window or teacher.
+        """
+        return self._read_manifest(window, SupervisionManifest)
 
     def write(
         self,
@@ -108,33 +93,39 @@ class SupervisionStore:
         snapshot: int,
         predictions: Mapping[str, np.ndarray],
     ) -> None:
-        """Write one fragment's supervision atomically. NaN or infinite predictions are refused.
+        """Write one fragment's supervision atomically.
 
         Args:
+            window: index of the window.
+            fragment: the fragment.
             ids: int64, the fragment's example ids, in order.
+            snapshot: version that made the predictions.
             predictions: task -> float32 probabilities, in order.
+
+        Raises:
+            UserError: a prediction is NaN or infinite.
         """
         path = self.path(window, fragment)
         for task, values in predictions.items():
             if not np.isfinite(values).all():
                 raise UserError(
-                    f"{path}: snapshot {snapshot} of teacher '{self.teacher}' predicts NaN for task '{task}'; nothing was written"
+                    f"{path}: snapshot {snapshot} of teacher '{self.teacher}' predicts NaN for "
+                    f"task '{task}'; nothing was written"
                 )
+
         rows = len(ids)
-        table = pa.table(
-            {
-                "example_id": ids,
-                "teacher": pa.DictionaryArray.from_arrays(np.zeros(rows, np.int32), [self.teacher]),
-                "snapshot": np.full(rows, snapshot, np.int32),
-                **{
-                    prediction_column(task): values.astype(np.float32)
-                    for task, values in predictions.items()
-                },
-            }
-        )
+        index_N = np.zeros(rows, np.int32)
+        columns = {
+            "example_id": ids,
+            "teacher": pa.DictionaryArray.from_arrays(index_N, [self.teacher]),
+            "snapshot": np.full(rows, snapshot, np.int32),
+        }
+        for task, values in predictions.items():
+            columns[prediction_column(task)] = values.astype(np.float32)
+
         with atomic_path(path) as temporary:
             pq.write_table(
-                table,
+                pa.table(columns),
                 temporary,
                 compression="zstd",
                 use_dictionary=["teacher", "snapshot"],
@@ -148,8 +139,10 @@ class SupervisionStore:
         fragment: Fragment,
         snapshot: int,
     ) -> bool:
-        """True when this fragment's supervision by this snapshot is on disk, whole: an interrupted
-        window goes on from there."""
+        """Return True if this snapshot's supervision of the fragment is complete on disk.
+
+        An interrupted window resumes from there.
+        """
         path = self.path(window, fragment)
         if not path.exists():
             return False
@@ -157,10 +150,10 @@ class SupervisionStore:
             table = read_parquet(path, ["snapshot"])
         except (pa.ArrowException, OSError):  # damaged: score it again
             return False
-        return (
-            table.num_rows == fragment.rows
-            and pc.all(pc.equal(table["snapshot"], snapshot)).as_py() is not False
-        )
+
+        matches = pc.equal(table["snapshot"], snapshot)
+        # `all` of an empty fragment is None, which is fine.
+        return table.num_rows == fragment.rows and pc.all(matches).as_py() is not False
 
     def commit(
         self,
@@ -169,50 +162,45 @@ class SupervisionStore:
         tasks: Sequence[str],
         policy: SnapshotPolicy,
     ) -> None:
-        """Make a window's supervision visible. Refuses a snapshot that may have learned from the
-        window (rule 2).
+        """Make a window's supervision visible.
 
-        NotScoredError where this snapshot has not scored all fragments: one is missing, or an actor
-            that was thought lost has come late and written over it with another snapshot.
+        Raises:
+            UserError: the snapshot may have learned from the window (rule 2).
+            NotScoredError: this snapshot has not scored all fragments. One is missing, or a late
+                actor has overwritten it with another snapshot's predictions.
         """
-        if not policy.may_supervise(snapshot, window.index):
-            raise UserError(
-                f"window {window.index} must not be supervised by snapshot {snapshot} of teacher '{self.teacher}', which has learned "
-                f"windows up to {snapshot - 1}: with das.fm_lag = {policy.fm_lag} it takes one that has learned none after "
-                f"{window.index - policy.fm_lag}"
+        policy.refuse_later_snapshot(snapshot, window.index, "supervised by")
+        self._check_scored(window, snapshot)
+        for partial in self.folder(window.index).glob(".*.tmp"):  # left by actors that were killed
+            partial.unlink(missing_ok=True)
+
+        self._write_manifest(
+            SupervisionManifest(
+                window=window.index,
+                teacher=self.teacher,
+                snapshot=snapshot,
+                tasks=tuple(tasks),
+                rows=window.rows,
+                schema_digest=window.schema_digest,
+                fragments=tuple(fragment.file for fragment in window.fragments),
+                asked=policy.replaced_version(snapshot, window.index),
             )
+        )
+
+    def _check_scored(self, window: Window, snapshot: int) -> None:
+        def is_written(fragment: Fragment) -> bool:
+            return self.is_written(window.index, fragment, snapshot)
+
         with ThreadPoolExecutor(IO_THREADS) as threads:
-            whole = list(
-                threads.map(
-                    lambda fragment: self.is_written(window.index, fragment, snapshot),
-                    window.fragments,
-                )
-            )
-        if lacking := [
-            fragment for fragment, there in zip(window.fragments, whole, strict=True) if not there
-        ]:
-            path = self.path(window.index, lacking[0])
+            written = list(threads.map(is_written, window.fragments))
+        pairs = zip(window.fragments, written, strict=True)
+        missing = [fragment for fragment, is_complete in pairs if not is_complete]
+        if missing:
+            path = self.path(window.index, missing[0])
             raise NotScoredError(
                 f"{path}: not scored by snapshot {snapshot}; the window cannot be committed",
-                lacking,
+                missing,
             )
-        for torn in self._manifest(window.index).parent.glob(
-            ".*.tmp"
-        ):  # of actors that were killed
-            torn.unlink(missing_ok=True)
-        manifest = SupervisionManifest(
-            window=window.index,
-            teacher=self.teacher,
-            snapshot=snapshot,
-            tasks=tuple(tasks),
-            rows=window.rows,
-            schema_digest=window.schema_digest,
-            fragments=tuple(f.file for f in window.fragments),
-            asked=None
-            if snapshot == policy.version(window.index)
-            else policy.version(window.index),
-        )
-        write_json(self._manifest(window.index), manifest.model_dump(mode="json"))
 
     def join(
         self,
@@ -221,97 +209,127 @@ class SupervisionStore:
         events: pa.Table,
         tasks: Sequence[str],
     ) -> pa.Table:
-        """Add `TEACHER_COLUMN` to a fragment's rows; refuses supervision that is missing, stale or
-        of other examples.
+        """Add `TEACHER_COLUMN` to a fragment's rows.
 
         Each row is checked: its id against the event's, its teacher and snapshot against the
-            window's manifest, its value for being a probability.
+        window's manifest, and that its value is a probability.
+
+        Args:
+            window: index of the window.
+            fragment: the fragment.
+            events: the fragment's rows, in order.
+            tasks: tasks of the job, in the order of the column's values.
+
+        Raises:
+            UserError: the supervision is missing, stale, or of other examples.
         """
         path = self.path(window, fragment)
         manifest = self.manifest(window)
         for task in tasks:
             if task not in manifest.tasks:
                 raise UserError(
-                    f"{path}: no supervision for task '{task}'; this teacher writes {', '.join(manifest.tasks)}"
+                    f"{path}: no supervision for task '{task}'; "
+                    f"this teacher writes {', '.join(manifest.tasks)}"
                 )
+
+        table = self._read_fragment(window, path)
+        self._check_columns(window, path, table, manifest.tasks)
+        if table.num_rows != events.num_rows:
+            raise UserError(
+                f"{path}: {table.num_rows} rows of supervision for {events.num_rows} examples; "
+                "run the DAS on this window again"
+            )
+        self._check_values(window, path, "example_id", table, events["example_id"])
+        self._check_values(window, path, "teacher", table, self.teacher)
+        self._check_values(window, path, "snapshot", table, manifest.snapshot)
+
+        p_NT = self._probabilities(window, path, table, tasks)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(p_NT.ravel()), len(tasks))
+        return events.append_column(TEACHER_COLUMN, column)
+
+    def _read_fragment(self, window: int, path: AnyPath) -> pa.Table:
         try:
-            table = read_parquet(path)
+            return read_parquet(path)
         except FileNotFoundError:
             raise UserError(
-                f"{path}: the manifest names this file, but it is not there; remove the window's folder and run the DAS"
+                f"{path}: the manifest names this file, but it is not there; "
+                f"{self.rebuild_hint(window)}"
             ) from None
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{path}: not a readable Parquet file ({error}); remove the window's folder and run the DAS again"
+                f"{path}: not a readable Parquet file ({error}); {self.rebuild_hint(window)}"
             ) from None
-        expected = {
-            "example_id": pa.int64(),
-            "snapshot": pa.int32(),
-            **{prediction_column(t): pa.float32() for t in manifest.tasks},
-        }
-        if missing := sorted({"teacher", *expected} - set(table.column_names)):
+
+    def _check_columns(
+        self,
+        window: int,
+        path: AnyPath,
+        table: pa.Table,
+        tasks: Sequence[str],
+    ) -> None:
+        """Refuse a table without the expected columns, or with columns of other types."""
+        types = {"example_id": pa.int64(), "snapshot": pa.int32()}
+        types |= {prediction_column(task): pa.float32() for task in tasks}
+        missing = sorted({"teacher", *types} - set(table.column_names))
+        if missing:
             raise UserError(
-                f"{path}: column '{missing[0]}' is missing; remove the window's folder and run the DAS again"
+                f"{path}: column '{missing[0]}' is missing; {self.rebuild_hint(window)}"
             )
-        for column, kind in expected.items():
+        for column, kind in types.items():
             if table[column].type != kind:
                 raise UserError(
-                    f"{path}: column '{column}' is {table[column].type}, not {kind}; remove the window's folder and run the DAS again"
+                    f"{path}: column '{column}' is {table[column].type}, not {kind}; "
+                    f"{self.rebuild_hint(window)}"
                 )
-        if table.num_rows != events.num_rows:
-            raise UserError(
-                f"{path}: {table.num_rows} rows of supervision for {events.num_rows} examples; run the DAS on this window again"
-            )
-        self._check_column(
-            path,
-            pc.equal(table["example_id"], events["example_id"]),
-            table["example_id"],
-            events["example_id"],
-            "example_id",
-        )
-        teacher = pc.cast(table["teacher"], pa.string())
-        self._check_column(path, pc.equal(teacher, self.teacher), teacher, self.teacher, "teacher")
-        self._check_column(
-            path,
-            pc.equal(table["snapshot"], manifest.snapshot),
-            table["snapshot"],
-            manifest.snapshot,
-            "snapshot",
-        )
-        p_NT = np.stack(
-            [table[prediction_column(task)].to_numpy() for task in tasks], axis=1
-        ).astype(np.float32)
-        wrong_NT = ~((p_NT >= 0) & (p_NT <= 1))  # NaN fails both
-        if wrong_NT.any():
-            row, column = np.argwhere(wrong_NT)[0]
-            raise UserError(
-                f"{path}: row {row}: {prediction_column(tasks[column])} is {p_NT[row, column]}, which is no probability; remove the window's "
-                "folder and run the DAS on it again"
-            )
-        return events.append_column(
-            TEACHER_COLUMN, pa.FixedSizeListArray.from_arrays(pa.array(p_NT.ravel()), len(tasks))
+
+    def _check_values(
+        self,
+        window: int,
+        path: AnyPath,
+        column: str,
+        table: pa.Table,
+        expected: pa.ChunkedArray | str | int,
+    ) -> None:
+        """Refuse a column whose values differ from the expected ones; null is a difference."""
+        values = table[column]
+        if isinstance(expected, str):
+            values = pc.cast(values, pa.string())
+        is_equal = pc.fill_null(pc.equal(values, expected), False)
+        row = pc.index(is_equal, False).as_py()
+        if row < 0:
+            return
+
+        expected_value = expected
+        if isinstance(expected, pa.ChunkedArray):
+            expected_value = expected[row].as_py()
+        raise UserError(
+            f"{path}: row {row}: {column} is {values[row].as_py()!r}, {expected_value!r} was "
+            "expected: this supervision is stale or of other examples; "
+            f"{self.rebuild_hint(window)}"
         )
 
-    @staticmethod
-    def _check_column(
+    def _probabilities(
+        self,
+        window: int,
         path: AnyPath,
-        equal: pa.ChunkedArray,
-        found: pa.ChunkedArray,
-        expected: object,
-        column: str,
-    ) -> None:
-        wrong = pc.index(pc.fill_null(equal, False), False).as_py()
-        if wrong >= 0:
-            wanted = expected[wrong].as_py() if isinstance(expected, pa.ChunkedArray) else expected
+        table: pa.Table,
+        tasks: Sequence[str],
+    ) -> np.ndarray:
+        """Return float32 (rows, tasks); refuse values that are no probabilities."""
+        columns = [table[prediction_column(task)].to_numpy() for task in tasks]
+        p_NT = np.stack(columns, axis=1).astype(np.float32)
+        is_wrong_NT = ~((p_NT >= 0) & (p_NT <= 1))  # NaN fails both comparisons
+        if is_wrong_NT.any():
+            row, column = np.argwhere(is_wrong_NT)[0]
             raise UserError(
-                f"{path}: row {wrong}: {column} is {found[wrong].as_py()!r}, {wanted!r} was expected: this supervision is stale or of other "
-                "examples; remove the window's folder and run the DAS on it again"
+                f"{path}: row {row}: {prediction_column(tasks[column])} is {p_NT[row, column]}, "
+                f"which is no probability; {self.rebuild_hint(window)}"
             )
+        return p_NT
 
 
 def teacher_values(table: pa.Table, tasks: int) -> np.ndarray | None:
-    """float32 (rows, tasks) of the joined predictions, or None where the window has no
-    supervision."""
-    return (
-        list_values(table[TEACHER_COLUMN], tasks) if TEACHER_COLUMN in table.column_names else None
-    )
+    """Return the joined predictions, float32 (rows, tasks); None if the window has no teacher."""
+    if TEACHER_COLUMN not in table.column_names:
+        return None
+    return list_values(table[TEACHER_COLUMN], tasks)

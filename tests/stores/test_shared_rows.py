@@ -131,7 +131,7 @@ def test_rows_that_are_not_what_they_say_are_refused(
     for arguments, told in (
         (
             (1, "feed", SCHEMA, SnapshotPolicy(1)),
-            "window 1 has no rows of teacher 'fm'; run the DAS",
+            "window 1 has no committed shared rows of teacher 'fm'; run the DAS",
         ),
         (
             (2, "search", SCHEMA, SnapshotPolicy(1)),
@@ -145,7 +145,7 @@ def test_rows_that_are_not_what_they_say_are_refused(
     path = store.folder(2) / "manifest.json"
     manifest = read_json(path)
     write_json(path, manifest | {"teacher": "other"})
-    with pytest.raises(UserError, match="holds rows of window 2 and teacher 'other'"):
+    with pytest.raises(UserError, match="is of window 2 and teacher 'other'"):
         store.read(2, "feed", SCHEMA, SnapshotPolicy(1))
     write_json(path, manifest)
     file = store.folder(2) / "feed.safetensors"

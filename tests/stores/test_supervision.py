@@ -198,7 +198,7 @@ def test_refuses_files_that_are_missing_or_damaged(
         ({"window": 2}, r"manifest.json: is of window 2 and teacher 'fm'"),
         ({"teacher": "other"}, r"manifest.json: is of window 1 and teacher 'other'"),
         ({"schema_digest": "0"}, "supervision is of a stream with another schema"),
-        ({"rows": "many"}, "not a supervision manifest"),
+        ({"rows": "many"}, "not a manifest of supervision"),
     ],
 )
 def test_refuses_a_stale_manifest(

@@ -22,8 +22,9 @@ from exfm_ray.errors import UserError
 from exfm_ray.models.serialization import load_model
 from exfm_ray.schema import Schema
 from exfm_ray.storage.atomic import read_json, write_json
+from exfm_ray.stores.representations import projection, quantize
 from exfm_ray.stores.snapshot_policy import SnapshotPolicy
-from exfm_ray.stores.user_history import HistoryStore, projection, quantised
+from exfm_ray.stores.user_history import HistoryStore
 
 DIM = 3
 SEED = 7
@@ -177,7 +178,7 @@ def test_refusals(tmp_path: Path) -> None:
         match="window 1 must not be represented by snapshot 2: with das.fm_lag = 1 it takes one",
     ):
         store.publish(stream, stream.window(1), publish(tmp_path / "snapshots", 2), 2, SEED)
-    with pytest.raises(UserError, match="window 2 is not represented by teacher 'fm'; run the DAS"):
+    with pytest.raises(UserError, match="window 2 has no committed representations of teacher 'fm'; run the DAS"):
         store.state_before(3, SCHEMA)
     with pytest.raises(UserError, match="other settings of distillation.history"):
         HistoryStore(
@@ -230,5 +231,5 @@ def test_a_store_that_is_not_what_it_says_is_refused(tmp_path: Path) -> None:
 
 def test_values_of_nothing_stay_nothing() -> None:
     """Wrong: a representation of zeros becomes NaN."""
-    code, scale = quantised(np.zeros((2, 3), np.float32))
+    code, scale = quantize(np.zeros((2, 3), np.float32))
     assert not code.any() and np.isfinite(scale).all()
