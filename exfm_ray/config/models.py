@@ -308,7 +308,7 @@ def custom_config_class(type_name: str) -> type[BackboneConfig] | None:
 
 def _validate_model(value: Any, built_in: ValidatorFunctionWrapHandler) -> BackboneConfig:
     """Validate a model of the user's own with its own settings class, and others as built-in."""
-    is_built_in = isinstance(value, get_args(_ModelConfigs))
+    is_built_in = type(value) in get_args(_ModelConfigs)
     if isinstance(value, BackboneConfig) and not is_built_in:
         return value
 
