@@ -1,10 +1,15 @@
-"""A run's folder and its remote stores hold one run: the first command writes its resolved config
-there, one of other settings is refused."""
+"""The folder of a run: its resolved settings and its log.
+
+A run's folder and its remote stores hold one run. The first command writes the resolved settings
+there; a later command with other settings is refused.
+"""
 
 from __future__ import annotations
 
+import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,37 +26,65 @@ PACKAGES = ("torch", "ray", "deepspeed", "torchrec", "pyarrow", "numpy")
 
 
 def initialize_run_dir(config: Config) -> None:
-    """Write the resolved config and the versions of what it runs with; UserError where the folder
-    holds a run of other settings."""
+    """Write the resolved settings and the versions of the main packages.
+
+    Raises:
+        UserError: the folder or the stores hold a run with other settings.
+    """
     path = config.folder / "config.yaml"
     settings = dump_config(config)
     if path.exists() and _stored_settings(path, identity_settings) != identity_settings(config):
         raise UserError(
-            f"{path}: this folder holds a run with other settings; choose another --name, or remove the folder"
+            f"{path}: this folder holds a run with other settings; choose another --name, "
+            "or remove the folder"
         )
     _claim_stores(config, settings)
     versions = "".join(f"# {name} {version(name)}\n" for name in PACKAGES)
     write_text(path, f"{settings}\n---\n# python {platform.python_version()}\n{versions}")
 
 
+@contextmanager
+def run_log(folder: Path) -> Iterator[None]:
+    """Show warnings of this package on stderr and append them to <run>/logs/driver.log."""
+    path = folder / "logs" / "driver.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(path, delay=True)
+    file.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(logging.Formatter("warning: %(message)s"))
+    terminal.setLevel(logging.WARNING)
+
+    logger = logging.getLogger("exfm_ray")
+    handlers = (terminal, file)
+    for handler in handlers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
 def _claim_stores(config: Config, settings: str) -> None:
-    """The same for remote stores, which runs from other folders may name, too."""
+    """Write the settings to remote stores, too: runs of other folders may name the same stores."""
     path = config.stores / "config.yaml"
     if isinstance(path, Path):
         return
-    if path.exists() and _stored_settings(path, store_identity_settings) != store_identity_settings(
-        config
-    ):
-        raise UserError(
-            f"{path}: a run with other settings has its stores there; choose another --name or run.storage"
-        )
+    if path.exists():
+        stored = _stored_settings(path, store_identity_settings)
+        if stored != store_identity_settings(config):
+            raise UserError(
+                f"{path}: a run with other settings has its stores there; choose another --name "
+                "or run.storage"
+            )
     write_text(path, settings)
 
 
-def _stored_settings(path: AnyPath, kept: Callable[[Config], str]) -> str | None:
-    """The settings with which the run in this folder was begun; None where they are none of this
-    version's."""
+def _stored_settings(path: AnyPath, identity: Callable[[Config], str]) -> str | None:
+    """The identity of the settings in a file; None if this version cannot read them."""
     try:
-        return kept(Config.model_validate(yaml.safe_load(path.read_text().split("\n---\n")[0])))
+        settings = yaml.safe_load(path.read_text().split("\n---\n")[0])
+        return identity(Config.model_validate(settings))
     except (ValueError, yaml.YAMLError):
         return None

@@ -1,4 +1,4 @@
-"""The figures of report.html, as plotly's JSON."""
+"""The plots of report.html, as plotly's JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import numpy as np
 
 from exfm_ray.schema import ALL_DOMAINS
 from exfm_ray.tracking.html_page import LAYOUT, Part
-from exfm_ray.tracking.plot_styles import PHASES, PlotStyle, mark_of, numbered
+from exfm_ray.tracking.plot_styles import (
+    PHASE_STYLES,
+    PlotStyle,
+    style_of_arm,
+    style_of_domain,
+)
 from exfm_ray.tracking.run_files import Panel, Row
 from exfm_ray.tracking.timeline import Bar
 
@@ -20,6 +25,7 @@ FORMATS = {
     "examples": ".3~s",
     "share": ".1~%",
 }
+"""Figure -> format of the numbers on its axis."""
 DECIMALS = {
     "ne": ".5f",
     "calibration": ".4f",
@@ -27,9 +33,20 @@ DECIMALS = {
     "examples": ",d",
     "share": ".2%",
 }
-DOMAINS = 7
-"""More curves in one plot are a tangle."""
+"""Figure -> format of a value under the mouse."""
+MAX_DOMAINS = 7
+"""More curves in one plot cannot be told apart."""
 BAR_LINE = {"width": 1, "color": "#808080"}
+WARMUP_SHADE = {
+    "type": "rect",
+    "x0": -0.5,
+    "yref": "paper",
+    "y0": 0,
+    "y1": 1,
+    "line": {"width": 0},
+    "layer": "below",
+    "fillcolor": "rgba(128,128,128,0.15)",
+}
 
 
 def by_window(
@@ -37,54 +54,50 @@ def by_window(
     figure: str,
     warmup: int,
 ) -> Part:
-    """A figure (ne or calibration) of every arm and of the FM, window by window, those of the
-    warm-up shaded; for a static set pass by pass."""
-    data = [_curve(arm, rows, figure, mark_of(arm)) for arm, rows in panel.curves.items()]
-    values = [
-        row[figure] for rows in panel.curves.values() for row in rows if row[figure] is not None
-    ]
-    by = (
-        "pass" if any("pass" in row for rows in panel.curves.values() for row in rows) else "window"
-    )
-    drawn = _lines(data, panel.title, by, figure, extent(values))
-    if warmup and by == "window":
-        shade = {
-            "type": "rect",
-            "x0": -0.5,
-            "x1": warmup - 0.5,
-            "yref": "paper",
-            "y0": 0,
-            "y1": 1,
-            "line": {"width": 0},
-            "layer": "below",
-        }
-        drawn["layout"]["shapes"] = [shade | {"fillcolor": "rgba(128,128,128,0.15)"}]
-    return drawn
+    """Plot a figure of every arm and of the FM over windows, or passes of a static set.
+
+    Args:
+        figure: ne or calibration.
+        warmup: number of windows to shade.
+    """
+    rows = [row for curve in panel.curves.values() for row in curve]
+    values = [row[figure] for row in rows if row[figure] is not None]
+    unit = "pass" if any("pass" in row for row in rows) else "window"
+    data = [_curve(arm, curve, figure, style_of_arm(arm)) for arm, curve in panel.curves.items()]
+    plot = _line_plot(data, panel.title, unit, figure, extent(values))
+    if warmup and unit == "window":
+        plot["layout"]["shapes"] = [WARMUP_SHADE | {"x1": warmup - 0.5}]
+    return plot
 
 
 def extent(values: Sequence[float]) -> list[float] | None:
-    """The range of an axis: from the least value to the greatest that is not far above the rest
-    (Tukey's outer fence)."""
+    """The range of an axis: all values except those far above the rest (Tukey's outer fence)."""
     if not values:
         return None
     low, high = np.quantile(values, [0.25, 0.75])
-    shown = [value for value in values if value <= high + 3 * (high - low)]
+    fence = high + 3 * (high - low)
+    shown = [value for value in values if value <= fence]
     margin = 0.08 * (max(shown) - min(shown)) + 1e-4
     return [min(shown) - margin, max(shown) + margin]
 
 
 def largest(rows: Sequence[Row]) -> list[str]:
-    """The domains that are drawn: all together, those of vertical models, then those with the most
-    examples, up to `DOMAINS`."""
+    """The domains that are drawn, up to `MAX_DOMAINS`.
+
+    All domains together come first, then those of vertical models, which are always drawn, then
+    those with the most examples.
+    """
     examples: dict[str, int] = {}
     for row in rows:
         examples[row["domain"]] = max(examples.get(row["domain"], 0), row["examples"])
-    wanted = {row["domain"] for row in rows if row["role"] == "vm"}
-    order = sorted(
-        examples,
-        key=lambda domain: (domain != ALL_DOMAINS, domain not in wanted, -examples[domain], domain),
-    )
-    return order[: max(DOMAINS, len(wanted | {ALL_DOMAINS}))]
+    of_students = {row["domain"] for row in rows if row["role"] == "vm"}
+
+    def position(domain: str) -> tuple[bool, bool, int, str]:
+        return domain != ALL_DOMAINS, domain not in of_students, -examples[domain], domain
+
+    always_drawn = of_students | {ALL_DOMAINS}
+    count = max(MAX_DOMAINS, len(always_drawn))
+    return sorted(examples, key=position)[:count]
 
 
 def drift(
@@ -93,58 +106,62 @@ def drift(
     figure: str,
     title: str,
 ) -> Part:
-    """label_rate or examples of the largest domains, window by window. Any model that was evaluated
-    on a domain tells it."""
-    told: dict[str, dict[int, Row]] = {}
+    """Plot label_rate or examples of the largest domains over windows.
+
+    These do not depend on the model, so any model that was evaluated on a domain will do.
+    """
+    by_domain: dict[str, dict[int, Row]] = {}
     for row in rows:
         if row["task"] == task:
-            told.setdefault(row["domain"], {})[row["window"]] = row
-    shown = largest(rows)
-    if figure == "examples" and len(told) > 1:
-        told.pop(ALL_DOMAINS, None)  # it would press the others into a line
-    return _by_domain(told, shown, figure, title)
+            by_domain.setdefault(row["domain"], {})[row["window"]] = row
+    if figure == "examples" and len(by_domain) > 1:
+        by_domain.pop(ALL_DOMAINS, None)  # its curve would flatten the others
+    return _by_domain(by_domain, largest(rows), figure, title)
 
 
 def new_ids(
     rows: Sequence[Row],
-    told: Sequence[Row],
+    new_id_rows: Sequence[Row],
     feature: str,
 ) -> Part:
-    """Share of the examples with ids that are new, in the domains that are drawn of `rows`. `told`:
-    of new_ids.json."""
-    shares: dict[str, dict[int, Row]] = {}
-    for row in told:
+    """Plot the fraction of examples whose id is new, for the largest domains.
+
+    Args:
+        rows: of metrics.jsonl; they determine the domains.
+        new_id_rows: of new_ids.json.
+    """
+    by_domain: dict[str, dict[int, Row]] = {}
+    for row in new_id_rows:
         if row["feature"] == feature:
-            shares.setdefault(row["domain"], {})[row["window"]] = row
-    return _by_domain(shares, largest(rows), "share", f"new ids: {feature}")
+            by_domain.setdefault(row["domain"], {})[row["window"]] = row
+    return _by_domain(by_domain, largest(rows), "share", f"new ids: {feature}")
 
 
 def _by_domain(
-    told: Mapping[str, Mapping[int, Row]],
+    by_domain: Mapping[str, Mapping[int, Row]],
     drawn: Sequence[str],
     figure: str,
     title: str,
 ) -> Part:
-    """A figure of `told` (domain -> window -> row) in those of the domains `drawn` that it has; a
-    domain looks the same in every plot."""
-    marks = {domain: numbered(number) for number, domain in enumerate(drawn) if domain in told}
-    data = [
-        _curve(
-            "all domains" if domain == ALL_DOMAINS else domain,
-            [told[domain][w] for w in sorted(told[domain])],
-            figure,
-            mark,
-        )
-        for domain, mark in marks.items()
-    ]
-    return _lines(data, title, "window", figure, None)
+    """Plot a figure of `by_domain` (domain -> window -> row) for the domains `drawn`.
+
+    A domain looks the same in every plot.
+    """
+    data = []
+    for number, domain in enumerate(drawn):
+        if domain in by_domain:
+            rows = by_domain[domain]
+            name = "all domains" if domain == ALL_DOMAINS else domain
+            in_order = [rows[window] for window in sorted(rows)]
+            data.append(_curve(name, in_order, figure, style_of_domain(number)))
+    return _line_plot(data, title, "window", figure, None)
 
 
 def _curve(
     name: str,
     rows: Sequence[Row],
     figure: str,
-    mark: PlotStyle,
+    style: PlotStyle,
 ) -> Part:
     return {
         "type": "scatter",
@@ -152,84 +169,98 @@ def _curve(
         "name": name,
         "x": [row.get("pass", row["window"]) for row in rows],
         "y": [row[figure] for row in rows],
-        "line": {"color": mark.colour, "dash": mark.dash, "width": 2},
-        "marker": {"symbol": mark.symbol, "size": 8},
+        "line": {"color": style.color, "dash": style.dash, "width": 2},
+        "marker": {"symbol": style.symbol, "size": 8},
         "hovertemplate": f"{name}, %{{x}}: %{{y:{DECIMALS[figure]}}}<extra></extra>",
     }
 
 
-def _lines(
+def _line_plot(
     data: list[Part],
     title: str,
-    by: str,
+    unit: str,
     figure: str,
-    shown: list[float] | None,
+    y_range: list[float] | None,
 ) -> Part:
-    x = {"title": {"text": by, "standoff": 8}, "tickformat": "d", "nticks": 8, "zeroline": False}
-    y = {"tickformat": FORMATS[figure], "automargin": True, "zeroline": False} | (
-        {"range": shown} if shown else {"rangemode": "tozero"}
-    )
-    above = (
-        45 if len(data) == 1 else 55 + 20 * -(-len(data) // 2)
-    )  # room for the legend, two names a line
-    return {
-        "data": data,
-        "layout": {
-            **LAYOUT,
-            "title": _heading(title),
-            "margin": {"l": 60, "r": 15, "t": above, "b": 45},
-            "xaxis": x,
-            "yaxis": y,
+    y_axis: Part = {"tickformat": FORMATS[figure], "automargin": True, "zeroline": False}
+    if y_range:
+        y_axis["range"] = y_range
+    else:
+        y_axis["rangemode"] = "tozero"
+    layout = {
+        "title": _heading(title),
+        "margin": {"l": 60, "r": 15, "t": _space_above(len(data)), "b": 45},
+        "xaxis": {
+            "title": {"text": unit, "standoff": 8},
+            "tickformat": "d",
+            "nticks": 8,
+            "zeroline": False,
         },
+        "yaxis": y_axis,
     }
+    return {"data": data, "layout": {**LAYOUT, **layout}}
 
 
-def timeline(found: Sequence[Bar]) -> Part:
-    """Which window each role worked on when."""
-    data = [_phase(phase, [bar for bar in found if bar.phase == phase]) for phase in PHASES]
-    x = {"title": {"text": "seconds", "standoff": 8}, "rangemode": "tozero", "zeroline": False}
+def _space_above(curves: int) -> int:
+    """Pixels for the title and for the legend, which has two names per line."""
+    if curves == 1:
+        return 45
+    legend_lines = -(-curves // 2)
+    return 55 + 20 * legend_lines
+
+
+def timeline(bars: Sequence[Bar]) -> Part:
+    """Plot which window each role worked on when."""
+    data = [_phase(phase, [bar for bar in bars if bar.phase == phase]) for phase in PHASE_STYLES]
     layout = {
         "barmode": "overlay",
         "bargap": 0.35,
-        "xaxis": x,
-        "yaxis": _roles(found),
+        "xaxis": {
+            "title": {"text": "seconds", "standoff": 8},
+            "rangemode": "tozero",
+            "zeroline": False,
+        },
+        "yaxis": _role_axis(bars),
         "uniformtext": {"minsize": 8, "mode": "hide"},
     }
-    return {"data": [part for part in data if part["x"]], "layout": {**LAYOUT, **layout}}
+    return {"data": _non_empty(data), "layout": {**LAYOUT, **layout}}
 
 
-def _phase(phase: str, found: Sequence[Bar]) -> Part:
-    shown = [str(bar.window) if phase != "waiting" else "" for bar in found]
+def _phase(phase: str, bars: Sequence[Bar]) -> Part:
+    labels = ["" if phase == "waiting" else str(bar.window) for bar in bars]
     return {
         "type": "bar",
         "orientation": "h",
         "name": phase,
-        "y": [bar.role for bar in found],
-        "x": [bar.end - bar.start for bar in found],
-        "base": [bar.start for bar in found],
-        "text": shown,
+        "y": [bar.role for bar in bars],
+        "x": [bar.end - bar.start for bar in bars],
+        "base": [bar.start for bar in bars],
+        "text": labels,
         "textposition": "inside",
         "insidetextanchor": "middle",
         "textangle": 0,
-        "customdata": [bar.window for bar in found],
+        "customdata": [bar.window for bar in bars],
         "hovertemplate": f"%{{y}}, {phase} window %{{customdata}}: %{{x:.2f}} s<extra></extra>",
-        "marker": _filled(phase),
+        "marker": _bar_style(phase),
     }
 
 
-def shares(totals: Mapping[str, Mapping[str, float]], found: Sequence[Bar]) -> Part:
-    """Seconds of each role by phase."""
+def time_by_phase(
+    totals: Mapping[str, Mapping[str, float]],
+    bars: Sequence[Bar],
+) -> Part:
+    """Plot the seconds of each role by phase. `totals`: see `timeline.seconds_by_phase`."""
     data = []
-    for phase in PHASES:
-        spent = {role: phases[phase] for role, phases in totals.items() if phase in phases}
+    for phase in PHASE_STYLES:
+        seconds = {role: phases[phase] for role, phases in totals.items() if phase in phases}
         data.append(
             {
                 "type": "bar",
                 "orientation": "h",
                 "name": phase,
-                "y": list(spent),
-                "x": list(spent.values()),
-                "marker": _filled(phase),
+                "y": list(seconds),
+                "x": list(seconds.values()),
+                "marker": _bar_style(phase),
                 "hovertemplate": f"%{{y}}, {phase}: %{{x:.1f}} s<extra></extra>",
             }
         )
@@ -237,41 +268,42 @@ def shares(totals: Mapping[str, Mapping[str, float]], found: Sequence[Bar]) -> P
         "barmode": "stack",
         "bargap": 0.35,
         "xaxis": {"title": {"text": "seconds", "standoff": 8}},
-        "yaxis": _roles(found),
+        "yaxis": _role_axis(bars),
+        "legend": {**LAYOUT["legend"], "traceorder": "normal"},
     }
-    legend = {**LAYOUT["legend"], "traceorder": "normal"}
-    return {
-        "data": [part for part in data if part["x"]],
-        "layout": {**LAYOUT, **layout, "legend": legend},
-    }
+    return {"data": _non_empty(data), "layout": {**LAYOUT, **layout}}
 
 
-def _filled(phase: str) -> Part:
-    mark = PHASES[phase]
-    pattern = {
-        "shape": mark.pattern,
-        "fillmode": "overlay",
-        "fgcolor": "#fff",
-        "fgopacity": 0.6,
-        "size": 6,
-        "solidity": 0.15,
-    }
-    return {
-        "color": mark.colour,
-        "line": BAR_LINE,
-        **({"pattern": pattern} if mark.pattern else {}),
-    }
+def _non_empty(data: Sequence[Part]) -> list[Part]:
+    return [trace for trace in data if trace["x"]]
 
 
-def _roles(found: Sequence[Bar]) -> Part:
-    order = sorted(
-        {bar.role for bar in found},
-        key=lambda role: (("fm", "das").index(role) if role in ("fm", "das") else 2, role),
-    )
+def _bar_style(phase: str) -> Part:
+    style = PHASE_STYLES[phase]
+    marker: Part = {"color": style.color, "line": BAR_LINE}
+    if style.pattern:
+        marker["pattern"] = {
+            "shape": style.pattern,
+            "fillmode": "overlay",
+            "fgcolor": "#fff",
+            "fgopacity": 0.6,
+            "size": 6,
+            "solidity": 0.15,
+        }
+    return marker
+
+
+def _role_axis(bars: Sequence[Bar]) -> Part:
+    """An axis with the FM at the top, then the DAS, then the other roles by name."""
+    first = ("fm", "das")
+
+    def position(role: str) -> tuple[int, str]:
+        return (first.index(role) if role in first else len(first)), role
+
     return {
         "type": "category",
         "categoryorder": "array",
-        "categoryarray": order,
+        "categoryarray": sorted({bar.role for bar in bars}, key=position),
         "autorange": "reversed",
         "automargin": True,
     }
@@ -282,28 +314,11 @@ def gains(
     model: str,
     task: str,
 ) -> Part:
-    """NE gains over the labels arm in percent: the arms, and the FM on the same examples."""
-    rows = [
-        row
-        for row in figures
-        if row["role"] == "vm"
-        and (row["model"], row["task"]) == (model, task)
-        and row["ne_gain"] is not None
-    ]
+    """Plot NE gains over the labels arm in percent: the arms, and the FM on the same examples."""
+    rows = [row for row in figures if _has_gain(row, model, task)]
     points = [(row["arm"], row["ne_gain"]) for row in rows if row["arm"] != "labels"]
-    points += [("fm", row["fm_ne_gain"]) for row in rows[:1] if row["fm_ne_gain"] is not None]
-    data: list[Any] = [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": arm,
-            "x": [100 * gain],
-            "y": [arm],
-            "hovertemplate": f"{arm}: %{{x:.3f}} %<extra></extra>",
-            "marker": {"symbol": mark_of(arm).symbol, "color": mark_of(arm).colour, "size": 12},
-        }
-        for arm, gain in points
-    ]
+    if rows and rows[0]["fm_ne_gain"] is not None:
+        points.append(("fm", rows[0]["fm_ne_gain"]))
     layout = {
         "xaxis": {
             "title": {"text": "NE gain, %", "standoff": 8},
@@ -315,7 +330,32 @@ def gains(
         "margin": {"l": 60, "r": 15, "t": 40, "b": 45},
         "showlegend": False,
     }
+    data: list[Any] = [_gain_point(arm, gain) for arm, gain in points]
     return {"data": data, "layout": {**LAYOUT, **layout}}
+
+
+def _has_gain(
+    row: Row,
+    model: str,
+    task: str,
+) -> bool:
+    """Whether a row is of this vertical model and task, and its gain is defined."""
+    if row["role"] != "vm" or (row["model"], row["task"]) != (model, task):
+        return False
+    return row["ne_gain"] is not None
+
+
+def _gain_point(arm: str, gain: float) -> Part:
+    style = style_of_arm(arm)
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": arm,
+        "x": [100 * gain],
+        "y": [arm],
+        "hovertemplate": f"{arm}: %{{x:.3f}} %<extra></extra>",
+        "marker": {"symbol": style.symbol, "color": style.color, "size": 12},
+    }
 
 
 def _heading(text: str) -> Part:

@@ -1,5 +1,4 @@
-"""How arms, phases and domains look: each differs by dash, symbol or pattern as well as by
-colour."""
+"""How arms, phases and domains look: each differs by dash, symbol or pattern as well as color."""
 
 from __future__ import annotations
 
@@ -7,15 +6,15 @@ from typing import NamedTuple
 
 
 class PlotStyle(NamedTuple):
-    """A colour and what tells it from the others without colour, in plotly's words."""
+    """A color, and what distinguishes a curve or bar without color. Values are plotly's."""
 
-    colour: str
+    color: str
     dash: str
     symbol: str
     pattern: str
 
 
-# Okabe and Ito's colours, told apart without colour vision by lightness.
+# The colors of Okabe and Ito: their lightness differs, so they work without color vision.
 INK = "#000000"
 ORANGE = "#E69F00"
 SKY = "#56B4E9"
@@ -25,14 +24,14 @@ BLUE = "#0072B2"
 YELLOW = "#F0E442"
 PURPLE = "#CC79A7"
 
-MARKS = {
+ARM_STYLES = {
     "fm": PlotStyle(INK, "solid", "star", ""),
     "labels": PlotStyle(ORANGE, "dash", "circle", ""),
     "kd": PlotStyle(SKY, "dot", "square", "/"),
     "ah": PlotStyle(GREEN, "longdashdot", "diamond", "x"),
     "ah_sa": PlotStyle(VERMILION, "dashdot", "triangle-up", "."),
 }
-"""Of the FM and of the arms' objectives, in the order in which they are listed everywhere."""
+"""The FM and the arms' objectives, in the order in which they are listed everywhere."""
 
 _SYMBOLS_WITH = {
     "share": {"labels": "hexagon", "kd": "cross", "ah": "diamond-tall", "ah_sa": "triangle-down"},
@@ -52,49 +51,48 @@ _LINES_WITH = {
 """Options of an arm -> dash and pattern."""
 
 
-def mark_of(arm: str) -> PlotStyle:
-    """The mark of an arm, or of the FM: with options the objective's colour, and a symbol, a dash
-    and a pattern of their own."""
+def style_of_arm(arm: str) -> PlotStyle:
+    """The style of an arm or of the FM.
+
+    An arm with options has the color of its objective and a symbol, dash and pattern of its own.
+    """
     objective, _, options = arm.partition("+")
+    plain = ARM_STYLES[objective]
     if not options:
-        return MARKS[objective]
-    return PlotStyle(
-        MARKS[objective].colour,
-        _LINES_WITH[options][0],
-        _SYMBOLS_WITH[options][objective],
-        _LINES_WITH[options][1],
-    )
+        return plain
+    dash, pattern = _LINES_WITH[options]
+    return PlotStyle(plain.color, dash, _SYMBOLS_WITH[options][objective], pattern)
 
 
 def at_serving(arm: str) -> str:
-    """What an arm costs at serving beside what labels alone cost."""
+    """What an arm needs at serving beyond what the labels arm needs."""
     return "a feature store" if "history" in arm.split("+") else "nothing"
 
 
-def listing(arm: str) -> tuple[int, str]:
-    """Sorts arms as they are listed: by objective, each with its options after it alone."""
+def arm_order(arm: str) -> tuple[int, str]:
+    """A sort key for arms: by objective, each followed by the same one with options."""
     objective, _, options = arm.partition("+")
-    return list(MARKS).index(objective), options
+    return list(ARM_STYLES).index(objective), options
 
 
-PHASES = {
+PHASE_STYLES = {
     "waiting": PlotStyle("rgba(128,128,128,0.15)", "solid", "circle", ""),
     "evaluate": PlotStyle(YELLOW, "solid", "circle", ""),
     "learn": PlotStyle(BLUE, "solid", "square", "/"),
     "score": PlotStyle(PURPLE, "solid", "diamond", "x"),
 }
-"""Of what a role does with a window."""
+"""What a role does with a window."""
 
-_COLOURS = (INK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+_COLORS = (INK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon")
 
 
-def numbered(number: int) -> PlotStyle:
-    """The mark of the domain of this number; no two of the first 280 are alike."""
+def style_of_domain(number: int) -> PlotStyle:
+    """The style of the domain with this number; the first 280 all differ."""
     return PlotStyle(
-        _COLOURS[number % len(_COLOURS)],
-        _DASHES[number % len(_DASHES)],
-        _SYMBOLS[number % len(_SYMBOLS)],
-        "",
+        color=_COLORS[number % len(_COLORS)],
+        dash=_DASHES[number % len(_DASHES)],
+        symbol=_SYMBOLS[number % len(_SYMBOLS)],
+        pattern="",
     )

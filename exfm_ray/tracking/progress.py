@@ -1,4 +1,4 @@
-"""Progress of long work: bars in a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: bars in a terminal, otherwise a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ PLAIN_EVERY_S = 10.0
 
 
 class ProgressView:
-    """Shows for each job its window, its examples/s and the time left. Use as a context manager."""
+    """Shows the window, the examples/s and the time left of each job. Use it in a `with` block."""
 
     def __init__(self, totals: Mapping[str, int | None]) -> None:
-        """`totals`: examples that each job has to do in this process; None where nobody knows
-        yet."""
+        """Prepare the view.
+
+        Args:
+            totals: job -> examples that it has to process; None if the number is unknown.
+        """
         self._totals = dict(totals)
         self._printed = time.monotonic()
-        self._first: dict[
-            str, tuple[float, int]
-        ] = {}  # when a job was first seen at work, and what it had done by then
+        # job -> when its work was first seen, and the examples that it had done by then
+        self._first: dict[str, tuple[float, int]] = {}
         self._console = Console(stderr=True)
         self._bars = Progress(
             TextColumn("{task.description:<8}"),
@@ -40,7 +42,7 @@ class ProgressView:
 
     @property
     def terminal(self) -> bool:
-        """True when a person looks."""
+        """Whether stderr is a terminal."""
         return sys.stderr.isatty()
 
     def __enter__(self) -> ProgressView:
@@ -51,18 +53,15 @@ class ProgressView:
         self._bars.stop()
 
     def update(self, state: Mapping[str, tuple[int, int]]) -> None:
-        """Show where the jobs are: job -> (window, examples done)."""
+        """Show the state of the jobs: job -> (window, examples done)."""
         now = time.monotonic()
         for job, (window, done) in state.items():
-            self._bars.update(
-                self._tasks[job], completed=done, window=window, speed=self._speed(job, done, now)
-            )
+            speed = self._speed(job, done, now)
+            self._bars.update(self._tasks[job], completed=done, window=window, speed=speed)
         if not self.terminal and now - self._printed >= PLAIN_EVERY_S:
             self._printed = now
-            line = " | ".join(
-                self._line(job, *state[job], now) for job in self._totals if job in state
-            )
-            self._console.print(line, highlight=False, soft_wrap=True)
+            lines = [self._line(job, *state[job], now) for job in self._totals if job in state]
+            self._console.print(" | ".join(lines), highlight=False, soft_wrap=True)
 
     def _line(
         self,
@@ -75,8 +74,10 @@ class ProgressView:
         speed = self._speed(job, done, now)
         if total is not None and done >= total:
             return f"{job}: done"
-        left = f", {(total - done) / speed:.0f} s left" if total is not None and speed else ""
-        return f"{job}: window {window}, {speed:,.0f} examples/s{left}"
+        line = f"{job}: window {window}, {speed:,.0f} examples/s"
+        if total is not None and speed:
+            line += f", {(total - done) / speed:.0f} s left"
+        return line
 
     def _speed(
         self,
@@ -84,6 +85,8 @@ class ProgressView:
         done: int,
         now: float,
     ) -> float:
-        """Examples/s since the job was first seen at work: its start is not counted."""
-        since, before = self._first.setdefault(job, (now, done))
-        return (done - before) / (now - since) if now > since else 0.0
+        """Examples/s since the job's work was first seen, so that its start does not count."""
+        first_seen, done_before = self._first.setdefault(job, (now, done))
+        if now <= first_seen:
+            return 0.0
+        return (done - done_before) / (now - first_seen)

@@ -1,10 +1,10 @@
-"""The one writer of a run's metrics, and the place where its progress is known.
+"""The only writer of a run's metrics, which also knows the run's progress.
 
 <run>/metrics.jsonl    a line for each window, model, arm, domain and task
-<run>/timeline.jsonl   a line for each pass of a role over a window: role, window, phase (evaluate |
-learn | score), started_s and
-                       ended_s (seconds since the epoch), waited_s (of these, for data or a
-                       snapshot), examples
+<run>/timeline.jsonl   a line for each pass of a role over a window: role, window,
+                       phase (evaluate | learn | score), started_s and ended_s (seconds since the
+                       epoch), waited_s (of these, seconds of waiting for data or a snapshot),
+                       examples
 """
 
 from __future__ import annotations
@@ -25,36 +25,30 @@ TIMELINE = "timeline.jsonl"
 
 
 class Recorder:
-    """Appends rows to metrics.jsonl, each once: a job that goes on after a kill may send a window's
-    rows again."""
+    """Appends rows to metrics.jsonl, each once.
+
+    A job that is restarted after a kill may send the rows of a window a second time.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._known = {self._identity(row) for row in read_metrics(path)}
+        self._known = {_identity(row) for row in read_metrics(path)}
         self._timeline = path.with_name(TIMELINE)
         for file in (path, self._timeline):
             truncate_partial_line(file)
         self._progress: dict[str, tuple[int, int]] = {}
 
-    @staticmethod
-    def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
-        return (
-            row.get("pass"),
-            *(row[key] for key in IDENTITY),
-        )  # `pass` stands only in the rows of a static set
-
     def metrics(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Append the rows that are not there yet, in one write."""
-        new = [row for row in rows if self._identity(row) not in self._known]
+        """Append the new ones of these rows, in one write."""
+        new = [row for row in rows if _identity(row) not in self._known]
         if not new:
             return
         append_jsonl(self._path, new)
-        self._known.update(self._identity(row) for row in new)
+        self._known.update(_identity(row) for row in new)
 
     def timeline(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Append what a job did when. A window that is done again after a kill has rows of both
-        times."""
+        """Append what a job did when. A window that is repeated after a kill has both rows."""
         append_jsonl(self._timeline, rows)
 
     def progress(
@@ -63,31 +57,44 @@ class Recorder:
         window: int,
         examples: int,
     ) -> None:
-        """`examples` more were learnt (or scored) by `job`, which is at `window`."""
-        self._progress[job] = (window, self._progress.get(job, (0, 0))[1] + examples)
+        """Record that a job, which is at `window`, has learned or scored `examples` more."""
+        _, done = self._progress.get(job, (0, 0))
+        self._progress[job] = (window, done + examples)
 
     def state(self) -> dict[str, tuple[int, int]]:
-        """Job -> (window it is at, examples done by this process)."""
+        """Job -> (current window, examples done by this process)."""
         return dict(self._progress)
 
 
+def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What identifies a row; only rows of a static set have a pass."""
+    return row.get("pass"), *(row[key] for key in IDENTITY)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; UserError where one of them is none."""
-    return _rows(path, FIELDS)
+    """Read the rows of a metrics.jsonl.
+
+    Raises:
+        UserError: a row has not all of the fields.
+    """
+    return _read_rows(path, FIELDS)
 
 
 def read_timeline(path: Path) -> list[dict[str, Any]]:
-    """Rows of a timeline.jsonl; UserError where one of them is none."""
-    return _rows(path, SPAN)
+    """Read the rows of a timeline.jsonl.
+
+    Raises:
+        UserError: a row has not all of the fields.
+    """
+    return _read_rows(path, SPAN)
 
 
-def _rows(path: Path, fields: set[str]) -> list[dict[str, Any]]:
+def _read_rows(path: Path, fields: set[str]) -> list[dict[str, Any]]:
     rows = read_jsonl(path)
     for number, row in enumerate(rows, start=1):
-        if not row.keys() >= fields:
-            raise UserError(
-                f"{path}: line {number} has no {sorted(fields - row.keys())[0]}; remove the line"
-            )
+        missing = sorted(fields - row.keys())
+        if missing:
+            raise UserError(f"{path}: line {number} has no {missing[0]}; remove the line")
     return rows
 
 

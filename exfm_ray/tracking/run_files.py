@@ -1,5 +1,7 @@
-"""A run as its files tell it, whole or not: settings, figures by window and over all of them, how
-far it has come."""
+"""The results of a run, read from the files in its folder, whether the run is complete or not.
+
+`RunFiles` is the public way to read results; see examples/read_results.py.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -17,74 +19,63 @@ from exfm_ray.metrics.gain import gains_over_labels, pool
 from exfm_ray.schema import ALL_DOMAINS
 from exfm_ray.storage.atomic import read_json
 from exfm_ray.storage.paths import store_root_of_run
-from exfm_ray.tracking.plot_styles import listing
+from exfm_ray.tracking.plot_styles import arm_order
 from exfm_ray.tracking.recorder import TIMELINE, read_metrics, read_timeline
 
 Row = dict[str, Any]
 KEY = ("role", "model", "arm", "domain", "task")
 LABELS = "labels"
 SECTIONS = ("data", "fm", "fm.model", "vm", "vm.model", "metrics")
-"""Parts of a run's settings without which nothing can be told of it."""
+"""Sections of the settings that every run has."""
 NOT_ADDITIVE = ("auc", "gauc", "best_ne", "calibration")
-"""Figures over several windows that only summary.json has: they do not follow from those of the
-windows."""
-
-
-def _figures_of(summary: Row) -> bool:
-    """True where a summary holds rows of figures."""
-    rows = summary.get("figures")
-    return isinstance(rows, list) and all(
-        isinstance(row, dict) and {*KEY, "examples"} <= row.keys() and _numbers(row) for row in rows
-    )
-
-
-def _numbers(row: Row) -> bool:
-    return all(
-        key in KEY or value is None or isinstance(value, int | float) for key, value in row.items()
-    )
+"""Figures that only summary.json has: they do not follow from those of single windows."""
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The run in `folder`; `RunFiles.open` checks that there is one."""
+    """The files of one run. Create it with `RunFiles.open`, which checks the folder.
+
+    Files are read when they are first needed. Those of a run that is still in progress hold what
+    has been done so far.
+    """
 
     folder: Path
 
     @classmethod
     def open(cls, folder: Path) -> RunFiles:
-        """UserError where the folder holds no run."""
-        if not (folder / "config.yaml").exists():
-            near = folder.parent / "runs" / folder.name
-            hint = (
-                f"; did you mean {near}?"
-                if (near / "config.yaml").exists()
-                else "; `run.py runs DIR` lists the runs of a folder"
-            )
-            raise UserError(
-                f"{folder}: {'no run here: it has no config.yaml' if folder.is_dir() else 'no such folder'}{hint}"
-            )
+        """Open the run in a folder.
+
+        Raises:
+            UserError: the folder holds no run.
+        """
+        settings = folder / "config.yaml"
+        if not settings.exists():
+            raise UserError(_no_run_message(folder))
         run = cls(folder)
         if not isinstance(run.config, dict):
-            raise UserError(f"{folder / 'config.yaml'}: not the settings of a run")
-        lacking = [name for name in SECTIONS if not isinstance(run.setting(name), dict)]
-        if lacking:
-            raise UserError(
-                f"{folder / 'config.yaml'}: has no section '{lacking[0]}'; give the run's command again in a folder without this file"
-            )
+            raise UserError(f"{settings}: not the settings of a run")
+        for section in SECTIONS:
+            if not isinstance(run.setting(section), dict):
+                raise UserError(
+                    f"{settings}: has no section '{section}'; rerun the run's command in a folder "
+                    "without this file"
+                )
         return run
 
     @cached_property
     def config(self) -> Any:
-        """The resolved settings, as plain values: those of an earlier version, too."""
+        """The resolved settings as plain values, possibly those of an earlier version."""
+        path = self.folder / "config.yaml"
         try:
-            return next(iter(yaml.safe_load_all((self.folder / "config.yaml").read_text())), None)
+            documents = yaml.safe_load_all(path.read_text())
+            return next(iter(documents), None)
         except (yaml.YAMLError, UnicodeDecodeError):
             raise UserError(
-                f"{self.folder / 'config.yaml'}: not valid YAML; start the run again, which writes it anew"
+                f"{path}: not valid YAML; rerun the run's command, which writes it again"
             ) from None
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """The value of a dotted setting; `default` where the run's version did not have it."""
+        """The value of a setting, such as `das.fm_lag`; `default` if the run's version lacks it."""
         value = self.config
         for part in name.split("."):
             value = value.get(part, default) if isinstance(value, dict) else default
@@ -97,147 +88,191 @@ class RunFiles:
 
     @cached_property
     def versions(self) -> list[str]:
-        """Packages and their versions."""
+        """Packages with their versions, such as `torch 2.13.0`."""
         text = (self.folder / "config.yaml").read_text()
-        return [
-            line.removeprefix("# ")
-            for line in text.partition("\n---\n")[2].splitlines()
-            if line.startswith("# ")
-        ]
+        _, _, comments = text.partition("\n---\n")
+        lines = [line for line in comments.splitlines() if line.startswith("# ")]
+        return [line.removeprefix("# ") for line in lines]
 
     @cached_property
     def rows(self) -> list[Row]:
-        """Of metrics.jsonl."""
+        """The rows of metrics.jsonl: one for each window, model, arm, domain and task."""
         return read_metrics(self.folder / "metrics.jsonl")
 
     @cached_property
     def spans(self) -> list[Row]:
-        """Of timeline.jsonl."""
+        """The rows of timeline.jsonl: one for each pass of a role over a window."""
         return read_timeline(self.folder / TIMELINE)
 
     @cached_property
     def new_ids(self) -> list[Row]:
-        """Of new_ids.json, once a command has ended."""
+        """The rows of new_ids.json; empty until a command has finished."""
         path = self.folder / "new_ids.json"
         rows: list[Row] = read_json(path) if path.exists() else []
         return rows
 
     @cached_property
     def summary(self) -> Row | None:
-        """Of summary.json, once a command has ended."""
+        """The content of summary.json; None until a command has finished."""
         path = self.folder / "summary.json"
-        summary: Row | None = read_json(path) if path.exists() else None
-        if summary is not None and not (isinstance(summary, dict) and _figures_of(summary)):
+        if not path.exists():
+            return None
+        summary: Row = read_json(path)
+        if not isinstance(summary, dict) or not _has_figures(summary):
             raise UserError(
-                f"{path}: not the summary of a run; give the run's command again, which writes it anew"
+                f"{path}: not the summary of a run; rerun the run's command, which writes it again"
             )
         return summary
 
     @property
     def static(self) -> bool:
-        """True for passes over a static set."""
+        """Whether the run makes several passes over a static set."""
         return bool(self.setting("fm.static"))
 
     @cached_property
     def windows(self) -> int:
-        """Windows of the stream."""
-        return len(list((store_root_of_run(self.folder) / "stream").glob("window=*/manifest.json")))
+        """The number of windows of the stream."""
+        stream = store_root_of_run(self.folder) / "stream"
+        return len(list(stream.glob("window=*/manifest.json")))
 
     @cached_property
     def done(self) -> dict[str, int]:
-        """Model -> windows (or passes) whose figures are there."""
-        place = "pass" if self.static else "window"
-        names = [
-            self.setting("fm.name", "fm"),
-            *(student["name"] for student in self.setting("vm.models") or ()),
-        ]
-        return {
-            name: len({row[place] for row in self.rows if row["model"] == name}) for name in names
-        }
+        """Model -> number of windows (passes, for a static set) that have figures."""
+        unit = "pass" if self.static else "window"
+        students = [student["name"] for student in self.setting("vm.models") or ()]
+        done: dict[str, set[int]] = {self.setting("fm.name", "fm"): set()}
+        done |= {name: set() for name in students}
+        for row in self.rows:
+            if row["model"] in done:
+                done[row["model"]].add(row[unit])
+        return {name: len(numbers) for name, numbers in done.items()}
 
     @property
     def state(self) -> str:
-        """done, failed or unfinished; a run that is at work now is unfinished, too."""
+        """done, failed or unfinished; a run in progress is unfinished, too."""
         if (self.folder / "logs" / "error.txt").exists():
             return "failed"
-        whole = (
-            self.summary is not None
-            if self.static
-            else self.windows and min(self.done.values()) >= self.windows
-        )
-        return "done" if whole else "unfinished"
+        if self.static:
+            return "done" if self.summary is not None else "unfinished"
+        is_complete = self.windows and min(self.done.values()) >= self.windows
+        return "done" if is_complete else "unfinished"
 
     @cached_property
     def figures(self) -> list[Row]:
-        """Over all windows after the warm-up that are done so far; of a static set those of the
-        best pass. In the arms' order."""
-        summed = self.summary["figures"] if self.summary else []
+        """One row for each model, arm, domain and task, over all windows after the warm-up so far.
+
+        Arms come in the order in which they are listed everywhere. For a static set these are the
+        figures of the best pass.
+        """
+        in_summary = self.summary["figures"] if self.summary else []
         if self.static:
-            return list(summed)
-        told = {tuple(row[key] for key in KEY): row for row in summed}
-        rows = combine_windows(
-            [row for row in self.rows if row["window"] >= self.setting("metrics.warmup_windows", 0)]
-        )
+            return list(in_summary)
+
+        summarized = {_key(row): row for row in in_summary}
+        warmup = self.setting("metrics.warmup_windows", 0)
+        rows = combine_windows([row for row in self.rows if row["window"] >= warmup])
         for row in rows:
-            same = told.get(tuple(row[key] for key in KEY), {})
-            if same.get("examples") == row["examples"]:  # or the summary is of fewer windows
-                row |= {name: same.get(name) for name in NOT_ADDITIVE}
+            match = summarized.get(_key(row), {})
+            # A summary of fewer windows has figures of other examples.
+            if match.get("examples") == row["examples"]:
+                row |= {name: match.get(name) for name in NOT_ADDITIVE}
         return with_gains(rows)
 
 
+def _no_run_message(folder: Path) -> str:
+    problem = "no run here: it has no config.yaml" if folder.is_dir() else "no such folder"
+    candidate = folder.parent / "runs" / folder.name
+    if (candidate / "config.yaml").exists():
+        return f"{folder}: {problem}; did you mean {candidate}?"
+    return f"{folder}: {problem}; `run.py runs DIR` lists the runs of a folder"
+
+
+def _has_figures(summary: Row) -> bool:
+    """Whether a summary holds valid rows of figures."""
+    rows = summary.get("figures")
+    return isinstance(rows, list) and all(_is_figure_row(row) for row in rows)
+
+
+def _is_figure_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not row.keys() >= {*KEY, "examples"}:
+        return False
+    figures = [value for key, value in row.items() if key not in KEY]
+    return all(value is None or isinstance(value, int | float) for value in figures)
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return tuple(row[name] for name in KEY)
+
+
 def combine_windows(rows: Sequence[Row]) -> list[Row]:
-    """The rows of each model, arm, domain and task as one: sums of log loss, labels and predictions
-    add up over windows."""
+    """Pool the windows of each model, arm, domain and task into one row.
+
+    Sums of log loss, labels and predictions add up over windows.
+    """
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         if row["examples"]:
-            groups[tuple(row[key] for key in KEY)].append(row)
-    return [
-        dict(zip(KEY, key, strict=True)) | _sums(groups[key])
-        for key in sorted(groups, key=lambda key: listing(key[2]))
-    ]
+            groups[_key(row)].append(row)
+
+    combined = []
+    for key in sorted(groups, key=lambda key: arm_order(key[2])):
+        identity = dict(zip(KEY, key, strict=True))
+        combined.append(identity | _pooled(groups[key]))
+    return combined
 
 
-def _sums(rows: Sequence[Row]) -> Row:
-    pooled = pool(rows)
+def _pooled(rows: Sequence[Row]) -> Row:
+    figures = pool(rows)
+    # The calibration of a window without labels is undefined, so its predictions are unknown.
+    calibration = figures.calibration if figures.has_all_predictions else None
     return {
-        "examples": pooled.examples,
-        "label_rate": pooled.label_rate,
-        "log_loss": pooled.log_loss,
-        "ne": pooled.ne,
-        "calibration": pooled.calibration if pooled.has_all_predictions else None,
+        "examples": figures.examples,
+        "label_rate": figures.label_rate,
+        "log_loss": figures.log_loss,
+        "ne": figures.ne,
+        "calibration": calibration,
     }
 
 
 def with_gains(rows: Sequence[Row]) -> list[Row]:
-    """The rows, those of vertical models with ne_gain, fm_ne (the FM's on the same examples),
-    fm_ne_gain and transfer_ratio."""
-    fm = {(row["domain"], row["task"]): row["ne"] for row in rows if row["role"] == "fm"}
-    labels = {
-        (row["model"], row["domain"], row["task"]): row["ne"]
-        for row in rows
-        if row["arm"] == LABELS
-    }
-    return [row | _gains(row, fm, labels) if row["role"] == "vm" else row for row in rows]
+    """Add gains to the rows of vertical models.
+
+    These are ne_gain, fm_ne (NE of the FM on the same examples), fm_ne_gain and transfer_ratio.
+    """
+    fm_ne = {}
+    labels_ne = {}
+    for row in rows:
+        if row["role"] == "fm":
+            fm_ne[row["domain"], row["task"]] = row["ne"]
+        if row["arm"] == LABELS:
+            labels_ne[row["model"], row["domain"], row["task"]] = row["ne"]
+    return [row | _gains(row, fm_ne, labels_ne) if row["role"] == "vm" else row for row in rows]
 
 
 def _gains(
     row: Row,
-    fm: Mapping[tuple[str, str], float | None],
-    labels: Mapping[tuple[str, str, str], float | None],
+    fm_ne: Mapping[tuple[str, str], float | None],
+    labels_ne: Mapping[tuple[str, str, str], float | None],
 ) -> Row:
-    place = (row["domain"], row["task"])
-    teacher = fm.get(place)
-    baseline = labels.get((row["model"], *place))
-    is_labels_arm = row["arm"] == LABELS
-    gains = gains_over_labels(row["ne"], baseline, teacher, is_labels_arm)
-    return {"fm_ne": teacher, **gains._asdict()}
+    domain, task = row["domain"], row["task"]
+    teacher_ne = fm_ne.get((domain, task))
+    gains = gains_over_labels(
+        row["ne"],
+        labels_ne=labels_ne.get((row["model"], domain, task)),
+        fm_ne=teacher_ne,
+        is_labels_arm=row["arm"] == LABELS,
+    )
+    return {"fm_ne": teacher_ne, **gains._asdict()}
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What is drawn together: a vertical model's arms, with the FM on the same examples; or the FM
-    alone (`model` None)."""
+    """Curves that are drawn in one plot.
+
+    Attributes:
+        model: a vertical model, drawn with the FM on the same examples; None for the FM alone.
+        curves: arm (or `fm`) -> its rows of metrics.jsonl, in order.
+    """
 
     model: str | None
     domain: str
@@ -246,40 +281,67 @@ class Panel:
 
     @property
     def title(self) -> str:
-        """For people."""
-        place = "all domains" if self.domain == ALL_DOMAINS else self.domain
-        return f"{self.model or 'FM'}: {self.task}, {place}"
+        """The heading of the plot."""
+        domain = "all domains" if self.domain == ALL_DOMAINS else self.domain
+        return f"{self.model or 'FM'}: {self.task}, {domain}"
+
+
+class _CurveKey(NamedTuple):
+    """What identifies a curve: the fields of `KEY`."""
+
+    role: str
+    model: str
+    arm: str
+    domain: str
+    task: str
+
+
+class _Place(NamedTuple):
+    """What a panel shows; see `Panel`."""
+
+    model: str | None
+    domain: str
+    task: str
+
+    def includes(self, key: _CurveKey) -> bool:
+        """Whether a curve is drawn here."""
+        same_examples = (key.domain, key.task) == (self.domain, self.task)
+        return same_examples and (key.role == "fm" or key.model == self.model)
 
 
 def panels(run: RunFiles) -> list[Panel]:
-    """The FM over all domains, then each vertical model. Of a static set: on its validation window,
-    pass by pass."""
+    """The FM over all domains, then each vertical model.
+
+    For a static set the curves are those of its validation window, pass by pass.
+    """
+    curves = _curves(run)
+    drawn = []
+    for place in _places(curves):
+        matches = {key.arm: rows for key, rows in curves.items() if place.includes(key)}
+        in_order = {arm: matches[arm] for arm in sorted(matches, key=arm_order)}
+        drawn.append(Panel(*place, in_order))
+    return drawn
+
+
+def _curves(run: RunFiles) -> dict[_CurveKey, list[Row]]:
     rows = run.rows
-    by = "window"
+    unit = "window"
     if run.static and rows:
         validation = min(row["window"] for row in rows)
-        by = "pass"
         rows = [row for row in rows if row["window"] == validation]
-    curves: dict[tuple[str, str, str, str, str], list[Row]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: row[by]):
-        curves[row["role"], row["model"], row["arm"], row["domain"], row["task"]].append(row)
-    places: dict[tuple[str | None, str, str], None]
-    places = {
-        (None, domain, task): None
-        for role, _, _, domain, task in curves
-        if role == "fm" and domain == ALL_DOMAINS
-    }
-    places |= {
-        (model, domain, task): None for role, model, _, domain, task in curves if role == "vm"
-    }
-    found = []
-    for model, domain, task in places:
-        mine = {
-            arm: curve
-            for (role, name, arm, d, t), curve in curves.items()
-            if (d, t) == (domain, task) and (role == "fm" or name == model)
-        }
-        found.append(
-            Panel(model, domain, task, {arm: mine[arm] for arm in sorted(mine, key=listing)})
-        )
-    return found
+        unit = "pass"
+    curves: dict[_CurveKey, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row[unit]):
+        curves[_CurveKey(*_key(row))].append(row)
+    return curves
+
+
+def _places(curves: Mapping[_CurveKey, Any]) -> list[_Place]:
+    """The places of all panels: the FM's first, each once."""
+    fm = [
+        _Place(None, key.domain, key.task)
+        for key in curves
+        if key.role == "fm" and key.domain == ALL_DOMAINS
+    ]
+    students = [_Place(key.model, key.domain, key.task) for key in curves if key.role == "vm"]
+    return list(dict.fromkeys(fm + students))

@@ -1,4 +1,4 @@
-"""When which role worked on which window, on a clock that stands still while none does."""
+"""When which role worked on which window, on a clock that stops while no role works."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from typing import Any
 import numpy as np
 
 PAUSE_S = 5.0
-"""Longer times in which no role works are cut out: the start of Ray and of the workers, or the days
-between a kill and going on."""
+"""Longer times in which no role works are cut out.
+
+Examples are the start of Ray and of the workers, and the days between a kill and the next command.
+"""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A phase of a role on one window, or the waiting before it; seconds from the first work on,
-    without pauses."""
+    """A phase of a role on one window, or the wait before it.
+
+    Attributes:
+        start: seconds of work since the first one, without pauses.
+        end: likewise.
+    """
 
     role: str
     window: int
@@ -27,51 +33,61 @@ class Bar:
 
 
 def bars(spans: Sequence[Mapping[str, Any]]) -> tuple[list[Bar], float]:
-    """The bars of a timeline's rows, in order of time, and the seconds that were cut out.
+    """Turn the rows of a timeline into bars.
 
-    A row tells how long its phase waited, not when; nearly all of it is for the window's first
-    block, so it stands first.
+    A row has the length of its phase's wait, not its time. Nearly all of it is for the window's
+    first block, so the wait is placed first.
+
+    Returns:
+        The bars in order of time, and the seconds that were cut out.
     """
-    clock, cut = _clock([(span["started_s"] + span["waited_s"], span["ended_s"]) for span in spans])
-    found = []
+    clock, pauses_s = _clock([(_work_start(span), span["ended_s"]) for span in spans])
+    result = []
     for span in sorted(spans, key=lambda span: span["started_s"]):
-        started, working, ended = (
-            clock(at)
-            for at in (span["started_s"], span["started_s"] + span["waited_s"], span["ended_s"])
-        )
-        if working > started:
-            found.append(Bar(span["role"], span["window"], "waiting", started, working))
-        found.append(Bar(span["role"], span["window"], span["phase"], working, ended))
-    return found, cut
+        role, window = span["role"], span["window"]
+        start = clock(span["started_s"])
+        work_start = clock(_work_start(span))
+        if work_start > start:
+            result.append(Bar(role, window, "waiting", start, work_start))
+        end = clock(span["ended_s"])
+        result.append(Bar(role, window, span["phase"], work_start, end))
+    return result, pauses_s
+
+
+def _work_start(span: Mapping[str, Any]) -> float:
+    """When the work of a phase started, after its wait; seconds since the epoch."""
+    start: float = span["started_s"] + span["waited_s"]
+    return start
 
 
 def _clock(busy: Sequence[tuple[float, float]]) -> tuple[Callable[[float], float], float]:
-    """A clock that runs from the first work on and stands still in pauses; the seconds of the
-    pauses."""
+    """A clock that starts with the first work and stops in pauses.
+
+    Args:
+        busy: start and end of each work, in seconds.
+
+    Returns:
+        A function from real to shown seconds, and the seconds of all pauses.
+    """
     if not busy:
         return lambda at: 0.0, 0.0
     start_N, end_N = np.array(sorted(busy)).T
-    worked_N = np.maximum.accumulate(end_N)
-    gap_N = start_N[1:] - worked_N[:-1]
-    cut_N = np.where(gap_N > PAUSE_S, gap_N, 0.0)
-    # real time -> shown time, linear between the ends of pauses; before the first work it stands
-    # still
-    real = np.concatenate(
-        [
-            [start_N[0]],
-            np.stack([worked_N[:-1], start_N[1:]], axis=1)[cut_N > 0].ravel(),
-            [worked_N[-1]],
-        ]
-    )
+    last_end_N = np.maximum.accumulate(end_N)
+    gap_N = start_N[1:] - last_end_N[:-1]
+    pause_N = np.where(gap_N > PAUSE_S, gap_N, 0.0)
+
+    # Real -> shown time is linear between the ends of pauses, and constant in pauses.
+    pause_ends_N2 = np.stack([last_end_N[:-1], start_N[1:]], axis=1)[pause_N > 0]
+    real = np.concatenate([[start_N[0]], pause_ends_N2.ravel(), [last_end_N[-1]]])
     step = np.diff(real)
     step[1::2] = 0.0
     shown = np.concatenate([[0.0], np.cumsum(step)])
-    return lambda at: float(np.interp(at, real, shown)), float(cut_N.sum())
+    return lambda at: float(np.interp(at, real, shown)), float(pause_N.sum())
 
 
-def seconds(found: Sequence[Bar]) -> dict[str, dict[str, float]]:
-    """Role -> phase (waiting, too) -> seconds."""
+def seconds_by_phase(all_bars: Sequence[Bar]) -> dict[str, dict[str, float]]:
+    """Role -> phase, including waiting -> seconds."""
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for bar in found:
+    for bar in all_bars:
         totals[bar.role][bar.phase] += bar.end - bar.start
     return {role: dict(phases) for role, phases in totals.items()}

@@ -1,15 +1,15 @@
-"""A pipeline's models and its DAS as runs in wandb, one group: job type fm, das or vm, figures over
-the examples seen.
+"""A pipeline's models and its DAS as runs in wandb, in one group.
 
-A thread follows the files that the run writes anyway, so nothing waits for wandb; what fails in it
-ends the writing, not the run.
+The job type of a run is fm, das or vm; its figures are logged against the examples seen. A thread
+follows the files that the pipeline writes anyway, so nothing waits for wandb. An error in it ends
+the logging, not the pipeline.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,15 +26,16 @@ if TYPE_CHECKING:
 
 POLL_S = 2.0
 CLOSE_S = 600.0
-"""Longest wait at the end for what is left to be written."""
+"""Longest wait at the end until everything is written."""
 FIGURES = ("ne", "auc", "gauc", "calibration", "label_rate")
 OVERALL = ("ne", "auc", "calibration", "ne_gain", "transfer_ratio")
 MODEL = "model.json"
-"""The manifest of a snapshot or an exported student, with its files' hashes."""
+"""The manifest of a snapshot or an exported student, with the hashes of its files."""
+RERUN_HINT = "Rerun the same command after more windows to write the runs again"
 
 
 class RunKey(NamedTuple):
-    """What has a run of its own."""
+    """What has a run of its own in wandb."""
 
     role: str
     model: str
@@ -49,7 +50,7 @@ def figure_name(
     task: str,
     domain: str,
 ) -> str:
-    """A figure of one window in a run."""
+    """The name of a figure of one window in a run."""
     return f"{figure}/{task}/{domain}"
 
 
@@ -58,182 +59,204 @@ def overall_name(
     task: str,
     domain: str,
 ) -> str:
-    """A figure over all windows after the warm-up in a run's summary."""
+    """The name of a figure over all windows after the warm-up, in a run's summary."""
     return f"all_windows/{figure_name(figure, task, domain)}"
 
 
 class PipelineRuns:
-    """Writes the runs of a pipeline while it goes on. A pipeline that goes on after a kill writes
-    its runs anew, from the first window.
+    """Writes the runs of a pipeline while it works.
 
-    The file <run>/wandb/pipeline.json says how much of the run's files is written; where nothing
-    was added, no run is opened.
+    A pipeline that is resumed after a kill writes its runs again, from the first window. The file
+    <run>/wandb/pipeline.json records how many lines of the pipeline's files have been written; as
+    long as there are no new ones, no run is opened.
     """
 
-    def __init__(self, config: Config, summarise: Callable[[], Mapping[str, Any]]) -> None:
-        """`summarise` is asked at the end for what `summary.json` holds."""
+    def __init__(self, config: Config, summarize: Callable[[], Mapping[str, Any]]) -> None:
+        """Start following the pipeline's files, unless wandb is disabled.
+
+        Args:
+            summarize: called at the end; returns the content of `summary.json`.
+        """
         self._config = config
         self._ledger = config.folder / "wandb" / "pipeline.json"
         self._runs: dict[RunKey, wandb.Run] = {}
         self._seen: dict[RunKey, int] = {}
         self._read = {"metrics": 0, "das": 0}
         self._over = Event()
-        self._summarise = summarise
+        self._summarize = summarize
         self._thread = Thread(target=self._follow, daemon=True, name="wandb")
         if config.wandb.mode != "disabled":
             self._thread.start()
 
     def close(self) -> None:
-        """Write what is left, the run's summary and references to its snapshots and exports; wait
-        until all is written, `CLOSE_S` at most."""
+        """Write the last figures, the summary and references to the snapshots and exports.
+
+        Waits until everything is written, at most `CLOSE_S` seconds.
+        """
         self._over.set()
         if self._thread.is_alive():
             self._thread.join(CLOSE_S)
         if self._thread.is_alive():
-            told = f"wandb: the run waited {CLOSE_S:.0f} s for its last figures to be written and gave up"
-            print(
-                f"{told}. The same command, given again after more windows, writes it anew",
-                file=sys.stderr,
+            _complain(
+                f"the run waited {CLOSE_S:.0f} s for its last figures to be written and gave up"
             )
 
     def _follow(self) -> None:
         try:
-            before = read_json(self._ledger) if self._ledger.exists() else self._read
+            written = read_json(self._ledger) if self._ledger.exists() else self._read
             while not self._over.wait(POLL_S):
-                self._log_new(before)
-            self._log_new(before)
+                self._log_new(written)
+            self._log_new(written)
             if self._runs:
-                summary = self._summarise()
-                for learner, run in self._runs.items():
-                    self._end(learner, run, summary)
-                write_json(self._ledger, self._read)
-                close_wandb()
+                self._finish_runs()
         except Exception as error:
-            told = f"wandb: {type(error).__name__}: {error}"
-            print(
-                f"{told}. The run goes on without wandb; the same command, given again after more windows, writes it anew",
-                file=sys.stderr,
-            )
+            _complain(f"{type(error).__name__}: {error}. The run continues without wandb")
 
-    def _log_new(self, before: Mapping[str, int]) -> None:
+    def _finish_runs(self) -> None:
+        summary = self._summarize()
+        for key, run in self._runs.items():
+            self._finish(key, run, summary)
+        write_json(self._ledger, self._read)
+        close_wandb()
+
+    def _log_new(self, written: Mapping[str, int]) -> None:
+        """Log what the pipeline has added to its files."""
         rows = read_metrics(self._config.folder / "metrics.jsonl")
-        scored = [
-            span for span in read_timeline(self._config.folder / TIMELINE) if span["role"] == "das"
-        ]
-        if not self._runs and (len(rows), len(scored)) <= (before["metrics"], before["das"]):
+        spans = read_timeline(self._config.folder / TIMELINE)
+        scored = [span for span in spans if span["role"] == "das"]
+        has_new_lines = (len(rows), len(scored)) > (written["metrics"], written["das"])
+        if not self._runs and not has_new_lines:
             return
-        new = rows[self._read["metrics"] :]
+
+        new_rows = rows[self._read["metrics"] :]
         self._read["metrics"] = len(rows)
-        for (learner, _, _), window in groupby(
-            new, key=lambda row: (_learner(row), row.get("pass"), row["window"])
-        ):
-            self._log_window(learner, list(window))
-        new = scored[self._read["das"] :]
+        for (key, _, _), window_rows in groupby(new_rows, key=_window_of):
+            self._log_window(key, list(window_rows))
+
+        new_spans = scored[self._read["das"] :]
         self._read["das"] = len(scored)
-        for span in new:
+        for span in new_spans:
             self._log_scored(span)
 
-    def _log_window(self, learner: RunKey, rows: list[dict[str, Any]]) -> None:
-        """A window's figures, at the number of examples that the model had seen before it (or after
-        a pass over a static set)."""
-        step = (
-            {"pass": rows[0]["pass"]}
-            if "pass" in rows[0]
-            else {"examples": self._seen.get(learner, 0)}
-        )
-        told = {
-            figure_name(key, row["task"], row["domain"]): row[key]
-            for row in rows
-            for key in FIGURES
-            if row[key] is not None
-        }
-        self._run(learner).log(
-            {
-                **step,
-                "window": rows[0]["window"],
-                "examples_per_s": rows[0]["examples_per_s"],
-                **told,
-            }
-        )
-        own = [row for row in rows if row["domain"] == ALL_DOMAINS] or rows
-        self._seen[learner] = self._seen.get(learner, 0) + own[0]["examples"]
+    def _log_window(self, key: RunKey, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log the figures of a window.
+
+        The step is the number of examples that the model had seen before the window, or the pass
+        over a static set.
+        """
+        first = rows[0]
+        point: dict[str, Any] = {}
+        if "pass" in first:
+            point["pass"] = first["pass"]
+        else:
+            point["examples"] = self._seen.get(key, 0)
+        point["window"] = first["window"]
+        point["examples_per_s"] = first["examples_per_s"]
+        for row in rows:
+            point |= _figures(row)
+        self._run(key).log(point)
+
+        overall = [row for row in rows if row["domain"] == ALL_DOMAINS] or rows
+        self._seen[key] = self._seen.get(key, 0) + overall[0]["examples"]
 
     def _log_scored(self, span: Mapping[str, Any]) -> None:
-        """A window that the DAS has scored, at the number of examples scored so far; freshness_lag:
-        windows from the last one that the snapshot has learnt to this one."""
-        learner = RunKey("das", "das", self._config.fm.name)
-        self._seen[learner] = self._seen.get(learner, 0) + span["examples"]
-        told = {
+        """Log a window that the DAS has scored, at the number of examples scored so far.
+
+        freshness_lag is the number of windows from the last one that the snapshot has learned to
+        this one.
+        """
+        key = RunKey("das", "das", self._config.fm.name)
+        self._seen[key] = self._seen.get(key, 0) + span["examples"]
+        work_s = span["ended_s"] - span["started_s"] - span["waited_s"]
+        point = {
+            "examples": self._seen[key],
             "window": span["window"],
             "snapshot": span["snapshot"],
             "freshness_lag": span["window"] - span["snapshot"] + 1,
+            "examples_per_s": span["examples"] / work_s,
+            "waited_s": span["waited_s"],
         }
-        speed = span["examples"] / (span["ended_s"] - span["started_s"] - span["waited_s"])
-        self._run(learner).log(
-            {
-                "examples": self._seen[learner],
-                **told,
-                "examples_per_s": speed,
-                "waited_s": span["waited_s"],
-            }
-        )
+        self._run(key).log(point)
 
-    def _run(self, learner: RunKey) -> wandb.Run:
-        if learner not in self._runs:
+    def _run(self, key: RunKey) -> wandb.Run:
+        """The run of a key, opened when it is first needed."""
+        if key not in self._runs:
             config = self._config
             settings = config.model_dump(mode="json", exclude={"run", "wandb"})
-            identity = short_hash([settings, *learner])
-            step = "pass" if config.fm.static else "examples"
-            self._runs[learner] = open_run(
+            self._runs[key] = open_run(
                 config,
-                identity,
-                str(learner),
-                config.name,
-                learner.role,
-                {**settings, **learner._asdict()},
-                step,
+                identity=short_hash([settings, *key]),
+                name=str(key),
+                group=config.name,
+                job_type=key.role,
+                settings={**settings, **key._asdict()},
+                step="pass" if config.fm.static else "examples",
             )
-        return self._runs[learner]
+        return self._runs[key]
 
-    def _end(
+    def _finish(
         self,
-        learner: RunKey,
+        key: RunKey,
         run: wandb.Run,
         summary: Mapping[str, Any],
     ) -> None:
+        """Write a run's summary and a reference to its model."""
         for row in summary["figures"]:
-            if _learner(row) == learner:
-                told = {
-                    overall_name(key, row["task"], row["domain"]): row.get(key) for key in OVERALL
-                }
-                run.summary.update({key: value for key, value in told.items() if value is not None})
+            if _run_key(row) == key:
+                run.summary.update(_overall_figures(row))
         run.summary.update({"peak_memory_bytes": summary["peak_memory_bytes"]})
-        folder = self._made(learner)
+        folder = self._model_folder(key)
         if folder:
-            # Wandb refuses others
-            name = f"{self._config.name}-{str(learner).replace(' ', '-').replace('+', '.')}"
-            run.log_artifact(
-                _reference(folder, name, "snapshot" if learner.role == "fm" else "export")
-            )
+            # Artifact names in wandb may not contain spaces or plus signs.
+            run_name = str(key).replace(" ", "-").replace("+", ".")
+            kind = "snapshot" if key.role == "fm" else "export"
+            run.log_artifact(_reference(folder, f"{self._config.name}-{run_name}", kind))
         run.finish()
 
-    def _made(self, learner: RunKey) -> AnyPath | None:
-        """The folder of the model as it stands, whole: the last snapshot, the exported student."""
-        if learner.role == "fm":
-            whole: Iterable[AnyPath] = (self._config.stores / "snapshots" / learner.model).glob(
-                f"version=*/{MODEL}"
-            )
-            return max(
-                (path.parent for path in whole),
-                key=lambda path: int(path.name.removeprefix("version=")),
-                default=None,
-            )
-        folder = self._config.folder / "exported" / f"{learner.model}-{learner.arm}"
-        return folder if (folder / MODEL).exists() else None
+    def _model_folder(self, key: RunKey) -> AnyPath | None:
+        """The folder of the current model: the FM's last snapshot, or the exported student."""
+        if key.role != "fm":
+            folder = self._config.folder / "exported" / f"{key.model}-{key.arm}"
+            return folder if (folder / MODEL).exists() else None
+
+        snapshots = self._config.stores / "snapshots" / key.model
+        committed = [manifest.parent for manifest in snapshots.glob(f"version=*/{MODEL}")]
+        return max(committed, key=_version, default=None)
 
 
-def _learner(row: Mapping[str, Any]) -> RunKey:
+def _complain(problem: str) -> None:
+    print(f"wandb: {problem}. {RERUN_HINT}", file=sys.stderr)
+
+
+def _version(snapshot: AnyPath) -> int:
+    return int(snapshot.name.removeprefix("version="))
+
+
+def _run_key(row: Mapping[str, Any]) -> RunKey:
     return RunKey(row["role"], row["model"], row["arm"])
+
+
+def _window_of(row: Mapping[str, Any]) -> tuple[RunKey, int | None, int]:
+    """The run, pass and window that a row of metrics.jsonl belongs to."""
+    return _run_key(row), row.get("pass"), row["window"]
+
+
+def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The defined figures of a row, by their name in a run."""
+    figures = {}
+    for figure in FIGURES:
+        if row[figure] is not None:
+            figures[figure_name(figure, row["task"], row["domain"])] = row[figure]
+    return figures
+
+
+def _overall_figures(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The defined figures of a row of summary.json, by their name in a run."""
+    figures = {}
+    for figure in OVERALL:
+        if row.get(figure) is not None:
+            figures[overall_name(figure, row["task"], row["domain"])] = row[figure]
+    return figures
 
 
 def _reference(
@@ -241,25 +264,21 @@ def _reference(
     name: str,
     kind: str,
 ) -> wandb.Artifact:
-    """A stored model as an artifact that holds no bytes of it, only where its files lie and their
-    SHA-256.
+    """A stored model as an artifact: where its files are and their SHA-256, but not their bytes.
 
-    wandb hashes the manifest alone, which changes with every file: reading tables again would take
-    long. It would need libraries and credentials of its own to look at remote files; there the
-    artifact holds the manifest, and says where it lies.
+    wandb hashes the manifest alone, which changes with every file, because reading the tables
+    again would take long. To look at remote files it would need libraries and credentials of its
+    own, so for those the artifact holds a copy of the manifest and the folder's URL.
     """
     import wandb
 
     manifest = read_json(folder / MODEL)
-    artifact = wandb.Artifact(
-        name,
-        kind,
-        metadata={
-            "facts": manifest["facts"],
-            "tasks": manifest["tasks"],
-            "sha256": manifest["files"],
-        },
-    )
+    metadata = {
+        "facts": manifest["facts"],
+        "tasks": manifest["tasks"],
+        "sha256": manifest["files"],
+    }
+    artifact = wandb.Artifact(name, kind, metadata=metadata)
     if isinstance(folder, RemotePath):
         artifact.metadata["folder"] = str(folder)
         with artifact.new_file(MODEL) as file:

@@ -1,7 +1,7 @@
 """Runs in wandb (Weights & Biases), under <run>/wandb.
 
-wandb takes its API key from its own places (WANDB_API_KEY, .netrc): no setting holds it, so no
-config, log or run can show it.
+wandb reads its API key from its own places (WANDB_API_KEY, .netrc). No setting holds the key, so no
+config, log or run can reveal it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 START_S = 30.0
 FINISH_S = 60.0
-"""Longest waits for a server when a run begins and when it ends; offline there is none."""
+"""Longest waits for a server at the start and at the end of a run; offline there is no wait."""
 
 
 def open_run(
@@ -30,23 +30,30 @@ def open_run(
     settings: Mapping[str, Any],
     step: str,
 ) -> wandb.Run:
-    """A new run, whose figures are logged against `step`. End it with `finish`; another process
-    writes the file, which is whole a moment later, also where this process is killed meanwhile.
+    """Open a new run; end it with `finish`.
 
-    `identity` is its id: a run of this id that a kill left unfinished is written anew. wandb's
-    errors and OSError pass through.
+    Another process writes the file. It is complete a moment later, even if this process is killed
+    in the meantime.
+
+    Args:
+        identity: id of the run. A run of this id that a kill left unfinished is replaced.
+        settings: shown as the run's config.
+        step: name of the metric that is the x-axis of the others.
+
+    Raises:
+        OSError: the folder cannot be written.
+        wandb.errors.Error: the server cannot be reached.
     """
-    os.environ.setdefault(
-        "WANDB_ERROR_REPORTING", "false"
-    )  # read on import; a run that is offline has nothing to say to a server
+    # wandb reads this on import: an offline run has nothing to report to a server.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb  # takes most of a second
 
     folder = config.folder / "wandb"
-    folder.mkdir(
-        parents=True, exist_ok=True
-    )  # where it cannot, wandb would write to a temporary folder without an error
-    for left in folder.glob(f"*run-*-{identity}"):
-        shutil.rmtree(left)
+    # Without this folder, wandb would write to a temporary folder without an error.
+    folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob(f"*run-*-{identity}"):
+        shutil.rmtree(unfinished)
+
     # The list of packages and the facts about the machine cost four times what the run itself does.
     quick = {
         "x_save_requirements": False,
@@ -82,8 +89,7 @@ def open_run(
 
 
 def close_wandb() -> None:
-    """End the process that wandb keeps beside this one, once all files are whole and all data
-    sent."""
+    """End wandb's own process once all files are complete and all data are sent."""
     import wandb
 
     wandb.teardown()

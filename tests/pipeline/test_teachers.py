@@ -98,7 +98,7 @@ def test_a_vertical_model_is_a_teacher(chain: Config) -> None:
 
 def test_a_student_learns_from_the_teacher_it_names(chain: Config) -> None:
     """Wrong: `feed` learns from the FM's supervision although it names another teacher."""
-    summary = PipelineRunner(chain, EventStream.open(chain.folder / "stream")).summarise()
+    summary = PipelineRunner(chain, EventStream.open(chain.folder / "stream")).summarize()
     ne = {
         (row["model"], row["arm"]): row["ne"] for row in summary["figures"] if row["role"] == "vm"
     }
@@ -216,7 +216,7 @@ def test_rows_of_another_runs_fm_that_do_not_fit_are_told(chain: Config) -> None
     features = schema.model_dump()["features"]
     hashed = {**features[0], "rows": 77}
     changes = {
-        "it numbers the ids of 'user' otherwise .index into 301 rows of table 'user', here index into 77 rows": [
+        "it maps the ids of 'user' differently .index into 301 rows of table 'user', here index into 77 rows": [
             hashed,
             *features[1:],
         ],
@@ -237,7 +237,10 @@ def test_rows_of_another_runs_fm_that_do_not_fit_are_told(chain: Config) -> None
     ("change", "told"),
     [
         ({"teachers": [{"name": "fm"}]}, "two teachers are named 'fm'"),
-        ({"teachers": [{"name": "nobody"}]}, "no vertical model of this name `publishes`"),
+        (
+            {"teachers": [{"name": "nobody"}]},
+            "no vertical model of this name has a `published_arm`",
+        ),
         (
             {
                 "vm": {
@@ -247,8 +250,8 @@ def test_rows_of_another_runs_fm_that_do_not_fit_are_told(chain: Config) -> None
             },
             r"publishes arm 'ah\+history', whose predictions need each user's history",
         ),
-        ({"teachers": []}, "teacher 'feed_fm' is none of fm"),
-        ({"vm": {"arms": ["labels"]}}, "publishes arm 'ah', which is none of vm.arms"),
+        ({"teachers": []}, "teacher 'feed_fm' is not one of fm"),
+        ({"vm": {"arms": ["labels"]}}, "publishes arm 'ah', which is not in vm.arms"),
         (
             {"vm": {"models": [CHAIN["vm"]["models"][0] | {"teacher": "feed_fm"}]}},
             "would learn from itself: feed_fm <- feed_fm",

@@ -1,5 +1,7 @@
-"""Dashboards as wandb would be sent them: panels of the figures that runs log, each over its own
-runs; no server is asked."""
+"""Dashboards as they would be sent to wandb, without a server.
+
+Their panels show the figures that runs log, each section over its own runs.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from exfm_ray.cli.main import main
 from exfm_ray.config.root import Config
 from exfm_ray.data.prepare.prepare import source_schema
 from exfm_ray.errors import UserError
-from exfm_ray.tracking.dashboard import parts, report, save, workspace
+from exfm_ray.tracking.dashboard import report, save, sections, workspace
 
 SWEEP = {"score_windows": [1, 2], "judge_windows": [3, 3], "arms": ["labels", "ah"]}
 
@@ -31,17 +33,17 @@ def config_of(folder: Path, **changes: Any) -> Config:
     )
 
 
-def test_a_workspace_has_every_view_over_the_runs_of_pipeline_and_sweep(tmp_path: Path) -> None:
-    """Wrong: an arm, the DAS, a task or the sweep is not in the dashboard, or other pipelines' runs
-    are."""
+def test_a_workspace_covers_pipeline_and_sweep(tmp_path: Path) -> None:
+    """Wrong: an arm, the DAS, a task or the sweep is missing in the dashboard, or it shows the runs
+    of other pipelines."""
     config = config_of(tmp_path)
     built = spec(workspace(config, source_schema(config), "us"))
     assert (built["entity"], built["project"], built["displayName"]) == ("us", "exfm-ray", "run")
-    sections = {
+    panels_of = {
         section["name"]: section["panels"]
         for section in built["spec"]["section"]["panelBankConfig"]["sections"]
     }
-    assert list(sections) == [
+    assert list(panels_of) == [
         "Arms",
         "Transfer",
         "Foundation model",
@@ -50,7 +52,7 @@ def test_a_workspace_has_every_view_over_the_runs_of_pipeline_and_sweep(tmp_path
         "Sweep",
     ]
     names = {
-        name: set().union(*(named(panel) for panel in panels)) for name, panels in sections.items()
+        name: set().union(*(named(panel) for panel in panels)) for name, panels in panels_of.items()
     }
     assert {"ne/click/feed", "ne/conversion/stories", "calibration/click/feed"} < names["Arms"]
     assert "all_windows/transfer_ratio/conversion/stories" in names["Transfer"]
@@ -74,22 +76,22 @@ def test_a_workspace_has_every_view_over_the_runs_of_pipeline_and_sweep(tmp_path
     ]
 
 
-def test_a_foundation_model_alone_has_its_own_views(tmp_path: Path) -> None:
+def test_a_foundation_model_alone(tmp_path: Path) -> None:
     """Wrong: a dashboard without students or sweep has empty sections, or a static set's passes
     fall on one point."""
     config = config_of(tmp_path, tune=None, vm={"models": []})
-    assert [part.name for part in parts(config, source_schema(config))] == [
+    assert [section.name for section in sections(config, source_schema(config))] == [
         "Foundation model",
         "Speed and memory",
     ]
     static = config_of(tmp_path, tune=None, vm={"models": []}, fm={"static": {}})
-    assert {part.panels[0].x for part in parts(static, source_schema(static))} == {"pass"}
+    assert {section.panels[0].x for section in sections(static, source_schema(static))} == {"pass"}
 
 
-def test_a_report_shows_each_part_over_its_own_runs(
+def test_a_report_shows_each_section_over_its_own_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wrong: trials stand among the arms, or a part is missing in the page."""
+    """Wrong: trials are shown among the arms, or a section is missing on the page."""
     config = config_of(tmp_path)
     answer = {"project": {"internalId": "abc"}}
     monkeypatch.setattr("wandb_workspaces.reports.v2.interface._get_api", lambda: None)
@@ -105,7 +107,7 @@ def test_a_report_shows_each_part_over_its_own_runs(
         {f["key"]["name"]: f["value"] for f in grid["metadata"]["runSets"][0]["filters"]["filters"]}
         for grid in grids
     ]
-    assert [one["jobType"] for one in chosen] == [
+    assert [filters["jobType"] for filters in chosen] == [
         ["vm", "fm"],
         ["vm"],
         ["fm"],
@@ -113,7 +115,7 @@ def test_a_report_shows_each_part_over_its_own_runs(
         ["fm", "vm"],
         ["tune"],
     ]
-    assert [one["group"] for one in chosen] == [["run"]] * 5 + [["run/feed", "run/stories"]]
+    assert [filters["group"] for filters in chosen] == [["run"]] * 5 + [["run/feed", "run/stories"]]
     assert all(grid["metadata"]["panelBankSectionConfig"]["panels"] for grid in grids)
 
 
@@ -122,11 +124,14 @@ def test_saving_needs_a_server(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Wrong: a user without a server waits, is asked for a key by a job, or reads a traceback."""
+    """Wrong: a user without a server waits, a job asks for a key, or the error is a traceback."""
     config = config_of(tmp_path, wandb={"mode": "offline"})
     with pytest.raises(
         UserError,
-        match="setting 'wandb.mode' is offline: .*wandb sync .*/run/wandb/offline-run-.*--set wandb.mode=online",
+        match=(
+            "setting 'wandb.mode' is offline: .*wandb sync .*/run/wandb/offline-run-.*"
+            "--set wandb.mode=online"
+        ),
     ):
         save(config, source_schema(config))
     monkeypatch.delenv("WANDB_API_KEY")

@@ -1,53 +1,24 @@
-"""What a run's supervision lacks: on the terminal and in the report."""
+"""HTML pages: what is escaped and what is not."""
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 
-import pytest
-from run_folders import write_run
-
-from exfm_ray.cli.train import show
-from exfm_ray.storage.atomic import write_json
-from exfm_ray.tracking.report import write_report
-
-PARKED = {
-    "teacher": "fm",
-    "window": 2,
-    "fragment": "fragment=0001.parquet",
-    "snapshot": 2,
-    "cause": "<a> is damaged [x]",
-    "tries": 3,
-}
-STOOD_IN = {"teacher": "big", "window": 3, "asked": 3, "snapshot": 1}
-LINES = (
-    "window 2, fragment=0001.parquet: no supervision by 'fm', parked: <a> is damaged [x]",
-    "window 4: no supervision by 'fm', parked: no room",
-    "window 3: supervised by snapshot 1 of 'big', snapshot 3 is left out",
-)
+from exfm_ray.tracking.html_page import place_figure, write_page
 
 
-def test_what_is_not_supervised_is_shown(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    """Wrong: a parked window, or one that a stand-in has scored, is told by a running service only,
-    or its cause spoils the page."""
-    config, _ = write_run(tmp_path, "a")
-    whole = {**PARKED, "window": 4, "fragment": None, "cause": "no room", "tries": 1}
-    summary = {"windows": [], "figures": [], "roles": {}, "peak_memory_bytes": 2**30}
-    write_json(config.folder / "summary.json", summary)
-    show(config)
-    assert (
-        "supervision by" not in capsys.readouterr().out
-        and "class=lacks" not in write_report(config.folder).read_text()
-    )
-    write_json(
-        config.folder / "summary.json",
-        summary | {"parked": [PARKED, whole], "fallback_windows": [STOOD_IN]},
-    )
-    show(config)
-    out = capsys.readouterr().out
-    page = write_report(config.folder).read_text()
-    assert [line for line in out.splitlines() if line.startswith("window")] == list(LINES)
-    assert [f"<p class=lacks>{escape(line)}</p>" in page for line in LINES] == [True] * 3
+def test_titles_are_text_and_bodies_are_html(tmp_path: Path) -> None:
+    """Wrong: a run's name is taken for markup, or the body's markup is shown as text."""
+    path = tmp_path / "page.html"
+    write_page(path, "a <b> & c", "<p>Hollow: <i>out of bounds</i></p>")
+    page = path.read_text()
+    assert page.count("a &lt;b&gt; &amp; c") == 2, "in the title and in the heading"
+    assert "<p>Hollow: <i>out of bounds</i></p>" in page
+    assert "Plotly" in page and "<script src" not in page
+
+
+def test_figures_can_be_joined_with_html() -> None:
+    """Wrong: markup around a figure is escaped by the figure's own type."""
+    figure = place_figure({"data": [], "layout": {}}, "here", 100)
+    assert '<div style="height: 100px">' in figure and 'id="here"' in figure
+    assert f"<h2>{figure}</h2>".startswith("<h2><div")

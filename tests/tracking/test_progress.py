@@ -1,4 +1,4 @@
-"""Progress lines where no terminal is."""
+"""Progress lines without a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from exfm_ray.tracking import progress
 from exfm_ray.tracking.progress import ProgressView
 
 
-def test_plain_lines_tell_window_speed_and_time_left(
+def test_plain_lines_show_window_speed_and_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Wrong: a log file fills with control characters, or a job's start is counted as slow work."""

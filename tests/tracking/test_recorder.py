@@ -1,4 +1,4 @@
-"""metrics.jsonl: each row once, also after a kill in the middle of a line."""
+"""metrics.jsonl: each row once, even after a kill in the middle of a line."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def row(
 
 
 def test_each_row_once(tmp_path: Path) -> None:
-    """Wrong: a job that goes on writes the window before its checkpoint again, and averages count
-    it twice."""
+    """Wrong: a resumed job writes the window before its checkpoint again, and averages count it
+    twice."""
     path = tmp_path / "run" / "metrics.jsonl"
     Recorder(path).metrics([row(0), row(1)])
-    again = Recorder(path)
-    again.metrics([row(1, ne=0.6), row(2), row(2, arm="ah")])
-    again.metrics([row(2)])
+    resumed = Recorder(path)
+    resumed.metrics([row(1, ne=0.6), row(2), row(2, arm="ah")])
+    resumed.metrics([row(2)])
     assert read_metrics(path) == [row(0), row(1), row(2), row(2, arm="ah")]
 
 
 def test_a_line_cut_short_is_written_again(tmp_path: Path) -> None:
-    """Wrong: after a kill in the middle of a line the file cannot be read, or that row is lost, or
-    another is glued to it."""
+    """Wrong: after a kill in the middle of a line the file cannot be read, that row is lost, or
+    another is appended to it."""
     path = tmp_path / "metrics.jsonl"
     Recorder(path).metrics([row(0), row(1)])
     path.write_bytes(path.read_bytes()[:-9])
@@ -57,7 +57,7 @@ def test_a_line_cut_short_is_written_again(tmp_path: Path) -> None:
 
 
 def test_writes_no_nan(tmp_path: Path) -> None:
-    """Wrong: a NaN gets into a file that is no JSON then."""
+    """Wrong: a NaN is written, so that the file is not JSON."""
     path = tmp_path / "metrics.jsonl"
     with pytest.raises(ValueError, match="not JSON compliant"):
         Recorder(path).metrics([row(0, ne=float("nan"))])
@@ -65,7 +65,7 @@ def test_writes_no_nan(tmp_path: Path) -> None:
 
 
 def test_progress_adds_up(tmp_path: Path) -> None:
-    """Wrong: the time left is told from the last batch instead of from all."""
+    """Wrong: the progress is that of the last batch instead of all batches."""
     recorder = Recorder(tmp_path / "metrics.jsonl")
     recorder.progress("fm", 0, 10)
     recorder.progress("fm", 1, 5)
@@ -74,8 +74,8 @@ def test_progress_adds_up(tmp_path: Path) -> None:
     assert json.loads(json.dumps(row(0))) == row(0)
 
 
-def test_the_timeline_keeps_what_was_done_twice(tmp_path: Path) -> None:
-    """Wrong: a line cut short by a kill spoils the timeline, or the time of a window done again is
+def test_the_timeline_keeps_repeated_work(tmp_path: Path) -> None:
+    """Wrong: a line cut short by a kill damages the timeline, or the time of a repeated window is
     lost."""
     path = tmp_path / "metrics.jsonl"
     timeline = tmp_path / "timeline.jsonl"
@@ -86,7 +86,7 @@ def test_the_timeline_keeps_what_was_done_twice(tmp_path: Path) -> None:
     assert read_jsonl(timeline) == [rows[0], *rows]
 
 
-def test_a_row_that_is_none_is_told(tmp_path: Path) -> None:
+def test_an_invalid_row_is_reported(tmp_path: Path) -> None:
     """Wrong: a damaged row of the timeline ends a finished run's command, or its report, in a
     traceback."""
     path = tmp_path / "timeline.jsonl"

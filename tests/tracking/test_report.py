@@ -1,5 +1,7 @@
-"""report.html, as a browser shows it: every value of metrics.jsonl at its place, on a screen and on
-a phone, without a network."""
+"""report.html in a browser: every value of metrics.jsonl in its place, on a screen and on a phone.
+
+No network is needed.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +25,21 @@ browser = pytest.mark.skipif(
     browser_path() is None, reason="no Chromium is installed (Debian: apt-get install chromium)"
 )
 NARROWEST = 1001
-"""Pixels from which on the table stands as a table."""
+"""Width in pixels from which on the table is shown as a table."""
 SCRIPT = """({
-    wide: document.documentElement.scrollWidth, shown: innerWidth, paper: getComputedStyle(document.body).backgroundColor,
-    outside: [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).length,
+    wide: document.documentElement.scrollWidth,
+    shown: innerWidth,
+    paper: getComputedStyle(document.body).backgroundColor,
+    outside: [...document.querySelectorAll('body *')].filter(
+        e => e.getBoundingClientRect().right > innerWidth + 1).length,
     ink: getComputedStyle(document.querySelector('#ne-0 .xtick text')).fill,
     marks: Object.fromEntries([...document.querySelectorAll('.js-plotly-plot')].map(
         e => [e.id, e.querySelectorAll('.scatterlayer .point, .barlayer .point').length])),
-    plots: Object.fromEntries([...document.querySelectorAll('.js-plotly-plot')].map(e => [e.id, e.data.map(t => ({
-        name: t.name, x: t.x, y: t.y, base: t.base, symbol: t.marker.symbol, dash: (t.line || {}).dash, colour: t.marker.color || t.line.color,
-    }))])),
+    plots: Object.fromEntries([...document.querySelectorAll('.js-plotly-plot')].map(
+        e => [e.id, e.data.map(t => ({
+            name: t.name, x: t.x, y: t.y, base: t.base, symbol: t.marker.symbol,
+            dash: (t.line || {}).dash, color: t.marker.color || t.line.color,
+        }))])),
     rows: [...document.querySelectorAll('tbody tr')].map(r => [...r.cells].map(c => c.textContent)),
     head: [...document.querySelectorAll('thead th')].map(c => c.textContent),
 })"""
@@ -40,7 +47,7 @@ SCRIPT = """({
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run of a name that is markup's."""
+    """A complete run whose name contains markup."""
     config, _ = write_run(tmp_path_factory.mktemp("runs"), "a_b", data={"source": "synthetic"})
     settings = config.folder / "config.yaml"
     settings.write_text(settings.read_text().replace("name: a_b", "name: <a&b>"))
@@ -76,14 +83,14 @@ def test_nothing_goes_wrong_in_a_browser(screen: Seen, phone: Seen) -> None:
 
 @browser
 def test_fits_a_phone(phone: Seen, screen: Seen) -> None:
-    """Wrong: on a phone one has to scroll sideways, or in the dark the text is dark."""
+    """Wrong: a phone has to scroll sideways, or dark mode shows dark text."""
     assert (
         phone.value["shown"] == 390 and phone.value["wide"] == 390 and phone.value["outside"] == 0
     )
     assert screen.value["wide"] <= screen.value["shown"] == NARROWEST
 
-    def lightness(colour: str) -> int:
-        return sum(int(part) for part in re.findall(r"\d+", colour)[:3])
+    def lightness(color: str) -> int:
+        return sum(int(part) for part in re.findall(r"\d+", color)[:3])
 
     assert lightness(screen.value["paper"]) > 700 and lightness(screen.value["ink"]) < 200
     assert lightness(phone.value["paper"]) < 100 and lightness(phone.value["ink"]) > 500
@@ -96,7 +103,7 @@ def test_curves_are_those_of_metrics_jsonl(
     screen: Seen,
     figure: str,
 ) -> None:
-    """Wrong: a point stands at another window, arm or value, a curve is missing, or the FM's is of
+    """Wrong: a point is at another window, arm or value, a curve is missing, or the FM's is of
     other examples."""
     expected: dict[tuple[str, str], dict[str, dict[int, float]]] = defaultdict(
         lambda: defaultdict(dict)
@@ -125,19 +132,19 @@ def test_curves_are_those_of_metrics_jsonl(
 
 
 @browser
-def test_arms_differ_without_colour(screen: Seen) -> None:
-    """Wrong: two curves of one plot differ by colour alone."""
+def test_arms_differ_without_color(screen: Seen) -> None:
+    """Wrong: two curves of one plot differ by color alone."""
     for place, traces in screen.value["plots"].items():
         if place.startswith(("ne-", "calibration-", "drift-")):
             assert all(
                 len({trace[what] for trace in traces}) == len(traces)
-                for what in ("symbol", "dash", "colour")
+                for what in ("symbol", "dash", "color")
             ), place
 
 
 @browser
 def test_the_table_and_the_data(folder: Path, screen: Seen) -> None:
-    """Wrong: a figure stands in another column or row, or the label rate or the share of new ids is
+    """Wrong: a figure is in another column or row, or the label rate or the fraction of new ids is
     another domain's."""
     table = {
         (row[0], row[1], row[2], row[3]): dict(zip(screen.value["head"], row, strict=True))
@@ -177,7 +184,7 @@ def test_the_table_and_the_data(folder: Path, screen: Seen) -> None:
 
 @browser
 def test_the_timeline(screen: Seen) -> None:
-    """Wrong: a phase stands at another time or role, or waiting counts as work."""
+    """Wrong: a phase is at another time or role, or waiting counts as work."""
     timeline = {trace["name"]: trace for trace in screen.value["plots"]["timeline"]}
     assert timeline["learn"]["base"] == pytest.approx(
         [1.0 + 3 * w for w in range(WINDOWS) for _ in ("fm", "vm")]
@@ -196,12 +203,12 @@ def test_the_timeline(screen: Seen) -> None:
     }
     assert spent["waiting"]["fm"] == pytest.approx(
         0.25 * (2 * WINDOWS - 1)
-    )  # but before the first work the clock stands
+    )  # the clock starts with the first work
 
 
 def test_drift_of_many_domains() -> None:
-    """Wrong: a stream of many domains is drawn as a tangle, or the vertical models' own domains are
-    left out."""
+    """Wrong: a stream of many domains is drawn as a tangle, or the domains of the vertical models
+    are left out."""
     rows = [
         {
             "role": "fm",
@@ -231,17 +238,17 @@ def test_drift_of_many_domains() -> None:
 
 
 class Texts(HTMLParser):
-    """Texts outside of scripts and styles."""
+    """Collects the texts outside of scripts and styles."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
         self.texts: list[str] = []
-        self.local_copy: list[str] = []
+        self.links: list[str] = []
         self._open: list[str] = []
         self.feed(page.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.local_copy += [value or "" for key, value in attrs if key in ("src", "href")]
+        self.links += [value or "" for key, value in attrs if key in ("src", "href")]
         if tag != "meta":
             self._open.append(tag)
 
@@ -253,13 +260,13 @@ class Texts(HTMLParser):
             self.texts.append(data)
 
 
-def test_what_was_run(folder: Path) -> None:
-    """Wrong: names are taken for markup, or the page does not say what was run, that there is no
-    interval, or which windows count."""
+def test_facts_of_the_run(folder: Path) -> None:
+    """Wrong: names are taken for markup, or the page omits what was run, that there is no interval,
+    or which windows count."""
     page = Texts(folder / "report.html")
     text = " ".join(page.texts)
-    assert not page._open and not page.local_copy
-    for told in (
+    assert not page._open and not page.links
+    for text_on_page in (
         "<a&b>",
         "done: fm 4 of 4 windows",
         "synthetic, 4 windows; the first 1 are warm-up",
@@ -268,33 +275,35 @@ def test_what_was_run(folder: Path) -> None:
         "feed (feed, click, mlp), stories (stories, conversion, dcnv2)",
         "one seed, so no figure here has an interval",
     ):
-        assert told in text, told
+        assert text_on_page in text, text_on_page
 
 
 PARTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "begun": ({"windows": 0}, ["No window after the warm-up has been evaluated yet."]),
     "in its warm-up": (
         {"windows": 1},
-        ["No window after the warm-up", "Normalised entropy by window"],
+        ["No window after the warm-up", "Normalized entropy by window"],
     ),
-    "no VMs": ({"roles": ("fm",)}, ["Normalised entropy by window", "Timeline"]),
+    "no VMs": ({"roles": ("fm",)}, ["Normalized entropy by window", "Timeline"]),
     "no FM": ({"roles": ("vm",)}, ["NE gain", "Timeline", "The data by window"]),
 }
 
 
 @pytest.mark.parametrize("name", PARTS)
 def test_a_part_of_a_run_has_a_page(tmp_path: Path, name: str) -> None:
-    """Wrong: a run that is not whole cannot be looked at."""
-    arguments, told = PARTS[name]
+    """Wrong: an unfinished run has no report."""
+    arguments, expected = PARTS[name]
     config, _ = write_run(tmp_path, "part", **arguments)
-    (config.folder / "timeline.jsonl").open("a").write('{"role": "fm", "wind')  # being written
+    (config.folder / "timeline.jsonl").open("a").write(
+        '{"role": "fm", "wind'
+    )  # a line that is being written
     text = " ".join(Texts(write_report(config.folder)).texts)
-    assert "unfinished" in text and all(one in text for one in told)
+    assert "unfinished" in text and all(phrase in text for phrase in expected)
 
 
 def test_a_static_set(tmp_path: Path) -> None:
-    """Wrong: passes over a static set are drawn as windows, the tests' figures among the
-    validation's, or the best pass is not shown."""
+    """Wrong: passes over a static set are drawn as windows, figures of the tests are drawn among
+    those of the validation window, or the best pass is not shown."""
     config, _ = write_run(
         tmp_path, "static", windows=0, vm={"models": []}, fm={"static": {"validation_window": 2}}
     )
@@ -333,20 +342,20 @@ def test_a_static_set(tmp_path: Path) -> None:
         [pytest.approx(0.892), pytest.approx(0.882), pytest.approx(0.872)],
     )
     text = " ".join(Texts(write_report(config.folder)).texts)
-    for told in (
+    for phrase in (
         "done: fm 3 passes",
-        "those before window 2 are learnt",
+        "those before window 2 are learned",
         "Figures over the best pass",
         "0.8820",
         "0.8830",
         "by pass",
     ):
-        assert told in text, told
+        assert phrase in text, phrase
     assert "0.8920" not in text and "by window" not in text
 
 
 def test_only_settings(tmp_path: Path) -> None:
-    """Wrong: a folder that holds nothing but a run's settings has no page."""
+    """Wrong: a folder that holds only the settings of a run has no report."""
     config, _ = write_run(tmp_path, "bare")
     for file in ("metrics.jsonl", "timeline.jsonl"):
         (config.folder / file).unlink()

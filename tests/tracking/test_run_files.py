@@ -1,4 +1,4 @@
-"""A run as its files tell it."""
+"""The results of a run, read from its files."""
 
 from __future__ import annotations
 
@@ -46,13 +46,12 @@ def ne(examples: list[tuple[np.ndarray, np.ndarray]]) -> float:
 
 
 def expected(examples: Examples) -> dict[tuple[str, ...], dict[str, float | None]]:
-    """Key -> ne, ne_gain and transfer_ratio after the one window of warm-up, from the examples
-    themselves."""
-    nes = {key: ne(of[1:]) for key, of in examples.items()}
-    told: dict[tuple[str, ...], dict[str, float | None]] = {}
+    """Key -> ne, gains and transfer_ratio after one window of warm-up, from the examples."""
+    nes = {key: ne(by_window[1:]) for key, by_window in examples.items()}
+    figures: dict[tuple[str, ...], dict[str, float | None]] = {}
     for key, value in nes.items():
         role, model, arm, domain, task = key
-        told[key] = {"ne": value}
+        figures[key] = {"ne": value}
         if role == "vm":
             labels = nes[role, model, "labels", domain, task]
             gain = 1 - value / labels
@@ -62,36 +61,36 @@ def expected(examples: Examples) -> dict[tuple[str, ...], dict[str, float | None
                 else None
             )
             ratio = None if arm == "labels" or fm_gain is None or fm_gain <= 0 else gain / fm_gain
-            told[key] |= {"ne_gain": gain, "fm_ne_gain": fm_gain, "transfer_ratio": ratio}
-    return told
+            figures[key] |= {"ne_gain": gain, "fm_ne_gain": fm_gain, "transfer_ratio": ratio}
+    return figures
 
 
 @pytest.mark.parametrize("roles", [("fm", "vm"), ("fm",), ("vm",)])
 def test_figures_are_those_of_all_examples(tmp_path: Path, roles: tuple[str, ...]) -> None:
-    """Wrong: windows' NEs are averaged, the warm-up counts, gains are over another baseline, or a
-    part of a run has no figures."""
+    """Wrong: NEs of windows are averaged, the warm-up counts, gains are over another baseline, or
+    an unfinished run has no figures."""
     config, examples = write_run(tmp_path, "r", roles=roles)
-    found = {tuple(row[key] for key in KEY): row for row in RunFiles.open(config.folder).figures}
-    assert found.keys() == expected(examples).keys() == {key for key in CURVES if key[0] in roles}
+    rows = {tuple(row[key] for key in KEY): row for row in RunFiles.open(config.folder).figures}
+    assert rows.keys() == expected(examples).keys() == {key for key in CURVES if key[0] in roles}
     for key, figures in expected(examples).items():
         for figure, value in figures.items():
-            assert found[key][figure] == (
+            assert rows[key][figure] == (
                 None if value is None else pytest.approx(value, rel=1e-9)
             ), (key, figure)
 
 
 def test_a_whole_run(groups: dict[int, Workers], tmp_path: Path) -> None:
-    """Wrong: the page's figures are others than summary.json's, or the timeline lacks a pass of a
-    job."""
+    """Wrong: the figures differ from those of summary.json, or a pass of a job is missing in the
+    timeline."""
     config = small_config(tmp_path, "whole")
     prepare_stream(config)
     initialize_run_dir(config)
     summary = run_locally(groups, config)
     run = RunFiles.open(config.folder)
-    told = {tuple(row[key] for key in KEY): row for row in summary["figures"]}
-    assert len(told) == len(run.figures) > 0
+    summarized = {tuple(row[key] for key in KEY): row for row in summary["figures"]}
+    assert len(summarized) == len(run.figures) > 0
     for row in run.figures:
-        other = told[tuple(row[key] for key in KEY)]
+        other = summarized[tuple(row[key] for key in KEY)]
         for figure in FIGURES:
             assert row.get(figure) == (
                 None if other.get(figure) is None else pytest.approx(other[figure], rel=1e-9)
@@ -106,13 +105,13 @@ def test_a_whole_run(groups: dict[int, Workers], tmp_path: Path) -> None:
     ]
     assert [s["examples"] for s in spans if s["role"] == "fm"] == [0, 900] * WINDOWS
     for role in ("fm", "vm"):
-        mine = [s for s in spans if s["role"] == role]
-        times = [at for s in mine for at in (s["started_s"], s["ended_s"])]
+        role_spans = [s for s in spans if s["role"] == role]
+        times = [at for s in role_spans for at in (s["started_s"], s["ended_s"])]
         assert times == pytest.approx(
             sorted(times), abs=0.01
-        )  # two clocks: one tells the time, one the length
-        assert all(0 <= s["waited_s"] <= s["ended_s"] - s["started_s"] for s in mine)
-        assert sum(s["ended_s"] - s["started_s"] for s in mine) == pytest.approx(
+        )  # two clocks: one for the time, one for durations
+        assert all(0 <= s["waited_s"] <= s["ended_s"] - s["started_s"] for s in role_spans)
+        assert sum(s["ended_s"] - s["started_s"] for s in role_spans) == pytest.approx(
             summary["roles"][role]["seconds"], rel=1e-3
         )
 
@@ -142,7 +141,7 @@ def test_states(tmp_path: Path) -> None:
 
 
 def test_a_summary_of_fewer_windows_is_not_mixed_in(tmp_path: Path) -> None:
-    """Wrong: a run that went on and was killed shows the AUC of its first windows beside the NE of
+    """Wrong: a run that was resumed and killed shows the AUC of its first windows beside the NE of
     all."""
     config, _ = write_run(tmp_path, "r")
     figures = [row | {"auc": 0.75, "best_ne": 0.5} for row in RunFiles.open(config.folder).figures]
@@ -156,8 +155,8 @@ def test_a_summary_of_fewer_windows_is_not_mixed_in(tmp_path: Path) -> None:
 
 
 def test_panels_hold_the_fm_on_the_same_examples(tmp_path: Path) -> None:
-    """Wrong: a vertical model's curves stand beside the FM's of another domain or task, or a curve
-    is missing."""
+    """Wrong: a vertical model is drawn with the FM on another domain or task, or a curve is
+    missing."""
     drawn = panels(RunFiles.open(write_run(tmp_path, "r")[0].folder))
     assert [panel.title for panel in drawn] == [
         "FM: click, all domains",
@@ -180,7 +179,7 @@ def test_panels_hold_the_fm_on_the_same_examples(tmp_path: Path) -> None:
 
 
 def test_no_run(tmp_path: Path) -> None:
-    """Wrong: a mistaken folder ends in a traceback, or an empty page is written there."""
+    """Wrong: a wrong folder ends in a traceback, or an empty page is written there."""
     with pytest.raises(UserError, match="nothing: no such folder"):
         RunFiles.open(tmp_path / "nothing")
     with pytest.raises(UserError, match="no run here: it has no config.yaml"):

@@ -1,5 +1,4 @@
-"""A pipeline in wandb: a run for each model and arm and for the DAS, whole, once, on the right
-axis."""
+"""A pipeline in wandb: one complete run for each model and arm and for the DAS, on its axis."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from wandb_files import KEY, OfflineRun, content, run_files, surroundings
 
 from exfm_ray.config.root import Config
 from exfm_ray.storage.atomic import write_json
-from exfm_ray.tracking import wandb_pipeline as pipeline_runs
+from exfm_ray.tracking import wandb_pipeline
 from exfm_ray.tracking.wandb_pipeline import PipelineRuns
 
 SUMMARY = {
@@ -86,7 +85,7 @@ def add(
 
 
 def span(role: str, window: int) -> dict[str, Any]:
-    """Two seconds, of which 1.5 were waiting."""
+    """A span of two seconds, of which 1.5 were spent waiting."""
     return {
         "role": role,
         "window": window,
@@ -100,7 +99,7 @@ def span(role: str, window: int) -> dict[str, Any]:
 
 
 def window(number: int) -> list[dict[str, Any]]:
-    """What a window leaves: the FM over two domains and all, and one student."""
+    """The rows of a window: the FM on two domains and on all, and one student."""
     fm = [
         row("fm", "fm", "fm", domain, number, n, 0.9 + number / 100)
         for domain, n in (("all", 70), ("feed", 40), ("search", 30))
@@ -109,7 +108,7 @@ def window(number: int) -> list[dict[str, Any]]:
 
 
 def stored(folder: Path, digest: str) -> Path:
-    """A model at rest."""
+    """A stored model."""
     write_json(
         folder / "model.json",
         {
@@ -132,9 +131,9 @@ def follow(config: Config) -> None:
     PipelineRuns(config, lambda: SUMMARY).close()
 
 
-def test_each_learner_is_a_run(tmp_path: Path) -> None:
-    """Wrong: a pipeline's models cannot be compared in wandb over the examples that they had seen,
-    or a figure is of another domain."""
+def test_each_model_is_a_run(tmp_path: Path) -> None:
+    """Wrong: the models of a pipeline cannot be compared in wandb by the examples that they had
+    seen, or a figure is of another domain."""
     config = small_config(tmp_path, "run", wandb={"mode": "offline"})
     add(config, [*window(0), *window(1), *window(2)], [span("fm", 2), span("das", 2)])
     student = stored(config.folder / "exported" / "feed-ah", "a" * 64)
@@ -204,8 +203,8 @@ def test_each_learner_is_a_run(tmp_path: Path) -> None:
 
 
 def test_runs_are_written_once(tmp_path: Path) -> None:
-    """Wrong: a run that goes on leaves two halves, or a command that has nothing to do writes
-    everything again."""
+    """Wrong: a resumed run leaves two halves, or a command that has nothing to do writes everything
+    again."""
     config = small_config(tmp_path, "run", wandb={"mode": "offline"})
     add(config, window(0), [])
     follow(config)
@@ -218,11 +217,9 @@ def test_runs_are_written_once(tmp_path: Path) -> None:
     assert [len(run.history) for run in written(config).values()] == [2, 2]
 
 
-def test_figures_come_while_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Wrong: a dashboard is empty until the last window is learnt."""
-    monkeypatch.setattr(pipeline_runs, "POLL_S", 0.05)
+def test_figures_arrive_during_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: a dashboard is empty until the last window is learned."""
+    monkeypatch.setattr(wandb_pipeline, "POLL_S", 0.05)
     config = small_config(tmp_path, "run", wandb={"mode": "offline"})
     runs = PipelineRuns(config, lambda: SUMMARY)
     add(config, window(0), [])
@@ -230,19 +227,19 @@ def test_figures_come_while_the_run_goes_on(
         if len(runs._seen) == 2:
             break
         runs._over.wait(0.05)
-    assert {str(learner): seen for learner, seen in runs._seen.items()} == {"fm": 70, "feed ah": 40}
+    assert {str(key): seen for key, seen in runs._seen.items()} == {"fm": 70, "feed ah": 40}
     add(config, window(1), [])
     runs.close()
     assert [len(run.history) for run in written(config).values()] == [2, 2]
 
 
-def test_a_wandb_that_hangs_does_not_keep_the_run(
+def test_a_wandb_that_hangs_does_not_block_the_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Wrong: a run that is done never ends, for its last figures cannot be written."""
-    monkeypatch.setattr(pipeline_runs, "CLOSE_S", 0.2)
+    """Wrong: a finished run never ends because its last figures cannot be written."""
+    monkeypatch.setattr(wandb_pipeline, "CLOSE_S", 0.2)
     hangs = threading.Event()
     monkeypatch.setattr(PipelineRuns, "_follow", lambda self: hangs.wait(60))
     try:
@@ -252,20 +249,20 @@ def test_a_wandb_that_hangs_does_not_keep_the_run(
     finally:
         hangs.set()
     assert (
-        "wandb: the run waited 0 s for its last figures to be written and gave up. The same command"
+        "wandb: the run waited 0 s for its last figures to be written and gave up. Rerun the same"
         in capsys.readouterr().err
     )
 
 
 def test_disabled_writes_nothing(tmp_path: Path) -> None:
-    """Wrong: a run that was told to leave wandb alone writes its files."""
+    """Wrong: a run with wandb disabled writes wandb's files."""
     config = small_config(tmp_path, "run", wandb={"mode": "disabled"})
     add(config, window(0), [])
     follow(config)
     assert not (config.folder / "wandb").exists()
 
 
-def test_a_fault_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Wrong: training ends, or hangs, because a dashboard cannot be written."""
     config = small_config(tmp_path, "run", wandb={"mode": "offline"})
     add(config, window(0), [])

@@ -13,13 +13,13 @@ from wandb_files import KEY, OfflineRun, content, run_files, surroundings
 
 from exfm_ray.config.load import dump_config
 from exfm_ray.config.root import Config
-from exfm_ray.tracking import wandb_session as wandb_runs
+from exfm_ray.tracking import wandb_session
 from exfm_ray.tracking.wandb_session import close_wandb, open_run
 
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """An API key in the environment, a server that is not there, and nothing in the home folder."""
+    """An API key in the environment, a server that does not exist, and an empty home folder."""
     surroundings(monkeypatch, tmp_path)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     yield
@@ -47,17 +47,17 @@ def write(
 
 
 def test_offline_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Wrong: runs cannot be told apart, or curves are drawn over wandb's own counter instead of the
+    """Wrong: runs cannot be distinguished, curves are drawn over wandb's own counter instead of the
     windows, or wandb fills the console."""
     config = small_config(tmp_path, "one", wandb={"mode": "offline", "project": "other"})
     write(config, "abc", 0.8)
     (path,) = run_files(config.folder).values()
     run = OfflineRun(path)
-    told = {
+    start = {
         key: run.start[key]
         for key in ("run_id", "display_name", "run_group", "job_type", "project")
     }
-    assert told == {
+    assert start == {
         "run_id": "abc",
         "display_name": "feed ah",
         "run_group": "sweep/feed",
@@ -72,8 +72,8 @@ def test_offline_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_run_begun_twice_is_one_run(tmp_path: Path) -> None:
-    """Wrong: what a kill has left of a run stands beside the run that was written anew, and a sync
-    sends both."""
+    """Wrong: the rest of a killed run stays beside the run that replaces it, and a sync sends
+    both."""
     config = small_config(tmp_path, "one", wandb={"mode": "offline"})
     for identity, ne in (("abc", 0.9), ("xabc", 0.7), ("abc", 0.8)):
         write(config, identity, ne)
@@ -83,11 +83,12 @@ def test_a_run_begun_twice_is_one_run(tmp_path: Path) -> None:
 
 
 def test_the_key_is_nowhere(tmp_path: Path) -> None:
-    """Wrong: whoever is given a run's folder is given the API key with it."""
+    """Wrong: the folder of a run contains the API key."""
     config = small_config(tmp_path, "one", wandb={"mode": "offline"})
     write(config, "abc", 0.8)
-    found = content(tmp_path)
-    assert b"sweep/feed" in found and KEY.encode() not in found and b"secret42" not in found
+    written = content(tmp_path)
+    assert b"sweep/feed" in written
+    assert KEY.encode() not in written and b"secret42" not in written
     assert KEY not in dump_config(config) and set(yaml.safe_load(dump_config(config))["wandb"]) == {
         "mode",
         "project",
@@ -95,18 +96,18 @@ def test_the_key_is_nowhere(tmp_path: Path) -> None:
 
 
 def test_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: a server that is down holds up a run for ever, or the error or the files that it
-    leaves hold the key."""
-    monkeypatch.setattr(wandb_runs, "START_S", 2.0)
+    """Wrong: a server that is down blocks a run forever, or the error or the files contain the
+    key."""
+    monkeypatch.setattr(wandb_session, "START_S", 2.0)
     start = time.monotonic()
-    with pytest.raises(Exception, match=r"[Tt]im|connect|refused") as told:
+    with pytest.raises(Exception, match=r"[Tt]im|connect|refused") as caught:
         write(small_config(tmp_path, "one", wandb={"mode": "online"}), "abc", 0.8)
     assert time.monotonic() - start < 20
-    assert KEY not in str(told.value) and KEY.encode() not in content(tmp_path)
+    assert KEY not in str(caught.value) and KEY.encode() not in content(tmp_path)
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    """Wrong: wandb writes to a temporary folder where nobody looks."""
+    """Wrong: wandb silently writes to a temporary folder."""
     config = small_config(tmp_path, "one", wandb={"mode": "offline"})
     config.folder.mkdir()
     (config.folder / "wandb").write_text("no folder")
