@@ -31,7 +31,7 @@ def run(name: str, *arguments: object) -> str:
 def test_own_source(tmp_path: Path) -> None:
     """Wrong: a source of a user's own needs an edit of the package."""
     lines = run("own_source.py", tmp_path).splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert lines[1] == "window 1: 720 events in 1 fragment(s)"
 
 
