@@ -192,7 +192,7 @@ def check_inputs(
         UserError: a role would wait forever for an input.
     """
     for labeler in labelers:
-        windows = workload.scoring.get(labeler.order.role, [])
+        windows = workload.scoring.get(labeler.spec.role, [])
         if windows:
             _check_other_run(labeler)
         made_here = bool(workload.vm_jobs) if labeler.teacher else Role.FM in roles
@@ -217,7 +217,7 @@ def _check_other_run(labeler: Labeler) -> None:
 def _check_snapshots(labeler: Labeler, windows: Sequence[int]) -> None:
     """Check that the snapshots that supervise these windows exist."""
     for window in windows:
-        version = labeler.order.policy.version(window)
+        version = labeler.spec.policy.version(window)
         if version is not None and not labeler.snapshots.has(version):
             command = "train-vm" if labeler.teacher else "train-fm"
             raise UserError(

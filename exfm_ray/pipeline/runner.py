@@ -174,7 +174,7 @@ class PipelineRunner:
     ) -> None:
         """Start a thread for the DAS of each teacher other than the FM."""
         for labeler in self.labelers[1:]:
-            windows = workload.scoring.get(labeler.order.role)
+            windows = workload.scoring.get(labeler.spec.role)
             if windows:
                 future = _start_labeler(labeler, windows, monitor, run_is_over)
                 monitor.pending[future] = labeler
@@ -182,10 +182,10 @@ class PipelineRunner:
     def _label_by_fm(self, workload: Workload, monitor: ProgressMonitor) -> None:
         """Run the DAS of the FM in this thread."""
         labeler = self.labelers[0]
-        windows = workload.scoring.get(labeler.order.role, [])
+        windows = workload.scoring.get(labeler.spec.role, [])
 
         def on_scored(window: int, rows: int) -> None:
-            monitor.report_scored(labeler.order.role, window, rows)
+            monitor.report_scored(labeler.spec.role, window, rows)
             monitor.poll()
 
         with monitor.collect_failed():
@@ -235,7 +235,7 @@ def _start_labeler(
             raise RuntimeError("the run is over")
 
     def on_scored(window: int, rows: int) -> None:
-        monitor.report_scored(labeler.order.role, window, rows)
+        monitor.report_scored(labeler.spec.role, window, rows)
         stop_if_over()
 
-    return daemon_future(labeler.order.role, lambda: labeler.run(windows, on_scored, stop_if_over))
+    return daemon_future(labeler.spec.role, lambda: labeler.run(windows, on_scored, stop_if_over))

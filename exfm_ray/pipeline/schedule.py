@@ -93,7 +93,7 @@ class Schedule:
             for labeler in self.labelers:
                 windows = self.scorable_windows(labeler, roles)
                 if windows:
-                    scoring[labeler.order.role] = windows
+                    scoring[labeler.spec.role] = windows
         return Workload(unfinished, learnable, scoring)
 
     def learnable_windows(self, job: Job, roles: frozenset[Role]) -> list[int]:
@@ -175,7 +175,7 @@ class Schedule:
         The FM publishes those of the windows that it learns in this command. Once the stream is
         complete, every snapshot counts as available.
         """
-        version = labeler.order.policy.version(window)
+        version = labeler.spec.policy.version(window)
         if not self.stream_is_open or version is None:
             return True
         if labeler.snapshots.has(version):

@@ -58,9 +58,9 @@ def write_summary(
         "windows": static.held_out if static else [w for w in windows if w >= warmup],
         "figures": _best_pass(config) if static else summary_rows(config, stream, results.values()),
         "roles": _work_by_role(config, results, labelers),
-        "failed_items": [row for labeler in labelers for row in failed_items(labeler.order)],
+        "failed_items": [row for labeler in labelers for row in failed_items(labeler.spec)],
         "fallback_windows": [
-            row for labeler in labelers for row in fallback_windows(labeler.order)
+            row for labeler in labelers for row in fallback_windows(labeler.spec)
         ],
         "peak_memory_bytes": max(peak_memory_bytes, _earlier_peak(path)),
     }
@@ -90,7 +90,7 @@ def _work_by_role(
     spans = read_timeline(config.folder / TIMELINE)
     for labeler in labelers:
         seconds, examples = labeler.done(spans)
-        roles[labeler.order.role] = {"seconds": seconds, "examples": examples}
+        roles[labeler.spec.role] = {"seconds": seconds, "examples": examples}
     return roles
 
 
