@@ -35,7 +35,7 @@ DECIMALS = {
 }
 """Figure -> format of a value under the mouse."""
 MAX_DOMAINS = 7
-"""More curves in one plot cannot be told apart."""
+"""More curves in one plot cannot be distinguished."""
 BAR_LINE = {"width": 1, "color": "#808080"}
 WARMUP_SHADE = {
     "type": "rect",

@@ -1,5 +1,4 @@
-"""`pipeline` over a stream that grows while it runs: what it learns, and when, is what one learns
-who finds the whole stream."""
+"""`pipeline` over a growing stream: it learns the same as over the complete stream."""
 
 from __future__ import annotations
 
@@ -45,8 +44,8 @@ def test_a_stream_that_grows(
     groups: dict[int, Workers],
     tmp_path: Path,
 ) -> None:
-    """Wrong: a pipeline over an open stream ends too soon or never, learns what is not released, or
-    has other figures than over the whole."""
+    """Wrong: a pipeline over an open stream ends too soon or never, learns unreleased windows, or
+    has other figures than over the complete stream."""
     raw = tmp_path / "raw"
     spec = tmp_path / "schema.yaml"
     file = tmp_path / "run.yaml"
@@ -78,26 +77,18 @@ def test_a_stream_that_grows(
 
     seen: list[set[tuple[str, int]]] = []
 
+    def learned_windows() -> set[tuple[str, int]]:
+        rows = read_metrics(config.folder / "metrics.jsonl")
+        return {(row["model"], row["window"]) for row in rows}
+
     def produce() -> None:
-        """The rest comes when what is there has been learnt: of clicks two windows, of all tasks
-        one."""
+        """Deliver the rest once two windows of clicks and one of all tasks are learned."""
         deadline = time.monotonic() + WAIT_S
-        while ("clicks", 1) not in (
-            found := {
-                (row["model"], row["window"])
-                for row in read_metrics(config.folder / "metrics.jsonl")
-            }
-        ):
+        while ("clicks", 1) not in learned_windows():
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        time.sleep(2.0)  # nothing more comes of what is there
-        seen.append(
-            found
-            | {
-                (row["model"], row["window"])
-                for row in read_metrics(config.folder / "metrics.jsonl")
-            }
-        )
+        time.sleep(2.0)  # nothing more must be learned from the data so far
+        seen.append(learned_windows())
         hand_over(1, BREAK_MS, float("inf"))
         (raw / "_END").touch()
 

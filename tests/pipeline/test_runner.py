@@ -1,5 +1,4 @@
-"""Whole runs on Ray: equal to the roles in turn without it, ended by an error, killed, gone on
-with."""
+"""Whole runs on Ray: equal to the roles in turn without Ray, ended by an error, killed, resumed."""
 
 from __future__ import annotations
 
@@ -30,14 +29,14 @@ from exfm_ray.pipeline.preflight import prepare_stream
 from exfm_ray.pipeline.runner import PipelineRunner
 from exfm_ray.runtime.session import user_error
 from exfm_ray.storage.atomic import read_json, read_jsonl
-from exfm_ray.tracking.dashboard import parts
+from exfm_ray.tracking.dashboard import sections
 from exfm_ray.tracking.run_files import RunFiles
 from exfm_ray.training.job import Job
 
 REPOSITORY = Path(__file__).parents[2]
 RUN_S = 300
 ARMS = ("labels", "kd", "ah_sa", "ah+share+history")
-"""All that the roles hand to each other: predictions, table rows, representations."""
+"""Arms that use all that the roles exchange: predictions, table rows, representations."""
 
 
 def config_of(
@@ -58,8 +57,7 @@ def base(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def assert_same(config: Config, base: Config) -> None:
-    """The same rows and the same figures, to the bit: one thread, one worker, one order of the
-    rows."""
+    """Assert equal rows and figures, to the bit: one thread, one worker, one order of the rows."""
     assert metrics(config) == metrics(base)
     assert figures(config) == figures(base)
 
@@ -69,8 +67,8 @@ def test_side_by_side_on_ray_equals_in_turn(
     base: Config,
     tmp_path: Path,
 ) -> None:
-    """Wrong: running the roles side by side lets one see too much or too little, or the feed loses
-    the order; or a command given again does the work again."""
+    """Wrong: side by side, a role sees too much or too little or the feed loses the order, or a
+    repeated command repeats the work."""
     config = config_of(tmp_path, "ray", wandb={"mode": "offline"})
     summary = run(config)
     assert_same(config, base)
@@ -92,8 +90,9 @@ def test_side_by_side_on_ray_equals_in_turn(
         for path in config.folder.rglob("*")
         if path.is_file() and path.parent.name != "stream"
     }
-    again = run(config)
-    assert again == summary and len(run_files(config.folder)) == 1 + 2 * len(config.vm.arms) + 1
+    repeated = run(config)
+    assert repeated == summary
+    assert len(run_files(config.folder)) == 1 + 2 * len(config.vm.arms) + 1
     for path, time_ns in files.items():
         assert path.name in ("config.yaml", "summary.json") or path.stat().st_mtime_ns == time_ns, (
             path
@@ -101,31 +100,31 @@ def test_side_by_side_on_ray_equals_in_turn(
 
 
 def assert_dashboard(config: Config) -> None:
-    """Every panel about a pipeline asks for what its runs have logged."""
+    """Assert that every panel about a pipeline shows figures that its runs have logged."""
     left_out = (
         b"feed labels",
         b"feed kd",
         b"stories labels",
         b"stories kd",
-    )  # they log what the others do
+    )  # they log the same as the others
     paths = [
         path
         for path in run_files(config.folder).values()
         if not any(name in path.read_bytes() for name in left_out)
     ]
-    found = [OfflineRun(path) for path in paths]
-    assert {run.start["job_type"] for run in found} == {"fm", "das", "vm"}
-    for part in parts(config, source_schema(config)):
-        had = logged(run for run in found if run.start["job_type"] in part.job_types)
-        for panel in part.panels:
-            asked = named(
+    runs = [OfflineRun(path) for path in paths]
+    assert {run.start["job_type"] for run in runs} == {"fm", "das", "vm"}
+    for section in sections(config, source_schema(config)):
+        available = logged(run for run in runs if run.start["job_type"] in section.job_types)
+        for panel in section.panels:
+            shown = named(
                 json.loads(panel._to_model().model_dump_json(by_alias=True, exclude_none=True))
             )
-            assert asked and asked <= had, (part.name, asked - had)
+            assert shown and shown <= available, (section.name, shown - available)
 
 
 def assert_timeline(config: Config) -> None:
-    """Every pass of every role is there once, and the DAS waited for its teacher."""
+    """Assert that every pass of every role is listed once and the DAS waited for its teacher."""
     spans = {
         (span["role"], span["window"], span["phase"]): span
         for span in read_jsonl(config.folder / "timeline.jsonl")
@@ -154,7 +153,7 @@ def test_stores_on_s3_equal_local_ones(
     tmp_path: Path,
 ) -> None:
     """Wrong: with stream, snapshots, supervision, rows and histories on S3 a role reads or writes
-    other bytes, or something stays local; or stores of one run are taken by another."""
+    other bytes, something stays local, or a run uses the stores of another one."""
     storage = s3.url(tmp_path.name)
     config = config_of(tmp_path, "base", run={"dir": tmp_path / "runs", "storage": storage})
     run(config)
@@ -169,15 +168,14 @@ def test_stores_on_s3_equal_local_ones(
             for path in local.rglob("*")
             if path.is_file()
         }
-        found = {
+        remote_files = {
             "/".join(path.parts[len(remote.parts) :]): path.read_bytes()
             for path in remote.rglob("*")
             if not path.name.endswith(".sha256")
         }
-        assert found and found.items() <= files.items(), part
-        assert part == "snapshots" or found.keys() == files.keys(), (
-            part
-        )  # those that no window needs any more are gone
+        assert remote_files and remote_files.items() <= files.items(), part
+        # Snapshots that no window needs any more are deleted.
+        assert part == "snapshots" or remote_files.keys() == files.keys(), part
     assert RunFiles.open(config.folder).state == "done"
     assert not any(
         "hidden-in-the-tests" in path.read_text(errors="ignore")
@@ -189,7 +187,10 @@ def test_stores_on_s3_equal_local_ones(
     )
     with pytest.raises(
         UserError,
-        match=r"s3://.*/base/config.yaml: a run with other settings has its stores there; choose another --name",
+        match=(
+            r"s3://.*/base/config.yaml: a run with other settings has its stores there; "
+            "choose another --name"
+        ),
     ):
         PipelineRunner(other, EventStream.open(config.stores / "stream")).execute()
 
@@ -199,24 +200,23 @@ def test_two_workers_on_ray_equal_one(
     base: Config,
     tmp_path: Path,
 ) -> None:
-    """Wrong: two Ray Train workers take other rows than one."""
+    """Wrong: two Ray Train workers learn other rows than one."""
     config = config_of(tmp_path, "two", fm={"workers": 2}, vm={"workers": 2})
     run(config)
     rows = metrics(config)
     assert rows.keys() == metrics(base).keys()
-    # the tolerance of tests/training/test_jobs.py: rounding of sums over two workers, carried
-    # through 60 steps
+    # The tolerance of tests/training/test_jobs.py: rounding of sums over two workers in 60 steps.
     assert_close(list(rows.values()), [metrics(base)[key] for key in rows], 1e-3)
 
 
 @pytest.mark.slow
-def test_a_damaged_fragment_ends_the_run_and_it_goes_on_when_repaired(
+def test_a_run_resumes_after_its_damaged_fragment_is_repaired(
     cluster: None,
     base: Config,
     tmp_path: Path,
 ) -> None:
-    """Wrong: an error in one role leaves the others waiting for ever, is not told as what it is, or
-    spoils the run."""
+    """Wrong: an error in one role leaves the others waiting forever, is reported as another error,
+    or damages the run."""
     config = config_of(tmp_path, "damaged")
     stream = prepare_stream(config)
     path = stream.path(2, stream.window(2).fragments[1])
@@ -225,55 +225,53 @@ def test_a_damaged_fragment_ends_the_run_and_it_goes_on_when_repaired(
     started = time.monotonic()
     with pytest.raises(Exception, match=r".*") as caught:
         PipelineRunner(config, stream).execute()
-    told = user_error(caught.value)
-    assert told is not None and f"{path}: 100 bytes where the manifest says {len(whole)}" in str(
-        told
-    )
+    error = user_error(caught.value)
+    assert error is not None
+    assert f"{path}: 100 bytes where the manifest says {len(whole)}" in str(error)
     assert time.monotonic() - started < 100, "the other roles did not end"
-    error = config.folder / "logs" / "error.txt"
-    assert f"{path}: 100 bytes" in error.read_text()
+    error_file = config.folder / "logs" / "error.txt"
+    assert f"{path}: 100 bytes" in error_file.read_text()
     path.write_bytes(whole)
     run(config)
-    assert not error.exists()
+    assert not error_file.exists()
     assert_same(config, base)
 
 
 @pytest.mark.slow
-def test_a_parked_window_is_told(
+def test_a_failed_window_is_reported(
     cluster: None,
     base: Config,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Wrong: a run that lacks a window's supervision ends with exit code 0, or before all that does
-    not need it is done, or summary and report say nothing of it; or they do so for good."""
-    config = config_of(tmp_path, "parked", das={"tries": 2, "ahead": 1})
+    """Wrong: a run with a window without supervision exits with 0, stops before everything possible
+    is done, or reports nothing; or the summary still lists the window once it is scored."""
+    config = config_of(tmp_path, "failed", das={"max_attempts": 2, "max_windows_ahead": 1})
     prepare_stream(config)
-    file = tmp_path / "parked.yaml"
+    file = tmp_path / "failed.yaml"
     full = config.folder / "supervision" / "fm" / "window=002"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     full.parent.mkdir(parents=True)
-    full.touch()  # no folder can be made here
+    full.touch()  # no folder can be created here
     assert main(["pipeline", "--config", str(file)]) == 2
     assert "no supervision of window(s) 2" in capsys.readouterr().err
     assert [
         Job("vm", config).checkpoints.latest().windows,
         Job("fm", config).checkpoints.latest().windows,
     ] == [2, WINDOWS]
-    told = read_json(config.folder / "summary.json")["parked"]
-    assert min(row["window"] for row in told) == 2 and {row["teacher"] for row in told} == {"fm"}
+    failed = read_json(config.folder / "summary.json")["failed_items"]
+    assert min(row["window"] for row in failed) == 2
+    assert {row["teacher"] for row in failed} == {"fm"}
     assert "window 2, fragment=" in (config.folder / "report.html").read_text()
     full.unlink()
     assert main(["pipeline", "--config", str(file)]) == 0
-    assert (
-        read_json(config.folder / "summary.json")["parked"] == []
-        and "class=lacks" not in (config.folder / "report.html").read_text()
-    )
+    assert read_json(config.folder / "summary.json")["failed_items"] == []
+    assert 'class="missing"' not in (config.folder / "report.html").read_text()
     assert_same(config, base)
 
 
 def start(folder: Path, name: str) -> subprocess.Popen[bytes]:
-    """`run.py pipeline` on the tiny stream in a process of its own."""
+    """Start `run.py pipeline` on the tiny stream in another process."""
     file = folder / "config.yaml"
     file.write_text(
         yaml.safe_dump(merged(SETTINGS, {"run": {"dir": str(folder)}, "vm": {"arms": list(ARMS)}}))
@@ -285,9 +283,11 @@ def start(folder: Path, name: str) -> subprocess.Popen[bytes]:
     )
 
 
-def kill_and_go_on(config: Config, moments: list[int | float]) -> None:
-    """SIGKILL the driver at each moment (lines in metrics.jsonl, or seconds after the start), then
-    let it end."""
+def kill_and_resume(config: Config, moments: list[int | float]) -> None:
+    """Kill the driver at each moment, restart it, and finally let it finish.
+
+    A moment is a number of lines in metrics.jsonl (int) or of seconds after the start (float).
+    """
     path = config.folder / "metrics.jsonl"
     for moment in moments:
         process = start(config.run.dir, config.name)
@@ -305,19 +305,19 @@ def kill_and_go_on(config: Config, moments: list[int | float]) -> None:
 
 
 @pytest.mark.slow
-def test_goes_on_after_a_kill(base: Config, tmp_path: Path) -> None:
-    """Wrong: something half-written is read, or work is done twice or not at all, after the driver
-    was killed (rule 5)."""
+def test_resumes_after_a_kill(base: Config, tmp_path: Path) -> None:
+    """Wrong: after the driver was killed, a partial file is read, or work is repeated or left out
+    (rule 5)."""
     config = config_of(tmp_path, "killed")
-    kill_and_go_on(config, [20])
+    kill_and_resume(config, [20])
     assert_same(config, base)
     assert read_json(config.folder / "summary.json")["roles"]["fm"]["examples"] == WINDOWS * 900
 
 
 @pytest.mark.slow
-def test_goes_on_after_kills_at_any_moment(base: Config, tmp_path: Path) -> None:
-    """Wrong: as above, at moments that nobody chose: in the start, in the stream's preparation, in
-    a checkpoint."""
+def test_resumes_after_kills_at_any_moment(base: Config, tmp_path: Path) -> None:
+    """Wrong: as above, at arbitrary moments: during the start, the preparation of the stream, a
+    checkpoint."""
     config = config_of(tmp_path, "killed")
-    kill_and_go_on(config, [1.0, 6.0, 14.0, 1, 20.0, 20, 40])
+    kill_and_resume(config, [1.0, 6.0, 14.0, 1, 20.0, 20, 40])
     assert_same(config, base)

@@ -98,7 +98,7 @@ def test_jobs_of_vertical_models(tmp_path: Path) -> None:
 
 
 def test_students_wait_for_supervision_of_an_open_stream(tmp_path: Path) -> None:
-    """Wrong: while a stream grows, a job starts on a window that nobody will supervise, or waits
+    """Wrong: while a stream grows, a job starts on a window that will not be supervised, or waits
     although the DAS of the same command will."""
     config = config_of(tmp_path)
     (job,) = vm_jobs(config)
@@ -142,7 +142,7 @@ def test_shared_rows_need_the_next_snapshot(tmp_path: Path) -> None:
 
 
 def test_a_das_scores_windows_whose_snapshot_exists(tmp_path: Path) -> None:
-    """Wrong: a DAS scores a window again, or starts to wait for a snapshot that nobody makes."""
+    """Wrong: a DAS repeats a window, or waits for a snapshot that no role makes."""
     config = config_of(tmp_path)
     schedule = schedule_of(config)
     (labeler,) = schedule.labelers

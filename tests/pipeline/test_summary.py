@@ -1,4 +1,4 @@
-"""summary.json against figures computed from the rows themselves."""
+"""summary.json compared with figures computed from the rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from exfm_ray.training.checkpoint import JobResult
 
 
 def ne_of(truth: np.ndarray, labels: np.ndarray) -> float:
-    """NE of probabilities, by its definition."""
+    """NE of probabilities, by definition."""
     rate = labels.mean(dtype=np.float64)
     truth = truth.astype(np.float64)
     happened = np.where(labels > 0.5, truth, 1 - truth)
@@ -26,7 +26,7 @@ def ne_of(truth: np.ndarray, labels: np.ndarray) -> float:
 
 
 def write_truth(stream: EventStream, window: int) -> np.ndarray:
-    """True probabilities of a window, (rows, tasks)."""
+    """Write random true probabilities of a window; returns them, (rows, tasks)."""
     rows = stream.window(window).rows
     truth = np.random.default_rng(window).uniform(0.05, 0.9, (rows, 2)).astype(np.float32)
     path = stream.root / "truth" / f"{window_name(window)}.parquet"
@@ -37,9 +37,8 @@ def write_truth(stream: EventStream, window: int) -> np.ndarray:
     return truth
 
 
-def test_best_ne_is_that_of_the_truth(stream: EventStream) -> None:
-    """Wrong: the bound is of other rows, another task or another domain, or counts windows of the
-    warm-up."""
+def test_best_ne_is_that_of_the_true_probabilities(stream: EventStream) -> None:
+    """Wrong: the bound is of other rows, tasks or domains, or includes the warm-up."""
     truth = np.concatenate([write_truth(stream, window) for window in (0, 1, 2)][1:])
     tables = [
         stream.read(window, fragment)
@@ -48,19 +47,19 @@ def test_best_ne_is_that_of_the_truth(stream: EventStream) -> None:
     ]
     labels = np.concatenate([list_values(table["labels"], 2) for table in tables])
     domain = np.concatenate([table["domain"].to_numpy() for table in tables])
-    found = oracle_ne(stream, [1, 2])
+    best = oracle_ne(stream, [1, 2])
     for i, task in enumerate(stream.schema.tasks):
-        assert found["all", task] == pytest.approx(ne_of(truth[:, i], labels[:, i]), rel=1e-9)
+        assert best["all", task] == pytest.approx(ne_of(truth[:, i], labels[:, i]), rel=1e-9)
         for j, name in enumerate(stream.schema.domains):
-            chosen = domain == j
-            assert found[name, task] == pytest.approx(
-                ne_of(truth[chosen, i], labels[chosen, i]), rel=1e-9
+            in_domain = domain == j
+            assert best[name, task] == pytest.approx(
+                ne_of(truth[in_domain, i], labels[in_domain, i]), rel=1e-9
             )
-    assert len(found) == 8
+    assert len(best) == 8
 
 
 def test_without_truth_there_is_no_bound(tmp_path: Path) -> None:
-    """Wrong: real data sets, whose truth nobody knows, fail or get a bound."""
+    """Wrong: real data sets without known probabilities fail or get a bound."""
     assert oracle_ne(make_stream(tmp_path, windows=1), [0]) == {}
 
 
@@ -70,8 +69,8 @@ def state(quality: float) -> MetricState:
 
 
 def test_gains_compare_the_same_examples(stream: EventStream, tmp_path: Path) -> None:
-    """Wrong: a gain is over another arm, another domain's figures, or the ratio of gains is upside
-    down; arms stand in another order than the config's, labels first."""
+    """Wrong: a gain is over another arm or domain, the ratio of gains is inverted, or arms come in
+    another order than in the config."""
     states = {
         ("vm", arm, "feed", "click"): state(q)
         for arm, q in (("ah", 0.5), ("labels", 1.0), ("kd", 1.5))
@@ -83,9 +82,9 @@ def test_gains_compare_the_same_examples(stream: EventStream, tmp_path: Path) ->
     }
     states |= other_task | {("fm", "fm", "feed", "conversion"): state(0.7)}
     config = small_config(tmp_path, "x")
-    told = summary_rows(config, stream, [JobResult(states, [])])
-    assert len(told) == len(states)
-    assert [row["arm"] for row in told if row["model"] == "vm"] == [
+    all_rows = summary_rows(config, stream, [JobResult(states, [])])
+    assert len(all_rows) == len(states)
+    assert [row["arm"] for row in all_rows if row["model"] == "vm"] == [
         "labels",
         "labels",
         "kd",
@@ -94,7 +93,7 @@ def test_gains_compare_the_same_examples(stream: EventStream, tmp_path: Path) ->
         "ah",
     ]
     rows = {
-        (row["model"], row["arm"], row["domain"]): row for row in told if row["task"] == "click"
+        (row["model"], row["arm"], row["domain"]): row for row in all_rows if row["task"] == "click"
     }
     ne = {key: row["ne"] for key, row in rows.items()}
     base = ne["vm", "labels", "feed"]
@@ -105,7 +104,7 @@ def test_gains_compare_the_same_examples(stream: EventStream, tmp_path: Path) ->
         assert row["transfer_ratio"] == pytest.approx((base - row["ne"]) / (base - fm))
         assert (
             row["snapshot"] == 2
-        )  # three windows with fm_lag 1: the last learnt, window 2, by version 2
+        )  # three windows with fm_lag 1: window 3 would be supervised by version 2
     assert (
         rows["vm", "ah", "feed"]["transfer_ratio"] < 0 < rows["vm", "kd", "feed"]["transfer_ratio"]
     )

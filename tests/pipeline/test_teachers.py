@@ -1,4 +1,4 @@
-"""Teachers beside the FM: a vertical model that is one itself, and another run's FM."""
+"""Teachers other than the FM: a vertical model that teaches others, and another run's FM."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CHAIN: dict[str, Any] = {
 
 
 def score(config: Config, number: int) -> int:
-    """The DAS of the FM (0) or of a teacher beside it, in a worker; rows."""
+    """Run the DAS of the FM (0) or of another teacher in a worker; returns the number of rows."""
     stream = EventStream.open(config.folder / "stream")
     teacher = (None, *config.teachers)[number]
     return Labeler(config, stream, teacher).label_locally(stream.windows())
@@ -61,8 +61,8 @@ def chain(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) 
     return config
 
 
-def test_jobs_are_of_one_teacher_each(chain: Config) -> None:
-    """Wrong: a vertical model learns from another teacher than it names, or waits in a job for a
+def test_each_job_has_one_teacher(chain: Config) -> None:
+    """Wrong: a vertical model learns from another teacher than it names, or its job waits for a
     teacher in the same job."""
     jobs = vm_jobs(chain)
     assert [(job.name, job.teacher, [s.name for s in job.students]) for job in jobs] == [
@@ -72,8 +72,8 @@ def test_jobs_are_of_one_teacher_each(chain: Config) -> None:
 
 
 def test_a_vertical_model_is_a_teacher(chain: Config) -> None:
-    """Wrong: the domain FM publishes another arm's weights or misses a window, or its supervision
-    is of a snapshot that knows (rule 2)."""
+    """Wrong: the domain FM publishes another arm's weights or misses a window, or a snapshot
+    supervises a window that it has learned (rule 2)."""
     stream = EventStream.open(chain.folder / "stream")
     das = Labeler(chain, stream, chain.teachers[0])
     assert das.snapshots.versions() == list(range(1, WINDOWS + 1))
@@ -93,7 +93,7 @@ def test_a_vertical_model_is_a_teacher(chain: Config) -> None:
             ].numpy()
             np.testing.assert_allclose(
                 written["prediction:click"].to_numpy(), expected, rtol=1e-6
-            )  # other batches
+            )  # the batches differ
 
 
 def test_a_student_learns_from_the_teacher_it_names(chain: Config) -> None:
@@ -115,8 +115,8 @@ def test_a_chain_side_by_side_on_ray(
     chain: Config,
     tmp_path: Path,
 ) -> None:
-    """Wrong: side by side, FM, domain FM and vertical model wait for ever, or one learns from what
-    another teacher has written."""
+    """Wrong: side by side, FM, domain FM and vertical model wait forever, or a student learns from
+    another teacher's supervision."""
     config = small_config(tmp_path, "ray", **CHAIN)
     summary = run(config)
     assert metrics(config) == metrics(chain)
@@ -127,7 +127,7 @@ def test_a_chain_side_by_side_on_ray(
 
 
 def test_another_runs_fm_is_a_teacher(groups: dict[int, Workers], chain: Config) -> None:
-    """Wrong: another run's snapshots are not found, score otherwise than there, or are removed."""
+    """Wrong: another run's snapshots are missed, score differently here, or are removed."""
     settings = {
         "fm": {"name": "own"},
         "teachers": [{"name": "fm", "run": chain.folder}],
@@ -149,7 +149,7 @@ def assert_served_with(
     student: str,
     snapshot: Path,
 ) -> None:
-    """Rows of this snapshot are what a student with shared rows is served with."""
+    """Assert that a student with shared rows is exported with the rows of this snapshot."""
     teacher, served = (
         load_model(folder)[0].tables.tables()
         for folder in (snapshot, config.folder / "exported" / f"{student}-labels+share")
@@ -158,8 +158,8 @@ def assert_served_with(
 
 
 def test_rows_are_those_of_the_teacher_that_a_student_names(chain: Config) -> None:
-    """Wrong: a vertical model's student is given the FM's rows, or the other way round, or rows of
-    a domain that nobody asked for."""
+    """Wrong: a student receives the rows of another teacher, or rows of a domain that no student
+    has are published."""
     for student, teacher in (("feed", "feed_fm"), ("search", "fm"), ("feed_fm", "fm")):
         assert_served_with(
             chain, student, chain.folder / "snapshots" / teacher / f"version={WINDOWS:03d}"
@@ -174,12 +174,12 @@ def test_rows_are_those_of_the_teacher_that_a_student_names(chain: Config) -> No
             )
 
 
-def taught_elsewhere(
+def taught_by_another_run(
     chain: Config,
     name: str,
     **vm: Any,
 ) -> Config:
-    """A run whose student's teacher is the FM of the run `chain`."""
+    """A run whose student is taught by the FM of the run `chain`."""
     student = {"name": "feed", "domain": "feed", "task": "click", "teacher": "fm"}
     settings = {
         "fm": {"name": "own"},
@@ -190,9 +190,9 @@ def taught_elsewhere(
 
 
 def test_rows_of_another_runs_fm(groups: dict[int, Workers], chain: Config) -> None:
-    """Wrong: rows of another run's FM are not found, are this run's own FM's, or come without the
-    optimizer state that was published."""
-    config = taught_elsewhere(chain, "elsewhere")
+    """Wrong: rows of another run's FM are missed, are those of this run's FM, or come without
+    the published optimizer state."""
+    config = taught_by_another_run(chain, "elsewhere")
     config = config.model_copy(
         update={"distillation": DistillationConfig(share=ShareConfig(optimizer="teacher"))}
     )
@@ -202,39 +202,43 @@ def test_rows_of_another_runs_fm(groups: dict[int, Workers], chain: Config) -> N
     assert_served_with(config, "feed", chain.folder / "snapshots" / "fm" / f"version={WINDOWS:03d}")
 
 
-def test_rows_of_another_runs_fm_that_do_not_fit_are_told(chain: Config) -> None:
-    """Wrong: rows of another width, or of ids that were hashed otherwise, are found not to fit
-    after hours, or never."""
+def test_incompatible_rows_of_another_runs_fm_are_reported(chain: Config) -> None:
+    """Wrong: rows of another width, or of ids with another hash, are detected after hours or
+    never."""
     schema = EventStream.open(chain.folder / "stream").schema
     with pytest.raises(
         UserError,
-        match="'feed' shares table 'user', whose rows have 4 numbers in teacher 'fm' and 8 in the student",
+        match=(
+            "'feed' shares table 'user', whose rows have 4 numbers in teacher 'fm' and 8 in the "
+            "student"
+        ),
     ):
         check_models(
-            taught_elsewhere(chain, "wide", model={"type": "mlp", "dim": 8, "mlp": [8]}), schema
+            taught_by_another_run(chain, "wide", model={"type": "mlp", "dim": 8, "mlp": [8]}),
+            schema,
         )
     features = schema.model_dump()["features"]
     hashed = {**features[0], "rows": 77}
+    other_hash = (
+        "it maps the ids of 'user' differently .index into 301 rows of table 'user', "
+        "here index into 77 rows"
+    )
     changes = {
-        "it maps the ids of 'user' differently .index into 301 rows of table 'user', here index into 77 rows": [
-            hashed,
-            *features[1:],
-        ],
+        other_hash: [hashed, *features[1:]],
         "it has no feature 'town'": [*features, {"name": "town", "rows": 5}],
     }
-    for told, other in changes.items():
-        with pytest.raises(
-            UserError,
-            match=rf"version=001: this snapshot was trained on another schema than the stream's: {told}",
-        ):
-            check_models(
-                taught_elsewhere(chain, "other"),
-                Schema.model_validate(schema.model_dump() | {"features": other}),
-            )
+    for difference, other_features in changes.items():
+        other = Schema.model_validate(schema.model_dump() | {"features": other_features})
+        message = (
+            "version=001: this snapshot was trained on another schema than the stream's: "
+            f"{difference}"
+        )
+        with pytest.raises(UserError, match=message):
+            check_models(taught_by_another_run(chain, "other"), other)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"teachers": [{"name": "fm"}]}, "two teachers are named 'fm'"),
         (
@@ -258,12 +262,12 @@ def test_rows_of_another_runs_fm_that_do_not_fit_are_told(chain: Config) -> None
         ),
     ],
 )
-def test_mistakes_are_told(
+def test_invalid_settings_are_rejected(
     chain: Config,
     change: dict[str, Any],
-    told: str,
+    message: str,
 ) -> None:
-    """Wrong: a teacher that cannot be found, or one that waits for itself, is told after minutes or
+    """Wrong: a teacher that does not exist, or that waits for itself, is reported after minutes or
     never."""
-    with pytest.raises(ValidationError, match=told):
+    with pytest.raises(ValidationError, match=message):
         small_config(chain.run.dir, "wrong", **merged(CHAIN, change))

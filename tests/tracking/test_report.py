@@ -115,12 +115,12 @@ def test_curves_are_those_of_metrics_jsonl(
         for row in written(folder):
             if row["role"] == "fm" and row["domain"] == model and row["task"] == task:
                 expected[model, task]["fm"][row["window"]] = row[figure]
-    found = [
+    drawn = [
         {trace["name"]: dict(zip(trace["x"], trace["y"], strict=True)) for trace in traces}
         for place, traces in screen.value["plots"].items()
         if place.startswith(f"{figure}-")
     ]
-    assert found == [
+    assert drawn == [
         expected[place]
         for place in (
             ("fm", "click"),

@@ -124,20 +124,20 @@ def test_states(tmp_path: Path) -> None:
         "no VMs yet": {"roles": ("fm",)},
         "begun": {"windows": 0},
     }
-    found = {
+    runs = {
         name: RunFiles.open(write_run(tmp_path / name.replace(" ", ""), "r", **arguments)[0].folder)
         for name, arguments in states.items()
     }
-    assert {name: run.state for name, run in found.items()} == {
+    assert {name: run.state for name, run in runs.items()} == {
         "whole": "done",
         "killed": "unfinished",
         "no VMs yet": "unfinished",
         "begun": "unfinished",
     }
-    assert found["no VMs yet"].done == {"fm": 4, "feed": 0, "stories": 0}
-    (found["killed"].folder / "logs").mkdir()
-    (found["killed"].folder / "logs" / "error.txt").write_text("ValueError")
-    assert found["killed"].state == "failed"
+    assert runs["no VMs yet"].done == {"fm": 4, "feed": 0, "stories": 0}
+    (runs["killed"].folder / "logs").mkdir()
+    (runs["killed"].folder / "logs" / "error.txt").write_text("ValueError")
+    assert runs["killed"].state == "failed"
 
 
 def test_a_summary_of_fewer_windows_is_not_mixed_in(tmp_path: Path) -> None:

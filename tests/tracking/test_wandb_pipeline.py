@@ -123,8 +123,8 @@ def stored(folder: Path, digest: str) -> Path:
 
 
 def written(config: Config) -> dict[str, OfflineRun]:
-    found = [OfflineRun(path) for path in run_files(config.folder).values()]
-    return {run.start["display_name"]: run for run in found}
+    runs = [OfflineRun(path) for path in run_files(config.folder).values()]
+    return {run.start["display_name"]: run for run in runs}
 
 
 def follow(config: Config) -> None:
