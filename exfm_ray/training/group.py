@@ -101,7 +101,7 @@ class BatchGroup:
         if self.sharing and trainers:
             rows = self.sharing.rows(window)
             for trainer in trainers:
-                trainer.engine.give_rows(rows, self.sharing.weight)
+                trainer.engine.write_rows(rows, self.sharing.weight)
 
     def refresh(self, windows: int) -> None:
         """Write all of the teacher's rows known after `windows` windows into arms with +share.
@@ -112,7 +112,7 @@ class BatchGroup:
         if self.sharing and trainers:
             for rows in self.sharing.rows_after(windows):
                 for trainer in trainers:
-                    trainer.engine.give_rows(rows, self.sharing.weight)
+                    trainer.engine.write_rows(rows, self.sharing.weight)
 
     def mark(self, rows: pa.Table) -> None:
         """Note that these rows of a fragment are going to be learned."""

@@ -12,7 +12,7 @@ from exfm_ray.config.root import Config
 
 @pytest.fixture(scope="session")
 def base(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """An undisturbed run on one worker; nobody writes into its folder."""
+    """An undisturbed run on one worker. No test writes into its folder."""
     config = small_config(tmp_path_factory.mktemp("undisturbed"), "base")
     run_locally(groups, config)
     return config

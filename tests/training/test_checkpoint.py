@@ -1,5 +1,4 @@
-"""Folders of checkpoints as a start finds them: which are taken, which are set aside, what is
-told."""
+"""Which checkpoint folders a job resumes from, which it sets aside, and its messages."""
 
 from __future__ import annotations
 
@@ -51,59 +50,53 @@ def unreadable_manifest(folder: Path) -> None:
 def test_a_checkpoint_that_cannot_be_read_is_damaged(
     tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:
-    """Wrong: a disk that fails under one file, or a file that may not be read, ends the run though
-    there is a sound checkpoint before it."""
+    """Wrong: a disk error or a missing permission ends the run despite a good older checkpoint."""
     write(tmp_path, 1)
     spoil(write(tmp_path, 2))
-    (told,) = Checkpoints(tmp_path).set_aside_damaged()
-    assert (
-        "windows=002 is damaged (it cannot be read: [Errno " in told
-        and "windows=001, is gone on from" in told
-    )
-    assert (
-        Checkpoints(tmp_path).latest() == Cursor(1) and (tmp_path / "damaged.windows=002").is_dir()
-    )
+    (message,) = Checkpoints(tmp_path).set_aside_damaged()
+    assert "windows=002 is damaged (it cannot be read: [Errno " in message
+    assert "training resumes from windows=001" in message
+    assert Checkpoints(tmp_path).latest() == Cursor(1)
+    assert (tmp_path / "damaged.windows=002").is_dir()
 
 
-def test_a_lost_manifest_is_told(tmp_path: Path) -> None:
-    """Wrong: a checkpoint whose manifest is gone vanishes without a word, or one that is older than
-    what is gone on from alarms for nothing."""
+def test_a_lost_manifest_is_reported(tmp_path: Path) -> None:
+    """Wrong: a checkpoint without its manifest vanishes silently, or an older one is reported."""
     write(tmp_path, 2)
     for name in ("windows=001", "windows=002.examples=00000064", "windows=1000", "windows=old"):
         (tmp_path / name).mkdir()
-    told = list(Checkpoints(tmp_path).set_aside_damaged())
-    assert [
-        line.partition(" has no manifest.json and is not used: ")[0].rpartition("/")[2]
-        for line in told
-    ] == [
-        "windows=002.examples=00000064",
-        "windows=1000",
+    messages = list(Checkpoints(tmp_path).set_aside_damaged())
+    folders = [
+        message.partition(" has no manifest.json and is not used: ")[0].rpartition("/")[2]
+        for message in messages
     ]
-    assert all("windows=002 is gone on from" in line for line in told) and Checkpoints(
-        tmp_path
-    ).latest() == Cursor(2)
+    assert folders == ["windows=002.examples=00000064", "windows=1000"]
+    assert all("training resumes from windows=002" in message for message in messages)
+    assert Checkpoints(tmp_path).latest() == Cursor(2)
 
 
-def test_without_any_manifest_the_job_begins_anew(tmp_path: Path) -> None:
-    """Wrong: the first checkpoint's folder, as a kill leaves it, is taken for a checkpoint."""
+def test_without_any_manifest_the_job_starts_from_the_beginning(tmp_path: Path) -> None:
+    """Wrong: the first checkpoint's folder, half-written by a killed run, is resumed from."""
     (tmp_path / "windows=001").mkdir()
-    (told,) = Checkpoints(tmp_path).set_aside_damaged()
-    assert "this job begins anew" in told and Checkpoints(tmp_path).latest() == Cursor(0)
+    (message,) = Checkpoints(tmp_path).set_aside_damaged()
+    assert "training starts from the beginning" in message
+    assert Checkpoints(tmp_path).latest() == Cursor(0)
     assert not list(Checkpoints(tmp_path / "none").set_aside_damaged())
 
 
-def test_what_an_actor_could_not_write_is_told_in_a_line(tmp_path: Path) -> None:
-    """Wrong: the error of the actor that writes the figures is told with its traceback, or without
-    the file and the way out."""
+def test_an_actors_write_error_is_one_line(tmp_path: Path) -> None:
+    """Wrong: the error of the actor that writes the figures shows its traceback, or not the file
+    and the remedy."""
     full = RayTaskError(
         "metrics",
         "Traceback:\n  File x\nOSError: [Errno 28] No space left",
         OSError(28, "No space left"),
     ).as_instanceof_cause()
     folder = write(tmp_path, 7)
-    with pytest.raises(UserError) as told, Checkpoints(tmp_path).writing("metrics.jsonl"):
+    with pytest.raises(UserError) as raised, Checkpoints(tmp_path).writing("metrics.jsonl"):
         raise full
-    assert str(told.value) == (
-        f"metrics.jsonl could not be written (OSError: [Errno 28] No space left); the last good checkpoint is {folder}. Make room, or mend what is "
-        "named, and give the command again"
+    assert str(raised.value) == (
+        "metrics.jsonl could not be written (OSError: [Errno 28] No space left); "
+        f"the last good checkpoint is {folder}. "
+        "Free disk space or fix the cause, then rerun the same command to resume"
     )

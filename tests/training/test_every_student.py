@@ -1,5 +1,5 @@
-"""Arms with +share and +history with every interaction model, on one run: what they are given
-reaches them and is what is served."""
+"""Arms with +share and +history with every interaction model: they read the teacher's data and are
+served with it."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def trained(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory
 
 
 def test_every_model_is_there() -> None:
-    """Wrong: a model that was added is not tested with options."""
+    """Wrong: a new model is not tested with these arms."""
     assert set(SIZES) == set(MODEL_TYPES)
 
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_rows_and_histories_reach_every_model(trained: Config, kind: str) -> None:
-    """Wrong: a model is served without the teacher's rows, does not read the history that it was
-    given, or does not learn with either."""
+    """Wrong: a model is served without the teacher's rows, does not read its history, or does not
+    learn with either."""
     teacher = load_model(trained.folder / "snapshots" / "fm" / f"version={WINDOWS:03d}")[
         0
     ].tables.tables()
@@ -107,8 +107,8 @@ def test_rows_and_histories_reach_every_model(trained: Config, kind: str) -> Non
 def test_a_model_that_reads_sequences_is_served_with_its_history(
     trained: Config, tmp_path: Path
 ) -> None:
-    """Wrong: a served model with sequences, shared rows and a history predicts otherwise than the
-    trained one."""
+    """Wrong: a served model with sequences, shared rows and a history predicts other values than
+    the trained one."""
     served = export_student(trained.folder, "din", "ah_sa+share+history", tmp_path / "served")
     model, stored = load_model(trained.folder / "exported" / "din-ah_sa+share+history")
     stream = EventStream.open(trained.folder / "stream")

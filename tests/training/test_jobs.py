@@ -1,5 +1,5 @@
-"""Training jobs: the same figures whatever the number of workers, the grouping of lanes, the
-interruptions; what they export."""
+"""Training jobs: equal figures for any number of workers, grouping of models and interruption; what
+they export."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ WORKERS_TOLERANCE = 1e-3
 
 
 def test_metrics_have_the_promised_rows(base: Config) -> None:
-    """Wrong: metrics.jsonl lacks a row or a key, or has one that nothing documents."""
+    """Wrong: metrics.jsonl misses a row or a key, or has an undocumented one."""
     from exfm_ray.tracking.recorder import read_metrics
 
     rows = read_metrics(base.folder / "metrics.jsonl")
@@ -77,7 +77,7 @@ def test_metrics_have_the_promised_rows(base: Config) -> None:
 
 
 def test_every_arm_learns_in_its_own_way(base: Config) -> None:
-    """Wrong: what the teacher says does not reach the arms, or all arms learn the same."""
+    """Wrong: the supervision does not reach the arms, or all arms learn the same."""
     for window, different in (
         (1, 1),
         (2, len(ALL_OBJECTIVES)),
@@ -93,7 +93,7 @@ def test_every_arm_learns_in_its_own_way(base: Config) -> None:
 
 
 def test_summary_has_the_promised_keys(base: Config) -> None:
-    """Wrong: summary.json lacks a figure, counts warm-up windows, or compares with the wrong
+    """Wrong: summary.json misses a figure, counts warm-up windows, or compares with the wrong
     baseline."""
     summary = read_json(base.folder / "summary.json")
     assert set(summary) == {
@@ -103,10 +103,10 @@ def test_summary_has_the_promised_keys(base: Config) -> None:
         "figures",
         "roles",
         "peak_memory_bytes",
-        "parked",
+        "failed_items",
         "fallback_windows",
     }
-    assert summary["parked"] == summary["fallback_windows"] == []
+    assert summary["failed_items"] == summary["fallback_windows"] == []
     assert summary["windows"] == [1, 2, 3]
     assert set(summary["roles"]) == {"fm", "das", "vm"}
     assert summary["roles"]["fm"]["examples"] == WINDOWS * 900
@@ -145,7 +145,7 @@ def test_two_workers_equal_one(
     tmp_path: Path,
     changes: dict[str, Any],
 ) -> None:
-    """Wrong: the number of workers, or the way to shard, changes a figure."""
+    """Wrong: the number of workers or the sharding changes a figure."""
     config = small_config(tmp_path, "two", **changes)
     run_locally(groups, config)
     assert metrics(config).keys() == metrics(base).keys()
@@ -156,7 +156,7 @@ def test_two_workers_equal_one(
     )
 
 
-def test_neither_grouping_nor_order_of_lanes_matters(
+def test_neither_grouping_nor_order_of_models_matters(
     base: Config,
     groups: dict[int, Workers],
     tmp_path: Path,
@@ -178,13 +178,13 @@ def test_neither_grouping_nor_order_of_lanes_matters(
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_goes_on_after_a_kill(
+def test_resumes_after_a_kill(
     groups: dict[int, Workers],
     tmp_path: Path,
     workers: int,
 ) -> None:
-    """Wrong: a run killed between a window's figures and its checkpoint, twice, ends otherwise than
-    an undisturbed one."""
+    """Wrong: a run killed twice between a window's figures and its checkpoint has other results
+    than an undisturbed one."""
     trainers = {"fm": {"workers": workers}, "vm": {"workers": workers}}
     whole, killed = (small_config(tmp_path, name, **trainers) for name in ("whole", "killed"))
     run_locally(groups, whole)
@@ -202,12 +202,12 @@ def test_goes_on_after_a_kill(
     assert figures(killed) == figures(whole)
 
 
-def test_goes_on_from_the_checkpoint_before(
+def test_resumes_from_the_previous_checkpoint(
     base: Config,
     groups: dict[int, Workers],
     tmp_path: Path,
 ) -> None:
-    """Wrong: a checkpoint is not the whole state: going on from an older one gives other figures or
+    """Wrong: a checkpoint is not the whole state: resuming from an older one gives other figures or
     other models."""
     config = small_config(tmp_path, "base")
     shutil.copytree(base.folder, config.folder)
@@ -226,7 +226,7 @@ def test_goes_on_from_the_checkpoint_before(
 
 
 def test_serving_pays_nothing(base: Config) -> None:
-    """Wrong: a head or the adapter of an arm is served, or the arm changes the graph that is (rule
+    """Wrong: an auxiliary head or the adapter is served, or the arm changes the served graph (rule
     6)."""
     schema = EventStream.open(base.folder / "stream").schema
     for vm in ("feed", "stories"):
@@ -250,7 +250,7 @@ def test_serving_pays_nothing(base: Config) -> None:
         assert len(seen) == 1
 
 
-def test_exported_models_say_what_the_trained_ones_say(
+def test_exported_models_predict_what_the_trained_ones_predict(
     base: Config, groups: dict[int, Workers]
 ) -> None:
     """Wrong: the export is of another arm, of an older state, or loses a table's rows."""
@@ -266,18 +266,17 @@ def test_exported_models_say_what_the_trained_ones_say(
         )
 
 
-def test_old_checkpoints_go_and_the_newest_stays(
+def test_old_checkpoints_are_removed_and_the_newest_stays(
     groups: dict[int, Workers], tmp_path: Path
 ) -> None:
-    """Wrong: from 1,000 windows on the folders' names sort otherwise than their numbers, and the
-    newest is removed."""
+    """Wrong: from 1,000 windows on, folders are sorted as text, and the newest is removed."""
     assert groups[1].run(save_some, tmp_path, [998, 999, 1000, 1001]) == [
         ["windows=1000", "windows=1001"]
     ]
 
 
 def save_some(root: Path, numbers: list[int]) -> list[str]:
-    """Save checkpoints without lanes; the folders that are left."""
+    """Save checkpoints without models; return the folders that are left."""
     from exfm_ray.training.async_checkpoint import AsyncCheckpointer
     from exfm_ray.training.loop import Loop
 
@@ -289,8 +288,8 @@ def save_some(root: Path, numbers: list[int]) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-def test_a_checkpoint_without_manifest_is_none(tmp_path: Path) -> None:
-    """Wrong: a checkpoint that a kill left half-written is gone on from (rule 5)."""
+def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    """Wrong: a job resumes from a checkpoint that a kill left half-written (rule 5)."""
     assert Checkpoints(tmp_path).latest() == BEGINNING
     (tmp_path / "windows=002").mkdir()
     (tmp_path / "windows=001").mkdir()
@@ -309,7 +308,7 @@ def test_a_checkpoint_without_manifest_is_none(tmp_path: Path) -> None:
 
 
 def test_workers_belong_on_their_roles_nodes(tmp_path: Path) -> None:
-    """Wrong: the vertical models fill the foundation model's nodes."""
+    """Wrong: vertical models run on the foundation model's nodes."""
     config = small_config(
         tmp_path,
         "placed",

@@ -1,5 +1,5 @@
-"""Jobs on a stream whose labels come late: they wait for the release, the DAS does not, and
-corrections are learnt but not evaluated."""
+"""Jobs on a stream with late labels: they wait for the release, the DAS does not. Corrections are
+learned but not evaluated."""
 
 from __future__ import annotations
 
@@ -34,16 +34,18 @@ def late_config(
     name: str,
     arms: Sequence[str] = ("labels", "ah_sa"),
 ) -> Config:
-    """The tiny run with late labels: one hour to a window, so that the last conversions of window t
-    are awaited until t + 2."""
+    """The tiny run with late labels.
+
+    Windows take an hour, so the last conversions of window t arrive by the end of window t + 2.
+    """
     return small_config(folder, name, data=LATE, vm={"arms": arms})
 
 
-def test_the_das_is_ahead_of_the_labels_and_a_run_goes_on(
+def test_the_das_is_ahead_of_the_labels_and_a_run_resumes(
     tmp_path: Path, groups: dict[int, Workers]
 ) -> None:
     """Wrong: the DAS waits for labels, a job learns a window before its release, or a run that
-    waited has other figures than one that did not."""
+    waited has other figures than one that did not wait."""
     whole = late_config(tmp_path, "whole")
     run_locally(groups, whole)
     config = late_config(tmp_path, "waiting")
@@ -52,8 +54,8 @@ def test_the_das_is_ahead_of_the_labels_and_a_run_goes_on(
         release_folder(stream.root, window, "conversion") / "manifest.json" for window in (2, 3)
     ]
     hidden.append(stream.root / "manifest.json")
-    kept = [path.read_bytes() for path in hidden]
-    for path in hidden:  # as a followed stream stands before two deadlines
+    contents = [path.read_bytes() for path in hidden]
+    for path in hidden:  # the state of a followed stream before two deadlines
         path.unlink()
     run = PipelineRunner(config, stream)
     assert run.windows == [0, 1]
@@ -68,7 +70,7 @@ def test_the_das_is_ahead_of_the_labels_and_a_run_goes_on(
     )
     clicks = Job("vm-feed", config, config.vm.models[:1])
     assert run.learnable_windows(clicks, fm=False, das=False) == [0, 1, 2], (
-        "clicks are all there, supervision up to window 2"
+        "all clicks are known, and there is supervision up to window 2"
     )
     shared = PipelineRunner(late_config(tmp_path, "waiting", arms=["labels", "ah+share"]), stream)
     assert shared.learnable_windows(clicks, fm=True, das=True) == [0, 1], (
@@ -76,49 +78,43 @@ def test_the_das_is_ahead_of_the_labels_and_a_run_goes_on(
     )
     groups[1].run(train, job, [0, 1], None)
     assert SupervisionStore(config.folder / "supervision", "fm").has(2)
-    for path, content in zip(hidden, kept, strict=True):
+    for path, content in zip(hidden, contents, strict=True):
         path.write_bytes(content)
     run_locally(groups, config)
-    found = metrics(config)
+    actual = metrics(config)
     expected = metrics(whole)
-    assert found.keys() == expected.keys()
-    assert_close([found[key] for key in expected], list(expected.values()), 1e-6)
+    assert actual.keys() == expected.keys()
+    assert_close([actual[key] for key in expected], list(expected.values()), 1e-6)
 
 
-def test_corrections_are_learnt_and_not_evaluated(
+def test_corrections_are_learned_and_not_evaluated(
     tmp_path: Path, groups: dict[int, Workers]
 ) -> None:
-    """Wrong: corrections are left out of the learning, or change what a window's figures are
-    computed from."""
+    """Wrong: corrections are not learned, or a window's figures include them."""
     config = late_config(tmp_path, "run")
     run_locally(groups, config)
     stream = prepare_stream(config)
-    late = [
-        sum(
-            found.rows
-            for task in LATE["attribution_s"]
-            if (found := release(stream, w, task).corrections)
-        )
-        for w in range(WINDOWS)
-    ]
+    late = []
+    for window in range(WINDOWS):
+        releases = [release(stream, window, task) for task in LATE["attribution_s"]]
+        late.append(sum(r.corrections.rows for r in releases if r.corrections))
     assert sum(late) > 3
     spans = [
         line
         for line in read_jsonl(config.folder / "timeline.jsonl")
         if line["role"] == "fm" and line["phase"] == "learn"
     ]
-    assert [span["examples"] for span in spans] == [ROWS + more for more in late]
+    assert [span["examples"] for span in spans] == [ROWS + corrections for corrections in late]
     fm = [row for row in metrics(config).values() if row["role"] == "fm" and row["domain"] == "all"]
-    assert {row["examples"] for row in fm} == {ROWS} and all(
-        np.isfinite(row["ne"]) for row in fm if row["label_rate"]
-    )
+    assert {row["examples"] for row in fm} == {ROWS}
+    assert all(np.isfinite(row["ne"]) for row in fm if row["label_rate"])
 
 
-def test_goes_on_in_the_middle_of_a_window_with_corrections(
+def test_resumes_in_the_middle_of_a_window_with_corrections(
     tmp_path: Path, groups: dict[int, Workers]
 ) -> None:
-    """Wrong: a job that goes on between two batches meets the corrections at other places: it
-    learns some twice, others not at all."""
+    """Wrong: a job that resumes between two batches reads the corrections at other positions, so it
+    learns some twice and others never."""
     rows = {}
     for name in ("whole", "killed"):
         config = small_config(
@@ -131,11 +127,8 @@ def test_goes_on_in_the_middle_of_a_window_with_corrections(
     assert rows["whole"] == rows["killed"]
 
 
-def test_a_window_that_is_not_released_is_not_read(
-    tmp_path: Path, groups: dict[int, Workers]
-) -> None:
-    """Wrong: a job that is made to learn a window before its release goes on with labels that are
-    not known."""
+def test_an_unreleased_window_is_not_read(tmp_path: Path, groups: dict[int, Workers]) -> None:
+    """Wrong: a job that is forced to learn a window before its release uses unknown labels."""
     config = late_config(tmp_path, "early")
     stream = prepare_stream(config)
     (release_folder(stream.root, 1, "click") / "manifest.json").unlink()

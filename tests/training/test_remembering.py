@@ -1,5 +1,5 @@
-"""Arms with +history on whole runs: what reaches them, rules 1 and 2, any number of workers,
-resumption, mistakes."""
+"""Arms with +history on whole runs: their inputs, rules 1 and 2, any number of workers, resuming,
+user errors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def config_of(
 
 @pytest.fixture(scope="module")
 def whole(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Undisturbed runs on one worker, each done once."""
+    """Undisturbed runs on one worker, each run once."""
     folder = tmp_path_factory.mktemp("remembering")
 
     @cache
@@ -80,8 +80,8 @@ def test_history_reaches_its_arms_only(
     groups: dict[int, Workers],
     tmp_path: Path,
 ) -> None:
-    """Wrong: a plain arm reads the history, or one with +history does not; the model that is stored
-    is not the one that learnt."""
+    """Wrong: a plain arm reads the history, an arm with +history does not, or the stored model is
+    not the one that learned."""
     plain = small_config(tmp_path, "plain", vm={"arms": ["labels"]})
     run_locally(groups, plain)
     for key, row in metrics(plain).items():
@@ -107,7 +107,7 @@ def test_two_workers_equal_one(
     tmp_path: Path,
     variant: str,
 ) -> None:
-    """Wrong: a worker reads other rows' history."""
+    """Wrong: a worker reads the history of another worker's rows."""
     one = whole(variant)
     config = with_settings(one, {"run.dir": str(tmp_path), "vm.workers": 2, "fm.workers": 2})
     run_locally(groups, config)
@@ -119,14 +119,14 @@ def test_two_workers_equal_one(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_goes_on_after_a_kill(
+def test_resumes_after_a_kill(
     whole: Whole,
     groups: dict[int, Workers],
     tmp_path: Path,
     variant: str,
 ) -> None:
     """Wrong: a run killed between a window's figures and its checkpoint, or between two batches,
-    ends otherwise than an undisturbed one."""
+    has other results than an undisturbed one."""
     undisturbed = whole(variant)
     windows = list(range(WINDOWS))
     killed = with_settings(
@@ -147,13 +147,13 @@ def test_goes_on_after_a_kill(
 
 
 @pytest.mark.parametrize(("drift", "lag"), [("pinned", 1), ("aligned", 1), ("refreshed", 2)])
-def test_later_labels_change_nothing_that_is_given(
+def test_histories_do_not_depend_on_later_labels(
     groups: dict[int, Workers],
     tmp_path: Path,
     drift: str,
     lag: int,
 ) -> None:
-    """Wrong: what a vertical model reads of the past in a window depends on labels of that window
+    """Wrong: the history that a vertical model reads in a window depends on labels of that window
     or later ones (rule 2)."""
     changed_at = 2
     runs = [
@@ -165,9 +165,7 @@ def test_later_labels_change_nothing_that_is_given(
         rewrite(stream, window, flip_labels)
     for config in runs:
         run_locally(groups, config)
-    for window in range(
-        lag, WINDOWS
-    ):  # what lies in a window's folder is given from the next one on
+    for window in range(lag, WINDOWS):  # a window's folder is read from the next window on
         files = [
             sorted((c.folder / "history" / "fm" / window_name(window)).iterdir()) for c in runs
         ]
@@ -178,49 +176,52 @@ def test_later_labels_change_nothing_that_is_given(
             one.read_bytes() == other.read_bytes() for one, other in zip(*files, strict=True)
         )
         assert equal == (window < changed_at + lag or drift == "pinned"), window
-    told = [
+    both_metrics = [
         {k: r for k, r in metrics(c).items() if r["window"] <= changed_at and r["model"] == "feed"}
         for c in runs
     ]
-    for key in told[0]:  # mean prediction, in which the labels cancel out
-        means = [one[key]["calibration"] * one[key]["label_rate"] for one in told]
+    for key in both_metrics[0]:  # mean prediction, in which the labels cancel out
+        means = [rows[key]["calibration"] * rows[key]["label_rate"] for rows in both_metrics]
         np.testing.assert_allclose(means[1], means[0], rtol=1e-12, err_msg=str(key))
 
 
 @pytest.mark.parametrize(
-    ("history", "told"),
+    ("history", "message"),
     [
         (
             {"layer": "backbon"},
-            "'distillation.history.layer': the FM's network has no module 'backbon'. Did you mean 'backbone'",
+            "'distillation.history.layer': the FM's network has no module 'backbon'. "
+            "Did you mean 'backbone'",
         ),
         (
             {"key": "usr"},
-            "'distillation.history.key' is usr: name a single-valued feature: user, .*Did you mean 'user'",
+            "'distillation.history.key' is usr: name a single-valued feature: user, "
+            ".*Did you mean 'user'",
         ),
     ],
 )
-def test_what_a_snapshot_does_not_give_is_told_at_once(
+def test_missing_parts_of_a_snapshot_are_reported_at_once(
     base: Config,
     tmp_path: Path,
     history: dict[str, Any],
-    told: str,
+    message: str,
 ) -> None:
-    """Wrong: the mistake is found after hours, or never."""
-    with pytest.raises(UserError, match=told):
+    """Wrong: the error is reported after hours, or never."""
+    with pytest.raises(UserError, match=message):
         check_models(
             config_of(tmp_path, "wrong", history), EventStream.open(base.folder / "stream").schema
         )
 
 
-def test_a_module_that_puts_out_nothing_is_told_at_once(base: Config, tmp_path: Path) -> None:
-    """Wrong: a part of the FM's network that is never called, or does not speak of single examples,
-    is found out in the first window."""
+def test_a_module_without_output_is_reported_at_once(base: Config, tmp_path: Path) -> None:
+    """Wrong: a module of the FM that is never called, or has no output for each example, is
+    reported in the first window only."""
     fm = {"type": "masknet", "dim": 4, "blocks": 2, "block_width": 4, "mask_mlp": [4], "mlp": [4]}
     schema = EventStream.open(base.folder / "stream").schema
     with pytest.raises(
         UserError,
-        match=r"'distillation.history.layer' is backbone.blocks: this module .* puts out no numbers for each example",
+        match=r"'distillation.history.layer' is backbone.blocks: this module .* "
+        "puts out no numbers for each example",
     ):
         check_models(
             with_settings(
@@ -237,9 +238,11 @@ def test_a_module_that_puts_out_nothing_is_told_at_once(base: Config, tmp_path: 
 
 
 def evaluated(config: Config, folder: Path) -> dict[str, Any]:
-    """Probabilities of the trained lanes of `feed`, from the last checkpoint, on its rows of the
-    last window given the past up to the stream's end, as the DAS has it; the rows are left in
-    `folder`."""
+    """Probabilities of the trained models of `feed` on its rows of the last window.
+
+    The models are those of the last checkpoint; the history is that at the end of the stream.
+    The rows are written to `folder`.
+    """
     (job,) = vm_jobs(config)
     worker = Worker(job, None, None, torch.device("cpu"))
     job.checkpoints.load(job.checkpoints.latest(), worker.loop)
@@ -261,22 +264,22 @@ def served_inputs(
     rows: pa.Table,
     schema: Schema,
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """What a server asks with: the examples' own columns, and what the served files say of their
-    users, one after the other."""
-    told = read_json(served / "schema.json")["history"]
-    store = load_file(served / told["file"])
-    of = dict(zip(store["users"].tolist(), store["inputs"], strict=True))
+    """The inputs of a server: the examples' columns and their users' features from served files."""
+    schema_json = read_json(served / "schema.json")
+    history = schema_json["history"]
+    store = load_file(served / history["file"])
+    features_of = dict(zip(store["users"].tolist(), store["inputs"], strict=True))
     batch = to_batch(rows, schema)
     inputs = {
         name: getattr(batch, name).numpy()
         for name in ("sparse_BS", "dense_BD", "bag_values_V", "bag_lengths_MB")
     }
-    users = inputs["sparse_BS"][
-        :, [f["name"] for f in read_json(served / "schema.json")["sparse_BS"]].index(told["key"])
-    ]
-    past = np.stack([of.get(int(user), np.zeros(told["inputs"], np.float32)) for user in users])
-    assert past.any()
-    return inputs | {"dense_BD": np.concatenate([inputs["dense_BD"], past], axis=1)}
+    names = [feature["name"] for feature in schema_json["sparse_BS"]]
+    users = inputs["sparse_BS"][:, names.index(history["key"])]
+    unknown = np.zeros(history["inputs"], np.float32)
+    user_features = np.stack([features_of.get(int(user), unknown) for user in users])
+    assert user_features.any()
+    return inputs | {"dense_BD": np.concatenate([inputs["dense_BD"], user_features], axis=1)}
 
 
 def test_served_with_its_feature_store_it_predicts_as_trained(
@@ -284,22 +287,22 @@ def test_served_with_its_feature_store_it_predicts_as_trained(
     groups: dict[int, Workers],
     tmp_path: Path,
 ) -> None:
-    """Wrong: a server that looks users up in the served store predicts otherwise than the trained
-    model that is given their past."""
+    """Wrong: a server with the served feature store predicts other values than the trained model
+    with the same history."""
     (expected,) = groups[1].run(evaluated, base, tmp_path)
     stream = EventStream.open(base.folder / "stream")
     rows = pq.read_table(tmp_path / "rows.parquet")
     served = export_student(base.folder, "feed", "labels+history", tmp_path / "served")
-    (found,) = onnxruntime.InferenceSession(served / "model.onnx").run(
-        None, served_inputs(served, rows, stream.schema)
-    )
-    np.testing.assert_allclose(found, expected["feed-labels+history"], rtol=0, atol=1e-5)
-    assert np.abs(found - expected["feed-kd+share+history"]).max() > 1e-3, "or any student would do"
+    session = onnxruntime.InferenceSession(served / "model.onnx")
+    (predicted,) = session.run(None, served_inputs(served, rows, stream.schema))
+    np.testing.assert_allclose(predicted, expected["feed-labels+history"], rtol=0, atol=1e-5)
+    other = expected["feed-kd+share+history"]
+    assert np.abs(predicted - other).max() > 1e-3, "any student would pass"
 
 
-def test_a_delta_brings_the_changed_users(groups: dict[int, Workers], tmp_path: Path) -> None:
-    """Wrong: a server that takes deltas looks users up in another store than one that takes full
-    exports, or is sent all of it."""
+def test_a_delta_has_the_changed_users(groups: dict[int, Workers], tmp_path: Path) -> None:
+    """Wrong: a server that applies deltas has another store than one with full exports, or is sent
+    all of it."""
     model = {"name": "feed", "domain": "feed", "task": "click"}
     config = config_of(tmp_path, "run", vm={"arms": ["labels+history"], "models": [model]})
     windows = prepare_stream(config).windows()
@@ -326,7 +329,7 @@ def test_a_delta_brings_the_changed_users(groups: dict[int, Workers], tmp_path: 
 
 
 def test_a_model_without_its_feature_store_is_refused(base: Config, tmp_path: Path) -> None:
-    """Wrong: a served folder promises predictions for which it lacks inputs."""
+    """Wrong: a served folder misses inputs that its model needs."""
     folder = Path(
         shutil.copytree(
             base.folder / "exported" / "feed-labels+history",

@@ -1,4 +1,4 @@
-"""When rows were last used: against plain sets."""
+"""When table rows were last used, compared with plain sets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Ids = set[tuple[str, int]]
 
 
 def used(rows: pa.Table) -> Ids:
-    """(table, row) of all that the examples look up, one value at a time."""
+    """(table, row) of each row that the examples read, one value at a time."""
     ids_NS = list_values(rows["sparse"], len(SCHEMA.single))
     found = {(f.table or f.name, int(v)) for s, f in enumerate(SCHEMA.single) for v in ids_NS[:, s]}
     return found | {
@@ -27,7 +27,7 @@ def used(rows: pa.Table) -> Ids:
 
 
 def fragments(seed: int, sizes: list[int]) -> list[pa.Table]:
-    """A window: slices of filtered tables too, as the loop hands them on."""
+    """The fragments of a window: slices of filtered tables, as in the loop."""
     rows = make_rows(sum(sizes) + 5, seed)
     begins = np.cumsum([5, *sizes])
     return [
@@ -37,7 +37,7 @@ def fragments(seed: int, sizes: list[int]) -> list[pa.Table]:
 
 
 def flat(stale: dict[str, np.ndarray]) -> Ids:
-    """As a set; each row once, ascending."""
+    """The rows as a set; asserts that they are unique and ascending."""
     for rows in stale.values():
         assert rows.dtype == np.int64 and (np.diff(rows) > 0).all()
     return {(table, int(row)) for table, rows in stale.items() for row in rows}
@@ -50,7 +50,7 @@ def flat(stale: dict[str, np.ndarray]) -> Ids:
     st.integers(0, 99),
     st.integers(0, 8),
 )
-def test_stale_rows_are_those_out_of_use_for_so_long(
+def test_stale_rows_are_those_unused_for_the_given_windows(
     windows: list[list[int]],
     after: int,
     seed: int,
@@ -82,8 +82,8 @@ def test_stale_rows_are_those_out_of_use_for_so_long(
             usage.restore(state)
 
 
-def test_a_silence_resets_nothing() -> None:
-    """Wrong: a model whose domain is silent for some windows forgets all it has learnt."""
+def test_windows_without_examples_reset_nothing() -> None:
+    """Wrong: a model whose domain is silent for some windows loses all its rows."""
     usage = RowLastUse(SCHEMA, 1)
     usage.mark(make_rows(20, 0))
     assert usage.end_window() == {}

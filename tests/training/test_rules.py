@@ -1,5 +1,5 @@
-"""The rules of the loop on whole runs: evaluate before learning, a teacher that does not know the
-answer, once per example."""
+"""The rules of the loop on whole runs: evaluate before learning, no teacher that knows the labels,
+each example scored once."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ def runs(
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
 ) -> Runs:
-    """A run, and one on the stream in which all labels from window CHANGED on are the other way
-    round; fm_lag 1 and 2."""
+    """A run, and one on a stream with flipped labels from window CHANGED on; fm_lag 1 and 2."""
     folder = tmp_path_factory.mktemp("rules")
     config, changed = (
         small_config(folder, name, das={"fm_lag": request.param}) for name in ("as_is", "changed")
@@ -36,13 +35,13 @@ def runs(
     stream = prepare_stream(changed)
     for window in range(CHANGED, WINDOWS):
         rewrite(stream, window, flip_labels)
-    for one in (config, changed):
-        run_locally(groups, one)
+    run_locally(groups, config)
+    run_locally(groups, changed)
     return config, changed
 
 
 def mean_predictions(config: Config) -> dict[tuple[Any, ...], float | None]:
-    """Mean prediction of every row of metrics.jsonl: a figure in which the labels cancel out."""
+    """Mean prediction of every row of metrics.jsonl, in which the labels cancel out."""
     rows = metrics(config).items()
     return {
         key: row["calibration"] * row["label_rate"] if row["calibration"] is not None else None
@@ -51,7 +50,7 @@ def mean_predictions(config: Config) -> dict[tuple[Any, ...], float | None]:
 
 
 def test_evaluates_before_it_learns(runs: Runs) -> None:
-    """Wrong: a window's figures come from a model that has learnt something of it (rule 1)."""
+    """Wrong: a window's figures come from a model that has learned some of it (rule 1)."""
     as_is, changed = (mean_predictions(config) for config in runs)
     assert as_is.keys() == changed.keys()
     arms = {key[3] for key in as_is}
@@ -69,7 +68,7 @@ def test_evaluates_before_it_learns(runs: Runs) -> None:
     assert moved == arms, "the test has no power: these labels change no later prediction"
 
 
-def test_teacher_does_not_know_the_answer(runs: Runs) -> None:
+def test_the_teacher_does_not_know_the_labels(runs: Runs) -> None:
     """Wrong: a window's supervision depends on that window's labels (rule 2)."""
     lag = runs[0].das.fm_lag
     for window in range(lag, WINDOWS):
@@ -83,8 +82,8 @@ def test_teacher_does_not_know_the_answer(runs: Runs) -> None:
 
 
 def test_every_example_is_scored_once(runs: Runs, groups: dict[int, Workers]) -> None:
-    """Wrong: examples are missing in the supervision or twice in it, or a second pass scores again
-    (rule 3)."""
+    """Wrong: examples are missing from the supervision or are in it twice, or a second pass scores
+    again (rule 3)."""
     import pyarrow.parquet as pq
     from local_runs import score
 

@@ -1,4 +1,4 @@
-"""Passes over a static set: what is learnt, what chooses, when it stops."""
+"""Passes over a static set: what is learned, which pass is chosen, when training stops."""
 
 from __future__ import annotations
 
@@ -53,8 +53,10 @@ def static_config(
     name: str,
     **fm: Any,
 ) -> Config:
-    """Windows 0 and 1 of the tiny stream to learn, 2 to validate, 3 to test; dropout and moving
-    average on."""
+    """Learn windows 0 and 1 of the tiny stream, validate on 2, test on 3.
+
+    Dropout and the moving average are on.
+    """
     settings = {
         "model": MODEL,
         "optimizer": {"ema": 0.9},
@@ -70,7 +72,7 @@ def static_config(
 
 
 class DyingReport(LocalReport):
-    """Fails when the figures of pass `dies_at` are to be written."""
+    """Raises an error instead of writing the figures of pass `dies_at`."""
 
     dies_at: int = 0
 
@@ -85,7 +87,7 @@ def train(
     windows: list[int],
     dies_at: int,
 ) -> None:
-    """A worker's part of the job, from its latest checkpoint on."""
+    """Run a worker's part of the job from its latest checkpoint."""
     done = job.checkpoints.latest()
     report = DyingReport(job.config.folder / "metrics.jsonl", job.name)
     report.dies_at = dies_at
@@ -101,7 +103,7 @@ def run(
     config: Config,
     dies_at: int = 0,
 ) -> list[dict[str, Any]]:
-    """Train to the end; the rows of metrics.jsonl without their speed."""
+    """Train to the end; return the rows of metrics.jsonl without their speed."""
     stream = prepare_stream(config)
     groups[config.fm.workers].run(train, Job("fm", config), stream.windows(), dies_at)
     return [
@@ -115,7 +117,7 @@ def published(config: Config) -> SnapshotStore:
 
 
 def weights(config: Config) -> dict[str, torch.Tensor]:
-    """Of the one published snapshot."""
+    """The weights of the only published snapshot."""
     store = published(config)
     (version,) = store.versions()
     return store.load(version, EventStream.open(config.folder / "stream").schema.digest)[
@@ -131,7 +133,7 @@ def base(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_each_pass_is_evaluated_on_the_held_out_windows(base: Config) -> None:
-    """Wrong: a training window is evaluated, a pass leaves no figures, or a row lacks its pass."""
+    """Wrong: a training window is evaluated, a pass has no figures, or a row has no pass."""
     rows = read_metrics(base.folder / "metrics.jsonl")
     passes = Job("fm", base).checkpoints.latest().windows
     found = {(row["pass"], row["window"]) for row in rows}
@@ -143,8 +145,8 @@ def test_each_pass_is_evaluated_on_the_held_out_windows(base: Config) -> None:
 
 
 def test_the_best_pass_is_published_and_summed_up(base: Config) -> None:
-    """Wrong: the last pass is published in place of the best, or the summary gives another pass's
-    figures or raw weights' ones."""
+    """Wrong: the last pass is published instead of the best, or the summary has the figures of
+    another pass or of the raw weights."""
     rows = [row for row in read_metrics(base.folder / "metrics.jsonl") if row["domain"] == "all"]
     losses = {
         n: np.mean([r["log_loss"] for r in rows if (r["pass"], r["window"]) == (n, VALIDATION)])
@@ -179,8 +181,8 @@ def test_the_tests_choose_nothing(
     base: Config,
     tmp_path: Path,
 ) -> None:
-    """Wrong: the test window is learnt, or has a say in the best pass: flipping its labels would
-    change the weights."""
+    """Wrong: the test window is learned or influences the best pass, so flipping its labels changes
+    the weights."""
     config = static_config(tmp_path, "flipped")
     rewrite(prepare_stream(config), TEST, flip_labels)
     rows = run(groups, config)
@@ -193,17 +195,16 @@ def test_the_tests_choose_nothing(
         if row["window"] == TEST and row["domain"] == "all"
     ]
     after = [row for row in rows if row["window"] == TEST and row["domain"] == "all"]
-    assert all(
-        one["log_loss"] != other["log_loss"] for one, other in zip(before, after, strict=True)
-    )
+    pairs = zip(before, after, strict=True)
+    assert all(old["log_loss"] != new["log_loss"] for old, new in pairs)
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(
+def test_a_killed_run_resumes_as_if_undisturbed(
     groups: dict[int, Workers],
     base: Config,
     tmp_path: Path,
 ) -> None:
-    """Wrong: a resumed run learns a pass twice, or forgets the moving average, the dropout's random
+    """Wrong: a resumed run learns a pass twice, or loses the moving average, the dropout's random
     state or the best pass."""
     config = static_config(tmp_path, "killed")
     with pytest.raises(AssertionError, match="killed"):
@@ -226,16 +227,18 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
 
 
 def test_two_workers_make_the_same_choice(groups: dict[int, Workers], tmp_path: Path) -> None:
-    """Wrong: workers shuffle differently or disagree on when to stop. Without dropout, whose masks
-    follow the workers' rows."""
+    """Wrong: workers shuffle differently or disagree on when to stop.
+
+    Dropout is off because its masks depend on the workers' rows.
+    """
     model = MODEL | {"dropout": 0.0}
     found = []
     for workers in (1, 2):
         rows = run(
             groups, static_config(tmp_path, f"workers{workers}", workers=workers, model=model)
         )
-        # The first averages are near constant: rounding changes the order of logits, and with ten
-        # positives that moves auc
+        # The first averages are nearly constant. Rounding changes the order of logits, which moves
+        # AUC with only ten positives.
         found.append(
             [
                 {key: value for key, value in row.items() if key not in ("auc", "gauc")}
@@ -247,8 +250,8 @@ def test_two_workers_make_the_same_choice(groups: dict[int, Workers], tmp_path: 
 
 @pytest.mark.parametrize("monitor", ["auc", "log_loss"])
 def test_early_stopping(monitor: Any) -> None:
-    """Wrong: the direction of a figure is the wrong one, patience counts otherwise, or other
-    windows and domains have a say."""
+    """Wrong: the direction of a figure is reversed, patience is miscounted, or other windows and
+    domains have an influence."""
     stopping = EarlyStopping(
         StaticConfig(passes=9, patience=2, monitor=monitor, validation_window=1)
     )
@@ -268,8 +271,8 @@ def test_early_stopping(monitor: Any) -> None:
 
 
 def test_an_undefined_figure_is_worse_than_any() -> None:
-    """Wrong: a first pass without a figure, as of labels of one class, is the best for ever; or its
-    state does not survive a checkpoint."""
+    """Wrong: a first pass without a figure (labels of one class) stays the best, or its state does
+    not survive a checkpoint."""
     stopping = EarlyStopping(StaticConfig(passes=9, patience=3, monitor="auc", validation_window=1))
     improved = []
     for value in (None, None, 0.6, None, 0.5, 0.7):
@@ -283,13 +286,12 @@ def test_an_undefined_figure_is_worse_than_any() -> None:
     ) == (6, 0.7)
 
 
-def test_a_run_killed_in_its_first_pass_goes_on(
+def test_a_run_killed_in_its_first_pass_resumes(
     groups: dict[int, Workers],
     base: Config,
     tmp_path: Path,
 ) -> None:
-    """Wrong: the state of early stopping before any pass, in a checkpoint between two batches, is
-    none that can be compared."""
+    """Wrong: the state of early stopping before the first pass cannot be stored in a checkpoint."""
     config = with_settings(static_config(tmp_path, "killed"), {"checkpoint.every_examples": 500})
     with pytest.raises(AssertionError, match="killed"):
         run(groups, config, dies_at=1)
@@ -307,20 +309,20 @@ def test_a_run_killed_in_its_first_pass_goes_on(
 
 
 def train_and_leave(job: Job, windows: list[int]) -> None:
-    """Learn until the second last pass's snapshot is to be removed, and end before that."""
-    remove = Worker._remove_beaten
+    """Learn, and die instead of removing the snapshot of the second last pass."""
+    remove = Worker._remove_superseded
 
     def die(worker: Worker) -> None:
         if worker._stopping and worker._stopping.best == worker._stopping.config.passes:
             raise DiedError
         remove(worker)
 
-    Worker._remove_beaten = die  # type: ignore[method-assign]
+    Worker._remove_superseded = die  # type: ignore[method-assign]
     try:
         with suppress(DiedError):
             train(job, windows, 0)
     finally:
-        Worker._remove_beaten = remove  # type: ignore[method-assign]
+        Worker._remove_superseded = remove  # type: ignore[method-assign]
 
 
 def test_a_kill_leaves_no_worse_snapshot(
@@ -328,8 +330,8 @@ def test_a_kill_leaves_no_worse_snapshot(
     base: Config,
     tmp_path: Path,
 ) -> None:
-    """Wrong: a run killed between a pass's checkpoint and the removal of the snapshot that it beats
-    keeps both, and readers take the worse; or it counts as finished."""
+    """Wrong: a run killed between a pass's checkpoint and the removal of the superseded snapshot
+    keeps both, so readers load the worse one; or it counts as finished."""
     config = static_config(tmp_path, "killed")
     windows = prepare_stream(config).windows()
     groups[1].run(train_and_leave, Job("fm", config), windows)
@@ -341,7 +343,7 @@ def test_a_kill_leaves_no_worse_snapshot(
 
 
 def test_a_pass_learns_before_it_evaluates() -> None:
-    """Wrong: a held-out window is among those learnt."""
+    """Wrong: a held-out window is learned."""
     static = StaticSet(StaticConfig(validation_window=2), (0, 1, 2, 3))
     assert static.passes(5) == [
         WindowPass(0, "learn", 5),
@@ -352,34 +354,32 @@ def test_a_pass_learns_before_it_evaluates() -> None:
 
 
 def test_each_pass_has_its_own_order(base: Config) -> None:
-    """Wrong: rows are lost or doubled by the shuffle, all passes have one order, or evaluation is
+    """Wrong: the shuffle loses or doubles rows, all passes have the same order, or evaluation is
     shuffled."""
     root = base.folder / "stream"
     stream = EventStream.open(root)
     reader = ShuffledReader(root, seed=1)
 
-    def ids(work: WindowPass) -> list[int]:
-        return [
-            i
-            for fragment in reader.fragments(work)
-            for i in reader.read(work, fragment)["example_id"].to_pylist()
-        ]
+    def ids(window_pass: WindowPass) -> list[int]:
+        values: list[int] = []
+        for fragment in reader.fragments(window_pass):
+            values += reader.read(window_pass, fragment)["example_id"].to_pylist()
+        return values
 
-    straight = [
-        i
-        for fragment in stream.window(0).fragments
-        for i in stream.read(0, fragment)["example_id"].to_pylist()
-    ]
+    stream_order: list[int] = []
+    for fragment in stream.window(0).fragments:
+        stream_order += stream.read(0, fragment)["example_id"].to_pylist()
     first = ids(WindowPass(0, "learn", 1))
-    again = ids(WindowPass(0, "learn", 1))
+    repeated = ids(WindowPass(0, "learn", 1))
     second = ids(WindowPass(0, "learn", 2))
-    assert first == again != second and sorted(first) == sorted(second) == sorted(straight)
-    assert first != straight == ids(WindowPass(0, "evaluate", 1))
+    assert first == repeated != second
+    assert sorted(first) == sorted(second) == sorted(stream_order)
+    assert first != stream_order == ids(WindowPass(0, "evaluate", 1))
 
 
 def test_what_a_static_set_cannot_do_is_refused(base: Config, tmp_path: Path) -> None:
-    """Wrong: a run without time waits for a DAS for ever, or starts without a window to learn or to
-    validate."""
+    """Wrong: a run on a static set waits forever for a DAS, or starts without a window to learn or
+    to validate."""
     with pytest.raises(UserError, match="no DAS; run train-fm"):
         PipelineRunner(base, EventStream.open(base.folder / "stream")).execute(
             frozenset({Role.FM, Role.DAS})

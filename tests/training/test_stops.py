@@ -1,5 +1,4 @@
-"""Training that cannot go on: what it says on a full disk and when a model diverges, and what it
-leaves behind."""
+"""Training on a full disk and of a model that diverges: the error, and the files that are left."""
 
 from __future__ import annotations
 
@@ -30,16 +29,18 @@ def train_on_a_full_disk(
     whole: int,
     full: str,
 ) -> str:
-    """Learn `whole` windows, then let no file grow beyond 4 KB, or the next checkpoint's folder not
-    be made: the error."""
+    """Learn `whole` windows, then fill the disk; return the error.
+
+    No file may then grow beyond 4 KB, or the next checkpoint's folder cannot be created.
+    """
     worker = local_worker(job, windows)
     save = worker._save
     report = worker.loop.report
     assert report
 
-    def save_then_fill(mark: Cursor, window: int | None) -> None:
-        save(mark, window)
-        if mark.windows == whole:
+    def save_then_fill(cursor: Cursor, window: int | None) -> None:
+        save(cursor, window)
+        if cursor.windows == whole:
             worker.saver.finish()
             if full == "folder":
                 job.checkpoints.folder(Cursor(whole + 1)).touch()
@@ -50,7 +51,7 @@ def train_on_a_full_disk(
     if full != "metrics":
         report.metrics = report.timeline = lambda rows: None  # type: ignore[method-assign]
     if full == "checkpoint":
-        worker.publish = lambda version: None  # type: ignore[method-assign]
+        worker.publisher.publish = lambda version: None  # type: ignore[method-assign]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         worker.run(windows, job.checkpoints.latest())
@@ -91,16 +92,16 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     full: str,
     named: str,
 ) -> None:
-    """Wrong: a checkpoint that could not be written whole counts, pushes out the one before; or a
-    full disk ends in a traceback only."""
+    """Wrong: a half-written checkpoint counts or replaces the previous one, or a full disk ends in
+    a traceback only."""
     config = with_inputs(base, tmp_path, "run", vm={"models": []})
     job = Job("fm", config)
     windows = list(range(WINDOWS))
-    (told,) = groups[1].run(train_on_a_full_disk, job, windows, 2, full)
-    assert f"{named} could not be written (" in told and (
-        "[Errno " in told or "os error" in told
-    ), told
-    assert "; the last good checkpoint is" in told and "windows=002. Make room" in told
+    (message,) = groups[1].run(train_on_a_full_disk, job, windows, 2, full)
+    assert f"{named} could not be written (" in message
+    assert "[Errno " in message or "os error" in message, message
+    assert "; the last good checkpoint is" in message
+    assert "windows=002. Free disk space" in message
     assert job.checkpoints.latest() == Cursor(2)
     if full == "folder":
         job.checkpoints.folder(Cursor(3)).unlink()
@@ -123,36 +124,42 @@ def train_to_nan(
     what: str,
 ) -> str:
     """Spoil one worker's loss in batch 5 of a window, its logits, or at the window's end a weight
-    or its momentum; the error."""
+    or its momentum; return the error."""
     worker = Worker(job, None, None, torch.device("cpu"))
     worker.loop.client = LocalClient(
         worker.loop.reader, job.passes(windows, job.checkpoints.latest())
     )  # type: ignore[assignment]
-    between = worker._between
+    on_batch_end = worker._on_batch_end
     run = worker.loop.run
-    (lane,) = worker.loop.lanes
-    predict = lane.engine.predict
-    mine = torch.distributed.get_rank() == rank
+    (trainer,) = worker.loop.trainers
+    predict = trainer.engine.predict
+    is_spoiled = torch.distributed.get_rank() == rank
     worker.loop.report = InMemoryReport()
 
-    def spoil(
-        work: Any,
-        under: Any,
+    def infinite(batch: Any) -> torch.Tensor:
+        return torch.full_like(predict(batch), float("inf"))
+
+    def spoil_batch(
+        window_pass: Any,
+        progress: Any,
         group: int,
     ) -> None:
-        if (work.window, under.batches - 1) == (window, 5) and mine and what == "loss":
-            lane.losses[-1].fill_(float("nan"))
-        between(work, under, group)
+        step = (window_pass.window, progress.batches - 1)
+        if step == (window, 5) and is_spoiled and what == "loss":
+            trainer.losses[-1].fill_(float("nan"))
+        on_batch_end(window_pass, progress, group)
 
     def spoil_window(number: int) -> None:
         if number == window and what == "logits":
-            lane.engine.predict = lambda batch: torch.full_like(predict(batch), float("inf"))  # type: ignore[method-assign]
+            trainer.engine.predict = infinite  # type: ignore[method-assign]
         run(number)
-        if number == window and mine and what in ("weight", "momentum"):
-            shard = next(lane.engine.tables.shards())
-            (shard.weight_RW if what == "weight" else shard.momentum_R).view(-1)[0] = float("inf")
+        if number == window and is_spoiled and what in ("weight", "momentum"):
+            shard = next(trainer.engine.tables.shards())
+            tensor = shard.weight_RW if what == "weight" else shard.momentum_R
+            tensor.view(-1)[0] = float("inf")
 
-    worker._between, worker.loop.run = spoil, spoil_window  # type: ignore[method-assign]
+    worker._on_batch_end = spoil_batch  # type: ignore[method-assign]
+    worker.loop.run = spoil_window  # type: ignore[method-assign]
     try:
         worker.run(windows, job.checkpoints.latest())
     except UserError as error:
@@ -166,27 +173,32 @@ def train_to_nan(
         (
             1,
             "loss",
-            "window 2, batch 5: the loss of 'fm' is not a number, training stops; the last good checkpoint is",
+            "window 2, batch 5: the loss of 'fm' is not a number, training stops; "
+            "the last good checkpoint is",
         ),
         (
             2,
             "loss",
-            "window 2, batch 5: the loss of 'fm' is not a number, training stops; the last good checkpoint is",
+            "window 2, batch 5: the loss of 'fm' is not a number, training stops; "
+            "the last good checkpoint is",
         ),
         (
             1,
             "weight",
-            "window 2: 'user@0' of 'fm' is not finite, the model has diverged, so it is not stored; the last good checkpoint is",
+            "window 2: 'user@0' of 'fm' is not finite, the model has diverged, "
+            "so it is not stored; the last good checkpoint is",
         ),
         (
             2,
             "weight",
-            "of 'fm' is not finite, the model has diverged, so it is not stored; the last good checkpoint is",
+            "of 'fm' is not finite, the model has diverged, "
+            "so it is not stored; the last good checkpoint is",
         ),
         (
             1,
             "momentum",
-            "windows=003: 'lanes/fm/tables/user/momentum@0' is not finite, the model has diverged, so this checkpoint is not written",
+            "windows=003: 'lanes/fm/tables/user/momentum@0' is not finite, "
+            "the model has diverged, so this checkpoint is not written",
         ),
     ],
     ids=["loss", "loss of two", "weight", "weight of two", "momentum"],
@@ -199,33 +211,33 @@ def test_nan_stops_and_keeps_the_last_good_state(
     what: str,
     named: str,
 ) -> None:
-    """Wrong: training goes on with NaN, does not say where it began, or a state with NaN is
-    published or becomes the newest checkpoint."""
+    """Wrong: training goes on with NaN, the error does not name the first batch, or a state with
+    NaN is published or becomes the newest checkpoint."""
     config = with_inputs(base, tmp_path, "run", fm={"workers": workers}, vm={"models": []})
     job = Job("fm", config)
-    for told in groups[workers].run(train_to_nan, job, list(range(WINDOWS)), 2, workers - 1, what):
-        assert named in told, told
-        assert "windows=002. Lower " in told and told.endswith(
-            "learning rates under another --name"
-        )
+    windows = list(range(WINDOWS))
+    for message in groups[workers].run(train_to_nan, job, windows, 2, workers - 1, what):
+        assert named in message, message
+        assert "windows=002. Lower " in message
+        assert message.endswith("learning rates under another --name")
     assert job.checkpoints.latest() == Cursor(2)
     assert SnapshotStore.from_config(config).versions() == (
         [1, 2, 3] if what == "momentum" else [1, 2]
     )
 
 
-def test_infinite_logits_are_told(
+def test_infinite_logits_are_reported(
     groups: dict[int, Workers],
     base: Config,
     tmp_path: Path,
 ) -> None:
-    """Wrong: a model that says infinity ends in a traceback, because its figures are no JSON."""
+    """Wrong: a model that predicts infinity ends in a traceback, because its figures are no
+    JSON."""
     config = with_inputs(base, tmp_path, "run", vm={"models": []})
-    (told,) = groups[1].run(train_to_nan, Job("fm", config), list(range(WINDOWS)), 1, 0, "logits")
-    assert (
-        told.startswith("window 1, evaluation of 'fm' on all, ")
-        and "900 of 900 logits are not finite: the model has diverged" in told
-    )
+    windows = list(range(WINDOWS))
+    (message,) = groups[1].run(train_to_nan, Job("fm", config), windows, 1, 0, "logits")
+    assert message.startswith("window 1, evaluation of 'fm' on all, ")
+    assert "900 of 900 logits are not finite: the model has diverged" in message
 
 
 def test_nan_does_not_overwrite_an_export(
@@ -233,18 +245,15 @@ def test_nan_does_not_overwrite_an_export(
     base: Config,
     tmp_path: Path,
 ) -> None:
-    """Wrong: a followed stream's export gives way to one that no request can be scored with."""
+    """Wrong: the export of a followed stream is replaced by one with NaN."""
     vm = {"arms": ["labels"], "models": [base.vm.models[0].model_dump(mode="json")]}
     config = with_inputs(base, tmp_path, "run", vm=vm)
     (job,) = vm_jobs(config)
     groups[1].run(train, job, [0, 1], None)
     before = files(config, "exported")
-    (told,) = groups[1].run(train_to_nan, job, [0, 1, 2], 2, 0, "weight")
-    assert (
-        told.startswith("window 2: 'user@0' of 'feed-labels' is not finite")
-        and "windows=002. Lower vm.optimizer's" in told
-    )
-    assert (
-        files(config, "exported") == before
-        and load_model(config.folder / "exported" / "feed-labels")[1].facts["windows"] == 2
-    )
+    (message,) = groups[1].run(train_to_nan, job, [0, 1, 2], 2, 0, "weight")
+    assert message.startswith("window 2: 'user@0' of 'feed-labels' is not finite")
+    assert "windows=002. Lower vm.optimizer's" in message
+    assert files(config, "exported") == before
+    _, manifest = load_model(config.folder / "exported" / "feed-labels")
+    assert manifest.facts["windows"] == 2

@@ -1,4 +1,4 @@
-"""Training that is ended anywhere and goes on: to the bit, with other numbers of workers, past
+"""Training that is killed anywhere and resumes: bit for bit, with other numbers of workers, past
 damaged checkpoints."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from local_runs import DiedError, files, train, with_inputs
 from small_runs import WINDOWS, assert_close, metrics, small_config
 from workers import Workers
 
-import exfm_ray.training.worker as worker_module
+import exfm_ray.training.publisher as publisher_module
 from exfm_ray.config.root import Config
 from exfm_ray.models.serialization import load_model
 from exfm_ray.pipeline.schedule import vm_jobs
@@ -22,35 +22,39 @@ from exfm_ray.training.job import Job
 
 EVERY = {"checkpoint": {"every_examples": 150}}  # batches are of 64, so every third one
 WORKERS_TOLERANCE = 1e-3
-"""That of test_jobs.py: sums over two workers are rounded otherwise, and the optimizers carry it
-on."""
+"""As in test_jobs.py: sums over two workers are rounded differently, and the optimizers carry the
+difference on."""
 
 
-def kill_and_go_on(
+def kill_and_resume(
     groups: dict[int, Workers],
     config: Config,
     job: Job,
 ) -> list[Cursor]:
-    """Kill a job inside windows, where there is a checkpoint and where there is none, and before a
-    window's checkpoint; let it end."""
-    marks = []
+    """Kill a job inside windows, with and without a checkpoint there, and before a window's
+    checkpoint; then let it end.
+
+    Returns:
+        How far the job was at its newest checkpoint after each kill.
+    """
+    cursors = []
     for window, batches in ((0, 2), (1, 3), (1, 7), (1, None), (2, 5), (3, 1)):
         groups[job.trainer.workers].run(train, job, list(range(WINDOWS)), window, batches)
-        marks.append(job.checkpoints.latest())
+        cursors.append(job.checkpoints.latest())
     groups[job.trainer.workers].run(train, job, list(range(WINDOWS)), None)
-    return marks
+    return cursors
 
 
 @pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
-def test_the_fm_goes_on_inside_a_window_to_the_bit(
+def test_the_fm_resumes_inside_a_window_bit_for_bit(
     groups: dict[int, Workers],
     base: Config,
     tmp_path: Path,
     workers: int,
     stage: int,
 ) -> None:
-    """Wrong: a checkpoint inside a window lacks something, an example is learnt twice or not at
-    all, a row of metrics is lost or doubled."""
+    """Wrong: a checkpoint inside a window is not the whole state, an example is learned twice or
+    never, or a row of metrics is lost or doubled."""
     fm = {
         "workers": workers,
         "zero_stage": stage,
@@ -61,8 +65,8 @@ def test_the_fm_goes_on_inside_a_window_to_the_bit(
         with_inputs(base, tmp_path, name, fm=fm, **EVERY) for name in ("whole", "killed")
     )
     groups[workers].run(train, Job("fm", whole), list(range(WINDOWS)), None)
-    marks = kill_and_go_on(groups, killed, Job("fm", killed))
-    assert marks == [
+    cursors = kill_and_resume(groups, killed, Job("fm", killed))
+    assert cursors == [
         Cursor(0),
         Cursor(1, 192, 1),
         Cursor(1, 384, 1),
@@ -79,7 +83,7 @@ def test_the_fm_goes_on_inside_a_window_to_the_bit(
     }
 
 
-def test_every_arm_of_a_vm_goes_on_inside_a_window_to_the_bit(
+def test_every_arm_of_a_vm_resumes_inside_a_window_bit_for_bit(
     groups: dict[int, Workers],
     base: Config,
     tmp_path: Path,
@@ -92,7 +96,7 @@ def test_every_arm_of_a_vm_goes_on_inside_a_window_to_the_bit(
     )
     (job,), (other,) = vm_jobs(whole), vm_jobs(killed)
     groups[2].run(train, job, list(range(WINDOWS)), None)
-    kill_and_go_on(groups, killed, other)
+    kill_and_resume(groups, killed, other)
     assert metrics(killed) == metrics(whole)
     assert files(killed, "exported") == files(whole, "exported") and len(
         files(whole, "exported")
@@ -100,14 +104,13 @@ def test_every_arm_of_a_vm_goes_on_inside_a_window_to_the_bit(
 
 
 @pytest.mark.parametrize("workers", [(1, 2), (2, 1)])
-def test_goes_on_with_another_number_of_workers(
+def test_resumes_with_another_number_of_workers(
     groups: dict[int, Workers],
     base: Config,
     tmp_path: Path,
     workers: tuple[int, int],
 ) -> None:
-    """Wrong: tables or ZeRO's partitions are put together wrongly, or the place in the data is
-    another one."""
+    """Wrong: tables or ZeRO's partitions are joined wrongly, or the job resumes elsewhere."""
     for number, (count, stage) in enumerate(zip(workers, (3, 1), strict=True)):
         trainer = {
             "workers": count,
@@ -132,26 +135,25 @@ def test_goes_on_with_another_number_of_workers(
     )
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(
     groups: dict[int, Workers],
     base: Config,
     tmp_path: Path,
 ) -> None:
-    """Wrong: a changed, cut or missing file of a checkpoint is read, or ends the run; or the damage
-    is not told."""
+    """Wrong: a changed, cut or missing file of a checkpoint is read or ends the run, or the damage
+    is not reported."""
     config = with_inputs(base, tmp_path, "run", checkpoint={"keep": 4})
     job = Job("fm", config)
     groups[1].run(train, job, list(range(WINDOWS)), None)
     names = ["windows=004", "windows=003", "windows=002"]
     for name, damage in zip(names, (flip, cut, os.remove), strict=True):
         damage(job.checkpoints.root / name / "state.rank0000.safetensors")
-    told = list(job.checkpoints.set_aside_damaged())
-    assert len(told) == 3 and job.checkpoints.latest() == Cursor(1)
-    assert (
-        "windows=004 is damaged (state.rank0000.safetensors is not the file that manifest.json describes)"
-        in told[0]
-    )
-    assert "is missing); the one before, windows=001, is gone on from" in told[2]
+    messages = list(job.checkpoints.set_aside_damaged())
+    assert len(messages) == 3
+    assert job.checkpoints.latest() == Cursor(1)
+    damage = "state.rank0000.safetensors is not the file that manifest.json describes"
+    assert f"windows=004 is damaged ({damage})" in messages[0]
+    assert "is missing); training resumes from windows=001" in messages[2]
     assert list(job.checkpoints.set_aside_damaged()) == []
     (config.folder / "metrics.jsonl").unlink()
     groups[1].run(train, job, list(range(WINDOWS)), None)
@@ -175,26 +177,26 @@ def cut(path: Path) -> None:
 
 
 def die_in_commit(job: Job, windows: list[int]) -> None:
-    """Train until the first model is to be committed."""
+    """Train, and die instead of committing the first model."""
 
     def die(*_: Any) -> None:
         raise DiedError
 
-    commit = worker_module.commit_model
-    worker_module.commit_model = die
+    commit = publisher_module.commit_model
+    publisher_module.commit_model = die
     try:
         train(job, windows, None)
     finally:
-        worker_module.commit_model = commit
+        publisher_module.commit_model = commit
 
 
-def test_fewer_workers_publish_over_what_more_have_left(
+def test_fewer_workers_publish_over_the_files_of_more(
     groups: dict[int, Workers],
     base: Config,
     tmp_path: Path,
 ) -> None:
-    """Wrong: files of a worker that is gone are taken into the next snapshot of the same version,
-    which nobody can load; or the manifest of the one before stands while its files are replaced."""
+    """Wrong: files of a former worker get into the next snapshot of the same version, which cannot
+    be loaded; or the old manifest stays while its files are replaced."""
     changes: dict[str, Any] = {"vm": {"arms": ["labels+share"]}}
     config = with_inputs(base, tmp_path, "run", fm={"workers": 2}, **changes)
     windows = list(range(WINDOWS))
@@ -212,12 +214,12 @@ def test_fewer_workers_publish_over_what_more_have_left(
     ]
 
 
-def test_fewer_workers_export_over_what_more_have_left(
+def test_fewer_workers_export_over_the_files_of_more(
     groups: dict[int, Workers],
     base: Config,
     tmp_path: Path,
 ) -> None:
-    """Wrong: as above, of what is served, when a followed stream has more windows and the job fewer
+    """Wrong: as above, for an export, when a followed stream has more windows and the job has fewer
     workers than before."""
     vm = {"arms": ["labels"], "models": [base.vm.models[0].model_dump(mode="json")]}
     config = with_inputs(base, tmp_path, "run", vm={**vm, "workers": 2})

@@ -1,5 +1,5 @@
-"""Arms with +share, on whole runs: what their tables hold when a window is evaluated, rules 1 and
-2, resumption, what is served."""
+"""Arms with +share on whole runs: their tables when a window is evaluated, rules 1 and 2, resuming,
+what is served."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def config_of(
 
 @pytest.fixture(scope="module")
 def whole(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Undisturbed runs on one worker, each done once."""
+    """Undisturbed runs on one worker, each run once."""
     folder = tmp_path_factory.mktemp("sharing")
 
     @cache
@@ -80,13 +80,12 @@ def whole(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def base(whole: Whole) -> Config:
-    """All settings at rest."""
+    """The run with default settings."""
     return whole("replace")
 
 
 def tables_at(job: Job, windows: list[int]) -> list[dict[str, Any]]:
-    """This worker's shards of every lane when each window is evaluated, before and after rows are
-    given."""
+    """This worker's shards of every trainer before and after rows are written for a window."""
     worker = Worker(
         job, None, LocalReport(job.config.folder / "other.jsonl", job.name), torch.device("cpu")
     )
@@ -95,9 +94,9 @@ def tables_at(job: Job, windows: list[int]) -> list[dict[str, Any]]:
 
     def shards() -> dict[str, Any]:
         return {
-            f"{lane.name}/{s.table}@{s.first_row}": s.weight_RW.numpy().copy()
-            for lane in worker.loop.lanes
-            for s in lane.engine.tables.shards()
+            f"{trainer.name}/{shard.table}@{shard.first_row}": shard.weight_RW.numpy().copy()
+            for trainer in worker.loop.trainers
+            for shard in trainer.engine.tables.shards()
         }
 
     for group in worker.loop.groups:
@@ -144,7 +143,7 @@ def test_tables_hold_the_snapshots_rows_when_a_window_is_evaluated(
     sharding: str,
 ) -> None:
     """Wrong: a window is evaluated without the rows of the snapshot that supervises it; rows of
-    other ids or of arms that share nothing change; a worker takes another one's rows."""
+    other ids or of arms that share nothing change; a worker writes another worker's rows."""
     config = config_of(base.run.dir, base.name, vm={"workers": workers, "sharding": sharding})
     (job,) = vm_jobs(config)
     domains = [student.domain for student in config.vm.models]
@@ -161,17 +160,16 @@ def test_tables_hold_the_snapshots_rows_when_a_window_is_evaluated(
                 else {}
             )
             for key, after in at["after"].items():
-                lane, _, place = key.partition("/")
-                table, _, first = place.partition("@")
+                trainer, _, shard = key.partition("/")
+                table, _, first = shard.partition("@")
                 expected = at["before"][key].copy()
-                own = (
-                    [i for i in ids[table] if int(first) <= i < int(first) + len(after)]
-                    if lane.startswith(f"{student.name}-")
-                    else []
-                )
-                if lane.endswith("+share") and teacher and own:
-                    expected[np.array(own) - int(first)] = teacher[table].numpy()[own]
-                    written += len(own)
+                start = int(first)
+                local_ids: list[int] = []
+                if trainer.startswith(f"{student.name}-"):
+                    local_ids = [i for i in ids[table] if start <= i < start + len(after)]
+                if trainer.endswith("+share") and teacher and local_ids:
+                    expected[np.array(local_ids) - start] = teacher[table].numpy()[local_ids]
+                    written += len(local_ids)
                 np.testing.assert_array_equal(after, expected, err_msg=key)
     assert written > 1000
 
@@ -182,21 +180,20 @@ def moved_by_a_step(config: Config) -> dict[str, float]:
     group = build_groups(
         Job("vm", config, config.vm.models[:1]), stream.schema, torch.device("cpu")
     )[0]
-    held = {
-        str(lane.arm): {s.table: s.weight_RW for s in lane.engine.tables.shards()}["ad"]
-        for lane in group.lanes
-    }
-    before = {arm: weight_RW.clone() for arm, weight_RW in held.items()}
+    weights = {}
+    for trainer in group.trainers:
+        tables = {shard.table: shard.weight_RW for shard in trainer.engine.tables.shards()}
+        weights[str(trainer.arm)] = tables["ad"]
+    before = {arm: weight_RW.clone() for arm, weight_RW in weights.items()}
     rows = stream.read(0, stream.window(0).fragments[0])
-    group.learn(
-        rows.filter(pc.equal(rows["domain"], stream.schema.domain_index("feed"))).slice(0, 32)
-    )
-    return {arm: float((weight_RW - before[arm]).norm()) for arm, weight_RW in held.items()}
+    feed_rows = rows.filter(pc.equal(rows["domain"], stream.schema.domain_index("feed")))
+    group.learn(feed_rows.slice(0, 32))
+    return {arm: float((weight_RW - before[arm]).norm()) for arm, weight_RW in weights.items()}
 
 
-def test_given_tables_learn_at_their_own_rate(base: Config, groups: dict[int, Workers]) -> None:
-    """Wrong: rows that the teacher has learnt are trained as hard as fresh ones, which undoes them;
-    or plain arms learn at that rate."""
+def test_shared_tables_learn_at_their_own_rate(base: Config, groups: dict[int, Workers]) -> None:
+    """Wrong: the teacher's rows are trained at the rate of fresh ones, which undoes them; or plain
+    arms learn at the rate of shared tables."""
     config = with_settings(
         base,
         {
@@ -206,8 +203,8 @@ def test_given_tables_learn_at_their_own_rate(base: Config, groups: dict[int, Wo
         },
     )
     (moved,) = groups[1].run(moved_by_a_step, config)
-    # the first step of Adagrad moves each row by the rate, whatever its gradient; the two lanes'
-    # first gradients are the same
+    # The first step of Adagrad moves each row by the rate, whatever its gradient; the first
+    # gradients of both arms are equal.
     assert moved["labels"] > 0.05
     assert moved["labels+share"] / moved["labels"] == pytest.approx(0.0004 / 0.05, rel=1e-3)
 
@@ -219,11 +216,11 @@ def test_two_workers_equal_one(
     tmp_path: Path,
     variant: str,
 ) -> None:
-    """Wrong: the number of workers changes what is given, with which optimizer state, how it is
-    projected or what counts as unseen."""
+    """Wrong: the number of workers changes the written rows, their optimizer state, their
+    projection or which rows count as unseen."""
     one = whole(variant)
-    # of few rows some principal directions are anybody's, and the last bits of an FM on two workers
-    # decide which are taken
+    # With few rows some principal directions are arbitrary, and the last bits of an FM on two
+    # workers decide them.
     config = with_settings(
         one,
         {"run.dir": str(tmp_path), "vm.workers": 2, "fm.workers": 1 if variant == "wide" else 2},
@@ -242,8 +239,8 @@ def test_sharing_reaches_its_arms_only(
     groups: dict[int, Workers],
     tmp_path: Path,
 ) -> None:
-    """Wrong: rows are given to a plain arm, or not to one with +share; the snapshot that a row of
-    metrics names is another one."""
+    """Wrong: rows are written into a plain arm, or not into one with +share; or a row of metrics
+    names another snapshot."""
     plain = small_config(tmp_path, "plain", vm={"arms": ["labels"]})
     run_locally(groups, plain)
     for key, row in metrics(plain).items():
@@ -265,14 +262,14 @@ def test_sharing_reaches_its_arms_only(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_goes_on_after_a_kill(
+def test_resumes_after_a_kill(
     whole: Whole,
     groups: dict[int, Workers],
     tmp_path: Path,
     variant: str,
 ) -> None:
     """Wrong: a run killed between a window's figures and its checkpoint, or between two batches,
-    ends otherwise than an undisturbed one."""
+    has other results than an undisturbed one."""
     undisturbed = whole(variant)
     killed = with_settings(
         undisturbed, {"run.dir": str(tmp_path), "checkpoint.every_examples": 150}
@@ -297,8 +294,7 @@ def test_goes_on_after_a_kill(
 
 
 def test_a_followed_run_equals_a_whole_one(groups: dict[int, Workers], tmp_path: Path) -> None:
-    """Wrong: rows that are moved for an export stay so in the model that learns on when the stream
-    has more windows."""
+    """Wrong: rows that are written for an export stay in the model that learns further windows."""
     whole, followed = (
         config_of(tmp_path, name, {"mode": "average"}, vm={"arms": ["kd+share"]})
         for name in ("whole", "followed")
@@ -309,8 +305,8 @@ def test_a_followed_run_equals_a_whole_one(groups: dict[int, Workers], tmp_path:
     groups[1].run(train, Job("fm", followed), windows, None)
     groups[1].run(score, followed)
     (job,) = vm_jobs(followed)
-    for there in (1, 2, WINDOWS):
-        groups[1].run(train, job, windows[:there], None)
+    for available in (1, 2, WINDOWS):
+        groups[1].run(train, job, windows[:available], None)
     assert metrics(followed) == metrics(whole)
     for file in sorted((whole.folder / "exported").rglob("*.safetensors")):
         assert (
@@ -319,13 +315,13 @@ def test_a_followed_run_equals_a_whole_one(groups: dict[int, Workers], tmp_path:
 
 
 @pytest.mark.parametrize("lag", [1, 2])
-def test_later_labels_change_nothing_that_is_given(
+def test_shared_rows_do_not_depend_on_later_labels(
     groups: dict[int, Workers],
     tmp_path: Path,
     lag: int,
 ) -> None:
-    """Wrong: rows that a vertical model is given for a window depend on labels of that window or
-    later ones (rule 2)."""
+    """Wrong: the teacher's rows for a window depend on labels of that window or later ones (rule
+    2)."""
     changed_at = 2
     as_is, changed = (
         config_of(tmp_path, name, das={"fm_lag": lag}) for name in ("as_is", "changed")
@@ -347,18 +343,18 @@ def test_later_labels_change_nothing_that_is_given(
         ]
         equal = [one.read_bytes() == other.read_bytes() for one, other in zip(*files, strict=True)]
         assert all(equal) if window < changed_at + lag else not any(equal), window
-    told = [
+    both_metrics = [
         {k: r for k, r in metrics(c).items() if r["window"] <= changed_at and r["model"] == "feed"}
         for c in (as_is, changed)
     ]
-    for key, row in told[0].items():  # mean prediction, in which the labels cancel out
-        means = [one[key]["calibration"] * one[key]["label_rate"] for one in told]
+    for key, row in both_metrics[0].items():  # mean prediction, in which the labels cancel out
+        means = [rows[key]["calibration"] * rows[key]["label_rate"] for rows in both_metrics]
         np.testing.assert_allclose(means[1], means[0], rtol=1e-12, err_msg=str((key, row)))
 
 
-def test_what_is_served_holds_the_newest_rows(base: Config) -> None:
-    """Wrong: a student is served with rows older than those that its figures promise, or one that
-    shares nothing is given some."""
+def test_served_models_hold_the_newest_rows(base: Config) -> None:
+    """Wrong: a student is served with older rows than those of its figures, or one that shares
+    nothing has the teacher's rows."""
     teacher = load_model(base.folder / "snapshots" / "fm" / f"version={WINDOWS:03d}")[
         0
     ].tables.tables()
@@ -420,7 +416,7 @@ def test_modes_differ(
 
 
 def test_rows_of_another_width_are_projected(whole: Whole) -> None:
-    """Wrong: rows of 8 numbers are cut or misplaced in tables of 4; each map is not the FM's own
+    """Wrong: rows of 8 numbers are cut or misplaced in tables of 4, or a map does not have the FM's
     principal directions."""
     config = whole("wide")
     teacher = load_model(config.folder / "snapshots" / "fm" / f"version={WINDOWS:03d}")[
@@ -429,21 +425,20 @@ def test_rows_of_another_width_are_projected(whole: Whole) -> None:
     first = load_model(config.folder / "snapshots" / "fm" / "version=001")[0].tables.tables()
     served = load_model(config.folder / "exported" / "feed-labels+share")[0].tables.tables()
     for name, ids in ids_of(config, 1, "feed").items():
-        if len(ids) <= 8:  # of so few rows some directions are anybody's
+        if len(ids) <= 8:  # with so few rows some directions are arbitrary
             continue
         _, _, vt = np.linalg.svd(
             first[name].numpy()[sorted(ids)].astype(np.float64), full_matrices=True
         )
         low = vt[:4].T * np.sign(vt[:4].T[np.abs(vt[:4]).argmax(1), range(4)])
-        # float32 rows; where two singular values are near each other the eigenvectors are less
-        # certain
+        # float32 rows; eigenvectors are less certain if two singular values are close
         np.testing.assert_allclose(
             served[name].numpy(), teacher[name].numpy() @ low, rtol=1e-3, atol=1e-4, err_msg=name
         )
 
 
-def test_rows_are_not_projected_unasked(whole: Whole) -> None:
-    """Wrong: rows of a teacher whose snapshots came after the config was checked are mixed though
+def test_rows_are_not_projected_without_the_setting(whole: Whole) -> None:
+    """Wrong: rows of a teacher that published after the config was checked are projected, although
     projection is none."""
     config = with_settings(whole("wide"), {"distillation.share.projection": "none"})
     sharing = TableSharing.from_config(
@@ -453,19 +448,20 @@ def test_rows_are_not_projected_unasked(whole: Whole) -> None:
     for rows in (lambda: sharing.rows(1), lambda: list(sharing.rows_after(1))):
         with pytest.raises(
             UserError,
-            match="'feed' shares table '.*', whose rows have 8 numbers in the FM and 4 in the student; set .*=principal",
+            match="'feed' shares table '.*', whose rows have 8 numbers in the FM and 4 in the "
+            "student; set .*=principal",
         ):
             rows()
 
 
 def test_principal_map_to_greater_width_fills_up() -> None:
-    """Wrong: rows are mixed where there is room for all of them."""
+    """Wrong: rows are mixed although they fit."""
     rows = torch.randn(5, 3)
     assert torch.equal(rows @ principal_map(rows, 5), torch.nn.functional.pad(rows, (0, 2)))
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (
             {"share": {"tables": ["usr"]}},
@@ -482,16 +478,16 @@ def test_principal_map_to_greater_width_fills_up() -> None:
         ),
     ],
 )
-def test_what_cannot_be_shared_is_told_at_once(
+def test_tables_that_cannot_be_shared_are_reported_at_once(
     base: Config,
     tmp_path: Path,
     changes: dict[str, Any],
-    told: str,
+    message: str,
 ) -> None:
-    """Wrong: the mistake is found after hours, or never."""
+    """Wrong: the error is reported after hours, or never."""
     config = config_of(tmp_path, "wrong", changes.get("share"), vm=changes.get("vm", {}))
     schema = EventStream.open(base.folder / "stream").schema
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         check_models(config, schema)
     plain = config_of(
         tmp_path, "plain", changes.get("share"), vm=changes.get("vm", {}) | {"arms": ["labels"]}
@@ -499,12 +495,12 @@ def test_what_cannot_be_shared_is_told_at_once(
     check_models(plain, schema)
 
 
-def test_optimizer_state_that_was_not_published_is_told(
+def test_unpublished_optimizer_state_is_reported(
     base: Config,
     groups: dict[int, Workers],
     tmp_path: Path,
 ) -> None:
-    """Wrong: rows are given with a state that nobody has published."""
+    """Wrong: rows are written with an optimizer state that was never published."""
     config = config_of(tmp_path, "bare", {"optimizer": "teacher"}, vm={"arms": ["labels+share"]})
     plain = config_of(tmp_path, "bare", vm={"arms": ["labels"]})
     prepare_stream(plain)
@@ -512,6 +508,7 @@ def test_optimizer_state_that_was_not_published_is_told(
     groups[1].run(score, config)
     with pytest.raises(
         AssertionError,
-        match=r"UserError: .*without optimizer state, which distillation.share.optimizer=teacher needs",
+        match=r"UserError: .*without optimizer state, which "
+        "distillation.share.optimizer=teacher needs",
     ):
         groups[1].run(train, vm_jobs(config)[0], [0, 1], None)

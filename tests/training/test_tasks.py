@@ -1,5 +1,5 @@
-"""A vertical model of several tasks beside one of a single task: whole runs, what teaches it, what
-it exports."""
+"""A vertical model of several tasks beside one of a single task: whole runs, supervision,
+exports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from exfm_ray.models.serialization import load_model
 from exfm_ray.pipeline.schedule import vm_jobs
 from exfm_ray.stores.supervision import TEACHER_COLUMN
 
-TASKS = ("conversion", "click")  # not the stream's order
+TASKS = ("conversion", "click")  # not in the stream's order
 MODELS = [
     {"name": "one", "domain": "feed", "task": "click"},
     {"name": "both", "domain": "feed", "task": list(TASKS)},
@@ -38,8 +38,7 @@ def config(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_every_arm_has_figures_for_both_tasks(config: Config) -> None:
-    """Wrong: a task is not evaluated or not summed up, or the teacher reaches only one of the
-    tasks."""
+    """Wrong: a task is not evaluated or not in the summary, or only one task has supervision."""
     rows = [row for row in metrics(config).values() if row["model"] == "both"]
     found = {(row["window"], row["arm"], row["domain"], row["task"]) for row in rows}
     assert found == {
@@ -63,35 +62,35 @@ def test_every_arm_has_figures_for_both_tasks(config: Config) -> None:
                 )
                 == different
             )
-    told = {(row["arm"], row["task"]): row for row in figures(config) if row["model"] == "both"}
-    assert told.keys() == {(arm, task) for arm in Objective for task in TASKS}
+    summary = {(row["arm"], row["task"]): row for row in figures(config) if row["model"] == "both"}
+    assert summary.keys() == {(arm, task) for arm in Objective for task in TASKS}
     fm = {
         row["task"]: row["ne"]
         for row in figures(config)
         if row["model"] == "fm" and row["domain"] == "feed"
     }
-    for (arm, task), row in told.items():
-        labels = told[Objective.LABELS, task]["ne"]
+    for (arm, task), row in summary.items():
+        labels = summary[Objective.LABELS, task]["ne"]
         assert row["ne_gain"] == pytest.approx((labels - row["ne"]) / labels), (arm, task)
         assert row["fm_ne_gain"] == pytest.approx((labels - fm[task]) / labels), (arm, task)
 
 
 @pytest.mark.parametrize("model", [MODELS[0] | {"task": ["click"]}, MODELS[1]], ids=["one", "both"])
-def test_each_model_is_what_it_is_alone(
+def test_each_model_learns_as_if_alone(
     config: Config,
     groups: dict[int, Workers],
     model: dict[str, Any],
 ) -> None:
-    """Wrong: another model's tasks shift which predictions teach this one, or a list of one task is
-    not that task."""
+    """Wrong: another model's tasks shift the predictions that supervise this one, or a list of one
+    task differs from the task."""
     alone = small_config(config.run.dir, f"{model['name']}-alone", vm={"models": [model]})
     run_locally(groups, alone)
     for key, row in metrics(alone).items():
         assert metrics(config)[key] == row
 
 
-def taught(config: Config) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(labels, teacher's predictions) of each lane's tasks; the teacher says 0.1 + 0.8 label."""
+def supervised_labels(config: Config) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(labels, predictions) of each trainer's tasks; the teacher predicts 0.1 + 0.8 * label."""
     from exfm_ray.training.worker import build_groups
 
     (job,) = vm_jobs(config)
@@ -104,38 +103,31 @@ def taught(config: Config) -> list[tuple[np.ndarray, np.ndarray]]:
     rows = rows.append_column(TEACHER_COLUMN, pa.FixedSizeListArray.from_arrays(p, 2))
     seen: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def learn(
-        lane: Any,
-        batch: Any,
-        weight_B: Any,
-        teacher_BT: Any,
-        *_: Any,
-    ) -> None:
-        seen.append((batch.labels_BT[:, list(lane.tasks)].numpy(), teacher_BT.numpy()))
+    def learn(trainer: Any, batch: Any) -> None:
+        labels_BT = batch.features.labels_BT[:, list(trainer.tasks)]
+        seen.append((labels_BT.numpy(), batch.teacher_BT.numpy()))
 
     for group in build_groups(job, stream.schema, torch.device("cpu")):
-        for lane in group.lanes:
-            lane.learn = partial(learn, lane)  # type: ignore[method-assign]
+        for trainer in group.trainers:
+            trainer.learn = partial(learn, trainer)  # type: ignore[method-assign]
         group.learn(rows)
     return seen
 
 
-def test_the_teacher_speaks_of_the_students_tasks(
-    config: Config, groups: dict[int, Workers]
-) -> None:
-    """Wrong: a task is taught another task's predictions."""
-    seen = groups[1].run(taught, config)[0]
+def test_supervision_is_of_the_students_tasks(config: Config, groups: dict[int, Workers]) -> None:
+    """Wrong: a task is supervised by another task's predictions."""
+    seen = groups[1].run(supervised_labels, config)[0]
     assert [labels.shape[1] for labels, _ in seen] == [1] * len(Objective) + [2] * len(Objective)
     for labels, teacher in seen:
         np.testing.assert_allclose(teacher, 0.1 + 0.8 * labels, rtol=1e-6)
     labels = seen[-1][0]
     assert labels[:, 0].any() and (labels[:, 0] < labels[:, 1]).any(), (
-        "tasks that are equal would hide a mistake"
+        "equal tasks would hide an error"
     )
 
 
 def test_exports_all_tasks_in_their_order(config: Config, groups: dict[int, Workers]) -> None:
-    """Wrong: an exported model says fewer tasks than were learnt, or names them in another
+    """Wrong: an exported model has fewer tasks than were learned, or names them in another
     order."""
     stream = EventStream.open(config.folder / "stream")
     batch = to_batch(stream.read(0, stream.window(0).fragments[0]).slice(0, 100), stream.schema)

@@ -1,5 +1,4 @@
-"""Windows that do not divide among workers, with one row, with none: nothing hangs, no example is
-dropped."""
+"""Windows whose rows do not divide by the number of workers: nothing hangs, no example is lost."""
 
 from __future__ import annotations
 
@@ -20,10 +19,10 @@ from exfm_ray.storage.atomic import write_json
 from exfm_ray.training.job import Job
 
 ROWS = [130, 0, 1, 3, 65, 0]
-"""Events in each window; batches are of 64. Windows 1 and 5 are empty, of window 2 one worker gets
-nothing."""
+"""Events in each window; a batch has 64. Windows 1 and 5 are empty, and in window 2 one worker has
+no row."""
 BAR = 1e-3
-"""Tolerance of test_jobs.py."""
+"""Tolerance, as in test_jobs.py."""
 
 
 def cut(
@@ -31,7 +30,7 @@ def cut(
     window: int,
     rows: int,
 ) -> None:
-    """Let a window have only its first `rows` events."""
+    """Keep only the first `rows` events of a window."""
     manifest = stream.window(window)
     left = rows
     fragments = []
@@ -76,7 +75,7 @@ def uneven(folder: Path, workers: int) -> Config:
     stream = prepare_stream(config)
     for window, rows in enumerate(ROWS):
         cut(stream, window, rows)
-    shutil.rmtree(stream.root / "truth")  # of the events that are cut off, too
+    shutil.rmtree(stream.root / "truth")  # it has the events that are cut off, too
     return config
 
 
@@ -85,8 +84,8 @@ def test_two_workers_learn_and_evaluate_every_row(
     base: Config,
     tmp_path: Path,
 ) -> None:
-    """Wrong: a worker without rows hangs or counts rows of padding, or an example is left out of
-    training or of evaluation."""
+    """Wrong: a worker without rows hangs or counts padding rows, or an example is not learned or
+    not evaluated."""
     config = uneven(tmp_path, 2)
     run_locally(groups, config)
     whole = [
@@ -112,7 +111,7 @@ def test_a_kill_beside_an_empty_window(
     base: Config,
     tmp_path: Path,
 ) -> None:
-    """Wrong: the place in the data is lost where a window has no batch at all."""
+    """Wrong: a job resumes at another batch if a window has none."""
     config = uneven(tmp_path, 1)
     for window, batches in ((0, 2), (1, None), (2, 1), (4, 1), (5, None), (None, None)):
         groups[1].run(train, Job("fm", config), list(range(len(ROWS))), window, batches)

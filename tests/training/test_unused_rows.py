@@ -1,5 +1,4 @@
-"""Runs that reset unused rows: what is published and exported, with two workers, and after a
-kill."""
+"""Runs that reset unused rows: what they publish and export, with two workers and after a kill."""
 
 from __future__ import annotations
 
@@ -31,8 +30,10 @@ def churning(
     after: int | None,
     workers: int = 1,
 ) -> Config:
-    """FM and two VMs, which learn labels only and so need no FM, on a stream that half of the ads
-    and users leave each window."""
+    """FM and two VMs on a stream that half of the ads and users leave in each window.
+
+    The VMs learn labels only, so they need no FM.
+    """
     trainer: dict[str, Any] = {"evict_after_windows": after, "workers": workers}
     models = [{"name": domain, "domain": domain, "task": "click"} for domain in ("feed", "search")]
     config = small_config(
@@ -47,7 +48,7 @@ def churning(
 
 
 def jobs(config: Config) -> list[Job]:
-    """The FM's and the VMs'."""
+    """The jobs of the FM and of the VMs."""
     return [Job("fm", config), *vm_jobs(config)]
 
 
@@ -56,7 +57,7 @@ def run(
     config: Config,
     *dies_at: int | None,
 ) -> None:
-    """All jobs to the end, or to each window that they die at and then to the end."""
+    """Run all jobs to the end; before, kill them in each window of `dies_at`."""
     for job in jobs(config):
         for window in (*dies_at, None):
             groups[config.fm.workers].run(train, job, list(range(WINDOWS)), window)
@@ -69,8 +70,10 @@ def used(
     windows: range,
     domain: int | None,
 ) -> set[int]:
-    """Rows of a table that only one single-valued feature reads which a domain's examples used in
-    some windows."""
+    """Rows of a table that a domain's examples used in some windows.
+
+    Only one single-valued feature may read the table.
+    """
     stream = EventStream.open(config.folder / "stream")
     found = set()
     assert [f.name for f in stream.schema.features if table in (f.name, f.table)] == [table]
@@ -89,13 +92,13 @@ def used(
 
 
 @pytest.mark.parametrize("after", [1, 2])
-def test_rows_out_of_use_are_fresh_in_what_is_stored(
+def test_unused_rows_are_reset_in_stored_models(
     groups: dict[int, Workers],
     tmp_path: Path,
     after: int,
 ) -> None:
-    """Wrong: rows of users that have left keep what they learnt, those of users still there lose
-    it, or a VM goes by the use of other domains."""
+    """Wrong: rows of users that have left keep their weights, those of active users lose them, or a
+    VM counts the use in other domains."""
     config = churning(tmp_path, "run", after)
     run(groups, config)
     for folder, domain in (
@@ -105,19 +108,19 @@ def test_rows_out_of_use_are_fresh_in_what_is_stored(
         model, stored = load_model(folder)
         assert [f.name for f in stored.example.single].index("user") == 0
         table = model.tables.tables()["user"]
-        kept = used(config, "user", 0, range(WINDOWS - after, WINDOWS), domain)
-        stale = used(config, "user", 0, range(WINDOWS), domain) - kept
+        active = used(config, "user", 0, range(WINDOWS - after, WINDOWS), domain)
+        stale = used(config, "user", 0, range(WINDOWS), domain) - active
         changed = set(
             torch.nonzero((table != initial_table("user", *table.shape, config.seed)).any(dim=1))
             .flatten()
             .tolist()
         )
         assert len(stale) > 20
-        assert changed == kept
+        assert changed == active
 
 
 def saved_usage(job: Job) -> set[str]:
-    """Names of what the last checkpoint keeps of the rows' use."""
+    """Names of the tensors of row usage in the last checkpoint."""
     names = load_file(
         job.checkpoints.folder(job.checkpoints.latest()) / "state.rank0000.safetensors"
     )
@@ -125,13 +128,13 @@ def saved_usage(job: Job) -> set[str]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_goes_on_after_a_kill(
+def test_resumes_after_a_kill(
     groups: dict[int, Workers],
     tmp_path: Path,
     workers: int,
 ) -> None:
-    """Wrong: what was used before a kill is forgotten, so that its rows are never reset; or workers
-    disagree on what to reset."""
+    """Wrong: the use of rows before a kill is lost, so they are never reset; or workers disagree on
+    what to reset."""
     whole, killed, never = (
         churning(tmp_path, *case, workers)
         for case in (("whole", 1), ("killed", 1), ("never", None))
@@ -163,7 +166,7 @@ def test_goes_on_after_a_kill(
 
 
 def test_two_workers_equal_one(groups: dict[int, Workers], tmp_path: Path) -> None:
-    """Wrong: a worker marks only its share of the examples, or resets rows of the other's shard."""
+    """Wrong: a worker marks only its slice of the examples, or resets rows of the other's shard."""
     one = churning(tmp_path, "one", 1)
     two = churning(tmp_path, "two", 1, workers=2)
     for config in (one, two):
