@@ -1,1 +1,1 @@
-"""Every figure of the README comes from a command here: python -m benchmarks.NAME."""
+"""Speed and robustness. Each benchmark is a command: python -m benchmarks.NAME."""

@@ -217,7 +217,7 @@ def supervision_bytes(order: LabelingSpec, tasks: int) -> float:
 
 
 def main() -> None:
-    options = arguments("das", SAYS)
+    options = arguments("benchmarks.das", SAYS)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_in(folder, options.quick)

@@ -141,7 +141,7 @@ def live(
         group = vm_group(settings, student, stream)
         columns = [tasks.index(task) for task in student.tasks]
         teacher = (
-            build_groups(Job("fm", settings), stream.schema, CPU)[0].lanes[0] if learns else None
+            build_groups(Job("fm", settings), stream.schema, CPU)[0].trainers[0] if learns else None
         )
         for window in windows:
             tables = [stream.read(window, fragment) for fragment in stream.window(window).fragments]
@@ -151,12 +151,12 @@ def live(
                 group.learn(taught(rows, p_NT, columns))
 
 
-def step(lane: ModelTrainer, batch: Batch) -> torch.Tensor:
+def step(trainer: ModelTrainer, batch: Batch) -> torch.Tensor:
     """A teacher's predictions of a batch, from the forward pass in which it learns it."""
-    serving_BT = lane.engine.forward(batch, None).serving_BT
-    loss_B = labels_objective_B(serving_BT, batch.labels_BT[:, list(lane.tasks)])
+    serving_BT = trainer.engine.forward(batch, None).serving_BT
+    loss_B = labels_objective_B(serving_BT, batch.labels_BT[:, list(trainer.tasks)])
     p_BT = torch.sigmoid(serving_BT.detach())
-    lane.engine.update(loss_B.mean())
+    trainer.engine.update(loss_B.mean())
     return p_BT
 
 

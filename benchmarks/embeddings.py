@@ -216,7 +216,7 @@ def train(
 
 
 def main() -> None:
-    options = arguments("embeddings", SAYS)
+    options = arguments("benchmarks.embeddings", SAYS)
     rows = 1_000_000
     steps = 15 if options.quick else 50
     bars = {}

@@ -310,7 +310,7 @@ def checkpoint_cost(folder: Path, quick: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = arguments("faults", SAYS)
+    options = arguments("benchmarks.faults", SAYS)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         killed = kills(folder, 4 if options.quick else 20)

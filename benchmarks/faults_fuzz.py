@@ -185,7 +185,7 @@ def _summarise(run: Path) -> object:
         next(iter(yaml.safe_load_all((run / "config.yaml").read_text())))
     )
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run.parent})})
-    summary = PipelineRunner(config, EventStream.open(run / "stream")).summarise()
+    summary = PipelineRunner(config, EventStream.open(run / "stream")).summarize()
     return summary["windows"], summary["figures"]
 
 

@@ -155,7 +155,7 @@ def das(folder: str, quick: bool) -> dict[str, Any]:
     ]
     rows = sum(len(b) for b in batches)
     pairs = []
-    order = replace(service.order, das=settings.das.model_copy(update={"threads": 1}))
+    order = replace(service.spec, das=settings.das.model_copy(update={"threads": 1}))
     actor = ScorerActor.remote(order)
     ray.get(actor.take.remote(window))
     for _ in range(4 if quick else 10):
@@ -225,7 +225,7 @@ def vm(settings: Config, batch_size: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = arguments("overhead", SAYS)
+    options = arguments("benchmarks.overhead", SAYS)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         settings = config(folder, "fm0", options.quick)

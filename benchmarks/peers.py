@@ -364,7 +364,7 @@ def run(
 
 def main() -> None:
     options = arguments(
-        "peers", SAYS, {"--peer-python": "interpreter that has fuxictr, torch-rechub and torch"}
+        "benchmarks.peers", SAYS, {"--peer-python": "interpreter that has fuxictr, torch-rechub and torch"}
     )
     python = peer_python(options.peer_python)
     source = options.data / "frappe" / "train.csv"

@@ -169,7 +169,7 @@ def calls(quick: bool) -> int:
 
 
 def main() -> None:
-    options = arguments("serving", SAYS)
+    options = arguments("benchmarks.serving", SAYS)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         settings = config(folder, options.quick)

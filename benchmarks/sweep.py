@@ -32,6 +32,7 @@ from exfm_ray.data.readers import FragmentReader
 from exfm_ray.data.stream import EventStream
 from exfm_ray.pipeline.preflight import prepare_stream
 from exfm_ray.pipeline.runner import PipelineRunner
+from exfm_ray.pipeline.schedule import Role
 from exfm_ray.runtime.session import ray_session
 from exfm_ray.training.job import Job
 from tuning.rows import StudentRows
@@ -133,12 +134,12 @@ def together(
 
 
 def main() -> None:
-    options = arguments("sweep", SAYS)
+    options = arguments("benchmarks.sweep", SAYS)
     with tempfile.TemporaryDirectory() as folder:
         settings = config(folder, options.quick)
         stream: EventStream = prepare_stream(settings)
         with ray_session(settings):
-            PipelineRunner(settings, stream).execute(fm=True, das=True, vm=False)
+            PipelineRunner(settings, stream).execute(frozenset({Role.FM, Role.DAS}))
             rows = StudentRows.read_from(settings, settings.vm.models[0], stream.windows())
             kept = ray.put(rows)
             figures: dict[str, Any] = {"alone": swept(settings, kept)}

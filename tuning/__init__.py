@@ -1,2 +1,1 @@
-"""Sweeps over the settings of the vertical models: search spaces, trials, Ray Tune, their
-analysis."""
+"""Sweeps over the settings of the vertical models: spaces, trials, Ray Tune, analysis."""

@@ -1,33 +1,36 @@
-"""plots.html: a sweep to look at. One file with plotly.js in it, nothing from elsewhere; arms
-differ by symbol and pattern as well as by colour."""
+"""plots.html: the trials and gains of a sweep as plots, in one file with plotly.js in it.
+
+The page fetches nothing from elsewhere. Arms differ by symbol and pattern as well as by color.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from exfm_ray.config.tune import Distribution, TuneConfig, default_space
 from exfm_ray.tracking.html_page import LAYOUT, Part, place_figure, write_page
-from exfm_ray.tracking.plot_styles import listing, mark_of
-from tuning.holdout import best_trial
+from exfm_ray.tracking.plot_styles import arm_order, style_of_arm
+from tuning.holdout import VARIANTS
 from tuning.results import Search, Trial
-from tuning.space import encoded
+from tuning.trial_scatter import ne_against_setting, ne_range
 
 LEGEND = (
-    "A point is a trial: its NE over the score windows, lower is better. Hollow: calibration out of bounds. Faint: stopped early, so its NE "
-    "is of fewer windows. Ringed: the best of its arm. Trials that failed are left out. NE axes show most of the trials; those far above come into "
+    "A point is a trial: its NE over the validation windows, lower is better. Hollow: calibration "
+    "out of bounds. Faint: stopped early, so its NE is of fewer windows. Ringed: the best of its "
+    "arm. Failed trials are left out. NE axes show most of the trials; those far above come into "
     "view with the button <i>Autoscale</i>."
 )
-RING: Part = {
-    "marker": {"symbol": "circle-open", "size": 20, "color": "#000", "line": {"width": 2}},
-    "hoverinfo": "skip",
-    "hovertemplate": None,
-}
+IMPORTANCE_TITLE = (
+    "Importance: fraction of the differences in NE between complete trials that each setting "
+    "explains"
+)
+GAINS_TITLE = (
+    "NE gain over the tuned labels arm on the holdout windows, with 95 % confidence interval "
+    "over seeds"
+)
 
 
 def write_plots(
@@ -36,240 +39,158 @@ def write_plots(
     summary: Mapping[str, Any],
     path: Path,
 ) -> None:
-    """Write the page. `summary`: what `tuning.analysis.analyse` has returned."""
-    (a, b), (c, d) = tune.validation_windows, tune.holdout_windows
-    title = f"{summary['name']}: trials scored on windows {a} to {b}, judged on windows {c} to {d}"
-    students = "".join(
-        _student(tune, number, name, trials, told)
-        for number, (name, told) in enumerate(summary["students"].items())
+    """Write the page to `path`.
+
+    Args:
+        summary: what `tuning.analysis.analyze` returned.
+    """
+    first_scored, last_scored = tune.validation_windows
+    first_held_out, last_held_out = tune.holdout_windows
+    title = (
+        f"{summary['name']}: trials scored on windows {first_scored} to {last_scored}, "
+        f"gains on windows {first_held_out} to {last_held_out}"
     )
-    write_page(path, title, f"<p>{LEGEND}</p>{students}")
+    sections = [
+        _student_section(tune, number, name, trials, student_summary)
+        for number, (name, student_summary) in enumerate(summary["students"].items())
+    ]
+    write_page(path, title, f"<p>{LEGEND}</p>{''.join(sections)}")
 
 
-def _student(
+def _student_section(
     tune: TuneConfig,
     number: int,
     name: str,
     trials: Sequence[Trial],
-    told: Mapping[str, Any],
+    student_summary: Mapping[str, Any],
 ) -> str:
-    """A student's part of the page. Arms come in one order everywhere."""
-    arms: dict[str, list[Trial]]
-    arms = {
-        arm: [
-            t for t in trials if t.search == Search(name, arm) and t.curve and t.state != "failed"
-        ]
-        for arm in sorted(tune.arms, key=listing)
-    }
-    space = {
-        setting: d
-        for setting, d in (tune.space or default_space()).items()
-        if any(setting in tune.space_of(arm) for arm in arms)
-    }
-    extent = _extent([trial for those in arms.values() for trial in those])
-    plots = [_against(setting, d, arms, extent) for setting, d in space.items()] if extent else []
-    grid = (
-        "".join(place_figure(plot, f"trials-{number}-{i}", 310) for i, plot in enumerate(plots))
-        or "<p>No trial has an NE.</p>"
-    )
-    shares = _importance(told["arms"], list(space))
-    gains = _gains(told["arms"])
-    below = (
-        place_figure(shares, f"importance-{number}", 130 + 12 * len(space) * len(arms))
-        if shares["data"]
-        else "<p>Too few complete trials.</p>"
-    )
-    last = (
-        place_figure(gains, f"gains-{number}", 130 + 30 * len(gains["data"]))
-        if gains["data"]
-        else "<p>Nothing to compare.</p>"
-    )
+    """A student's part of the page as HTML. Arms have the same order everywhere."""
+    arms: dict[str, list[Trial]] = {}
+    for arm in sorted(tune.arms, key=arm_order):
+        arms[arm] = _shown_trials(trials, Search(name, arm))
+    space = _searched_space(tune)
+    trial_plots = _trial_plots(space, arms, number)
+
+    bars = _importance(student_summary["arms"], list(space))
+    importance = "<p>Too few complete trials.</p>"
+    if bars["data"]:
+        height = 130 + 12 * len(space) * len(arms)
+        importance = place_figure(bars, f"importance-{number}", height)
+
+    intervals = _gains(student_summary["arms"])
+    gains = "<p>Nothing to compare.</p>"
+    if intervals["data"]:
+        height = 130 + 30 * len(intervals["data"])
+        gains = place_figure(intervals, f"gains-{number}", height)
+
     return (
-        f'<h2>{escape(name)}</h2><h3>NE against each setting</h3><div class="grid">{grid}</div>'
-        f"<h3>Importance: share of each setting in the differences of NE between complete trials</h3>{below}"
-        f"<h3>NE gain over the tuned labels arm on the judge windows, with 95 % confidence interval over seeds</h3>{last}"
+        f"<h2>{escape(name)}</h2>"
+        f'<h3>NE against each setting</h3><div class="grid">{trial_plots}</div>'
+        f"<h3>{IMPORTANCE_TITLE}</h3>{importance}"
+        f"<h3>{GAINS_TITLE}</h3>{gains}"
     )
 
 
-def _extent(trials: Sequence[Trial]) -> tuple[float, float] | None:
-    """The range of NE axes: from the best trial to the worst that is not far above the rest
-    (Tukey's outer fence)."""
-    values = np.array([trial.curve[-1].ne for trial in trials])
-    if not len(values):
-        return None
-    low, high = np.quantile(values, [0.25, 0.75])
-    shown = values[values <= high + 3 * (high - low)]
-    margin = 0.08 * float(np.ptp(shown)) + 1e-4
-    return float(shown.min()) - margin, float(shown.max()) + margin
-
-
-def _against(
-    setting: str,
-    distribution: Distribution,
-    arms: Mapping[str, Sequence[Trial]],
-    extent: tuple[float, float],
-) -> Part:
-    """NE against a setting: for each arm its trials, and a ring around the best one."""
-    data: list[Part] = []
-    for arm, all_of_arm in arms.items():
-        asked = [trial for trial in all_of_arm if setting in trial.settings]
-        if asked:
-            data += [_key(arm), _points(arm, asked, setting, distribution)]
-            best = best_trial(all_of_arm, asked[0].search)
-            if best in asked:  # it may not have been asked for this setting
-                data.append(
-                    _points(arm, [best], setting, distribution) | RING | {"name": f"best {arm}"}
-                )
-    return {
-        "data": data,
-        "layout": {
-            **LAYOUT,
-            "xaxis": _axis(setting, distribution),
-            "yaxis": {"title": {"text": "NE"}, "range": list(extent), "tickformat": ".4~f"},
-        },
-    }
-
-
-def _key(arm: str) -> Part:
-    """An arm's entry in the legend: of a trace plotly would show the first point, hollow or
-    faint."""
-    marker = {
-        "symbol": mark_of(arm).symbol,
-        "color": mark_of(arm).colour,
-        "size": 10,
-        "line": {"width": 1.5},
-    }
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": arm,
-        "legendgroup": arm,
-        "x": [None],
-        "y": [None],
-        "marker": marker,
-        "showlegend": True,
-    }
-
-
-def _points(
-    arm: str,
-    trials: Sequence[Trial],
-    setting: str,
-    distribution: Distribution,
-) -> Part:
-    out = [
-        trial.score is not None and trial.score > trial.curve[-1].ne for trial in trials
-    ]  # that is what the score adds to NE for
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": arm,
-        "legendgroup": arm,
-        "showlegend": False,
-        "x": [encoded(distribution, trial.settings[setting]) for trial in trials],
-        "y": [trial.curve[-1].ne for trial in trials],
-        "text": [
-            f"{arm} trial {t.number}, {t.state}<br>NE {t.curve[-1].ne:.5f}, calibration {t.curve[-1].calibration:.3f}"
-            for t in trials
-        ],
-        "hovertemplate": "%{text}<br>%{x}<extra></extra>",
-        "marker": {
-            "symbol": [mark_of(arm).symbol + "-open" * hollow for hollow in out],
-            "color": mark_of(arm).colour,
-            "size": 10,
-            "line": {"width": 1.5},
-            "opacity": [0.35 if trial.state == "stopped" else 1.0 for trial in trials],
-        },
-    }
-
-
-def _axis(setting: str, distribution: Distribution) -> Part:
-    """The whole range that is searched, or all choices in their order."""
-    axis: Part = {"title": {"text": setting, "standoff": 8}}
-    if distribution.choice:
-        order = [str(encoded(distribution, choice)) for choice in distribution.choice]
-        return axis | {
-            "type": "category",
-            "categoryorder": "array",
-            "categoryarray": order,
-            "range": [-0.5, len(order) - 0.5],
-        }
-    assert distribution.low is not None and distribution.high is not None
-    ends = [
-        math.log10(end) if distribution.log else end
-        for end in (distribution.low, distribution.high)
+def _shown_trials(trials: Sequence[Trial], search: Search) -> list[Trial]:
+    """The trials of one student and arm that have an NE."""
+    return [
+        trial
+        for trial in trials
+        if trial.search == search and trial.curve and trial.state != "failed"
     ]
-    margin = 0.05 * (ends[1] - ends[0])
-    axis["range"] = [ends[0] - margin, ends[1] + margin]
-    if not distribution.log:
-        return axis | {"type": "linear", "nticks": 6}
-    return axis | {
-        "type": "log",
-        "dtick": "D2" if ends[1] - ends[0] < 2 else 1,
-        "minorloglabels": "complete",
-        "exponentformat": "e",
-    }
+
+
+def _searched_space(tune: TuneConfig) -> dict[str, Distribution]:
+    """The settings that at least one arm searches."""
+    searched: set[str] = set()
+    for arm in tune.arms:
+        searched |= tune.space_of(arm).keys()
+    space = tune.space or default_space()
+    return {setting: distribution for setting, distribution in space.items() if setting in searched}
+
+
+def _trial_plots(
+    space: Mapping[str, Distribution],
+    arms: Mapping[str, Sequence[Trial]],
+    number: int,
+) -> str:
+    """NE against each setting, as HTML."""
+    every_trial = [trial for trials in arms.values() for trial in trials]
+    ne_axis = ne_range(every_trial)
+    if ne_axis is None or not space:
+        return "<p>No trial has an NE.</p>"
+    figures = [
+        ne_against_setting(setting, distribution, arms, ne_axis)
+        for setting, distribution in space.items()
+    ]
+    divs = [
+        place_figure(figure, f"trials-{number}-{position}", 310)
+        for position, figure in enumerate(figures)
+    ]
+    return "".join(divs)
 
 
 def _importance(arms: Mapping[str, Any], settings: Sequence[str]) -> Part:
-    """Bars: a setting's share in each arm that searches it."""
-    data = [
-        {
+    """Bars: a setting's importance in each arm that searches it."""
+    data = []
+    for arm, figures in arms.items():
+        importance = figures["importance"]
+        if not importance:
+            continue
+        style = style_of_arm(arm)
+        bars: Part = {
             "type": "bar",
             "orientation": "h",
             "name": arm,
-            "x": list(told["importance"].values()),
-            "y": list(told["importance"]),
+            "x": list(importance.values()),
+            "y": list(importance),
             "marker": {
-                "color": mark_of(arm).colour,
-                "pattern": {"shape": mark_of(arm).pattern},
+                "color": style.color,
+                "pattern": {"shape": style.pattern},
                 "line": {"width": 1, "color": "#222"},
             },
             "hovertemplate": f"{arm}, %{{y}}: %{{x:.1%}}<extra></extra>",
         }
-        for arm, told in arms.items()
-        if told["importance"]
-    ]
-    order = {
+        data.append(bars)
+
+    setting_axis = {
         "categoryorder": "array",
         "categoryarray": list(settings),
         "autorange": "reversed",
         "automargin": True,
     }
-    return {
-        "data": data,
-        "layout": {
-            **LAYOUT,
-            "barmode": "group",
-            "xaxis": {"tickformat": ".0%", "rangemode": "tozero"},
-            "yaxis": order,
-        },
+    layout = {
+        **LAYOUT,
+        "barmode": "group",
+        "xaxis": {"tickformat": ".0%", "rangemode": "tozero"},
+        "yaxis": setting_axis,
     }
+    return {"data": data, "layout": layout}
 
 
 def _gains(arms: Mapping[str, Any]) -> Part:
     """Gains in percent with their intervals: tuned filled, untuned hollow."""
-    shown = [
-        (arm, variant, told[variant]["ne_gain"])
-        for arm, told in arms.items()
-        for variant in ("tuned", "untuned")
-        if told[variant]["ne_gain"]
-    ]
-    axes = {
+    data = []
+    for arm, figures in arms.items():
+        for variant in VARIANTS:
+            gain = figures[variant]["ne_gain"]
+            if gain:
+                data.append(_gain_point(arm, variant, gain))
+    layout = {
+        **LAYOUT,
         "xaxis": {"title": {"text": "NE gain, %"}, "zeroline": True},
         "yaxis": {"autorange": "reversed", "automargin": True},
+        "showlegend": False,
     }
-    return {
-        "data": [_gain(*one) for one in shown],
-        "layout": {**LAYOUT, **axes, "showlegend": False},
-    }
+    return {"data": data, "layout": layout}
 
 
-def _gain(
+def _gain_point(
     arm: str,
     variant: str,
     gain: Mapping[str, Any],
 ) -> Part:
+    style = style_of_arm(arm)
     mean = gain["mean"]
     low = gain["low"]
     high = gain["high"]
@@ -280,8 +201,8 @@ def _gain(
         "x": [100 * mean],
         "y": [f"{arm} {variant}"],
         "marker": {
-            "symbol": mark_of(arm).symbol + "-open" * (variant == "untuned"),
-            "color": mark_of(arm).colour,
+            "symbol": style.symbol + "-open" * (variant == "untuned"),
+            "color": style.color,
             "size": 12,
             "line": {"width": 2},
         },
@@ -289,11 +210,11 @@ def _gain(
     }
     if low is None:  # one seed has no interval
         return point
-    reach = {
+    interval = {
         "type": "data",
         "symmetric": False,
         "array": [100 * (high - mean)],
         "arrayminus": [100 * (mean - low)],
         "thickness": 2,
     }
-    return point | {"error_x": reach}
+    return point | {"error_x": interval}

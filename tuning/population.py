@@ -1,5 +1,4 @@
-"""Population-based training (Jaderberg et al. 2017, arXiv 1711.09846): who takes whose place, and
-with which settings it goes on."""
+"""Population-based training (Jaderberg et al. 2017, arXiv 1711.09846): exploit and explore."""
 
 from __future__ import annotations
 
@@ -13,27 +12,35 @@ from tuning.space import Space
 
 QUARTER = 4
 FACTORS = (0.8, 1.25)
-"""What a setting is multiplied by when it is explored."""
+"""Exploring multiplies a setting by one of these."""
 
 
 def exploit(scores: Sequence[float], rng: np.random.Generator) -> list[tuple[int, int]]:
-    """(source, target) pairs: every member of the worst quarter, and every failed one, takes after
-    a random one of the best quarter.
+    """Choose which members copy which others.
 
-    `scores`: of each member, lower is better, infinite for a failed one. A quarter is rounded down,
-    at least one. No pairs where all failed.
+    Every member of the worst quarter, and every failed one, copies a random member of the best
+    quarter. A quarter is rounded down, but is at least one member.
+
+    Args:
+        scores: score of each member, lower is better; infinite for a failed one.
+
+    Returns:
+        (source, target) pairs; none where all members have failed.
     """
+    members = range(len(scores))
     size = max(len(scores) // QUARTER, 1)
-    order = sorted(range(len(scores)), key=lambda member: scores[member])
-    best = [member for member in order[:size] if math.isfinite(scores[member])]
+    ranking = sorted(members, key=lambda member: scores[member])
+    best = [member for member in ranking[:size] if math.isfinite(scores[member])]
     if not best:
         return []
-    replaced = [
-        member
-        for rank, member in enumerate(order)
-        if rank >= len(order) - size or not math.isfinite(scores[member])
-    ]
-    return [(best[rng.integers(len(best))], member) for member in replaced]
+
+    pairs = []
+    for rank, member in enumerate(ranking):
+        is_worst = rank >= len(ranking) - size
+        if is_worst or not math.isfinite(scores[member]):
+            source = best[rng.integers(len(best))]
+            pairs.append((source, member))
+    return pairs
 
 
 def explore(
@@ -41,8 +48,11 @@ def explore(
     space: Space,
     rng: np.random.Generator,
 ) -> Settings:
-    """The source's settings, each that may change within a block and has a range times 0.8 or 1.25,
-    but not beyond the range's ends."""
+    """Change the source's settings at random.
+
+    Each setting that has a range and may differ within a trial group is multiplied by 0.8 or 1.25
+    and kept within its range. Choices and structure stay.
+    """
     return {
         name: _explored(name, value, space.distributions[name], rng)
         for name, value in settings.items()
@@ -58,10 +68,8 @@ def _explored(
     if name not in STACKABLE or distribution.choice:
         return value
     low, high = distribution.ends()
-    assert (
-        isinstance(value, int | float)
-        and isinstance(low, int | float)
-        and isinstance(high, int | float)
-    )
-    changed = min(max(value * FACTORS[rng.integers(len(FACTORS))], low), high)
+    assert isinstance(value, int | float)
+    assert isinstance(low, int | float) and isinstance(high, int | float)
+    factor = FACTORS[rng.integers(len(FACTORS))]
+    changed = min(max(value * factor, low), high)
     return round(changed) if distribution.integer else changed

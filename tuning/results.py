@@ -1,5 +1,7 @@
-"""The results of a sweep: one Parquet file with a row for every finished trial, written anew after
-each."""
+"""The results of a sweep: one Parquet file with a row for every finished trial.
+
+The file is rewritten after each trial group.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ COLUMNS = {
 
 
 class Search(NamedTuple):
-    """What is searched apart from all else."""
+    """One student and arm, which are searched apart from all others."""
 
     student: str
     arm: str
@@ -47,11 +49,13 @@ class Trial:
     """A finished trial.
 
     Attributes:
-        state: all windows seen; stopped early, for others were better; failed with `error`.
-        score: after the last window of the curve; None for a failed trial.
-        settings: those of its last window; population-based training changes them on the way.
-        curve: figures over the score windows up to each.
-        seconds: its share of the seconds of the process in which it learnt together with others.
+        number: from 0 on within its search.
+        settings: settings of its last window; population-based training changes them.
+        state: complete (all windows seen), stopped (early, because others were better) or failed.
+        score: score after the last window of the curve; None for a failed trial.
+        curve: figures after each validation window, over all validation windows so far.
+        seconds: seconds of its process, divided evenly between the trials in it.
+        error: why it failed.
     """
 
     search: Search
@@ -64,28 +68,29 @@ class Trial:
     error: str | None = None
 
     def row(self, space: Mapping[str, Distribution]) -> dict[str, Any]:
-        """The trial as a row of the file; settings that it was not asked for are null."""
+        """Return the trial as a row of the file, without the settings that it does not have."""
         last = self.curve[-1] if self.curve else None
-        return {
+        columns = {
             "student": self.search.student,
             "arm": self.search.arm,
             "trial": self.number,
             "state": self.state,
             "score": self.score,
-            "ne": last and last.ne,
-            "calibration": last and last.calibration,
-            "windows": [f.window for f in self.curve],
-            "ne_curve": [f.ne for f in self.curve],
-            "calibration_curve": [f.calibration for f in self.curve],
-            "labels_curve": [f.labels for f in self.curve],
+            "ne": last.ne if last else None,
+            "calibration": last.calibration if last else None,
+            "windows": [figures.window for figures in self.curve],
+            "ne_curve": [figures.ne for figures in self.curve],
+            "calibration_curve": [figures.calibration for figures in self.curve],
+            "labels_curve": [figures.labels for figures in self.curve],
             "seconds": self.seconds,
             "error": self.error,
-            **{name: encoded(space[name], value) for name, value in self.settings.items()},
         }
+        settings = {name: encoded(space[name], value) for name, value in self.settings.items()}
+        return {**columns, **settings}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], space: Mapping[str, Distribution]) -> Self:
-        """The trial that a row holds."""
+        """Return the trial that a row of the file holds."""
         curve = zip(
             row["windows"],
             row["ne_curve"],
@@ -93,17 +98,20 @@ class Trial:
             row["labels_curve"],
             strict=True,
         )
+        settings = {
+            name: decoded(distribution, row[name])
+            for name, distribution in space.items()
+            if row[name] is not None
+        }
         return cls(
             search=Search(row["student"], row["arm"]),
             number=row["trial"],
+            settings=settings,
             state=row["state"],
             score=row["score"],
             curve=tuple(Figures(*point) for point in curve),
             seconds=row["seconds"],
             error=row["error"],
-            settings={
-                name: decoded(d, row[name]) for name, d in space.items() if row[name] is not None
-            },
         )
 
 
@@ -112,37 +120,44 @@ def write_trials(
     trials: Iterable[Trial],
     space: Mapping[str, Distribution],
 ) -> None:
-    """Write all trials, in one order, atomically. `space`: all settings that any arm searches; each
-    is a column."""
-    fields = [
-        *COLUMNS.items(),
-        *((name, _kind(distribution)) for name, distribution in space.items()),
-    ]
-    rows = [
-        trial.row(space) for trial in sorted(trials, key=lambda trial: (trial.search, trial.number))
-    ]
-    table = pa.Table.from_pylist(rows, pa.schema(fields))
+    """Write all trials atomically, sorted by search and number.
+
+    Args:
+        space: all settings that any arm searches; each is a column, null where a trial does not
+            have it.
+    """
+    setting_fields = [(name, _column_type(distribution)) for name, distribution in space.items()]
+    schema = pa.schema([*COLUMNS.items(), *setting_fields])
+    ordered = sorted(trials, key=lambda trial: (trial.search, trial.number))
+    table = pa.Table.from_pylist([trial.row(space) for trial in ordered], schema)
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 
 def read_trials(path: Path, space: Mapping[str, Distribution]) -> list[Trial]:
-    """The trials in a file, none where there is no file; UserError where it is no file of this
-    space."""
+    """Read the trials of a file.
+
+    Returns:
+        The trials, or none where the file does not exist.
+
+    Raises:
+        UserError: the file is damaged, or holds trials of another space.
+    """
     if not path.exists():
         return []
     try:
         table = pq.read_table(path, partitioning=None)
-        table = table.rename_columns([RENAMED.get(name, name) for name in table.column_names])
-        rows: Sequence[dict[str, Any]] = table.to_pylist()
+        names = [RENAMED.get(name, name) for name in table.column_names]
+        rows: Sequence[dict[str, Any]] = table.rename_columns(names).to_pylist()
         return [Trial.from_row(row, space) for row in rows]
     except (pa.ArrowInvalid, KeyError, ValueError) as error:
         raise UserError(
-            f"{path}: not the trials of this sweep ({error}); remove the file, and the sweep begins anew"
+            f"{path}: not the trials of this sweep ({error}); "
+            "remove the file and the sweep starts over"
         ) from None
 
 
-def _kind(distribution: Distribution) -> pa.DataType:
-    return (
-        pa.string() if distribution.choice else pa.int64() if distribution.integer else pa.float64()
-    )
+def _column_type(distribution: Distribution) -> pa.DataType:
+    if distribution.choice:
+        return pa.string()
+    return pa.int64() if distribution.integer else pa.float64()

@@ -16,22 +16,25 @@ from exfm_ray.data.stream import EventStream, Fragment
 from exfm_ray.stores.supervision import TEACHER_COLUMN
 from exfm_ray.training.job import Job
 
+FragmentKey = tuple[int, str]
+"""A window and the file of one of its fragments."""
+
 
 @dataclass(frozen=True)
 class StudentRows:
-    """Reads like `AugmentedReader`, from memory: in Ray's object store its tables are read in place
-    by every trial.
+    """Reads like `AugmentedReader`, but from memory.
+
+    In Ray's object store, all trials of a node read the same copy of the tables.
 
     Attributes:
         listed: window -> its fragments that hold rows of the student.
-        tables: (window, fragment's file) -> packed rows, with the teacher's predictions where there
-            are any.
-        judged: those that are evaluated instead, where corrections stand among the rows.
+        tables: the rows to learn, with the teacher's predictions where it has made some.
+        judged: the rows to evaluate, of the fragments where they differ because of corrections.
     """
 
     listed: Mapping[int, tuple[Fragment, ...]]
-    tables: Mapping[tuple[int, str], pa.Table]
-    judged: Mapping[tuple[int, str], pa.Table] = field(default_factory=dict)
+    tables: Mapping[FragmentKey, pa.Table]
+    judged: Mapping[FragmentKey, pa.Table] = field(default_factory=dict)
 
     @classmethod
     def read_from(
@@ -40,40 +43,41 @@ class StudentRows:
         student: StudentConfig,
         windows: Sequence[int],
     ) -> StudentRows:
-        """Read them from the run's folder."""
-        arms = (Arm("labels"), Arm("kd"), *(arm for arm in config.arms if arm.uses_history))
-        distilled = config.model_copy(update={"vm": config.vm.model_copy(update={"arms": arms})})
-        job = Job("tune", distilled, (student,))
+        """Read the student's rows of `windows` from the run's folder."""
+        history_arms = [arm for arm in config.arms if arm.uses_history]
+        arms = (Arm("labels"), Arm("kd"), *history_arms)
+        with_supervision = config.vm.model_copy(update={"arms": arms})
+        job = Job("tune", config.model_copy(update={"vm": with_supervision}), (student,))
         reader = job.reader(EventStream.open(job.stream_root).schema)
-        listed = {
-            window: tuple(reader.fragments(WindowPass(window, "learn"))) for window in windows
-        }
-        tables = {
-            (window, f.file): reader.read(WindowPass(window, "learn"), f)
-            for window, fragments in listed.items()
-            for f in fragments
-        }
-        own = {key: without_corrections(table) for key, table in tables.items()}
-        return cls(
-            listed,
-            tables,
-            {key: table for key, table in own.items() if table.num_rows < tables[key].num_rows},
-        )
 
-    def ready(self, work: WindowPass) -> bool:
-        return work.window in self.listed
+        listed: dict[int, tuple[Fragment, ...]] = {}
+        tables: dict[FragmentKey, pa.Table] = {}
+        judged: dict[FragmentKey, pa.Table] = {}
+        for window in windows:
+            window_pass = WindowPass(window, "learn")
+            listed[window] = tuple(reader.fragments(window_pass))
+            for fragment in listed[window]:
+                table = reader.read(window_pass, fragment)
+                original = without_corrections(table)
+                tables[window, fragment.file] = table
+                if original.num_rows < table.num_rows:
+                    judged[window, fragment.file] = original
+        return cls(listed, tables, judged)
 
-    def missing_input(self, work: WindowPass) -> str:
-        return f"window {work.window}, which was not put into memory"
+    def ready(self, window_pass: WindowPass) -> bool:
+        return window_pass.window in self.listed
 
-    def fragments(self, work: WindowPass) -> Sequence[Fragment]:
-        return self.listed[work.window]
+    def missing_input(self, window_pass: WindowPass) -> str:
+        return f"window {window_pass.window}, which was not read into memory"
 
-    def read(self, work: WindowPass, fragment: Fragment) -> pa.Table:
-        key = work.window, fragment.file
-        if work.purpose == "learn":
+    def fragments(self, window_pass: WindowPass) -> Sequence[Fragment]:
+        return self.listed[window_pass.window]
+
+    def read(self, window_pass: WindowPass, fragment: Fragment) -> pa.Table:
+        key = window_pass.window, fragment.file
+        if window_pass.purpose == "learn":
             return self.tables[key]
         table = self.judged.get(key, self.tables[key])
-        return (
-            table.drop_columns([TEACHER_COLUMN]) if TEACHER_COLUMN in table.column_names else table
-        )
+        if TEACHER_COLUMN not in table.column_names:
+            return table
+        return table.drop_columns([TEACHER_COLUMN])

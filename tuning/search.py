@@ -1,15 +1,14 @@
-"""Many searches in one Ray Tune experiment: each student and arm has a search and an early stopping
-of its own.
+"""Many searches in one Ray Tune experiment: each student and arm has its own search and ASHA.
 
-A trial of Tune is a block: {"student", "arm", "members": [{"number", "settings"}, ...]}, trials of
-one student and arm whose settings differ in `STACKABLE` ones only. A report holds an entry for each
-member, in order.
+A trial of Tune is a trial group: {"student", "arm", "members": [{"number", "settings"}, ...]}.
+Its members are trials of one student and arm whose settings differ only in `STACKABLE` ones.
+A report holds an entry for each member, in order.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,16 +27,27 @@ from tuning.trial import score
 MEMBERS = "members"
 SCORE = "score"
 FAILED = "failed"
-"""Stands in the entry of a member that failed: the error. The process lives on, for a new one takes
-seconds to start."""
+"""Key of the error in the entry of a failed member.
+
+The process lives on, because a new one takes seconds to start.
+"""
 
 REDUCTION = 2
 """At each rung the worse half is stopped."""
 
+STUDY_NAME = "sweep"
+OPTUNA_STATES = {
+    "complete": optuna.trial.TrialState.COMPLETE,
+    "stopped": optuna.trial.TrialState.PRUNED,
+    "failed": optuna.trial.TrialState.FAIL,
+}
+
 
 class MultiSearch(Searcher):  # type: ignore[misc]  # ray has no types
-    """Asks every search in turn for its next block, knows the trials that an earlier process has
-    finished."""
+    """Asks the searches in turn for their next trial group.
+
+    Knows the trials that an earlier process has finished.
+    """
 
     def __init__(
         self,
@@ -47,36 +57,50 @@ class MultiSearch(Searcher):  # type: ignore[misc]  # ray has no types
         finished: Sequence[Trial],
     ) -> None:
         super().__init__(metric=SCORE, mode="min")
-        done = {(trial.search, trial.number) for trial in finished}
         self._spaces = spaces
-        self._waiting = _blocks(
-            tune, {s: [n for n in range(tune.trials) if (s, n) not in done] for s in spaces}
-        )
-        self._rounds = tune.validation_windows[1] - tune.validation_windows[0] + 1
-        self._search_of: dict[str, OptunaSearch] = {}
+        self._waiting = _trial_groups(tune, _missing_numbers(tune, spaces, finished))
+        self._validation_windows = _validation_windows(tune)
+        self._search_of_member: dict[str, OptunaSearch] = {}
         self._searches: dict[Search, OptunaSearch] = {}
         self._studies: dict[Search, optuna.Study] = {}
-        for search, space in spaces.items():
-            earlier = [trial for trial in finished if trial.search == search]
-            storage = optuna.storages.InMemoryStorage()
-            study = self._studies[search] = optuna.create_study(storage=storage, study_name="sweep")
-            study.add_trials([to_frozen_trial(trial, space, tune) for trial in earlier])
-            current_params = space.current_params(config)
-            if current_params and (search, 0) not in done:
-                study.enqueue_trial(current_params)
-            sampler = _sampler(tune, int(short_hash([config.seed, *search, len(earlier)])[:8], 16))
-            self._searches[search] = OptunaSearch(
-                space.suggest,
-                metric=SCORE,
-                mode="min",
-                sampler=sampler,
-                study_name="sweep",
-                storage=storage,
-            )
+        for search in spaces:
+            own_trials = [trial for trial in finished if trial.search == search]
+            self._open_search(search, config, tune, own_trials)
+
+    def _open_search(
+        self,
+        search: Search,
+        config: Config,
+        tune: TuneConfig,
+        finished: Sequence[Trial],
+    ) -> None:
+        """Create the study of one search, with its finished trials.
+
+        The config's own settings are drawn first, unless trial 0 is finished.
+        """
+        space = self._spaces[search]
+        storage = optuna.storages.InMemoryStorage()
+        study = optuna.create_study(storage=storage, study_name=STUDY_NAME)
+        study.add_trials([to_frozen_trial(trial, space, tune) for trial in finished])
+        current_params = space.current_params(config)
+        is_first_finished = any(trial.number == 0 for trial in finished)
+        if current_params and not is_first_finished:
+            study.enqueue_trial(current_params)
+
+        seed = int(short_hash([config.seed, *search, len(finished)])[:8], 16)
+        self._studies[search] = study
+        self._searches[search] = OptunaSearch(
+            space.suggest,
+            metric=SCORE,
+            mode="min",
+            sampler=_sampler(tune, seed),
+            study_name=STUDY_NAME,
+            storage=storage,
+        )
 
     @property
     def left(self) -> int:
-        """Blocks still to be asked for."""
+        """Number of trial groups that are still to be suggested."""
         return len(self._waiting)
 
     def set_search_properties(
@@ -89,29 +113,30 @@ class MultiSearch(Searcher):  # type: ignore[misc]  # ray has no types
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        """The first member is asked freely, and its siblings with its structure."""
+        """Suggest a trial group. The first member is free, the others share its structure."""
         if not self._waiting:
             return Searcher.FINISHED
         search, numbers = self._waiting.popleft()
-        settings: list[Settings] = []
-        for i in range(len(numbers)):
-            if settings:
-                structure = {
-                    name: value for name, value in settings[0].items() if name not in STACKABLE
-                }
-                self._studies[search].enqueue_trial(self._spaces[search].params(structure))
-            self._search_of[member_id(trial_id, i)] = self._searches[search]
-            settings.append(self._searches[search].suggest(member_id(trial_id, i)))
-        members = [
-            {"number": number, "settings": one}
-            for number, one in zip(numbers, settings, strict=True)
-        ]
+        members: list[dict[str, Any]] = []
+        for position, number in enumerate(numbers):
+            if members:
+                self._enqueue_structure(search, members[0]["settings"])
+            name = member_id(trial_id, position)
+            self._search_of_member[name] = self._searches[search]
+            settings = self._searches[search].suggest(name)
+            members.append({"number": number, "settings": settings})
         return {"student": search.student, "arm": search.arm, MEMBERS: members}
+
+    def _enqueue_structure(self, search: Search, settings: Settings) -> None:
+        """Make the next trial of a search take the structure of these settings."""
+        structure = {name: value for name, value in settings.items() if name not in STACKABLE}
+        params = self._spaces[search].params(structure)
+        self._studies[search].enqueue_trial(params)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         for name, entry in _entries(trial_id, result):
             if FAILED not in entry:
-                self._search_of[name].on_trial_result(name, entry)
+                self._search_of_member[name].on_trial_result(name, entry)
 
     def on_trial_complete(
         self,
@@ -119,56 +144,80 @@ class MultiSearch(Searcher):  # type: ignore[misc]  # ray has no types
         result: dict[str, Any] | None = None,
         error: bool = False,
     ) -> None:
-        """Members of a block that was stopped early end without a value: their score is of fewer
-        windows than the others'."""
-        told = dict(_entries(trial_id, result)) if result and not error else {}
-        for name in [name for name in self._search_of if name.rpartition("_")[0] == trial_id]:
-            entry = told.get(name)
-            failed = entry is None or FAILED in entry
-            whole = not failed and entry is not None and entry["training_iteration"] >= self._rounds
-            self._search_of.pop(name).on_trial_complete(name, entry if whole else None, failed)
+        """End the members of a trial group.
+
+        Members of a group that was stopped early end without a value, because their score is of
+        fewer windows than that of others.
+        """
+        entries = dict(_entries(trial_id, result)) if result and not error else {}
+        names = [name for name in self._search_of_member if name.rpartition("_")[0] == trial_id]
+        for name in names:
+            entry = entries.get(name)
+            search = self._search_of_member.pop(name)
+            if entry is None or FAILED in entry:
+                search.on_trial_complete(name, None, True)
+                continue
+            is_complete = entry["training_iteration"] >= self._validation_windows
+            search.on_trial_complete(name, entry if is_complete else None, False)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: a sweep goes on from its own results file."""
+        """Do nothing: a sweep resumes from its own results file."""
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError
 
 
 def member_id(trial_id: str, position: int) -> str:
-    """A member's name among all members of a search."""
+    """Return the name of a trial group's member, unique within a search."""
     return f"{trial_id}_{position}"
 
 
-def _blocks(
+def _validation_windows(tune: TuneConfig) -> int:
+    first, last = tune.validation_windows
+    return last - first + 1
+
+
+def _missing_numbers(
+    tune: TuneConfig,
+    searches: Iterable[Search],
+    finished: Sequence[Trial],
+) -> dict[Search, list[int]]:
+    """Search -> numbers of its trials that are not finished."""
+    done = {(trial.search, trial.number) for trial in finished}
+    return {
+        search: [number for number in range(tune.trials) if (search, number) not in done]
+        for search in searches
+    }
+
+
+def _trial_groups(
     tune: TuneConfig, missing: Mapping[Search, Sequence[int]]
 ) -> deque[tuple[Search, Sequence[int]]]:
-    """The missing trials as blocks of `together` numbers, the searches in turn."""
-    starts = range(0, tune.trials, tune.trials_per_process)
-    return deque(
-        (s, numbers[start : start + tune.trials_per_process])
-        for start in starts
-        for s, numbers in missing.items()
-        if start < len(numbers)
-    )
+    """Divide the missing trials into groups, the searches in turn."""
+    size = tune.trials_per_process
+    groups: deque[tuple[Search, Sequence[int]]] = deque()
+    for start in range(0, tune.trials, size):
+        for search, numbers in missing.items():
+            if start < len(numbers):
+                groups.append((search, numbers[start : start + size]))
+    return groups
 
 
-def _entries(trial_id: str, result: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """(member's name, its entry as a report of its own) of a block's report."""
-    return [
-        (member_id(trial_id, i), {**entry, "training_iteration": result["training_iteration"]})
-        for i, entry in enumerate(result[MEMBERS])
-    ]
+def _entries(trial_id: str, result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each member's name and its entry of a trial group's report, as a report of its own."""
+    iteration = result["training_iteration"]
+    for position, entry in enumerate(result[MEMBERS]):
+        yield member_id(trial_id, position), {**entry, "training_iteration": iteration}
 
 
 def _sampler(tune: TuneConfig, seed: int) -> optuna.samplers.BaseSampler:
-    """Populations begin at random. TPE takes trials without an answer for poor ones, lest it asks
-    for several alike."""
-    return (
-        optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-        if tune.search == "tpe"
-        else optuna.samplers.RandomSampler(seed=seed)
-    )
+    """The sampler of a search. Populations begin at random.
+
+    TPE counts unfinished trials as poor ones, so that it does not suggest several alike.
+    """
+    if tune.search == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    return optuna.samplers.RandomSampler(seed=seed)
 
 
 def to_frozen_trial(
@@ -176,28 +225,25 @@ def to_frozen_trial(
     space: Space,
     tune: TuneConfig,
 ) -> optuna.trial.FrozenTrial:
-    """A finished trial as its search knows it."""
-    states = {
-        "complete": optuna.trial.TrialState.COMPLETE,
-        "stopped": optuna.trial.TrialState.PRUNED,
-        "failed": optuna.trial.TrialState.FAIL,
+    """Convert a finished trial to Optuna's form."""
+    scores = {
+        iteration: score(figures, tune.calibration)
+        for iteration, figures in enumerate(trial.curve, 1)
     }
     return optuna.trial.create_trial(
-        state=states[trial.state],
+        state=OPTUNA_STATES[trial.state],
         value=trial.score if trial.state == "complete" else None,
         params=space.params(trial.settings),
         distributions=space.known(trial.settings),
-        intermediate_values={
-            i: score(figures, tune.calibration) for i, figures in enumerate(trial.curve, 1)
-        },
+        intermediate_values=scores,
     )
 
 
 class PerSearchASHA(FIFOScheduler):  # type: ignore[misc]
-    """ASHA within each search: students and arms are not compared with each other. Knows the trials
-    of earlier processes.
+    """ASHA within each search: students and arms are not compared with each other.
 
-    Every member of a block is compared on its own; only whole blocks can be stopped.
+    Every member of a trial group is compared on its own, but only whole groups can be stopped.
+    Knows the trials of earlier processes.
     """
 
     def __init__(
@@ -207,25 +253,26 @@ class PerSearchASHA(FIFOScheduler):  # type: ignore[misc]
         finished: Sequence[Trial],
     ) -> None:
         super().__init__()
-        rounds = tune.validation_windows[1] - tune.validation_windows[0] + 1
-        self._of = {
-            s: ASHAScheduler(
-                metric=SCORE, mode="min", max_t=rounds, grace_period=1, reduction_factor=REDUCTION
+        self._schedulers = {
+            search: ASHAScheduler(
+                metric=SCORE,
+                mode="min",
+                max_t=_validation_windows(tune),
+                grace_period=1,
+                reduction_factor=REDUCTION,
             )
-            for s in searches
+            for search in searches
         }
         for trial in finished:
+            scheduler = self._schedulers[trial.search]
             earlier = SimpleNamespace(trial_id=f"earlier_{trial.search}_{trial.number}")
-            self._of[trial.search].on_trial_add(None, earlier)
-            for i, figures in enumerate(trial.curve, 1):
-                self._of[trial.search].on_trial_result(
-                    None,
-                    earlier,
-                    {"training_iteration": i, SCORE: score(figures, tune.calibration)},
-                )
+            scheduler.on_trial_add(None, earlier)
+            for iteration, figures in enumerate(trial.curve, 1):
+                entry = {"training_iteration": iteration, SCORE: score(figures, tune.calibration)}
+                scheduler.on_trial_result(None, earlier, entry)
 
-    def _asha(self, trial: Any) -> ASHAScheduler:
-        return self._of[Search(trial.config["student"], trial.config["arm"])]
+    def _scheduler_of(self, trial: Any) -> ASHAScheduler:
+        return self._schedulers[Search(trial.config["student"], trial.config["arm"])]
 
     def set_search_properties(
         self,
@@ -236,10 +283,10 @@ class PerSearchASHA(FIFOScheduler):  # type: ignore[misc]
         return True
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        for i in range(len(trial.config[MEMBERS])):
-            self._asha(trial).on_trial_add(
-                tune_controller, SimpleNamespace(trial_id=member_id(trial.trial_id, i))
-            )
+        scheduler = self._scheduler_of(trial)
+        for position in range(len(trial.config[MEMBERS])):
+            member = SimpleNamespace(trial_id=member_id(trial.trial_id, position))
+            scheduler.on_trial_add(tune_controller, member)
 
     def on_trial_result(
         self,
@@ -247,17 +294,15 @@ class PerSearchASHA(FIFOScheduler):  # type: ignore[misc]
         trial: Any,
         result: dict[str, Any],
     ) -> str:
-        """A block is stopped when each member that has not failed would be; all members come to a
-        rung at once."""
-        told = [
-            self._asha(trial).on_trial_result(
-                tune_controller, SimpleNamespace(trial_id=name), entry
-            )
-            for name, entry in _entries(trial.trial_id, result)
-            if FAILED not in entry
-        ]
-        return str(
-            FIFOScheduler.STOP
-            if all(one == FIFOScheduler.STOP for one in told)
-            else FIFOScheduler.CONTINUE
-        )
+        """Stop a trial group when each member that has not failed would be stopped.
+
+        All members reach a rung at the same time.
+        """
+        scheduler = self._scheduler_of(trial)
+        decisions = []
+        for name, entry in _entries(trial.trial_id, result):
+            if FAILED not in entry:
+                member = SimpleNamespace(trial_id=name)
+                decisions.append(scheduler.on_trial_result(tune_controller, member, entry))
+        stops = all(decision == FIFOScheduler.STOP for decision in decisions)
+        return str(FIFOScheduler.STOP if stops else FIFOScheduler.CONTINUE)

@@ -1,8 +1,9 @@
-"""A sweep: trials of every student and arm, in blocks side by side under Ray Tune, from rows that
-lie in the object store once.
+"""A sweep: trial groups of every student and arm, some at a time under Ray Tune.
 
-<run>/tune/trials.parquet       every finished trial; a killed sweep goes on from it
-<run>/tune/judged.json          the best and the untuned of each arm on the judge windows, seed by seed
+The students' rows lie in the object store once.
+
+<run>/tune/trials.parquet       every finished trial; a killed sweep resumes from it
+<run>/tune/judged.json          the best and the untuned of each arm on the holdout windows, by seed
 <run>/tune/best/<student>.yaml  a config for `run.py pipeline`
 <run>/tune/summary.json         figures, gains, importance of the settings
 <run>/tune/plots.html           NE against each setting, importance, gains
@@ -27,52 +28,71 @@ from ray.tune.logger import JsonLoggerCallback
 
 from exfm_ray.config.root import Config
 from exfm_ray.config.trainer import StudentConfig
+from exfm_ray.config.tune import Distribution
 from exfm_ray.config.tune import TuneConfig as SweepConfig
 from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
 from exfm_ray.pipeline.preflight import prepare_stream
 from exfm_ray.pipeline.runner import PipelineRunner
+from exfm_ray.pipeline.schedule import Role
 from exfm_ray.runtime.session import ray_session
-from tuning.analysis import analyse, show
-from tuning.holdout import judge
+from tuning.analysis import analyze
+from tuning.console import show
+from tuning.holdout import evaluate_holdout
 from tuning.plots import write_plots
 from tuning.results import Search, State, Trial, read_trials, write_trials
 from tuning.rows import StudentRows
 from tuning.search import FAILED, MEMBERS, MultiSearch, PerSearchASHA
-from tuning.space import Space
+from tuning.space import Space, as_settings
 from tuning.trial import Figures, score
-from tuning.trial_group import as_settings, run_trial_group
+from tuning.trial_group import run_trial_group
 from tuning.wandb_trials import TrialRuns
 
 FOLDER = "tune"
+RAY_TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # they cost more than they are worth
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command at once
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output cannot be silenced
+}
 
 
 def tune(config: Config) -> None:
-    """FM and DAS where they have not run, the sweep, its judgement and analysis; each does only
-    what is missing."""
+    """Run the FM and the DAS, the sweep, its holdout trainings and its analysis.
+
+    Each step does only what is missing in the run's folder.
+    """
     sweep = checked(config)
     stream = prepare_stream(config)
     check_windows(sweep, stream)
+    folder = config.folder / FOLDER
     with ray_session(config), closing(TrialRuns(config)) as runs:
         run = PipelineRunner(config, stream)
-        run.execute(fm=True, das=True, vm=False)
-        run.summarise()
-        students = [s for s in config.vm.models if not sweep.students or s.name in sweep.students]
-        rows = {
-            s.name: ray.put(StudentRows.read_from(config, s, range(sweep.holdout_windows[1] + 1)))
-            for s in students
-        }
+        run.execute(frozenset({Role.FM, Role.DAS}))
+        run.summarize()
+
+        students = [
+            student
+            for student in config.vm.models
+            if not sweep.students or student.name in sweep.students
+        ]
+        windows = range(sweep.holdout_windows[1] + 1)
+        rows = {}
+        for student in students:
+            rows[student.name] = ray.put(StudentRows.read_from(config, student, windows))
         trials = search(config, sweep, students, rows, runs)
-        judged = judge(
-            config, sweep, students, rows, trials, config.folder / FOLDER / "judged.json"
-        )
-    summary = analyse(config, sweep, students, trials, judged, config.folder / FOLDER)
-    write_plots(sweep, trials, summary, config.folder / FOLDER / "plots.html")
-    show(summary, config.folder / FOLDER)
+        results = evaluate_holdout(config, sweep, students, rows, trials, folder / "judged.json")
+
+    summary = analyze(config, sweep, students, trials, results, folder)
+    write_plots(sweep, trials, summary, folder / "plots.html")
+    show(summary, folder)
 
 
 def checked(config: Config) -> SweepConfig:
-    """The config's sweep; UserError where it has none, or one that cannot run here."""
+    """Return the config's sweep.
+
+    Raises:
+        UserError: the config has no sweep, or one that cannot run.
+    """
     if config.tune is None:
         raise UserError("the config has no section 'tune'; configs/tune_demo.yaml shows one")
     if not config.vm.models:
@@ -85,12 +105,16 @@ def checked(config: Config) -> SweepConfig:
 
 
 def check_windows(sweep: SweepConfig, stream: EventStream) -> None:
-    """UserError where the stream does not have the windows of the sweep. Windows count from 0
-    without a gap."""
+    """Check that the stream has the windows of the sweep. Windows count from 0 without a gap.
+
+    Raises:
+        UserError: the stream ends before the last holdout window.
+    """
     last = stream.windows()[-1]
     if sweep.holdout_windows[1] > last:
         raise UserError(
-            f"setting 'tune.holdout_windows' is {list(sweep.holdout_windows)}: the stream has windows 0 to {last}"
+            f"setting 'tune.holdout_windows' is {list(sweep.holdout_windows)}: "
+            f"the stream has windows 0 to {last}"
         )
 
 
@@ -101,55 +125,52 @@ def search(
     rows: Mapping[str, Any],
     runs: TrialRuns,
 ) -> list[Trial]:
-    """Run the trials that are missing; all trials. `rows`: student -> reference of its
-    `StudentRows`. Needs a Ray session."""
+    """Run the trials that are missing and return all trials. Needs a Ray session.
+
+    Args:
+        rows: student -> reference of its `StudentRows`.
+        runs: writes each trial to wandb.
+    """
     spaces = {
         Search(student.name, arm): Space(sweep.space_of(arm))
         for arm in sweep.arms
         for student in students
     }
-    path = config.folder / FOLDER / "trials.parquet"
-    recorder = TrialRecorder(path, sweep, spaces, runs)
+    recorder = TrialRecorder(config.folder / FOLDER / "trials.parquet", sweep, spaces, runs)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     searcher = MultiSearch(config, sweep, spaces, recorder.trials)
     if not searcher.left:
         return recorder.trials
-    # Tune's own loggers cost more than they tell; Ctrl-C ends the command at once; its new output
-    # cannot be silenced.
-    os.environ |= {
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",
-        "RAY_AIR_NEW_OUTPUT": "0",
-    }
+
+    os.environ |= RAY_TUNE_ENVIRONMENT
+    by_name = {student.name: student for student in students}
     trainable = ray_tune.with_parameters(
-        run_trial_group, config=config, students={s.name: s for s in students}, rows=dict(rows)
+        run_trial_group, config=config, students=by_name, rows=dict(rows)
     )
-    Tuner(
-        ray_tune.with_resources(
-            trainable,
-            PlacementGroupFactory([{"CPU": 1}], bundle_label_selector=[config.placement.vm]),
-        ),
-        tune_config=TuneConfig(
-            search_alg=searcher,
-            scheduler=PerSearchASHA(sweep, spaces, recorder.trials)
-            if sweep.early_stopping == "asha"
-            else None,
-            num_samples=searcher.left,
-            max_concurrent_trials=sweep.max_concurrent,
-            reuse_actors=True,
-        ),
-        run_config=RunConfig(
-            name=time.strftime("%Y%m%d-%H%M%S"),
-            storage_path=str(config.folder / "logs" / "ray_tune"),
-            callbacks=[recorder, JsonLoggerCallback()],
-            verbose=0,
-        ),
-    ).fit()
+    resources = PlacementGroupFactory([{"CPU": 1}], bundle_label_selector=[config.placement.vm])
+    scheduler = None
+    if sweep.early_stopping == "asha":
+        scheduler = PerSearchASHA(sweep, spaces, recorder.trials)
+    tune_config = TuneConfig(
+        search_alg=searcher,
+        scheduler=scheduler,
+        num_samples=searcher.left,
+        max_concurrent_trials=sweep.max_concurrent,
+        reuse_actors=True,
+    )
+    run_config = RunConfig(
+        name=time.strftime("%Y%m%d-%H%M%S"),
+        storage_path=str(config.folder / "logs" / "ray_tune"),
+        callbacks=[recorder, JsonLoggerCallback()],
+        verbose=0,
+    )
+    trainable = ray_tune.with_resources(trainable, resources)
+    Tuner(trainable, tune_config=tune_config, run_config=run_config).fit()
     return recorder.trials
 
 
 class TrialRecorder(Callback):  # type: ignore[misc]  # ray has no types
-    """Writes the trials of every block as it ends, all at once, and says so on stderr."""
+    """Writes the trials of every trial group when it ends, and prints them to stderr."""
 
     def __init__(
         self,
@@ -161,14 +182,14 @@ class TrialRecorder(Callback):  # type: ignore[misc]  # ray has no types
         self._path = path
         self._sweep = sweep
         self._runs = runs
-        self._columns = {
-            name: d for space in spaces.values() for name, d in space.distributions.items()
-        }
+        self._columns: dict[str, Distribution] = {}
+        for space in spaces.values():
+            self._columns |= space.distributions
         self._reports: dict[str, list[Any]] = {}
         self._seconds: dict[str, float] = {}
         self.trials = read_trials(path, self._columns)
-        for known in self.trials:
-            runs.add(known)
+        for trial in self.trials:
+            runs.add(trial)
 
     def on_trial_result(
         self,
@@ -197,57 +218,64 @@ class TrialRecorder(Callback):  # type: ignore[misc]  # ray has no types
         trial: Any,
         **info: Any,
     ) -> None:
-        """Its process has died."""
-        self._end(trial, Path(trial.error_file).read_text().strip().splitlines()[-1])
+        """Record all members as failed, because their process has died."""
+        last_line = Path(trial.error_file).read_text().strip().splitlines()[-1]
+        self._end(trial, last_line)
 
-    def _end(self, block: Any, error: str | None) -> None:
-        reports = self._reports.pop(block.trial_id, [])
-        seconds = self._seconds.pop(block.trial_id, 0.0)
-        members = block.config[MEMBERS]
-        each = zip(
-            members, ([report[i] for report in reports] for i in range(len(members))), strict=True
-        )
-        told = [
-            self._trial(block.config, member, entries, seconds / len(members), error)
-            for member, entries in each
-        ]
-        self.trials += told
+    def _end(self, trial_group: Any, error: str | None) -> None:
+        reports = self._reports.pop(trial_group.trial_id, [])
+        seconds = self._seconds.pop(trial_group.trial_id, 0.0)
+        members = trial_group.config[MEMBERS]
+        ended = []
+        for position, member in enumerate(members):
+            entries = [report[position] for report in reports]
+            trial = self._trial(trial_group.config, member, entries, seconds / len(members), error)
+            ended.append(trial)
+
+        self.trials += ended
         write_trials(self._path, self.trials, self._columns)
-        for ended in told:
-            self._runs.add(ended)
-            last = ended.curve[-1] if ended.state != "failed" else None
-            figures = (
-                f"NE {last.ne:.4f}, calibration {last.calibration:.3f}" if last else ended.error
-            )
-            where = f"{ended.search.student} {ended.search.arm} trial {ended.number + 1} of {self._sweep.trials}"
-            print(f"{where}: {ended.state}, {figures}", file=sys.stderr)
+        for trial in ended:
+            self._runs.add(trial)
+            self._print(trial)
+
+    def _print(self, trial: Trial) -> None:
+        figures = trial.error
+        if trial.state != "failed":
+            last = trial.curve[-1]
+            figures = f"NE {last.ne:.4f}, calibration {last.calibration:.3f}"
+        student, arm = trial.search
+        position = f"trial {trial.number + 1} of {self._sweep.trials}"
+        print(f"{student} {arm} {position}: {trial.state}, {figures}", file=sys.stderr)
 
     def _trial(
         self,
-        asked: Mapping[str, Any],
+        suggestion: Mapping[str, Any],
         member: Mapping[str, Any],
         entries: Sequence[Any],
         seconds: float,
-        error: str | None,
+        process_error: str | None,
     ) -> Trial:
-        """A member, from the entries that were reported of it. `error`: of its process."""
-        done = [entry for entry in entries if FAILED not in entry]
-        error = error or (entries[-1].get(FAILED) if entries else "nothing was reported")
-        curve = tuple(Figures(*(entry[field] for field in Figures._fields)) for entry in done)
-        state: State = (
-            "failed"
-            if error
-            else "complete"
-            if curve[-1].window == self._sweep.validation_windows[1]
-            else "stopped"
+        """Make the trial of a member from the entries that were reported on it."""
+        good_entries = [entry for entry in entries if FAILED not in entry]
+        reported_error = entries[-1].get(FAILED) if entries else "nothing was reported"
+        error = process_error or reported_error
+        curve = tuple(
+            Figures(*(entry[field] for field in Figures._fields)) for entry in good_entries
         )
+        settings = good_entries[-1]["settings"] if good_entries else member["settings"]
         return Trial(
-            search=Search(asked["student"], asked["arm"]),
+            search=Search(suggestion["student"], suggestion["arm"]),
             number=member["number"],
-            settings=as_settings((done[-1] if done else member)["settings"]),
-            state=state,
+            settings=as_settings(settings),
+            state=self._state(curve, error),
             score=None if error else score(curve[-1], self._sweep.calibration),
             curve=curve,
             seconds=seconds,
             error=error,
         )
+
+    def _state(self, curve: Sequence[Figures], error: str | None) -> State:
+        if error:
+            return "failed"
+        _, last = self._sweep.validation_windows
+        return "complete" if curve[-1].window == last else "stopped"

@@ -1,5 +1,7 @@
-"""What a block's process runs. A block is one trial of Ray Tune: trials of one student and arm, its
-members, that learn together."""
+"""The process of a trial group: one trial of Ray Tune, whose members learn together.
+
+The members are trials of one student and arm.
+"""
 
 from __future__ import annotations
 
@@ -18,120 +20,140 @@ from exfm_ray.runtime.actors import get_with_timeout
 from exfm_ray.storage.atomic import short_hash
 from tuning.population import exploit, explore
 from tuning.search import FAILED, MEMBERS, SCORE
-from tuning.space import Space
+from tuning.space import Space, as_settings
 from tuning.trial import Exploit, Figures, Outcome, learn, score, trial_job
 
 Entry = dict[str, Any]
-"""What is reported of a member: its figures, its score and the settings behind them; or its
-error."""
+"""Report on a member: its figures, its score and the settings behind them; or its error."""
 
 
 def run_trial_group(
-    asked: dict[str, Any],
+    suggestion: dict[str, Any],
     config: Config,
     students: Mapping[str, StudentConfig],
     rows: Mapping[str, Any],
 ) -> None:
-    """Reports after each score window an entry for each member, in order, and ends when all have
-    failed."""
+    """Report an entry for each member after each validation window, until all have failed.
+
+    Args:
+        suggestion: student, arm and members, as `MultiSearch.suggest` returns them.
+        rows: student -> reference of its `StudentRows`.
+    """
     try:
-        student = students[asked["student"]]
+        student = students[suggestion["student"]]
         reader = get_with_timeout(rows[student.name], f"a trial of {student.name}", "its rows")
-        for entries in train_members(asked, config, student, reader):
-            ray_tune.report(
-                {MEMBERS: entries, SCORE: min(entry.get(SCORE, math.inf) for entry in entries)}
-            )
+        for entries in train_members(suggestion, config, student, reader):
+            best_score = min(entry.get(SCORE, math.inf) for entry in entries)
+            ray_tune.report({MEMBERS: entries, SCORE: best_score})
     except Exception as error:
-        failed = [{FAILED: f"{type(error).__name__}: {error}"} for _ in asked["members"]]
+        message = f"{type(error).__name__}: {error}"
+        failed = [{FAILED: message} for _ in suggestion[MEMBERS]]
         ray_tune.report({MEMBERS: failed, SCORE: math.inf})
 
 
 def train_members(
-    asked: Mapping[str, Any],
+    suggestion: Mapping[str, Any],
     config: Config,
     student: StudentConfig,
     reader: FragmentReader,
 ) -> Iterator[list[Entry]]:
-    """Train the members of a block, each with all seeds; yields after each score window, and when
-    all have failed, their entries."""
+    """Train the members, each with all seeds.
+
+    Yields their entries after each validation window, and when all have failed.
+    """
     tune = config.tune
     assert tune is not None
+    arm = suggestion["arm"]
     first, last = tune.validation_windows
-    members = [as_settings(member["settings"]) for member in asked["members"]]
+    windows = range(last + 1)
     seeds = range(config.seed, config.seed + tune.seeds)
+    members = [as_settings(member["settings"]) for member in suggestion[MEMBERS]]
     jobs = [
-        trial_job(config, student, asked["arm"], settings, first, seed)
+        trial_job(config, student, arm, settings, first, seed)
         for settings in members
         for seed in seeds
     ]
-    rng = np.random.default_rng(
-        int(
-            short_hash(
-                [config.seed, asked["student"], asked["arm"], asked["members"][0]["number"]]
-            ),
-            16,
-        )
-    )
-    learning = learn(jobs, reader, range(last + 1))
-    moves = None
-    for window in range(last + 1):
-        outcomes = learning.send(moves)
-        told = [
-            mean(outcomes[start : start + len(seeds)])
-            for start in range(0, len(outcomes), len(seeds))
-        ]
-        failed = all(isinstance(one, str) for one in told)
-        if window >= first or failed:
+    population = _Population(suggestion, config, student) if tune.search == "pbt" else None
+
+    training = learn(jobs, reader, windows)
+    exploits: list[Exploit] | None = None
+    for window in windows:
+        outcomes = _seed_means(training.send(exploits), tune.seeds)
+        has_failed = all(isinstance(outcome, str) for outcome in outcomes)
+        if window >= first or has_failed:
             yield [
-                _entry(one, settings, tune.calibration)
-                for one, settings in zip(told, members, strict=True)
+                _entry(outcome, settings, tune.calibration)
+                for outcome, settings in zip(outcomes, members, strict=True)
             ]
-        if failed:
+        if has_failed:
             return
-        moves = None
-        if tune.search == "pbt" and first <= window < last:
-            scores = [
-                score(one, tune.calibration) if isinstance(one, Figures) else math.inf
-                for one in told
-            ]
-            moves = list[Exploit]()
-            for source, target in exploit(scores, rng):
-                members[target] = explore(members[source], Space(tune.space_of(asked["arm"])), rng)
-                moves.append(
-                    (
-                        source,
-                        target,
-                        trial_job(
-                            config, student, asked["arm"], members[target], first, config.seed
-                        ),
-                    )
-                )
+        exploits = None
+        if population and first <= window < last:
+            exploits = population.evolve(outcomes, members)
+
+
+class _Population:
+    """Draws the exploits of one trial group, the same ones whenever it is trained."""
+
+    def __init__(
+        self,
+        suggestion: Mapping[str, Any],
+        config: Config,
+        student: StudentConfig,
+    ) -> None:
+        assert config.tune is not None
+        self._config = config
+        self._tune = config.tune
+        self._student = student
+        self._arm = suggestion["arm"]
+        first_number = suggestion[MEMBERS][0]["number"]
+        seed = short_hash([config.seed, suggestion["student"], self._arm, first_number])
+        self._rng = np.random.default_rng(int(seed, 16))
+
+    def evolve(self, outcomes: Sequence[Outcome], members: list[Settings]) -> list[Exploit]:
+        """Replace the settings of poor members in `members`, and return the exploits."""
+        scores = [
+            score(outcome, self._tune.calibration) if isinstance(outcome, Figures) else math.inf
+            for outcome in outcomes
+        ]
+        space = Space(self._tune.space_of(self._arm))
+        first, _ = self._tune.validation_windows
+        exploits: list[Exploit] = []
+        for source, target in exploit(scores, self._rng):
+            settings = explore(members[source], space, self._rng)
+            members[target] = settings
+            job = trial_job(
+                self._config, self._student, self._arm, settings, first, self._config.seed
+            )
+            exploits.append((source, target, job))
+        return exploits
+
+
+def _seed_means(outcomes: Sequence[Outcome], seeds: int) -> list[Outcome]:
+    """The outcome of each member from those of its trainings, `seeds` for each member."""
+    starts = range(0, len(outcomes), seeds)
+    return [mean(outcomes[start : start + seeds]) for start in starts]
 
 
 def mean(outcomes: Sequence[Outcome]) -> Outcome:
-    """The outcome of a trial's trainings with several seeds; the first error where any has failed.
+    """Return the mean of a trial's outcomes over seeds, or the first error.
 
-    Labels are not added up: all have the same ones, and chance in them does not wane with more
-    seeds.
+    Labels are not summed: all seeds have the same ones, so chance in them does not shrink with
+    more seeds.
     """
-    errors = [one for one in outcomes if isinstance(one, str)]
-    figures = [one for one in outcomes if isinstance(one, Figures)]
-    if errors or not figures:
-        return errors[0] if errors else None
+    errors = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    if errors:
+        return errors[0]
+    figures = [outcome for outcome in outcomes if isinstance(outcome, Figures)]
+    if not figures:
+        return None
     n = len(figures)
     return Figures(
-        figures[0].window,
-        sum(f.ne for f in figures) / n,
-        sum(f.calibration for f in figures) / n,
-        figures[0].labels,
+        window=figures[0].window,
+        ne=sum(one_seed.ne for one_seed in figures) / n,
+        calibration=sum(one_seed.calibration for one_seed in figures) / n,
+        labels=figures[0].labels,
     )
-
-
-def as_settings(asked: Mapping[str, Any]) -> Settings:
-    """Settings as Tune and JSON give them back, lists as tuples again."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()
-    }
 
 
 def _entry(

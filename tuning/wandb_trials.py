@@ -1,8 +1,8 @@
 """Every finished trial as a run in wandb.
 
-Written by a thread: a run takes some 20 ms, the first one a second, and a server may take longer
-than a trial. The file <run>/wandb/trials.json holds the ids of the runs that are written, so that a
-sweep that goes on writes those that are missing.
+A thread writes the runs: one takes about 20 ms, the first one a second, and a server may take
+longer than a trial. The file <run>/wandb/trials.json holds the ids of the runs that are written, so
+that a resumed sweep writes only the missing ones.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from tuning.trial import score
 
 
 class TrialRuns:
-    """Writes the runs of the trials that it is given, each once. What fails in wandb ends the
-    writing, not the sweep."""
+    """Writes a run for each trial, once. An error in wandb ends the writing, not the sweep."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -32,53 +31,51 @@ class TrialRuns:
             self._thread.start()
 
     def add(self, trial: Trial) -> None:
-        """Write the trial's run, soon."""
+        """Queue the trial, whose run is written in the background."""
         if self._thread.is_alive():
             self._queue.put(trial)
 
     def close(self) -> None:
-        """Wait until all is written."""
+        """Wait until all queued trials are written."""
         self._queue.put(None)
         if self._thread.is_alive():
             self._thread.join()
 
     def __getstate__(self) -> None:
-        """Nothing: Tune pickles its callbacks and all they hold, but a sweep goes on from its own
-        files."""
+        """Pickle nothing: Tune pickles its callbacks, but a sweep resumes from its own files."""
 
     def _write_all(self) -> None:
-        written: list[str] | None = None
-        opened = False
         try:
-            while trial := self._queue.get():
-                if written is None:
-                    written = read_json(self._path) if self._path.exists() else []
-                identity = run_id(self._config, trial)
-                if identity not in written:
-                    opened = True
-                    write_run(self._config, trial, identity)
-                    written.append(identity)
-                    write_json(self._path, written)
-            if opened:
-                close_wandb()
+            self._write_missing()
         except Exception as error:
-            told = f"wandb: {type(error).__name__}: {error}"
             print(
-                f"{told}. The sweep goes on without wandb; the same command, given again, writes the runs that are missing",
+                f"wandb: {type(error).__name__}: {error}. The sweep continues without wandb; "
+                "rerun the same command to write the runs that are missing",
                 file=sys.stderr,
             )
 
+    def _write_missing(self) -> None:
+        """Write the queued trials that have no run yet, until `close`."""
+        written: list[str] | None = None
+        is_open = False
+        while trial := self._queue.get():
+            if written is None:
+                written = read_json(self._path) if self._path.exists() else []
+            identity = run_id(self._config, trial)
+            if identity in written:
+                continue
+            is_open = True
+            write_run(self._config, trial, identity)
+            written.append(identity)
+            write_json(self._path, written)
+        if is_open:
+            close_wandb()
+
 
 def run_id(config: Config, trial: Trial) -> str:
-    """The same for the same trial of the same config, wherever it is kept."""
-    return short_hash(
-        [
-            config.name,
-            config.model_dump(mode="json", exclude={"run", "wandb"}),
-            *trial.search,
-            trial.number,
-        ]
-    )
+    """Return an id that depends on the trial and the config, but not on the run's folder."""
+    settings = config.model_dump(mode="json", exclude={"run", "wandb"})
+    return short_hash([config.name, settings, *trial.search, trial.number])
 
 
 def write_run(
@@ -86,8 +83,7 @@ def write_run(
     trial: Trial,
     identity: str,
 ) -> None:
-    """A whole run: settings, NE, calibration and score along the score windows, and how the trial
-    ended."""
+    """Write a whole run: settings, the figures of each validation window, how the trial ended."""
     assert config.tune is not None
     student, arm = trial.search
     settings: dict[str, object] = {
@@ -97,26 +93,20 @@ def write_run(
         "seed": config.seed,
     }
     for setting, value in trial.settings.items():
-        set_dotted(settings, setting, value)  # nested: wandb takes a dot for a step into a section
-    run = open_run(
-        config,
-        identity,
-        f"{student} {arm} {trial.number:03d}",
-        f"{config.name}/{student}",
-        "tune",
-        settings,
-        step="window",
-    )
+        set_dotted(settings, setting, value)  # nested: wandb reads a dot as a step into a section
+
+    name = f"{student} {arm} {trial.number:03d}"
+    group = f"{config.name}/{student}"
+    run = open_run(config, identity, name, group, "tune", settings, step="window")
     for figures in trial.curve:
-        bounded = score(figures, config.tune.calibration)
-        run.log(
-            {
-                "window": figures.window,
-                "ne": figures.ne,
-                "calibration": figures.calibration,
-                "score": bounded,
-            }
-        )
+        row = {
+            "window": figures.window,
+            "ne": figures.ne,
+            "calibration": figures.calibration,
+            "score": score(figures, config.tune.calibration),
+        }
+        run.log(row)
+
     ended = {
         "state": trial.state,
         "score": trial.score,

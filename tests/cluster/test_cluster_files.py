@@ -178,7 +178,7 @@ def test_the_image_has_all_code_and_no_root() -> None:
     without authentication."""
     lines = (CLUSTER / "Dockerfile").read_text().splitlines()
     copied = {word for line in lines if line.startswith("COPY") for word in line.split()[2:-1]}
-    packages = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {"benchmarks"}
+    packages = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {"benchmarks", "studies"}
     assert copied == packages | {"configs", "pyproject.toml", "README.md", "run.py"}
     ignored = (CLUSTER / "Dockerfile.dockerignore").read_text().split()
     assert ignored[0] == "*" and {line[1:] for line in ignored if line.startswith("!")} == copied

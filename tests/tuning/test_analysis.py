@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from exfm_ray.config.root import Config
 from exfm_ray.config.tune import Distribution, TuneConfig
-from tuning.analysis import best_config, compared, estimate, importance
+from tuning.analysis import arm_figures, best_config, estimate, importance
 from tuning.holdout import HoldoutResult, best_trial
 from tuning.results import Search, State, Trial
 from tuning.space import Space
@@ -55,7 +55,7 @@ def judged(arm: str, nes: list[float | None]) -> list[HoldoutResult]:
 def test_gains_are_of_the_same_seed() -> None:
     """Wrong: an arm is compared with the labels arm of another seed, or a failed training
     counts."""
-    told = compared(judged("ah", [0.72, 0.54, None]), {0: 0.8, 1: 0.6, 2: 0.7}, 0.5)
+    told = arm_figures(judged("ah", [0.72, 0.54, None]), {0: 0.8, 1: 0.6, 2: 0.7}, 0.5)
     assert told["ne_gain"]["mean"] == pytest.approx(0.1) and told["ne_gain"][
         "high"
     ] == pytest.approx(0.1)
@@ -69,7 +69,7 @@ def test_no_transfer_ratio_without_a_gain_of_the_fm(fm: float | None) -> None:
     """Wrong: a ratio to a gain of the FM that is none, or lies within its spread over seeds, is
     told as if it said something."""
     assert (
-        compared(judged("ah", [0.69, 0.69, 0.69]), {0: 0.69, 1: 0.70, 2: 0.72}, fm)[
+        arm_figures(judged("ah", [0.69, 0.69, 0.69]), {0: 0.69, 1: 0.70, 2: 0.72}, fm)[
             "transfer_ratio"
         ]
         is None

@@ -260,6 +260,6 @@ def test_the_page_stands_alone(page: Page) -> None:
         and max(len(script) for script in page.scripts) > 1_000_000
     )
     texts = " ".join(page.texts)
-    assert "<sweep>: trials scored on windows 2 to 5, judged on windows 6 to 9" in texts
+    assert "<sweep>: trials scored on windows 2 to 5, gains on windows 6 to 9" in texts
     for told in ("No trial has an NE.", "Too few complete trials.", "Nothing to compare."):
         assert texts.count(told) == 1  # of the student without trials

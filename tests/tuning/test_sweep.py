@@ -22,7 +22,7 @@ from exfm_ray.config.root import Config
 from exfm_ray.config.tune import Distribution, TuneConfig
 from exfm_ray.data.prepare.prepare import source_schema
 from exfm_ray.errors import UserError
-from exfm_ray.tracking.dashboard import parts
+from exfm_ray.tracking.dashboard import sections
 from exfm_ray.tracking.recorder import read_metrics
 from tuning.analysis import fm_ne
 from tuning.holdout import best_trial
@@ -328,7 +328,9 @@ def test_runs_and_plots(swept: Swept) -> None:
     found = run_files(swept.config.folder)
     assert found.keys() == {run_id(swept.config, one) for one in swept.trials}
     (part,) = [
-        part for part in parts(swept.config, source_schema(swept.config)) if part.name == "Sweep"
+        section
+        for section in sections(swept.config, source_schema(swept.config))
+        if section.name == "Sweep"
     ]
     had = logged(
         [

@@ -161,7 +161,7 @@ def test_failure_of_wandb(
         told.count("wandb") >= 1
         and len(told.splitlines()) == 1
         and "no space left" in told
-        and "writes the runs that are missing" in told
+        and "write the runs that are missing" in told
     )
     assert asked == [0, 1] and len(run_files(config.folder)) == 1
     write(config, *(trial(number) for number in range(5)))

@@ -12,9 +12,6 @@ from local_runs import score, train
 from small_runs import WINDOWS, small_config
 from workers import Workers
 
-from benchmarks import share_teach
-from benchmarks.parts import Part, Parts
-from benchmarks.share_runs import GRID, JUDGED, SCORED, Variant, judge, variants
 from exfm_ray.config.checks import with_settings
 from exfm_ray.pipeline.preflight import prepare_stream
 from exfm_ray.stores.shared_rows import SharedStore
@@ -22,6 +19,16 @@ from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.stores.user_history import history_store
 from exfm_ray.training.job import Job
+from studies.parts import Part, Parts
+from studies.shared_tables import teachers
+from studies.shared_tables.trainings import (
+    GRID,
+    HOLDOUT,
+    VALIDATION,
+    Variant,
+    holdout_figures,
+    variants,
+)
 
 
 @pytest.mark.usefixtures("cluster")
@@ -56,7 +63,7 @@ def test_parts_that_are_kept_are_not_run_again(
     }
     assert started == [4]
     assert Parts(tmp_path, 2).kept("parts/4", lambda: 1 / 0) == [4, 8]
-    assert "doubles: 1 of 2 parts are there" in capsys.readouterr().out
+    assert "doubles: 1 of 2 parts are finished" in capsys.readouterr().out
 
 
 def test_permuted_rows_are_anothers(
@@ -72,8 +79,8 @@ def test_permuted_rows_are_anothers(
     stream = prepare_stream(config)
     groups[1].run(train, Job("fm", config), stream.windows(), None)
     groups[1].run(score, config)
-    monkeypatch.setattr(share_teach, "WINDOWS", range(WINDOWS))
-    share_teach.permute_rows(config, tmp_path / "permuted", stream)
+    monkeypatch.setattr(teachers, "WINDOWS", range(WINDOWS))
+    teachers.permute_rows(config, tmp_path / "permuted", stream)
     own, other = (
         SharedStore(folder / "shared", config.fm.name)
         for folder in (config.folder, tmp_path / "permuted")
@@ -113,15 +120,15 @@ def test_mixed_users_have_anothers_past(
     groups[1].run(train, Job("fm", config), stream.windows(), None)
     groups[1].run(score, config)
     mixed = with_settings(config, {"name": "mixed"})
-    monkeypatch.setattr(share_teach, "WINDOWS", range(WINDOWS))
-    share_teach.mix_users(config, mixed)
+    monkeypatch.setattr(teachers, "WINDOWS", range(WINDOWS))
+    teachers.mix_users(config, mixed)
     own = history_store(config)
     other = history_store(mixed)
     assert own and other
     whose: dict[int, int] = {}
     for window in range(2, WINDOWS + 1):
         store = own.state_before(window, stream.schema)
-        renamed = other.before(window, stream.schema)
+        renamed = other.state_before(window, stream.schema)
         np.testing.assert_array_equal(store.users_U, renamed.users_U)
         past = {
             tuple(row): user
@@ -157,10 +164,10 @@ def rows(ne: float, windows: range) -> list[dict[str, float]]:
 def test_settings_are_chosen_and_judged_on_other_windows() -> None:
     """Wrong: what is judged was chosen on the windows that judge, controls choose for themselves,
     or a failed variant takes all with it."""
-    better_late = [[*rows(0.95, SCORED), *rows(0.5, JUDGED)] for _ in GRID]
-    better_late[3] = [*rows(0.9, SCORED), *rows(0.99, JUDGED)]
+    better_late = [[*rows(0.95, VALIDATION), *rows(0.5, HOLDOUT)] for _ in GRID]
+    better_late[3] = [*rows(0.9, VALIDATION), *rows(0.99, HOLDOUT)]
     labels = [
-        [*rows(0.8 + 0.01 * number, SCORED), *rows(1.0 + 0.01 * number, JUDGED)]
+        [*rows(0.8 + 0.01 * number, VALIDATION), *rows(1.0 + 0.01 * number, HOLDOUT)]
         for number in range(len(GRID))
     ]
     wanted = [
@@ -169,7 +176,9 @@ def test_settings_are_chosen_and_judged_on_other_windows() -> None:
         Variant("labels as kd", "labels", {}, "", "kd"),
         Variant("ah", "ah", {}),
     ]
-    told = judge(wanted, {"labels": {0: labels}, "kd": {0: better_late}}, {0: rows(0.9, JUDGED)})
+    told = holdout_figures(
+        wanted, {"labels": {0: labels}, "kd": {0: better_late}}, {0: rows(0.9, HOLDOUT)}
+    )
     assert sorted(told) == ["kd", "labels", "labels as kd"]
     assert told["kd"]["settings"] == told["labels as kd"]["settings"] == GRID[3]
     (kd,), (control,) = told["kd"]["seeds"], told["labels as kd"]["seeds"]

@@ -16,9 +16,19 @@ from scipy import stats
 from small_runs import flip_labels, rewrite, small_config
 from workers import Workers
 
-from benchmarks.study_figures import markdown, teacher_figures, variant_figures
-from benchmarks.study_plot import draw
-from benchmarks.study_teachers import (
+from exfm_ray.config.root import Config
+from exfm_ray.config.trainer import StudentConfig
+from exfm_ray.data.prepare.prepare import prepare
+from exfm_ray.data.readers import WindowPass
+from exfm_ray.data.stream import EventStream, list_values
+from exfm_ray.stores.readers import AugmentedReader
+from exfm_ray.stores.snapshot_policy import SnapshotPolicy
+from exfm_ray.stores.supervision import TEACHER_COLUMN, SupervisionStore
+from exfm_ray.training.job import Job
+from studies.ablation.figures import teacher_figures, variant_figures
+from studies.ablation.plot import draw
+from studies.ablation.tables import markdown
+from studies.ablation.teachers import (
     CONTROL_TEACHERS,
     FM,
     Teacher,
@@ -29,16 +39,7 @@ from benchmarks.study_teachers import (
     teacher_nes,
     teachers,
 )
-from benchmarks.study_variants import MOST_TOGETHER, calls, variants
-from exfm_ray.config.root import Config
-from exfm_ray.config.trainer import StudentConfig
-from exfm_ray.data.prepare.prepare import prepare
-from exfm_ray.data.readers import WindowPass
-from exfm_ray.data.stream import EventStream, list_values
-from exfm_ray.stores.readers import AugmentedReader
-from exfm_ray.stores.snapshot_policy import SnapshotPolicy
-from exfm_ray.stores.supervision import TEACHER_COLUMN, SupervisionStore
-from exfm_ray.training.job import Job
+from studies.ablation.variants import MOST_TOGETHER, calls, variants
 from tuning.trial import Figures
 
 FLIPPED = 1
@@ -219,7 +220,7 @@ def test_rows_line_up_with_the_stream(config: Config) -> None:
                 list_values(table[TEACHER_COLUMN], 2),
                 np.stack([marks[window] + 1, marks[window]], axis=1),
             )
-    with pytest.raises(AssertionError, match="no earlier than it can"):
+    with pytest.raises(AssertionError, match="does not supervise this window yet"):
         supervised(rows, chosen, 1)
 
 

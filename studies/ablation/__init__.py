@@ -1,0 +1,1 @@
+"""The ablation study: which part of the distillation helps, and which does not."""
