@@ -130,7 +130,10 @@ def _predicted_tasks(
     """The tasks that a teacher predicts; None for another run's, whose snapshots name them."""
     if teacher in (None, config.fm.name):
         return fm_tasks(config, schema)
-    return next((student.tasks for student in config.vm.models if student.name == teacher), None)
+    for student in config.vm.models:
+        if student.name == teacher:
+            return student.tasks
+    return None
 
 
 def _check_sizes(
@@ -218,12 +221,14 @@ def _check_snapshots(labeler: Labeler, windows: Sequence[int]) -> None:
     """Check that the snapshots that supervise these windows exist."""
     for window in windows:
         version = labeler.spec.policy.version(window)
-        if version is not None and not labeler.snapshots.has(version):
-            command = "train-vm" if labeler.teacher else "train-fm"
-            raise UserError(
-                f"window {window} is to be scored by {labeler.snapshots.folder(version)}, "
-                f"which is not there; run {command} first"
-            )
+        if version is None or labeler.snapshots.has(version):
+            continue
+        snapshot = labeler.snapshots.folder(version)
+        command = "train-vm" if labeler.teacher else "train-fm"
+        raise UserError(
+            f"window {window} is to be scored by {snapshot}, which is not there; "
+            f"run {command} first"
+        )
 
 
 def _check_supervised(labeler: Labeler, workload: Workload) -> None:

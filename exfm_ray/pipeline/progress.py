@@ -61,7 +61,8 @@ class ProgressMonitor:
 
     def state(self) -> State:
         """Ask the recorder for the progress of all roles."""
-        state: State = get_with_timeout(self._recorder.state.remote(), "the run", "its recorder")
+        reply = self._recorder.state.remote()
+        state: State = get_with_timeout(reply, "the run", "its recorder")
         return state
 
     def report_scored(
@@ -104,14 +105,17 @@ class ProgressMonitor:
             self._last_state = state
         if now - self._last_change <= STALL_S:
             return
-        positions = ", ".join(f"{job} at window {window}" for job, (window, _) in state.items())
+
+        positions = [f"{job} at window {window}" for job, (window, _) in state.items()]
+        where = ", ".join(positions) or "none has started"
         raise UserError(
-            f"no role has made progress for {STALL_S:.0f} s ({positions or 'none has started'}); "
+            f"no role has made progress for {STALL_S:.0f} s ({where}); "
             f"are there enough CPUs or GPUs for all roles? Logs: {self._logs}"
         )
 
     def _finish_done_roles(self) -> None:
-        for future in [future for future in self.pending if future.done()]:
+        done = [future for future in self.pending if future.done()]
+        for future in done:
             del self.pending[future]
             with self.collect_failed():
                 future.result()

@@ -130,9 +130,8 @@ class PipelineRunner:
             closing(PipelineRuns(self.config, self.summarize)),
             ProgressView(examples_left(self.stream, workload)) as view,
         ):
-            recorder = RecorderActor.options(scheduling_strategy=pin_to_driver_node()).remote(
-                self.folder / "metrics.jsonl"
-            )
+            actor = RecorderActor.options(scheduling_strategy=pin_to_driver_node())
+            recorder = actor.remote(self.folder / "metrics.jsonl")
             monitor = ProgressMonitor(view, recorder, self.memory, self.folder / "logs")
             feeds = self._start_jobs(workload, recorder, monitor)
             self._start_labelers(workload, monitor, run_is_over)
@@ -162,7 +161,8 @@ class PipelineRunner:
         """Start a feed and a thread for each training job; returns the feeds."""
         feeds = [start_feed(job, workload.learnable[job.name]) for job in workload.jobs]
         for job, feed in zip(workload.jobs, feeds, strict=True):
-            future = _start_job(job, workload.learnable[job.name], recorder, feed)
+            windows = workload.learnable[job.name]
+            future = _start_job(job, windows, recorder, feed)
             monitor.pending[future] = job
         return feeds
 

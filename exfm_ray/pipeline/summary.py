@@ -51,17 +51,23 @@ def write_summary(
     path = config.folder / "summary.json"
     results = _job_results(config)
     static = Job("fm", config).static(windows)
-    warmup = config.metrics.warmup_windows
+    evaluated: Sequence[int]
+    if static:
+        evaluated = static.held_out
+        figures = _best_pass(config)
+    else:
+        warmup = config.metrics.warmup_windows
+        evaluated = [window for window in windows if window >= warmup]
+        figures = summary_rows(config, stream, results.values())
+
     summary = {
         "name": config.name,
         "seed": config.seed,
-        "windows": static.held_out if static else [w for w in windows if w >= warmup],
-        "figures": _best_pass(config) if static else summary_rows(config, stream, results.values()),
+        "windows": evaluated,
+        "figures": figures,
         "roles": _work_by_role(config, results, labelers),
         "failed_items": [row for labeler in labelers for row in failed_items(labeler.spec)],
-        "fallback_windows": [
-            row for labeler in labelers for row in fallback_windows(labeler.spec)
-        ],
+        "fallback_windows": [row for labeler in labelers for row in fallback_windows(labeler.spec)],
         "peak_memory_bytes": max(peak_memory_bytes, _earlier_peak(path)),
     }
     write_json(path, summary)
@@ -138,15 +144,16 @@ def summary_rows(
     rows = []
     for key in _sorted_keys(config, states):
         model, arm, domain, task = key
+        is_student = arm != FM_ARM
         row: dict[str, Any] = {
-            "role": "fm" if arm == FM_ARM else "vm",
+            "role": "vm" if is_student else "fm",
             **describe(key),
             "seed": config.seed,
             **figures[key],
             "best_ne": best.get((domain, task)),
-            "snapshot": _snapshot_for_next_window(config, windows, key),
+            "snapshot": _newest_known_snapshot(config, windows, key),
         }
-        if arm != FM_ARM:
+        if is_student:
             gains = gains_over_labels(
                 ne[key],
                 labels_ne=ne.get((model, LABELS, domain, task)),
@@ -170,15 +177,17 @@ def _sorted_keys(config: Config, states: Mapping[Key, MetricState]) -> list[Key]
     return sorted(states, key=position)
 
 
-def _snapshot_for_next_window(
+def _newest_known_snapshot(
     config: Config,
     windows: Sequence[int],
     key: Key,
 ) -> int | None:
-    """The version that supervises the window after the last one; None without a teacher."""
+    """The newest version that a model knows after the last window; None without a teacher."""
     if not windows:
         return None
-    return supervising_version(key, windows[-1] + 1, SnapshotPolicy.from_config(config.das))
+    policy = SnapshotPolicy.from_config(config.das)
+    next_window = windows[-1] + 1
+    return supervising_version(key, next_window, policy)
 
 
 def oracle_ne(stream: EventStream, windows: Sequence[int]) -> dict[tuple[str, str], float]:

@@ -60,10 +60,17 @@ def by_window(
         figure: ne or calibration.
         warmup: number of windows to shade.
     """
-    rows = [row for curve in panel.curves.values() for row in curve]
-    values = [row[figure] for row in rows if row[figure] is not None]
-    unit = "pass" if any("pass" in row for row in rows) else "window"
-    data = [_curve(arm, curve, figure, style_of_arm(arm)) for arm, curve in panel.curves.items()]
+    data = []
+    values = []
+    unit = "window"
+    for arm, rows in panel.curves.items():
+        style = style_of_arm(arm)
+        curve = _curve(arm, rows, figure, style)
+        data.append(curve)
+        values += [value for value in curve["y"] if value is not None]
+        if any("pass" in row for row in rows):
+            unit = "pass"
+
     plot = _line_plot(data, panel.title, unit, figure, extent(values))
     if warmup and unit == "window":
         plot["layout"]["shapes"] = [WARMUP_SHADE | {"x1": warmup - 0.5}]
@@ -77,8 +84,10 @@ def extent(values: Sequence[float]) -> list[float] | None:
     low, high = np.quantile(values, [0.25, 0.75])
     fence = high + 3 * (high - low)
     shown = [value for value in values if value <= fence]
-    margin = 0.08 * (max(shown) - min(shown)) + 1e-4
-    return [min(shown) - margin, max(shown) + margin]
+    lowest = min(shown)
+    highest = max(shown)
+    margin = 0.08 * (highest - lowest) + 1e-4
+    return [lowest - margin, highest + margin]
 
 
 def largest(rows: Sequence[Row]) -> list[str]:
@@ -89,11 +98,15 @@ def largest(rows: Sequence[Row]) -> list[str]:
     """
     examples: dict[str, int] = {}
     for row in rows:
-        examples[row["domain"]] = max(examples.get(row["domain"], 0), row["examples"])
+        domain = row["domain"]
+        most = examples.get(domain, 0)
+        examples[domain] = max(most, row["examples"])
     of_students = {row["domain"] for row in rows if row["role"] == "vm"}
 
     def position(domain: str) -> tuple[bool, bool, int, str]:
-        return domain != ALL_DOMAINS, domain not in of_students, -examples[domain], domain
+        is_part = domain != ALL_DOMAINS
+        is_foreign = domain not in of_students
+        return is_part, is_foreign, -examples[domain], domain
 
     always_drawn = of_students | {ALL_DOMAINS}
     count = max(MAX_DOMAINS, len(always_drawn))
@@ -113,10 +126,12 @@ def drift(
     by_domain: dict[str, dict[int, Row]] = {}
     for row in rows:
         if row["task"] == task:
-            by_domain.setdefault(row["domain"], {})[row["window"]] = row
+            windows = by_domain.setdefault(row["domain"], {})
+            windows[row["window"]] = row
     if figure == "examples" and len(by_domain) > 1:
         by_domain.pop(ALL_DOMAINS, None)  # its curve would flatten the others
-    return _by_domain(by_domain, largest(rows), figure, title)
+    drawn = largest(rows)
+    return _by_domain(by_domain, drawn, figure, title)
 
 
 def new_ids(
@@ -133,8 +148,10 @@ def new_ids(
     by_domain: dict[str, dict[int, Row]] = {}
     for row in new_id_rows:
         if row["feature"] == feature:
-            by_domain.setdefault(row["domain"], {})[row["window"]] = row
-    return _by_domain(by_domain, largest(rows), "share", f"new ids: {feature}")
+            windows = by_domain.setdefault(row["domain"], {})
+            windows[row["window"]] = row
+    drawn = largest(rows)
+    return _by_domain(by_domain, drawn, "share", f"new ids: {feature}")
 
 
 def _by_domain(
@@ -149,11 +166,14 @@ def _by_domain(
     """
     data = []
     for number, domain in enumerate(drawn):
-        if domain in by_domain:
-            rows = by_domain[domain]
-            name = "all domains" if domain == ALL_DOMAINS else domain
-            in_order = [rows[window] for window in sorted(rows)]
-            data.append(_curve(name, in_order, figure, style_of_domain(number)))
+        if domain not in by_domain:
+            continue
+        rows = by_domain[domain]
+        in_order = [rows[window] for window in sorted(rows)]
+        name = "all domains" if domain == ALL_DOMAINS else domain
+        style = style_of_domain(number)
+        curve = _curve(name, in_order, figure, style)
+        data.append(curve)
     return _line_plot(data, title, "window", figure, None)
 
 
@@ -298,7 +318,9 @@ def _role_axis(bars: Sequence[Bar]) -> Part:
     first = ("fm", "das")
 
     def position(role: str) -> tuple[int, str]:
-        return (first.index(role) if role in first else len(first)), role
+        if role in first:
+            return first.index(role), role
+        return len(first), role
 
     return {
         "type": "category",

@@ -56,15 +56,21 @@ def student_tasks(config: Config) -> list[StudentTask]:
     """The tasks of all students."""
     result = []
     for student in config.vm.models:
-        result += [StudentTask(student.name, task, student.domain) for task in student.tasks]
+        for task in student.tasks:
+            item = StudentTask(student.name, task, student.domain)
+            result.append(item)
     return result
 
 
 def sections(config: Config, schema: Schema) -> list[Section]:
     """What the dashboards show; without students the FM comes first."""
-    result = [_foundation(config, schema)]
+    result = []
     if config.vm.models:
-        result = [_arms(config), _transfer(config), *result, _das(config)]
+        result.append(_arms(config))
+        result.append(_transfer(config))
+    result.append(_foundation(config, schema))
+    if config.vm.models:
+        result.append(_das(config))
     result.append(_load(config))
     if config.tune:
         result.append(_sweep(config))
@@ -227,11 +233,13 @@ def _transfer(config: Config) -> Section:
 
 def _foundation(config: Config, schema: Schema) -> Section:
     tasks = config.fm.tasks or schema.tasks
+    titles = {"ne": "NE", "label_rate": "label rate"}
     panels = []
-    for figure, title in (("ne", "NE"), ("label_rate", "label rate")):
+    for figure, title in titles.items():
         for task in tasks:
             metric = figure_name(figure, task, ALL_DOMAINS)
-            panels.append(_lines(config, f"{title}, {task}", metric))
+            panel = _lines(config, f"{title}, {task}", metric)
+            panels.append(panel)
     description = "The FM over all domains, and the fraction of positive labels."
     return Section("Foundation model", description, ("fm",), panels)
 

@@ -27,14 +27,21 @@ def _rows(summary: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 
 
 def _failed_line(row: Mapping[str, Any]) -> str:
+    teacher = row["teacher"]
+    cause = row["cause"]
+    fragment = row["fragment"]
     place = f"window {row['window']}"
-    if row["fragment"]:
-        place += f", {row['fragment']}"
-    return f"{place}: no supervision by '{row['teacher']}', failed: {row['cause']}"
+    if fragment:
+        place += f", {fragment}"
+    return f"{place}: no supervision by '{teacher}', failed: {cause}"
 
 
 def _fallback_line(row: Mapping[str, Any]) -> str:
+    window = row["window"]
+    teacher = row["teacher"]
+    snapshot = row["snapshot"]
+    requested = row["asked"]
     return (
-        f"window {row['window']}: supervised by fallback snapshot {row['snapshot']} of "
-        f"'{row['teacher']}' instead of snapshot {row['asked']}"
+        f"window {window}: supervised by fallback snapshot {snapshot} of '{teacher}' "
+        f"instead of snapshot {requested}"
     )

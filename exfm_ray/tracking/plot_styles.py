@@ -61,7 +61,13 @@ def style_of_arm(arm: str) -> PlotStyle:
     if not options:
         return plain
     dash, pattern = _LINES_WITH[options]
-    return PlotStyle(plain.color, dash, _SYMBOLS_WITH[options][objective], pattern)
+    symbols = _SYMBOLS_WITH[options]
+    return PlotStyle(
+        color=plain.color,
+        dash=dash,
+        symbol=symbols[objective],
+        pattern=pattern,
+    )
 
 
 def at_serving(arm: str) -> str:
@@ -72,7 +78,8 @@ def at_serving(arm: str) -> str:
 def arm_order(arm: str) -> tuple[int, str]:
     """A sort key for arms: by objective, each followed by the same one with options."""
     objective, _, options = arm.partition("+")
-    return list(ARM_STYLES).index(objective), options
+    position = list(ARM_STYLES).index(objective)
+    return position, options
 
 
 PHASE_STYLES = {

@@ -56,12 +56,23 @@ class ProgressView:
         """Show the state of the jobs: job -> (window, examples done)."""
         now = time.monotonic()
         for job, (window, done) in state.items():
+            task = self._tasks[job]
             speed = self._speed(job, done, now)
-            self._bars.update(self._tasks[job], completed=done, window=window, speed=speed)
-        if not self.terminal and now - self._printed >= PLAIN_EVERY_S:
+            self._bars.update(task, completed=done, window=window, speed=speed)
+
+        is_due = now - self._printed >= PLAIN_EVERY_S
+        if is_due and not self.terminal:
             self._printed = now
-            lines = [self._line(job, *state[job], now) for job in self._totals if job in state]
-            self._console.print(" | ".join(lines), highlight=False, soft_wrap=True)
+            self._print_line(state, now)
+
+    def _print_line(self, state: Mapping[str, tuple[int, int]], now: float) -> None:
+        parts = []
+        for job in self._totals:
+            if job in state:
+                window, done = state[job]
+                parts.append(self._line(job, window, done, now))
+        line = " | ".join(parts)
+        self._console.print(line, highlight=False, soft_wrap=True)
 
     def _line(
         self,

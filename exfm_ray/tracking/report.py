@@ -116,11 +116,12 @@ def write_report(folder: Path) -> Path:
 def _table_source(run: RunFiles) -> list[Row]:
     """The rows that are shown: of the FM only those on all domains, if there are students."""
     has_students = any(row["role"] == "vm" for row in run.figures)
-    rows = [
-        row
-        for row in run.figures
-        if row["role"] == "vm" or row["domain"] == "all" or not has_students
-    ]
+    rows = []
+    for row in run.figures:
+        is_student = row["role"] == "vm"
+        on_all_domains = row["domain"] == "all"
+        if is_student or on_all_domains or not has_students:
+            rows.append(row)
     return sorted(rows, key=lambda row: (row["role"] == "vm", row["model"], row["task"]))
 
 
@@ -135,8 +136,11 @@ def _table(run: RunFiles, rows: Sequence[Row]) -> FiguresTable:
     best_arms = _best_arms(rows)
     table_rows = []
     for row in rows:
-        cells = {title: _cell(key, row.get(key)) for key, title in columns.items()}
-        is_best = best_arms.get(_place(row)) == row["arm"]
+        cells = {}
+        for key, title in columns.items():
+            cells[title] = _cell(key, row.get(key))
+        best_arm = best_arms.get(_place(row))
+        is_best = row["arm"] == best_arm
         table_rows.append(TableRow(cells, is_best))
     return FiguresTable(
         titles=list(columns.values()),
@@ -149,10 +153,12 @@ def _best_arms(rows: Sequence[Row]) -> dict[tuple[str, str, str], str]:
     """(model, domain, task) of a vertical model -> its arm with the lowest NE."""
     best: dict[tuple[str, str, str], Row] = {}
     for row in rows:
-        if row["role"] != "vm" or row["ne"] is None:
+        ne = row["ne"]
+        if row["role"] != "vm" or ne is None:
             continue
         place = _place(row)
-        if place not in best or row["ne"] <= best[place]["ne"]:
+        so_far = best.get(place)
+        if so_far is None or ne <= so_far["ne"]:
             best[place] = row
     return {place: row["arm"] for place, row in best.items()}
 
@@ -176,16 +182,26 @@ def _cell(key: str, value: Any) -> str:
 
 def _gain_plots(run: RunFiles, rows: Sequence[Row]) -> list[Markup]:
     """The NE gains of each student and task over its labels arm."""
-    students = [row for row in rows if row["role"] == "vm"]
-    pairs = dict.fromkeys((row["model"], row["task"]) for row in students)
-    plots = [charts.gains(run.figures, model, task) for model, task in pairs]
-    return _place_all("gain", GAIN_HEIGHT, (plot for plot in plots if plot["data"]))
+    pairs: dict[tuple[str, str], None] = {}
+    for row in rows:
+        if row["role"] == "vm":
+            pairs[row["model"], row["task"]] = None
+    plots = []
+    for model, task in pairs:
+        plot = charts.gains(run.figures, model, task)
+        if plot["data"]:
+            plots.append(plot)
+    return _place_all("gain", GAIN_HEIGHT, plots)
 
 
 def _curve_plots(run: RunFiles, figure: str) -> list[Markup]:
     """A figure (ne or calibration) of all arms, window by window or pass by pass."""
     warmup = run.setting("metrics.warmup_windows", 0)
-    plots = [charts.by_window(panel, figure, warmup) for panel in panels(run) if panel.curves]
+    plots = []
+    for panel in panels(run):
+        if panel.curves:
+            plot = charts.by_window(panel, figure, warmup)
+            plots.append(plot)
     return _place_all(figure, CURVE_HEIGHT, plots)
 
 
@@ -207,16 +223,24 @@ def _data(run: RunFiles) -> DataPlots | None:
     """Label rates, examples and new ids; None for a static set, which has no order in time."""
     if run.static or not run.rows:
         return None
-    tasks = list(dict.fromkeys(row["task"] for row in run.rows))
+    rows = run.rows
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
     features = list(dict.fromkeys(row["feature"] for row in run.new_ids))
-    plots = [charts.drift(run.rows, task, "label_rate", f"label rate: {task}") for task in tasks]
-    plots.append(charts.drift(run.rows, tasks[0], "examples", "examples"))
-    plots += [charts.new_ids(run.rows, run.new_ids, feature) for feature in features]
+    plots = []
+    for task in tasks:
+        plot = charts.drift(rows, task, "label_rate", f"label rate: {task}")
+        plots.append(plot)
+    plot = charts.drift(rows, tasks[0], "examples", "examples")
+    plots.append(plot)
+    for feature in features:
+        plot = charts.new_ids(rows, run.new_ids, feature)
+        plots.append(plot)
 
-    domains = {row["domain"] for row in run.rows}
+    domains = {row["domain"] for row in rows}
+    drawn = charts.largest(rows)
     return DataPlots(
         plots=_place_all("drift", DATA_HEIGHT, plots),
-        domains_left_out=len(domains) - len(charts.largest(run.rows)),
+        domains_left_out=len(domains) - len(drawn),
         has_new_ids=bool(features),
     )
 

@@ -12,13 +12,11 @@ from exfm_ray.tracking.run_files import RunFiles
 
 def run_facts(run: RunFiles) -> dict[str, str]:
     """Heading -> text, without empty ones."""
-    data = run.setting("data", {})
-    fm = run.setting("fm", {})
     facts = {
         "state": _state(run),
         "run": _dates(run),
-        "data": f"{data.get('source')}, {run.windows} windows; {_role_of_windows(run)}",
-        "FM": f"{_model(fm.get('model', {}))}; {_training(fm)}",
+        "data": _data(run),
+        "FM": _foundation_model(run),
         **_student_facts(run),
         "peak memory": _peak_memory(run),
         "seed": f"{run.setting('seed', 0)}",
@@ -68,6 +66,19 @@ def _date(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
+def _data(run: RunFiles) -> str:
+    source = run.setting("data.source")
+    roles = _role_of_windows(run)
+    return f"{source}, {run.windows} windows; {roles}"
+
+
+def _foundation_model(run: RunFiles) -> str:
+    fm = run.setting("fm", {})
+    model = _model(fm.get("model", {}))
+    training = _training(fm)
+    return f"{model}; {training}"
+
+
 def _role_of_windows(run: RunFiles) -> str:
     if run.static:
         validation = run.setting("fm.static.validation_window")
@@ -90,23 +101,31 @@ def _model(model: Mapping[str, Any]) -> str:
 
 
 def _training(trainer: Mapping[str, Any]) -> str:
+    batch_size = trainer.get("batch_size")
     rates = trainer.get("optimizer", {})
+    table_lr = rates.get("table_lr")
+    dense_lr = rates.get("dense_lr")
+    workers = trainer.get("workers")
+    device = trainer.get("device")
+    precision = trainer.get("precision")
     return (
-        f"batch {trainer.get('batch_size')}, rates {rates.get('table_lr')} (tables) and "
-        f"{rates.get('dense_lr')} (dense), {trainer.get('workers')} worker(s), "
-        f"{trainer.get('device')}, {trainer.get('precision')}"
+        f"batch {batch_size}, rates {table_lr} (tables) and {dense_lr} (dense), "
+        f"{workers} worker(s), {device}, {precision}"
     )
 
 
 def _students(vm: Mapping[str, Any]) -> str:
     descriptions = []
     for student in vm["models"]:
+        name = student["name"]
+        domain = student["domain"]
         tasks = student.get("task", student.get("tasks", ()))
         if isinstance(tasks, str):
             tasks = [tasks]
+        all_tasks = " and ".join(tasks)
         model = student.get("model") or vm["model"]
-        details = f"{student['domain']}, {' and '.join(tasks)}, {model['type']}"
-        descriptions.append(f"{student['name']} ({details})")
+        network = model["type"]
+        descriptions.append(f"{name} ({domain}, {all_tasks}, {network})")
     return ", ".join(descriptions)
 
 
@@ -115,33 +134,36 @@ def _serving_costs(arms: Sequence[str]) -> str:
     parts = []
     for cost in ("nothing", "a feature store"):
         matches = [arm for arm in arms if at_serving(arm) == cost]
-        if matches:
-            parts.append(f"{cost}: {', '.join(matches)}")
+        names = ", ".join(matches)
+        if names:
+            parts.append(f"{cost}: {names}")
     return "; ".join(parts)
 
 
 def _weights(run: RunFiles) -> str:
-    kd = run.setting("distillation.kd", {})
-    ah = run.setting("distillation.ah", {})
-    sa = run.setting("distillation.sa", {})
-    return (
-        f"kd: w {kd.get('w')}; ah: w {ah.get('w')}, alpha {ah.get('alpha')}, "
-        f"beta {ah.get('beta')}; sa: w {sa.get('w')}"
-    )
+    kd_w = run.setting("distillation.kd.w")
+    sa_w = run.setting("distillation.sa.w")
+    ah_w = run.setting("distillation.ah.w")
+    alpha = run.setting("distillation.ah.alpha")
+    beta = run.setting("distillation.ah.beta")
+    return f"kd: w {kd_w}; ah: w {ah_w}, alpha {alpha}, beta {beta}; sa: w {sa_w}"
 
 
 def _shared_rows(run: RunFiles) -> str:
     """How arms with +share use the teacher's rows, without settings that their mode ignores."""
     share = run.setting("distillation.share", {})
+    mode = share.get("mode")
     settings = ["mode"]
-    if share.get("mode") == "average":
+    if mode == "average":
         settings.append("weight")
-    if share.get("mode") == "unseen":
+    if mode == "unseen":
         settings.append("min_uses" if "min_uses" in share else "unseen_below")
     settings += ["optimizer", "projection"]
-    details = ", ".join(f"{name} {share.get(name)}" for name in settings)
+
+    rate = share.get("table_lr")
     tables = ", ".join(share.get("tables", ())) or "all"
-    return f"rate {share.get('table_lr')} (tables), of tables {tables}, {details}"
+    details = ", ".join(f"{name} {share.get(name)}" for name in settings)
+    return f"rate {rate} (tables), of tables {tables}, {details}"
 
 
 def _histories(run: RunFiles) -> str:
@@ -151,8 +173,10 @@ def _histories(run: RunFiles) -> str:
     embedding_space = history.get("embedding_space", history.get("drift"))
     content = f"the last {last_k} in order" if last_k else "the mean"
     key = history.get("key") or "the schema's group_by"
+    layer = history.get("layer")
+    dim = history.get("dim")
     return (
-        f"layer {history.get('layer')}, by {key}, {history.get('dim')} numbers per example, "
+        f"layer {layer}, by {key}, {dim} numbers per example, "
         f"{content}, embedding space {embedding_space}"
     )
 

@@ -89,10 +89,13 @@ class RunFiles:
     @cached_property
     def versions(self) -> list[str]:
         """Packages with their versions, such as `torch 2.13.0`."""
-        text = (self.folder / "config.yaml").read_text()
-        _, _, comments = text.partition("\n---\n")
-        lines = [line for line in comments.splitlines() if line.startswith("# ")]
-        return [line.removeprefix("# ") for line in lines]
+        path = self.folder / "config.yaml"
+        _, _, comments = path.read_text().partition("\n---\n")
+        versions = []
+        for line in comments.splitlines():
+            if line.startswith("# "):
+                versions.append(line.removeprefix("# "))
+        return versions
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -138,14 +141,18 @@ class RunFiles:
     @cached_property
     def done(self) -> dict[str, int]:
         """Model -> number of windows (passes, for a static set) that have figures."""
+        fm = self.setting("fm.name", "fm")
+        students = self.setting("vm.models") or ()
+        done: dict[str, set[int]] = {fm: set()}
+        for student in students:
+            done[student["name"]] = set()
+
         unit = "pass" if self.static else "window"
-        students = [student["name"] for student in self.setting("vm.models") or ()]
-        done: dict[str, set[int]] = {self.setting("fm.name", "fm"): set()}
-        done |= {name: set() for name in students}
         for row in self.rows:
-            if row["model"] in done:
-                done[row["model"]].add(row[unit])
-        return {name: len(numbers) for name, numbers in done.items()}
+            model = row["model"]
+            if model in done:
+                done[model].add(row[unit])
+        return {model: len(numbers) for model, numbers in done.items()}
 
     @property
     def state(self) -> str:
@@ -153,8 +160,10 @@ class RunFiles:
         if (self.folder / "logs" / "error.txt").exists():
             return "failed"
         if self.static:
-            return "done" if self.summary is not None else "unfinished"
-        is_complete = self.windows and min(self.done.values()) >= self.windows
+            is_complete = self.summary is not None
+        else:
+            windows_done = min(self.done.values())
+            is_complete = self.windows > 0 and windows_done >= self.windows
         return "done" if is_complete else "unfinished"
 
     @cached_property
@@ -172,7 +181,8 @@ class RunFiles:
         warmup = self.setting("metrics.warmup_windows", 0)
         rows = combine_windows([row for row in self.rows if row["window"] >= warmup])
         for row in rows:
-            match = summarized.get(_key(row), {})
+            key = _key(row)
+            match = summarized.get(key, {})
             # A summary of fewer windows has figures of other examples.
             if match.get("examples") == row["examples"]:
                 row |= {name: match.get(name) for name in NOT_ADDITIVE}
@@ -180,11 +190,14 @@ class RunFiles:
 
 
 def _no_run_message(folder: Path) -> str:
-    problem = "no run here: it has no config.yaml" if folder.is_dir() else "no such folder"
+    problem = "no such folder"
+    if folder.is_dir():
+        problem = "no run here: it has no config.yaml"
+    hint = "`run.py runs DIR` lists the runs of a folder"
     candidate = folder.parent / "runs" / folder.name
     if (candidate / "config.yaml").exists():
-        return f"{folder}: {problem}; did you mean {candidate}?"
-    return f"{folder}: {problem}; `run.py runs DIR` lists the runs of a folder"
+        hint = f"did you mean {candidate}?"
+    return f"{folder}: {problem}; {hint}"
 
 
 def _has_figures(summary: Row) -> bool:
@@ -194,10 +207,16 @@ def _has_figures(summary: Row) -> bool:
 
 
 def _is_figure_row(row: Any) -> bool:
-    if not isinstance(row, dict) or not row.keys() >= {*KEY, "examples"}:
+    if not isinstance(row, dict):
         return False
-    figures = [value for key, value in row.items() if key not in KEY]
-    return all(value is None or isinstance(value, int | float) for value in figures)
+    required = {*KEY, "examples"}
+    if not row.keys() >= required:
+        return False
+    for name, value in row.items():
+        is_figure = value is None or isinstance(value, int | float)
+        if name not in KEY and not is_figure:
+            return False
+    return True
 
 
 def _key(row: Row) -> tuple[str, ...]:
@@ -217,7 +236,8 @@ def combine_windows(rows: Sequence[Row]) -> list[Row]:
     combined = []
     for key in sorted(groups, key=lambda key: arm_order(key[2])):
         identity = dict(zip(KEY, key, strict=True))
-        combined.append(identity | _pooled(groups[key]))
+        figures = _pooled(groups[key])
+        combined.append(identity | figures)
     return combined
 
 
@@ -242,11 +262,18 @@ def with_gains(rows: Sequence[Row]) -> list[Row]:
     fm_ne = {}
     labels_ne = {}
     for row in rows:
+        domain, task = row["domain"], row["task"]
         if row["role"] == "fm":
-            fm_ne[row["domain"], row["task"]] = row["ne"]
+            fm_ne[domain, task] = row["ne"]
         if row["arm"] == LABELS:
-            labels_ne[row["model"], row["domain"], row["task"]] = row["ne"]
-    return [row | _gains(row, fm_ne, labels_ne) if row["role"] == "vm" else row for row in rows]
+            labels_ne[row["model"], domain, task] = row["ne"]
+
+    result = []
+    for row in rows:
+        if row["role"] == "vm":
+            row = row | _gains(row, fm_ne, labels_ne)
+        result.append(row)
+    return result
 
 
 def _gains(
@@ -254,11 +281,14 @@ def _gains(
     fm_ne: Mapping[tuple[str, str], float | None],
     labels_ne: Mapping[tuple[str, str, str], float | None],
 ) -> Row:
-    domain, task = row["domain"], row["task"]
+    model = row["model"]
+    domain = row["domain"]
+    task = row["task"]
     teacher_ne = fm_ne.get((domain, task))
+    baseline = labels_ne.get((model, domain, task))
     gains = gains_over_labels(
         row["ne"],
-        labels_ne=labels_ne.get((row["model"], domain, task)),
+        labels_ne=baseline,
         fm_ne=teacher_ne,
         is_labels_arm=row["arm"] == LABELS,
     )
@@ -317,31 +347,41 @@ def panels(run: RunFiles) -> list[Panel]:
     curves = _curves(run)
     drawn = []
     for place in _places(curves):
-        matches = {key.arm: rows for key, rows in curves.items() if place.includes(key)}
-        in_order = {arm: matches[arm] for arm in sorted(matches, key=arm_order)}
+        matches = {}
+        for key, rows in curves.items():
+            if place.includes(key):
+                matches[key.arm] = rows
+        arms = sorted(matches, key=arm_order)
+        in_order = {arm: matches[arm] for arm in arms}
         drawn.append(Panel(*place, in_order))
     return drawn
 
 
 def _curves(run: RunFiles) -> dict[_CurveKey, list[Row]]:
+    """The rows of each curve, in order of windows or passes."""
     rows = run.rows
     unit = "window"
     if run.static and rows:
         validation = min(row["window"] for row in rows)
         rows = [row for row in rows if row["window"] == validation]
         unit = "pass"
+
     curves: dict[_CurveKey, list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: row[unit]):
-        curves[_CurveKey(*_key(row))].append(row)
+        key = _CurveKey(*_key(row))
+        curves[key].append(row)
     return curves
 
 
 def _places(curves: Mapping[_CurveKey, Any]) -> list[_Place]:
     """The places of all panels: the FM's first, each once."""
-    fm = [
-        _Place(None, key.domain, key.task)
-        for key in curves
-        if key.role == "fm" and key.domain == ALL_DOMAINS
-    ]
-    students = [_Place(key.model, key.domain, key.task) for key in curves if key.role == "vm"]
-    return list(dict.fromkeys(fm + students))
+    of_fm = []
+    of_students = []
+    for key in curves:
+        if key.role == "vm":
+            place = _Place(key.model, key.domain, key.task)
+            of_students.append(place)
+        elif key.domain == ALL_DOMAINS:
+            place = _Place(None, key.domain, key.task)
+            of_fm.append(place)
+    return list(dict.fromkeys(of_fm + of_students))

@@ -41,16 +41,20 @@ def bars(spans: Sequence[Mapping[str, Any]]) -> tuple[list[Bar], float]:
     Returns:
         The bars in order of time, and the seconds that were cut out.
     """
-    clock, pauses_s = _clock([(_work_start(span), span["ended_s"]) for span in spans])
+    busy = [(_work_start(span), span["ended_s"]) for span in spans]
+    clock, pauses_s = _clock(busy)
     result = []
     for span in sorted(spans, key=lambda span: span["started_s"]):
-        role, window = span["role"], span["window"]
+        role = span["role"]
+        window = span["window"]
         start = clock(span["started_s"])
         work_start = clock(_work_start(span))
-        if work_start > start:
-            result.append(Bar(role, window, "waiting", start, work_start))
         end = clock(span["ended_s"])
-        result.append(Bar(role, window, span["phase"], work_start, end))
+        if work_start > start:
+            wait = Bar(role, window, "waiting", start, work_start)
+            result.append(wait)
+        work = Bar(role, window, span["phase"], work_start, end)
+        result.append(work)
     return result, pauses_s
 
 
@@ -89,5 +93,6 @@ def seconds_by_phase(all_bars: Sequence[Bar]) -> dict[str, dict[str, float]]:
     """Role -> phase, including waiting -> seconds."""
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for bar in all_bars:
-        totals[bar.role][bar.phase] += bar.end - bar.start
+        phases = totals[bar.role]
+        phases[bar.phase] += bar.end - bar.start
     return {role: dict(phases) for role, phases in totals.items()}

@@ -121,11 +121,13 @@ class PipelineRuns:
 
     def _log_new(self, written: Mapping[str, int]) -> None:
         """Log what the pipeline has added to its files."""
-        rows = read_metrics(self._config.folder / "metrics.jsonl")
-        spans = read_timeline(self._config.folder / TIMELINE)
+        folder = self._config.folder
+        rows = read_metrics(folder / "metrics.jsonl")
+        spans = read_timeline(folder / TIMELINE)
         scored = [span for span in spans if span["role"] == "das"]
-        has_new_lines = (len(rows), len(scored)) > (written["metrics"], written["das"])
-        if not self._runs and not has_new_lines:
+        lines = (len(rows), len(scored))
+        written_lines = (written["metrics"], written["das"])
+        if not self._runs and lines <= written_lines:
             return
 
         new_rows = rows[self._read["metrics"] :]
@@ -144,20 +146,22 @@ class PipelineRuns:
         The step is the number of examples that the model had seen before the window, or the pass
         over a static set.
         """
+        seen = self._seen.get(key, 0)
         first = rows[0]
         point: dict[str, Any] = {}
         if "pass" in first:
             point["pass"] = first["pass"]
         else:
-            point["examples"] = self._seen.get(key, 0)
+            point["examples"] = seen
         point["window"] = first["window"]
         point["examples_per_s"] = first["examples_per_s"]
         for row in rows:
             point |= _figures(row)
         self._run(key).log(point)
 
-        overall = [row for row in rows if row["domain"] == ALL_DOMAINS] or rows
-        self._seen[key] = self._seen.get(key, 0) + overall[0]["examples"]
+        on_all_domains = [row for row in rows if row["domain"] == ALL_DOMAINS]
+        overall = on_all_domains[0] if on_all_domains else first
+        self._seen[key] = seen + overall["examples"]
 
     def _log_scored(self, span: Mapping[str, Any]) -> None:
         """Log a window that the DAS has scored, at the number of examples scored so far.
@@ -166,15 +170,19 @@ class PipelineRuns:
         this one.
         """
         key = RunKey("das", "das", self._config.fm.name)
-        self._seen[key] = self._seen.get(key, 0) + span["examples"]
-        work_s = span["ended_s"] - span["started_s"] - span["waited_s"]
+        window = span["window"]
+        snapshot = span["snapshot"]
+        examples = span["examples"]
+        waited_s = span["waited_s"]
+        work_s = span["ended_s"] - span["started_s"] - waited_s
+        self._seen[key] = self._seen.get(key, 0) + examples
         point = {
             "examples": self._seen[key],
-            "window": span["window"],
-            "snapshot": span["snapshot"],
-            "freshness_lag": span["window"] - span["snapshot"] + 1,
-            "examples_per_s": span["examples"] / work_s,
-            "waited_s": span["waited_s"],
+            "window": window,
+            "snapshot": snapshot,
+            "freshness_lag": window - snapshot + 1,
+            "examples_per_s": examples / work_s,
+            "waited_s": waited_s,
         }
         self._run(key).log(point)
 
@@ -245,8 +253,10 @@ def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
     """The defined figures of a row, by their name in a run."""
     figures = {}
     for figure in FIGURES:
-        if row[figure] is not None:
-            figures[figure_name(figure, row["task"], row["domain"])] = row[figure]
+        value = row[figure]
+        if value is not None:
+            name = figure_name(figure, row["task"], row["domain"])
+            figures[name] = value
     return figures
 
 
@@ -254,8 +264,10 @@ def _overall_figures(row: Mapping[str, Any]) -> dict[str, Any]:
     """The defined figures of a row of summary.json, by their name in a run."""
     figures = {}
     for figure in OVERALL:
-        if row.get(figure) is not None:
-            figures[overall_name(figure, row["task"], row["domain"])] = row[figure]
+        value = row.get(figure)
+        if value is not None:
+            name = overall_name(figure, row["task"], row["domain"])
+            figures[name] = value
     return figures
 
 

@@ -102,9 +102,8 @@ def test_gains_compare_the_same_examples(stream: EventStream, tmp_path: Path) ->
         row = rows["vm", arm, "feed"]
         assert row["ne_gain"] == pytest.approx((base - row["ne"]) / base)
         assert row["transfer_ratio"] == pytest.approx((base - row["ne"]) / (base - fm))
-        assert (
-            row["snapshot"] == 2
-        )  # three windows with fm_lag 1: window 3 would be supervised by version 2
+        # The last of three windows is window 2, which version 2 supervises with fm_lag 1.
+        assert row["snapshot"] == 2
     assert (
         rows["vm", "ah", "feed"]["transfer_ratio"] < 0 < rows["vm", "kd", "feed"]["transfer_ratio"]
     )
