@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The command line: parse, build the config, hand over."""
+"""The command line, for a checkout that is not installed."""
 
 from __future__ import annotations
 

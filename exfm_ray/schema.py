@@ -101,7 +101,8 @@ class Schema(FrozenModel):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        names = [feature.name for feature in (*self.features, *self.dense)]
+        names = [feature.name for feature in self.features]
+        names += [feature.name for feature in self.dense]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"feature '{name}' is declared twice")

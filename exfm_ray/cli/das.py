@@ -1,65 +1,117 @@
-"""`run.py das start|status|stop`: the service of a run in a running Ray."""
+"""`das`: score a run's windows once, or as a service in a running Ray."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
-import ray
-from rich.table import Table
-
-from exfm_ray.cli.das_status import status_tables
-from exfm_ray.config.root import Config
-from exfm_ray.das.client import RPC_TIMEOUT_S, connect, end, services
-from exfm_ray.das.spec import LabelingSpec
-from exfm_ray.data.stream import EventStream
+from exfm_ray.cli.common import (
+    CommandParser,
+    add_command,
+    add_config_options,
+    console,
+    print_lines,
+    run_with_config,
+)
 from exfm_ray.errors import UserError
 
+if TYPE_CHECKING:
+    from exfm_ray.cli.common import Commands
+    from exfm_ray.config.root import Config
 
-def start(
-    config: Config,
-    follow: bool,
-    readers: Sequence[Path],
-) -> str:
-    """Start the run's service, or have the one that runs try again what is parked; what it does, in
-    words. `readers`: see `LabelingSpec`."""
-    order = LabelingSpec.from_config(config, readers)
-    windows = EventStream.open(order.stream_root).windows()
-    service = connect(order, detached=True, follow=follow)
-    ray.get(service.follow.remote(follow), timeout=RPC_TIMEOUT_S)
-    beyond = ", and those that appear later" if follow else ""
-    return f"{order.name}: labels the {len(windows)} windows of {order.stream_root}{beyond}; see `run.py das status`, end it with `run.py das stop`"
+VERBS = "start|status|stop"
+OUTER = "das_"
+"""Prefix of the options of `das` itself, which differ from those of its verbs."""
 
 
-def status(config: Config | None) -> Iterator[Table]:
-    """The tables of all services, or of the run's. UserError where none runs."""
-    for service in _chosen(config).values():
-        yield from status_tables(ray.get(service.state.remote(), timeout=RPC_TIMEOUT_S))
+def add_commands(commands: Commands) -> None:
+    """Add `das` and its verbs to the command line."""
+    parser = add_command(commands, "das", score)
+    prog = parser.prog
+    parser.usage = f"{prog} --config FILE [--set section.key=value] [--name NAME]\n"
+    parser.usage += f"       {prog} {VERBS} ..."
+    add_config_options(parser, required=False, prefix=OUTER)
+    parser.set_defaults(run=partial(_score, parser))
+
+    verbs = parser.add_subparsers(
+        prog=prog,
+        title="as a service in a running Ray, see docs/das.md",
+        metavar=VERBS,
+    )
+    starting = add_command(verbs, "start", start)
+    starting.add_argument(
+        "--follow", action="store_true", help="also label windows that appear later"
+    )
+    add_config_options(starting)
+    starting.set_defaults(run=partial(_serve, start))
+    for name, verb in (("status", status), ("stop", stop)):
+        verb_parser = add_command(verbs, name, verb)
+        add_config_options(verb_parser, required=False)
+        verb_parser.set_defaults(run=partial(_serve, verb))
 
 
-def stop(config: Config | None) -> str:
-    """End the run's service, or the only one. Nothing is lost: what is missing is scored when it is
-    asked for again."""
-    chosen = _chosen(config)
-    if len(chosen) > 1:
-        raise UserError(
-            f"{len(chosen)} services run ({', '.join(chosen)}): name the run with --config"
-        )
-    ((name, service),) = chosen.items()
-    end(service)
-    return f"{name}: ended"
+def score(config: Config) -> None:
+    """Let the DAS score every window with the snapshots that train-fm has published."""
+    from exfm_ray.cli.train import run_roles
+    from exfm_ray.storage.atomic import read_json
+    from exfm_ray.tracking.missing_supervision import missing_supervision
+
+    run_roles(config, "das")
+    summary = read_json(config.folder / "summary.json")
+    print_lines(missing_supervision(summary))
 
 
-def _chosen(config: Config | None) -> dict[str, Any]:
-    running = services()
-    if config is None and not running:
-        raise UserError("no DAS runs in this Ray; start one with `run.py das start --config FILE`")
-    if config is None:
-        return running
-    name = LabelingSpec.from_config(config).name
-    if name not in running:
-        raise UserError(
-            f"no DAS of run '{config.name}' runs in this Ray ({', '.join(running) or 'none does'}); start it with `run.py das start`"
-        )
-    return {name: running[name]}
+def start(options: argparse.Namespace, config: Config | None) -> None:
+    """Start the service of a run. If it is running, it retries what has failed."""
+    from exfm_ray.cli import das_service
+    from exfm_ray.pipeline.schedule import vm_jobs
+
+    assert config is not None, "--config is required"
+    readers = [job.checkpoints.root for job in vm_jobs(config)]
+    print(das_service.start(config, options.follow, readers))
+
+
+def status(options: argparse.Namespace, config: Config | None) -> None:
+    """Show all services, or that of a run."""
+    from exfm_ray.cli import das_service
+
+    terminal = console()
+    for table in das_service.status(config):
+        terminal.print(table)
+
+
+def stop(options: argparse.Namespace, config: Config | None) -> None:
+    """End the service of a run, or the only one."""
+    from exfm_ray.cli import das_service
+
+    message = das_service.stop(config)
+    print(message)
+
+
+def _score(parser: CommandParser, options: argparse.Namespace) -> None:
+    file = options.das_config
+    if file is None:
+        parser.error("the following arguments are required: --config")
+    run_with_config(score, file, options.das_set, options.das_name)
+
+
+def _serve(
+    verb: Callable[[argparse.Namespace, Config | None], None],
+    options: argparse.Namespace,
+) -> None:
+    """Run a verb of the service with the config that its own options name, if any."""
+    if options.das_config or options.das_set or options.das_name:
+        raise UserError(f"--config, --set and --name go after {VERBS}, as in `das start --config`")
+    if options.config is None and (options.set or options.name):
+        raise UserError("--set and --name require --config")
+
+    from exfm_ray.config.load import load_config
+    from exfm_ray.runtime.session import running_ray
+
+    config = None
+    if options.config is not None:
+        config = load_config(options.config, options.set, options.name)
+    with running_ray():
+        verb(options, config)

@@ -1,4 +1,4 @@
-"""What a service tells of itself, as tables."""
+"""The status of a service, as tables."""
 
 from __future__ import annotations
 
@@ -13,87 +13,131 @@ State = Mapping[str, Any]
 
 
 def status_tables(state: State) -> Iterator[Table]:
-    """The service as a whole, its actors, the last windows it wrote, what is parked and the last
-    faults; only those with rows."""
+    """Yield the service's summary, its actors, the last windows, what has failed, and the faults.
+
+    Tables without rows are left out, except for the first two.
+    """
     yield _summary(state)
-    actors = Table(
+    yield _actors(state)
+    for table in (_written(state), _failed(state), _faults(state)):
+        if table.row_count:
+            yield table
+
+
+def _summary(state: State) -> Table:
+    table = Table(
+        title=f"teacher '{state['teacher']}', {state['store']}",
+        title_justify="left",
+        show_header=False,
+    )
+    table.add_row("serves", _serves(state))
+    backlog = state["backlog"]
+    table.add_row(
+        "backlog",
+        f"{backlog['windows']} windows, {backlog['fragments']} fragments, "
+        f"{backlog['examples']:,} examples",
+    )
+    table.add_row("speed", f"{state['examples_per_s']:,.0f} examples/s over the last half minute")
+    for name in ("throttled", "error"):
+        if state[name]:
+            table.add_row(name, state[name])
+    return table
+
+
+def _serves(state: State) -> str:
+    """Describe for whom the service works."""
+    serves = []
+    if state["detached"]:
+        serves.append("follows the stream" if state["follow"] else "all windows up to its start")
+    if state["clients"]:
+        serves.append(f"{state['clients']} client(s)")
+    return ", ".join(serves) or "no one"
+
+
+def _actors(state: State) -> Table:
+    table = Table(
         "actor",
         "process",
         "state",
         "snapshots",
-        "fragments in hand",
+        "fragments in progress",
         title="actors",
         title_justify="left",
     )
     for actor in state["actors"]:
-        coming = [f"{version} (coming)" for version in actor["coming"]]
-        doing = "starting" if not actor["up"] else "at work" if actor["fragments"] else "idle"
-        held = ", ".join([*map(str, actor["snapshots"]), *coming])
-        actors.add_row(
-            str(actor["number"]), str(actor["process"] or ""), doing, held, str(actor["fragments"])
+        loading = [f"{version} (loading)" for version in actor["loading"]]
+        snapshots = [str(version) for version in actor["snapshots"]]
+        table.add_row(
+            str(actor["number"]),
+            str(actor["process"] or ""),
+            _activity(actor),
+            ", ".join(snapshots + loading),
+            str(actor["fragments"]),
         )
-    yield actors
-    written = Table(
-        "window", "snapshot", "lag, windows", "examples", "snapshot's age", "age of its end"
+    return table
+
+
+def _activity(actor: Mapping[str, Any]) -> str:
+    if not actor["up"]:
+        return "starting"
+    return "scoring" if actor["fragments"] else "idle"
+
+
+def _written(state: State) -> Table:
+    table = Table(
+        "window",
+        "snapshot",
+        "lag, windows",
+        "examples",
+        "snapshot's age",
+        "window's age",
+        title="supervision written; ages since the snapshot was published and the window ended",
     )
-    written.title = "supervision written, and how long before that its snapshot was published and the window had ended"
     for row in state["written"]:
         lag = row["window"] - row["snapshot"] + 1
-        ages = (row["ended_s"] - row["snapshot_s"], row["ended_s"] - row["label_s"])
-        written.add_row(
+        snapshot_age_s = row["ended_s"] - row["snapshot_s"]
+        window_age_s = row["ended_s"] - row["label_s"]
+        table.add_row(
             str(row["window"]),
             str(row["snapshot"]),
             str(lag),
             f"{row['examples']:,}",
-            *map(seconds, ages),
+            seconds(snapshot_age_s),
+            seconds(window_age_s),
         )
-    parked = Table(
+    return table
+
+
+def _failed(state: State) -> Table:
+    table = Table(
         "window",
         "fragment",
         "snapshot",
-        "tries",
+        "attempts",
         "cause",
-        title="parked, until `das start` or the command that asked is given again",
+        title="failed; rerun `das start` or the requesting command to retry",
     )
-    for row in state["parked"]:
-        parked.add_row(
+    for row in state["failed"]:
+        table.add_row(
             str(row["window"]),
             row["fragment"] or "all",
             str(row["snapshot"] or ""),
             str(row["tries"]),
             row["cause"],
         )
-    faults = Table("ago", "fault", title="last faults", title_justify="left")
-    for at_s, told in state["faults"][-5:]:
-        faults.add_row(seconds(time.time() - at_s), told)
-    yield from (table for table in (written, parked, faults) if table.row_count)
+    return table
 
 
-def _summary(state: State) -> Table:
-    backlog = state["backlog"]
-    serves = (
-        ["all windows there at its start" if not state["follow"] else "follows the stream"]
-        if state["lasting"]
-        else []
-    )
-    serves += [f"{state['clients']} client(s)"] if state["clients"] else []
-    table = Table(
-        title=f"teacher '{state['teacher']}', {state['store']}",
-        title_justify="left",
-        show_header=False,
-    )
-    table.add_row("serves", ", ".join(serves) or "nobody")
-    table.add_row(
-        "backlog",
-        f"{backlog['windows']} windows, {backlog['fragments']} fragments, {backlog['examples']:,} examples",
-    )
-    table.add_row("speed", f"{state['examples_per_s']:,.0f} examples/s over the last half minute")
-    for name in ("held_back", "error"):
-        if state[name]:
-            table.add_row(name.replace("_", " "), state[name])
+def _faults(state: State) -> Table:
+    table = Table("ago", "fault", title="last faults", title_justify="left")
+    for at_s, message in state["faults"][-5:]:
+        age_s = time.time() - at_s
+        table.add_row(seconds(age_s), message)
     return table
 
 
 def seconds(value: float) -> str:
-    """An age: 12.3 s, or h:mm:ss, or days."""
-    return f"{value:.1f} s" if value < 60 else str(timedelta(seconds=round(value)))
+    """Format an age: 12.3 s, or h:mm:ss, or days."""
+    if value < 60:
+        return f"{value:.1f} s"
+    return str(timedelta(seconds=round(value)))

@@ -1,205 +1,320 @@
-"""Tables of runs for a terminal: those of a folder, and two beside each other."""
+"""Tables of runs for a terminal: one run, the runs of a folder, and two runs side by side."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from exfm_ray.config.root import Config
 from exfm_ray.errors import UserError
 from exfm_ray.schema import ALL_DOMAINS
 from exfm_ray.tracking.run_files import KEY, Row, RunFiles
 
 NOT_COMPARED = ("name", "run.dir")
+IDENTITY = ("domain", "task", "model", "arm")
 
 
-def runs_table(folder: Path) -> Table:
-    """A line for each run of a folder, the newest last; UserError where there is none."""
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such folder; runs go to the folder that the setting run.dir names"
-        )
-    found = sorted((path.parent for path in folder.glob("*/config.yaml")), key=_changed)
-    if not found:
-        raise UserError(
-            f"{folder}: no runs here; `run.py runs DIR` lists the folders below DIR that hold a config.yaml"
-        )
-    table = Table(title=f"{len(found)} run(s) in {folder}")
-    for heading in ("run", "state", "changed", "done", "FM's NE", "best arm: NE gain %"):
-        table.add_column(heading, overflow="fold")
-    for path in found:
-        table.add_row(*_line(path))
+@dataclass(frozen=True)
+class Metric:
+    """A column of numbers.
+
+    Attributes:
+        key: the column of a row of metrics.
+        heading: the column of the table.
+        form: format specification of the number.
+        percent: the number is a fraction and shown as percent.
+    """
+
+    key: str
+    heading: str
+    form: str
+    percent: bool = False
+
+    def cell(self, row: Mapping[str, Any]) -> str:
+        """Format the metric of a row; empty if the row does not have it."""
+        value = row.get(self.key)
+        if value is None:
+            return ""
+        if self.percent:
+            value = 100 * value
+        return format(value, self.form)
+
+
+NE = Metric("ne", "NE", ".4f")
+AUC = Metric("auc", "AUC", ".4f")
+GROUPED_AUC = Metric("gauc", "gAUC", ".4f")
+CALIBRATION = Metric("calibration", "calibr.", ".4f")
+LOG_LOSS = Metric("log_loss", "log loss", ".4f")
+BEST_NE = Metric("best_ne", "best NE", ".4f")
+NE_GAIN = Metric("ne_gain", "NE gain %", ".2f", percent=True)
+TRANSFER_RATIO = Metric("transfer_ratio", "TR", ".2f")
+
+STREAM_METRICS: Sequence[Metric] = (
+    NE,
+    AUC,
+    GROUPED_AUC,
+    CALIBRATION,
+    BEST_NE,
+    NE_GAIN,
+    TRANSFER_RATIO,
+)
+STATIC_METRICS: Sequence[Metric] = (NE, AUC, GROUPED_AUC, CALIBRATION, LOG_LOSS)
+FIGURES = (
+    NE,
+    AUC,
+    CALIBRATION,
+    Metric("ne_gain", "NE gain %", "+.2f", percent=True),
+    TRANSFER_RATIO,
+    Metric("examples", "examples", ",d"),
+)
+COMPARED = (
+    Metric("ne_gain", "gain %", "+.2f", percent=True),
+    TRANSFER_RATIO,
+    Metric("calibration", "cal.", ".3f"),
+)
+
+
+def _table(
+    title: str,
+    texts: Sequence[str],
+    numbers: Sequence[str] = (),
+    fold: bool = False,
+) -> Table:
+    """Create a table with columns of text, then of right-aligned numbers.
+
+    Args:
+        title: of the table.
+        texts: headings.
+        numbers: headings.
+        fold: break long texts instead of cutting them off.
+    """
+    table = Table(title=title)
+    for heading in texts:
+        table.add_column(heading, overflow="fold" if fold else "ellipsis")
+    for heading in numbers:
+        table.add_column(heading, justify="right")
     return table
 
 
-def _changed(folder: Path) -> float:
-    """When the run last wrote a figure, else when it was begun."""
+def summary_table(config: Config, summary: Mapping[str, Any]) -> Table:
+    """Create the table of a run's summary.json: all domains, and those of its vertical models."""
+    columns = {column: column for column in IDENTITY}
+    metrics = STREAM_METRICS
+    if config.fm.static:
+        columns = {"pass": "best pass", "window": "window"} | columns
+        metrics = STATIC_METRICS
+
+    title = config.name
+    windows = summary["windows"]
+    if windows:
+        title = f"{config.name}: windows {windows[0]} to {windows[-1]}"
+    headings = [metric.heading for metric in metrics]
+    table = _table(title, list(columns.values()), headings)
+
+    domains = {student.domain for student in config.vm.models} | {ALL_DOMAINS}
+    rows = [row for row in summary["figures"] if row["domain"] in domains]
+    for row in sorted(rows, key=_domain_then_task):
+        identity = [str(row[column]) for column in columns]
+        cells = [metric.cell(row) for metric in metrics]
+        table.add_row(*identity, *cells)
+    return table
+
+
+def _domain_then_task(row: Row) -> tuple[bool, str, str]:
+    """Sort key: all domains first."""
+    domain = row["domain"]
+    is_one_domain = domain != ALL_DOMAINS
+    return is_one_domain, domain, row["task"]
+
+
+def runs_table(folder: Path) -> Table:
+    """Create a table with a line for each run of a folder, the newest last.
+
+    Raises:
+        UserError: there are no runs.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such folder; runs are stored in the folder of the setting run.dir"
+        )
+    configs = folder.glob("*/config.yaml")
+    runs = sorted((path.parent for path in configs), key=_changed_s)
+    if not runs:
+        raise UserError(
+            f"{folder}: no runs here; `run.py runs DIR` lists the folders below DIR that contain a "
+            "config.yaml"
+        )
+    headings = ("run", "state", "changed", "done", "FM's NE", "best arm: NE gain %")
+    table = _table(f"{len(runs)} run(s) in {folder}", headings, fold=True)
+    for run in runs:
+        table.add_row(*_run_line(run))
+    return table
+
+
+def _changed_s(folder: Path) -> float:
+    """Return when the run last wrote a metric, else when it began."""
     metrics = folder / "metrics.jsonl"
-    return (metrics if metrics.exists() else folder / "config.yaml").stat().st_mtime
+    file = metrics if metrics.exists() else folder / "config.yaml"
+    return file.stat().st_mtime
 
 
-def _line(folder: Path) -> tuple[str, ...]:
-    changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(_changed(folder)))
+def _run_line(folder: Path) -> tuple[str, ...]:
+    changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(_changed_s(folder)))
     try:
         run = RunFiles.open(folder)
-        return folder.name, run.state, changed, _progress(run), _fm(run), "\n".join(_best(run))
-    except UserError as error:  # one damaged run does not hide the others
+        best = "\n".join(_best_arms(run))
+        return folder.name, run.state, changed, _progress(run), _fm_ne(run), best
+    except UserError as error:  # One damaged run does not hide the others.
         return folder.name, "damaged", changed, str(error), "", ""
 
 
 def _progress(run: RunFiles) -> str:
-    """Windows, or passes over a static set, of each model."""
+    """Describe how many windows, or passes over a static set, each model has done."""
+    counts = set(run.done.values())
     if run.static:
-        return f"{max(run.done.values())} passes"
-    if len(set(run.done.values())) == 1:
-        return f"{max(run.done.values())} of {run.windows} windows"
-    return "\n".join(f"{name} {done} of {run.windows}" for name, done in run.done.items())
+        return f"{max(counts)} passes"
+    if len(counts) == 1:
+        return f"{max(counts)} of {run.windows} windows"
+    lines = [f"{name} {done} of {run.windows}" for name, done in run.done.items()]
+    return "\n".join(lines)
 
 
-def _fm(run: RunFiles) -> str:
-    """The FM's NE over all domains, by task."""
+def _fm_ne(run: RunFiles) -> str:
+    """Return the FM's NE over all domains, one line per task."""
     rows = [row for row in run.figures if row["role"] == "fm" and row["domain"] == ALL_DOMAINS]
     if run.static:
-        rows = [row for row in rows if row["window"] == min(r["window"] for r in rows)]
-    return "\n".join(f"{row['task']} {row['ne']:.4f}" for row in rows if row["ne"] is not None)
+        validation_window = min(row["window"] for row in rows)
+        rows = [row for row in rows if row["window"] == validation_window]
+
+    lines = []
+    for row in rows:
+        if row["ne"] is not None:
+            lines.append(f"{row['task']} {row['ne']:.4f}")
+    return "\n".join(lines)
 
 
-def _best(run: RunFiles) -> list[str]:
-    """The arm of the greatest NE gain of each vertical model and task."""
+def _best_arms(run: RunFiles) -> list[str]:
+    """Describe the arm with the greatest NE gain for each vertical model and task."""
     best: dict[tuple[str, str], Row] = {}
     for row in run.figures:
-        place = (row["model"], row["task"])
-        if row.get("ne_gain") is not None and (
-            place not in best or row["ne_gain"] > best[place]["ne_gain"]
-        ):
-            best[place] = row
+        if row.get("ne_gain") is None:
+            continue
+        key = (row["model"], row["task"])
+        if key not in best or row["ne_gain"] > best[key]["ne_gain"]:
+            best[key] = row
+
     tasks = {task for _, task in best}
-    return [
-        f"{m}{f' {t}' if len(tasks) > 1 else ''}: {row['arm']} {100 * row['ne_gain']:+.2f}"
-        for (m, t), row in best.items()
-    ]
+    several_tasks = len(tasks) > 1
+    lines = []
+    for (model, task), row in best.items():
+        name = f"{model} {task}" if several_tasks else model
+        lines.append(f"{name}: {row['arm']} {100 * row['ne_gain']:+.2f}")
+    return lines
 
 
 def figures_table(run: RunFiles) -> Table:
-    """A run's figures over the windows after its warm-up that are done."""
-    table = Table(title=f"{run.name}: {run.state}")
-    for heading in ("domain", "task", "model", "arm"):
-        table.add_column(heading)
-    for heading in ("NE", "AUC", "calibr.", "NE gain %", "TR", "examples"):
-        table.add_column(heading, justify="right")
-    for row in _wanted(run.figures):
-        cells = [
-            _cell(row.get(figure), form)
-            for figure, form in (("ne", ".4f"), ("auc", ".4f"), ("calibration", ".4f"))
-        ]
-        cells += [
-            _percent(row.get("ne_gain")),
-            _cell(row.get("transfer_ratio"), ".2f"),
-            _cell(row["examples"], ",d"),
-        ]
-        table.add_row(row["domain"], row["task"], row["model"], row["arm"], *cells)
+    """Create the table of a run's metrics over the windows that are done, without the warm-up."""
+    headings = [metric.heading for metric in FIGURES]
+    table = _table(f"{run.name}: {run.state}", IDENTITY, headings)
+    for row in _main_rows(run.figures):
+        identity = [row[column] for column in IDENTITY]
+        cells = [metric.cell(row) for metric in FIGURES]
+        table.add_row(*identity, *cells)
     return table
 
 
-def _wanted(rows: Sequence[Row]) -> list[Row]:
-    """The rows over all domains, and of each domain and task those of its vertical models and of
-    the FM."""
-    places = {(row["domain"], row["task"]) for row in rows if row["role"] == "vm"}
-    wanted = [
-        row
-        for row in rows
-        if row["domain"] == ALL_DOMAINS or (row["domain"], row["task"]) in places
-    ]
-    return sorted(
-        wanted, key=lambda row: (row["domain"] != ALL_DOMAINS, row["domain"], row["task"])
-    )
+def _main_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows over all domains, and those of domains and tasks with vertical models."""
+    of_students = {(row["domain"], row["task"]) for row in rows if row["role"] == "vm"}
+    main_rows = []
+    for row in rows:
+        domain = row["domain"]
+        if domain == ALL_DOMAINS or (domain, row["task"]) in of_students:
+            main_rows.append(row)
+    return sorted(main_rows, key=_domain_then_task)
 
 
 def compare_tables(first: RunFiles, second: RunFiles) -> list[Table]:
-    """The figures of two runs with their differences, and the settings in which they differ."""
-    names = [str(run.folder) for run in (first, second)]
-    if names[0] == names[1]:
-        raise UserError(f"{names[0]}: compare needs two runs, this is one given twice")
-    figures = Table(
-        title=f"A = {names[0]}, B = {names[1]}: over the windows after each run's warm-up"
+    """Create tables of two runs' metrics with their differences, and of settings that differ.
+
+    Raises:
+        UserError: both are the same run.
+    """
+    if str(first.folder) == str(second.folder):
+        raise UserError(f"{first.folder}: compare needs two different runs")
+    headings = ["NE A", "NE B", "B - A, %"]
+    for metric in COMPARED:
+        headings += [f"{metric.heading} A", f"{metric.heading} B"]
+    table = _table(
+        f"A = {first.folder}, B = {second.folder}: over the windows after each run's warm-up",
+        ("model", "arm", "domain", "task"),
+        headings,
+        fold=True,
     )
-    for heading in ("model", "arm", "domain", "task"):
-        figures.add_column(heading, overflow="fold")
-    for heading in (
-        "NE A",
-        "NE B",
-        "B - A, %",
-        "gain % A",
-        "gain % B",
-        "TR A",
-        "TR B",
-        "cal. A",
-        "cal. B",
-    ):
-        figures.add_column(heading, justify="right")
-    a, b = ({_identity(row): row for row in run.figures} for run in (first, second))
-    for row in _wanted(list((b | a).values())):
+    a_rows = {_identity(row): row for row in first.figures}
+    b_rows = {_identity(row): row for row in second.figures}
+    either = b_rows | a_rows
+    for row in _main_rows(list(either.values())):
         key = _identity(row)
-        figures.add_row(
-            row["model"],
-            row["arm"],
-            row["domain"],
-            row["task"],
-            *_differences(a.get(key, {}), b.get(key, {})),
-        )
-    return [figures, settings_table(first, second)]
+        cells = _differences(a_rows.get(key, {}), b_rows.get(key, {}))
+        table.add_row(row["model"], row["arm"], row["domain"], row["task"], *cells)
+    return [table, settings_table(first, second)]
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
-    return (
-        *(row[key] for key in KEY),
-        row.get("window"),
-    )  # that of a static set; None over windows
+    """Return what identifies a row: its key, and the window of a row of a static set."""
+    key = [row[column] for column in KEY]
+    return (*key, row.get("window"))
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    nes = [a.get("ne"), b.get("ne")]
-    change = f"{100 * (nes[1] - nes[0]) / nes[0]:+.2f}" if nes[0] and nes[1] is not None else ""
-    cells = [_cell(ne, ".4f") for ne in nes] + [change]
-    cells += [_percent(row.get("ne_gain")) for row in (a, b)]
-    return cells + [
-        _cell(row.get(figure), form)
-        for figure, form in (("transfer_ratio", ".2f"), ("calibration", ".3f"))
-        for row in (a, b)
-    ]
+    """Return the cells of two rows of metrics, empty where a run has no such row."""
+    a_ne = a.get("ne")
+    b_ne = b.get("ne")
+    change = ""
+    if a_ne and b_ne is not None:
+        change = f"{100 * (b_ne - a_ne) / a_ne:+.2f}"
 
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:+.2f}"
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    cells = [NE.cell(a), NE.cell(b), change]
+    for metric in COMPARED:
+        cells += [metric.cell(a), metric.cell(b)]
+    return cells
 
 
 def settings_table(first: RunFiles, second: RunFiles) -> Table:
-    """The settings in which two runs differ; one that a run's version did not have is a dash."""
-    a = flat(first.config)
-    b = flat(second.config)
-    table = Table(title="settings that differ")
-    for heading in ("setting", "A", "B"):
-        table.add_column(heading, overflow="fold")
-    for name in dict.fromkeys((*a, *b)):
-        if a.get(name, "-") != b.get(name, "-") and name not in NOT_COMPARED:
-            table.add_row(name, a.get(name, "-"), b.get(name, "-"))
+    """Create the table of settings that differ. A dash is a setting that a run does not have."""
+    a_settings = flat(first.config)
+    b_settings = flat(second.config)
+    table = _table("settings that differ", ("setting", "A", "B"), fold=True)
+    for name in dict.fromkeys((*a_settings, *b_settings)):
+        a = a_settings.get(name, "-")
+        b = b_settings.get(name, "-")
+        if a != b and name not in NOT_COMPARED:
+            table.add_row(name, a, b)
     return table
 
 
-def flat(tree: Any, place: str = "") -> dict[str, str]:
-    """Dotted setting -> value as text."""
-    if isinstance(tree, list) and any(isinstance(value, dict) for value in tree):
-        tree = {str(i): value for i, value in enumerate(tree)}
+def flat(tree: Any, prefix: str = "") -> dict[str, str]:
+    """Flatten a config: dotted setting -> value as text.
+
+    Args:
+        tree: nested mappings; lists of mappings are numbered.
+        prefix: setting of the tree itself.
+    """
+    if isinstance(tree, list):
+        holds_mappings = any(isinstance(value, dict) for value in tree)
+        if holds_mappings:
+            tree = dict(enumerate(tree))
     if not isinstance(tree, dict) or not tree:
-        return {place: str(tree)}
+        return {prefix: str(tree)}
+
     settings: dict[str, str] = {}
     for name, value in tree.items():
-        settings |= flat(value, f"{place}.{name}" if place else str(name))
+        setting = f"{prefix}.{name}" if prefix else str(name)
+        settings |= flat(value, setting)
     return settings

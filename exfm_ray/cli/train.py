@@ -1,156 +1,151 @@
-"""Commands that prepare, train, score and search."""
+"""Commands that prepare a stream, train and search."""
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from exfm_ray.cli.common import (
+    add_command,
+    add_config_options,
+    console,
+    print_lines,
+    run_with_config,
+)
 
-from exfm_ray.cli.common import _console, _write_report
-from exfm_ray.config.root import Config
-from exfm_ray.storage.atomic import read_json
-from exfm_ray.tracking.html_page import missing_supervision
+if TYPE_CHECKING:
+    from exfm_ray.cli.common import Commands
+    from exfm_ray.config.root import Config
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands of this module to the command line."""
+    functions: dict[str, Callable[[Config], None]] = {
+        "prepare": prepare,
+        "pipeline": pipeline,
+        "train-fm": train_fm,
+        "train-vm": train_vm,
+        "tune": tune,
+    }
+    for name, function in functions.items():
+        parser = add_command(commands, name, function)
+        add_config_options(parser)
+        parser.set_defaults(run=partial(_run, function))
+
+
+def _run(function: Callable[[Config], None], options: argparse.Namespace) -> None:
+    run_with_config(function, options.config, options.set, options.name)
 
 
 def prepare(config: Config) -> None:
-    """Turn the raw data set into an event stream; with data.follow, take what comes until it
-    ends."""
-    from exfm_ray.pipeline.preflight import follow_stream, prepare_stream
+    """Turn the raw data set into an event stream.
 
-    stream = follow_stream(config) if config.data.follow else prepare_stream(config)
-    windows = [stream.window(w) for w in stream.windows()]
-    print(
-        f"{stream.root}: {len(windows)} windows, {sum(w.rows for w in windows):,} events, {sum(w.duplicates for w in windows):,} duplicates"
-    )
-    tables = read_json(stream.root / "manifest.json").get("tables", {})
-    shares = {
+    With data.follow it reads new data until the stream ends.
+    """
+    from exfm_ray.pipeline.preflight import follow_stream, prepare_stream
+    from exfm_ray.storage.atomic import read_json
+
+    make_stream = follow_stream if config.data.follow else prepare_stream
+    stream = make_stream(config)
+
+    windows = [stream.window(window) for window in stream.windows()]
+    events = sum(window.rows for window in windows)
+    duplicates = sum(window.duplicates for window in windows)
+    print(f"{stream.root}: {len(windows)} windows, {events:,} events, {duplicates:,} duplicates")
+    manifest = read_json(stream.root / "manifest.json")
+    _print_collisions(manifest.get("tables", {}))
+
+
+def _print_collisions(tables: dict[str, Any]) -> None:
+    """Print the fraction of values in rows of several ids for each such table, highest first."""
+    fractions = {
         name: table["values_in_shared_rows"] / table["values"]
         for name, table in tables.items()
         if table["shared"]
     }
-    for name in sorted(shares, key=lambda name: -shares[name]):
+    for name, fraction in sorted(fractions.items(), key=lambda item: -item[1]):
         used = tables[name]["used"]
         rows = tables[name]["rows"] - 1
         print(
-            f"  table {name}: {shares[name]:.1%} of the values share their row with another id; {used:,} of {rows:,} rows used"
+            f"  table {name}: {fraction:.1%} of the values share their row with another id; "
+            f"{used:,} of {rows:,} rows used"
         )
 
 
-def _run(
-    config: Config,
-    fm: bool,
-    das: bool,
-    vm: bool,
-) -> None:
-    from exfm_ray.das.client import LabelingFailedError
-    from exfm_ray.data.new_ids import write_new_ids
-    from exfm_ray.pipeline.preflight import prepare_stream
-    from exfm_ray.pipeline.runner import PipelineRunner
-
-    while True:
-        stream = prepare_stream(config)
-        over = stream.complete  # asked first: what is there by then is done below
-        run = PipelineRunner(config, stream)
-        try:
-            worked = run.execute(fm, das, vm)
-        except LabelingFailedError:  # names one cause; summary and report have all
-            run.summarise()
-            _write_report(config.folder)
-            raise
-        if worked or over:
-            run.summarise()
-            if over and not config.fm.static:  # written once, of the whole stream
-                write_new_ids(run.stream, config.folder / "new_ids.json")
-            _write_report(config.folder)
-        if over:
-            return
-        time.sleep(config.data.follow.poll_s if config.data.follow else 0)
-
-
 def pipeline(config: Config) -> None:
-    """The whole of ExFM: FM, DAS and VMs side by side, over all windows."""
-    _run(config, fm=True, das=True, vm=True)
+    """Run FM, DAS and vertical models side by side over all windows: the whole of ExFM."""
+    run_roles(config, "fm", "das", "vm")
     show(config)
 
 
 def train_fm(config: Config) -> None:
     """Train the foundation model alone; it publishes a snapshot after each window."""
-    _run(config, fm=True, das=False, vm=False)
+    run_roles(config, "fm")
     show(config)
-
-
-def das(config: Config) -> None:
-    """Let the DAS score every window with the snapshots that train-fm has published; `das
-    start|status|stop`: as a service."""
-    _run(config, fm=False, das=True, vm=False)
-    _show_lacking(read_json(config.folder / "summary.json"))
 
 
 def train_vm(config: Config) -> None:
     """Train the vertical models from supervision that the DAS has written."""
-    _run(config, fm=False, das=False, vm=True)
+    run_roles(config, "vm")
     show(config)
 
 
 def tune(config: Config) -> None:
-    """Search the settings of the vertical models' arms; the section `tune` says which."""
+    """Search settings of the vertical models' arms, as the section `tune` describes."""
     from tuning.sweep import tune
 
     tune(config)
 
 
+def run_roles(config: Config, *names: str) -> None:
+    """Run roles (`fm`, `das`, `vm`) to the end of the stream and write summary and report."""
+    from exfm_ray.das.client import LabelingFailedError
+    from exfm_ray.data.new_ids import write_new_ids
+    from exfm_ray.pipeline.preflight import prepare_stream
+    from exfm_ray.pipeline.runner import PipelineRunner
+    from exfm_ray.pipeline.schedule import Role
+    from exfm_ray.tracking.report import write_report
+
+    roles = frozenset(Role(name) for name in names)
+    while True:
+        stream = prepare_stream(config)
+        # Read before the work: whatever the stream holds now is done below.
+        complete = stream.complete
+        runner = PipelineRunner(config, stream)
+        try:
+            worked = runner.execute(roles)
+        except LabelingFailedError:
+            # The error names one cause; summary and report list all.
+            runner.summarize()
+            write_report(config.folder)
+            raise
+
+        if worked or complete:
+            runner.summarize()
+            if complete and not config.fm.static:  # written once, for the whole stream
+                write_new_ids(runner.stream, config.folder / "new_ids.json")
+            write_report(config.folder)
+        if complete:
+            return
+        time.sleep(config.data.follow.poll_s if config.data.follow else 0)
+
+
 def show(config: Config) -> None:
     """Print the run's summary."""
+    from exfm_ray.cli.run_tables import summary_table
+    from exfm_ray.storage.atomic import read_json
+    from exfm_ray.tracking.missing_supervision import missing_supervision
+
     summary = read_json(config.folder / "summary.json")
-    wanted = {student.domain for student in config.vm.models} | {"all"}
-    rows = [row for row in summary["figures"] if row["domain"] in wanted]
-    place = {"pass": "best pass", "window": "window"} if config.fm.static else {}
-    console = _console()
-    table = Table(
-        title=f"{config.name}: windows {summary['windows'][0]} to {summary['windows'][-1]}"
-        if summary["windows"]
-        else config.name
-    )
-    for column in (*place.values(), "domain", "task", "model", "arm"):
-        table.add_column(column)
-    columns = {"ne": "NE", "auc": "AUC", "gauc": "gAUC", "calibration": "calibr."}
-    columns |= (
-        {"log_loss": "log loss"}
-        if config.fm.static
-        else {"best_ne": "best NE", "ne_gain": "NE gain %", "transfer_ratio": "TR"}
-    )
-    for heading in columns.values():
-        table.add_column(heading, justify="right")
-    for row in sorted(rows, key=lambda row: (row["domain"] != "all", row["domain"], row["task"])):
-        identity = (str(row[key]) for key in (*place, "domain", "task", "model", "arm"))
-        table.add_row(*identity, *(_cell(key, row.get(key)) for key in columns))
-    console.print(table)
-    _show_lacking(summary)
-    seconds = ", ".join(
-        f"{role} {r['examples']:,} examples in {r['seconds']:.0f} s"
-        for role, r in summary["roles"].items()
-        if r["examples"]
-    )
+    roles = [
+        f"{role} {figures['examples']:,} examples in {figures['seconds']:.0f} s"
+        for role, figures in summary["roles"].items()
+        if figures["examples"]
+    ]
     memory = f"peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB"
-    console.print(
-        f"{seconds}; {memory}. Everything is in {config.folder}", highlight=False, soft_wrap=True
-    )
-
-
-def _show_lacking(summary: Mapping[str, Any]) -> None:
-    for line in missing_supervision(summary):
-        _console().print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def _cell(key: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return (
-        f"{value * 100:.2f}"
-        if key == "ne_gain"
-        else f"{value:.2f}"
-        if key == "transfer_ratio"
-        else f"{value:.4f}"
-    )
+    console().print(summary_table(config, summary))
+    print_lines(missing_supervision(summary))
+    print_lines([f"{', '.join(roles)}; {memory}. Everything is in {config.folder}"])

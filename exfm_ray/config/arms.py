@@ -67,7 +67,8 @@ class Arm(str):
                 raise ValueError(f"'{text}' names option '{option}' twice")
 
         ordered = [option for option in Option if option in options]
-        arm = super().__new__(cls, "+".join([objective, *ordered]))
+        name = "+".join([objective, *ordered])
+        arm = super().__new__(cls, name)
         arm.objective = Objective(objective)
         arm.options = frozenset(ordered)
         return arm

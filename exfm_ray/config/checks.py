@@ -28,7 +28,8 @@ def with_settings(config: Config, settings: Mapping[str, object]) -> Config:
     tree = config.model_dump(mode="json", exclude={"tune"})
     for setting, value in settings.items():
         set_dotted(tree, setting, value)
-    return type(config).model_validate(tree)
+    config_class = type(config)
+    return config_class.model_validate(tree)
 
 
 def check_sweep(config: Config, tune: TuneConfig) -> None:
@@ -178,7 +179,7 @@ def _check_acyclic(
     of_other_runs = {teacher.name for teacher in config.teachers if teacher.run}
     chain = [student.name]
     teacher = student.teacher
-    while teacher in publishing and teacher not in of_other_runs:
+    while teacher is not None and teacher in publishing and teacher not in of_other_runs:
         chain.append(teacher)
         if teacher in chain[:-1]:
             raise ValueError(

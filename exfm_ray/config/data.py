@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from exfm_ray.base import FrozenModel, Name, RelativePattern
-from exfm_ray.errors import UserError
+from exfm_ray.errors import UserError, nearest
 from exfm_ray.storage.paths import absolute
 
 SECRET = re.compile("password|secret|token|key.pem|ssl.key$")
@@ -146,9 +146,42 @@ class FollowConfig(FrozenModel):
     poll_s: float = Field(5.0, gt=0, description="Seconds between two checks for new data.")
 
 
-def _current_source(source: object) -> object:
-    """Map `embedded`, the former name of the synthetic stream, to `synthetic`."""
-    return "synthetic" if source == "embedded" else source
+BUILT_IN_SOURCES = (
+    "synthetic",
+    "kuairand",
+    "movielens",
+    "frappe",
+    "criteo",
+    "avazu",
+    "table",
+    "kafka",
+)
+SOURCE_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+"""Matches the path of a source of the user's own, `my_package.my_module:my_source`."""
+
+_registered_sources: set[str] = set()
+
+
+def register_source_name(name: str) -> None:
+    """Allow `name` as `data.source`. `data.sources.registry.register_source` calls this."""
+    _registered_sources.add(name)
+
+
+def _check_source(source: object) -> object:
+    """Refuse unknown sources. `embedded` is the former name of the synthetic stream."""
+    if source == "embedded":
+        return "synthetic"
+    if not isinstance(source, str) or SOURCE_PATH.fullmatch(source):
+        return source
+
+    names = [*BUILT_IN_SOURCES, *sorted(_registered_sources)]
+    if source not in names:
+        known = ", ".join(f"'{name}'" for name in names)
+        raise ValueError(
+            f"no such source; the sources are {known}, or my_module:my_source for one of your "
+            f"own.{nearest(source, names)}"
+        )
+    return source
 
 
 class DataConfig(FrozenModel):
@@ -156,15 +189,10 @@ class DataConfig(FrozenModel):
 
     old_names: ClassVar[Mapping[str, str]] = {"embedded": "synthetic"}
 
-    source: Annotated[
-        Literal[
-            "synthetic", "kuairand", "movielens", "frappe", "criteo", "avazu", "table", "kafka"
-        ],
-        BeforeValidator(_current_source),
-    ] = Field(
+    source: Annotated[str, BeforeValidator(_check_source)] = Field(
         "synthetic",
-        description="The data set: a built-in one, or `table` for your own CSV or Parquet files, "
-        "or `kafka`.",
+        description="The data set: a built-in one, `table` for your own CSV or Parquet files, "
+        "`kafka`, or `my_module:my_source` for a source of your own.",
     )
     root: AbsolutePath = Field(
         Path(),

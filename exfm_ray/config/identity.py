@@ -20,7 +20,10 @@ MUTABLE_ON_RESUME = {
 
 def identity_settings(config: Config) -> str:
     """Return the settings that must not change during a run, as YAML."""
-    settings = config.model_dump(mode="json", exclude=MUTABLE_ON_RESUME)  # type: ignore[arg-type]
+    settings = config.model_dump(
+        mode="json",
+        exclude=MUTABLE_ON_RESUME,  # type: ignore[arg-type]
+    )
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 

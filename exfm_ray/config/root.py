@@ -129,4 +129,5 @@ class Config(FrozenModel):
     @property
     def stores(self) -> AnyPath:
         """Return the root of the run's stores: the run's folder, or a remote folder."""
-        return store_root(self.folder, self.name, self.run.storage)
+        storage = self.run.storage
+        return store_root(self.folder, self.name, storage)

@@ -99,8 +99,9 @@ class TrainerConfig(FrozenModel):
 
     @model_validator(mode="after")
     def _check_min_workers(self) -> Self:
-        if self.min_workers and self.min_workers > self.workers:
-            raise ValueError(f"min_workers is {self.min_workers}, above workers = {self.workers}")
+        least = self.min_workers
+        if least is not None and least > self.workers:
+            raise ValueError(f"min_workers is {least}, above workers = {self.workers}")
         return self
 
 
@@ -143,7 +144,9 @@ class FMConfig(TrainerConfig):
 
 
 def _as_list(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return (value,)
+    return value
 
 
 def _check_distinct(tasks: tuple[str, ...]) -> tuple[str, ...]:
