@@ -193,7 +193,8 @@ class Checkpoints:
         """Restore a checkpoint written by any number of workers; every worker calls it."""
         folder = self.folder(cursor)
         manifest = _manifest(folder)
-        restore_loop(loop, _tensors(folder, manifest), manifest.workers)
+        tensors = _tensors(folder, manifest)
+        restore_loop(loop, tensors, manifest.workers)
         loop.timings = _timings(manifest)
         loop.underway = LoopProgress(**manifest.underway) if manifest.underway else None
 
@@ -206,7 +207,8 @@ class Checkpoints:
         """The figures at a checkpoint."""
         folder = self.folder(cursor)
         manifest = _manifest(folder)
-        return JobResult(metric_states(_tensors(folder, manifest)), _timings(manifest))
+        states = metric_states(_tensors(folder, manifest))
+        return JobResult(states, _timings(manifest))
 
 
 def rank_file(rank: int) -> str:

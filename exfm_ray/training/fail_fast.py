@@ -27,7 +27,7 @@ class FailFastCallback(UserCallback):  # type: ignore[misc]  # ray has no types
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
         """Raise the UserError that a worker has reported to the feed, if any."""
         message = get_with_timeout(
-            self._feed.failed.remote(), "the job", "its feed to tell why a worker has failed"
+            self._feed.failed.remote(), "the job", "its feed to report why a worker has failed"
         )
         if message:
             raise UserError(message)

@@ -147,9 +147,10 @@ class BatchGroup:
         features, history_BF = self._parser.features(local)
         predicted: dict[str, Tensor] = {}
         for trainer in self.trainers:
-            predicted |= trainer.predict(model_inputs(features, history_BF, trainer.uses_history))
+            inputs = model_inputs(features, history_BF, trainer.uses_history)
+            predicted |= trainer.predict(inputs)
 
-        count = local.table.num_rows
+        count = local.table.num_rows  # the rows after it are padding
         return Predictions(
             logits={name: logits_BT[:count].cpu().numpy() for name, logits_BT in predicted.items()},
             labels_NT=list_values(local.table["labels"], len(self.schema.tasks)),
@@ -163,12 +164,21 @@ class BatchGroup:
         Returns:
             None on the other ranks, and if the window has no row for this group.
         """
-        if self._workers == 1:
-            return Predictions.join(local_parts) if local_parts else None
-        gathered: list[Any] | None = [None] * self._workers if self._worker == 0 else None
-        dist.gather_object(local_parts, gathered)
-        parts = [part for worker_parts in gathered or [] for part in worker_parts]
+        parts = list(local_parts)
+        if self._workers > 1:
+            parts = self._gather_parts(local_parts)
         return Predictions.join(parts) if parts else None
+
+    def _gather_parts(self, local_parts: Sequence[Predictions]) -> list[Predictions]:
+        """The parts of all workers in the order of ranks; empty on the other ranks."""
+        gathered: list[Any] | None = None
+        if self._worker == 0:
+            gathered = [None] * self._workers
+        dist.gather_object(local_parts, gathered)
+        parts: list[Predictions] = []
+        for worker_parts in gathered or []:
+            parts += worker_parts
+        return parts
 
     def _sharing_trainers(self) -> list[ModelTrainer]:
         """Trainers of arms with +share."""

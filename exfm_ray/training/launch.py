@@ -80,8 +80,10 @@ def start_feed(job: Job, windows: Sequence[int]) -> Any:
     Killing it ends the job: its workers fail at their next block.
     """
     workers = job.trainer.workers
-    reader = job.reader(EventStream.open(job.stream_root).schema)
-    passes = job.passes(windows, job.checkpoints.latest())
+    stream = EventStream.open(job.stream_root)
+    reader = job.reader(stream.schema)
+    done = job.checkpoints.latest()
+    passes = job.passes(windows, done)
     labels = job.config.placement.data
     placement: dict[str, Any] = (
         {"label_selector": labels} if labels else {"scheduling_strategy": pin_to_driver_node()}

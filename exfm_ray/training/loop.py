@@ -224,8 +224,9 @@ class Loop:
     def stop_clock(self, window_pass: WindowPass, progress: LoopProgress) -> None:
         """Add the time since `start_clock` to the pass."""
         started, waited = self._clock
-        progress.seconds[window_pass.purpose] += time.perf_counter() - started
-        progress.waited[window_pass.purpose] += self.client.waited - waited
+        purpose = window_pass.purpose
+        progress.seconds[purpose] += time.perf_counter() - started
+        progress.waited[purpose] += self.client.waited - waited
         progress.lane_seconds = [trainer.seconds for trainer in self.trainers]
 
     def _speed(

@@ -86,7 +86,8 @@ def metric_states(stored: ShardedTensors) -> dict[Key, MetricState]:
     for name in metrics:
         key_text, _, part = name.rpartition("/")
         model, arm, domain, task = json.loads(key_text)
-        arrays.setdefault((model, arm, domain, task), {})[part] = metrics[name].numpy()
+        parts = arrays.setdefault((model, arm, domain, task), {})
+        parts[part] = metrics[name].numpy()
     return {key: MetricState.from_arrays(parts) for key, parts in arrays.items()}
 
 

@@ -139,7 +139,8 @@ class ModelTrainer:
         """This worker's part of the trainer's state, copied to the CPU."""
         state = self.engine.state()
         if isinstance(self.adapter, ReplicatedModule) and dist.get_rank() == 0:
-            state |= {f"adapter/{name}": tensor for name, tensor in self.adapter.state().items()}
+            adapter_state = self.adapter.state()
+            state |= {f"adapter/{name}": tensor for name, tensor in adapter_state.items()}
         return state
 
     def restore(self, stored: ShardedTensors) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from exfm_ray.data.stream import list_values
-from exfm_ray.schema import Schema
+from exfm_ray.schema import Schema, SparseFeature
 
 Array = np.ndarray[Any, Any]
 NEVER = -1
@@ -27,16 +27,26 @@ class _AllRows:
         rows_T = np.array(list(schema.tables.values()), np.int64)
         self._first_T = np.cumsum(rows_T) - rows_T
         self._rows = int(rows_T.sum())
-        self._first = dict(zip(schema.tables, self._first_T.tolist(), strict=True))
-        self._single_S = np.array([self._first[f.table or f.name] for f in schema.single])
-        self._bags = [(f.name, self._first[f.table or f.name]) for f in schema.bags]
+
+        first_rows = self._first_T.tolist()
+        self._first: dict[str, int] = dict(zip(schema.tables, first_rows, strict=True))
+        single = [self._first_row_of(feature) for feature in schema.single]
+        self._single_S = np.array(single)
+        self._bags = [(bag.name, self._first_row_of(bag)) for bag in schema.bags]
+
+    def _first_row_of(self, feature: SparseFeature) -> int:
+        """Number of the first row of the table that a feature reads."""
+        table = feature.table or feature.name
+        return self._first[table]
 
     def read_by(self, rows: pa.Table) -> Iterator[Array]:
         """Numbers of the table rows that examples read; each as often as it is read."""
-        yield list_values(rows["sparse"], len(self._single_S)) + self._single_S
+        sparse_NS = list_values(rows["sparse"], len(self._single_S))
+        yield sparse_NS + self._single_S
         for name, first in self._bags:
             values = rows[name].combine_chunks().flatten()
-            yield values.to_numpy(zero_copy_only=False) + first
+            value_V = values.to_numpy(zero_copy_only=False)
+            yield value_V + first
 
 
 class RowUseCounts(_AllRows):
@@ -132,6 +142,7 @@ class RowLastUse(_AllRows):
 
     def restore(self, state: Mapping[str, Array]) -> None:
         """Restore what `state()` returned."""
+        window, marked = state["window"]
         self._last_R = np.array(state["last"], np.int32)
-        self._window = int(state["window"][0])
-        self._marked = bool(state["window"][1])
+        self._window = int(window)
+        self._marked = bool(marked)

@@ -59,12 +59,13 @@ class StackedTrainer(ModelTrainer):
 
     def predict(self, batch: Batch) -> Mapping[str, Tensor]:
         logits_KBT = self.engine.predict(batch)
-        diverged_K = (~logits_KBT.isfinite()).any(dim=(1, 2))
-        self.failed.update(torch.nonzero(diverged_K)[:, 0].tolist())
-        return {
-            model_name.name: logits_BT
-            for model_name, logits_BT in zip(self.all_model_names, logits_KBT, strict=True)
-        }
+        is_bad_KBT = ~logits_KBT.isfinite()
+        diverged_K = is_bad_KBT.any(dim=(1, 2))
+        failed_X = torch.nonzero(diverged_K)[:, 0]
+        self.failed.update(failed_X.tolist())
+
+        names = [model_name.name for model_name in self.all_model_names]
+        return dict(zip(names, logits_KBT, strict=True))
 
     def move(
         self,
@@ -172,7 +173,8 @@ def stacked_weights(configs: Sequence[Config]) -> Weights:
     """The loss weights of all models, each float32 (K, 1, 1)."""
     weights = [Weights.from_config(config.distillation) for config in configs]
     by_term = zip(*weights, strict=True)
-    return Weights(*(torch.tensor(values).view(-1, 1, 1) for values in by_term))
+    stacked_terms = [torch.tensor(values).view(-1, 1, 1) for values in by_term]
+    return Weights(*stacked_terms)
 
 
 def check_alike(jobs: Sequence[Job]) -> None:

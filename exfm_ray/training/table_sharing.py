@@ -192,8 +192,9 @@ class TableSharing:
         snapshots = SnapshotStore.from_config(self.config, self.store.teacher)
         for name, first_row, row_XW in snapshots.tables(version, self.schema):
             if self._is_shared(name):
-                id_X = np.arange(first_row, first_row + len(row_XW))
-                rows = TableRows(id_X, row_XW, torch.zeros(len(row_XW)))
+                count = len(row_XW)
+                id_X = np.arange(first_row, first_row + count)
+                rows = TableRows(id_X, row_XW, torch.zeros(count))
                 yield {name: self._fit(name, rows)}
 
     def mark(self, rows: pa.Table) -> None:
@@ -288,7 +289,8 @@ def principal_map(row_XW: Tensor, width: int) -> Tensor:
     if width >= teacher_width:
         return torch.eye(teacher_width, width)
     double_XW = row_XW.double()
-    _, vector_WW = torch.linalg.eigh(double_XW.T @ double_XW)
+    moment_WW = double_XW.T @ double_XW
+    _, vector_WW = torch.linalg.eigh(moment_WW)
     map_WV = vector_WW.flip(1)[:, :width]
     largest_V = map_WV.abs().argmax(0, keepdim=True)
     sign_V = map_WV.gather(0, largest_V).sign()

@@ -84,10 +84,11 @@ class BatchParser:
         if HISTORY_COLUMN not in local.table.column_names:
             return features, None
 
-        width = local.table.schema.field(HISTORY_COLUMN).type.list_size
-        values = list_values(local.table[HISTORY_COLUMN], width)
+        column_type = local.table.schema.field(HISTORY_COLUMN).type
+        values = list_values(local.table[HISTORY_COLUMN], column_type.list_size)
         history_BF = torch.from_numpy(values.copy())
-        return features, _pad_rows(history_BF, local.length).to(self.device)
+        padded_BF = _pad_rows(history_BF, local.length)
+        return features, padded_BF.to(self.device)
 
     def train_batch(self, rows: pa.Table) -> TrainBatch:
         """This worker's part of the global batch `rows`."""
@@ -107,9 +108,11 @@ class BatchParser:
         values = teacher_values(local.table, self.teacher_tasks)
         if values is None:
             return None
-        selected = torch.from_numpy(values[:, np.array(self.teacher_columns)])
+        columns = np.array(self.teacher_columns)
+        selected = torch.from_numpy(values[:, columns])
         teacher_BT = selected.movedim(0, -2)  # (K, B, T) for stacked models
-        return _pad_rows(teacher_BT, local.length).to(self.device)
+        padded_BT = _pad_rows(teacher_BT, local.length)
+        return padded_BT.to(self.device)
 
     def _repeats(self, rows: pa.Table, local: WorkerSlice) -> Tensor | None:
         if self._row_counts is None:
@@ -118,7 +121,8 @@ class BatchParser:
         repeats_NS = self._row_counts.count(sparse_NS)
         first = self._rank * local.length
         repeats_BS = repeats_NS[first : first + local.length]
-        return _pad_rows(repeats_BS, local.length).to(self.device)
+        padded_BS = _pad_rows(repeats_BS, local.length)
+        return padded_BS.to(self.device)
 
 
 def model_inputs(

@@ -177,23 +177,24 @@ class Worker:
             self.run_stream(windows, done.windows)
         self.saver.finish()
 
-    def run_stream(self, windows: Sequence[int], done: int) -> None:
-        """Train on one window after the other, from the `done`-th on.
+    def run_stream(self, windows: Sequence[int], first: int) -> None:
+        """Train on one window after the other, from position `first` on.
 
         What a window produces is on disk before its checkpoint says that the window is done.
 
         The state is staged before the export, which writes the newest rows of the teacher into
         arms with +share. When more windows arrive later, the job resumes without those rows.
         """
-        for position in range(done, len(windows)):
+        for position in range(first, len(windows)):
             window = windows[position]
             self.loop.run(window)
             self.finite_check.check()
             self.saver.stage(self.loop)
             self.publisher.publish(window + 1)
-            if self.job.role == "vm" and position + 1 == len(windows):
-                self.publisher.export(len(windows))
-            self._save_window(position + 1, window)
+            done = position + 1
+            if self.job.role == "vm" and done == len(windows):
+                self.publisher.export(done)
+            self._save_window(done, window)
 
     def run_static(self, static: StaticSet) -> None:
         """Make passes over a static set until early stopping; publish the best state only."""
@@ -219,11 +220,14 @@ class Worker:
     def _update_stopping(self, static: StaticSet, rows: Sequence[dict[str, Any]]) -> bool:
         """Take in the figures of a pass, which only rank 0 has; True if it is the best so far."""
         assert self._stopping
-        is_best = self._stopping.take(rows) if dist.get_rank() == 0 else None
+        is_best = False
+        if dist.get_rank() == 0:
+            is_best = self._stopping.take(rows)
         decision: list[Any] = [is_best, self._stopping.state()]
         dist.broadcast_object_list(decision)
-        self._stopping = EarlyStopping.restore(static.config, decision[1])
-        return bool(decision[0])
+        is_best, state = decision
+        self._stopping = EarlyStopping.restore(static.config, state)
+        return bool(is_best)
 
     def _remove_superseded(self) -> None:
         """Remove published passes that are not the best one."""
@@ -259,6 +263,7 @@ class Worker:
     def _save(self, cursor: Cursor, window: int | None) -> None:
         teacher = None
         if self.job.role == "vm" and window is not None:
-            teacher = SnapshotPolicy.from_config(self.job.config.das).version(window)
+            policy = SnapshotPolicy.from_config(self.job.config.das)
+            teacher = policy.version(window)
         stopping = self._stopping.state() if self._stopping else None
         self.saver.save(cursor, self.loop, teacher, stopping)
