@@ -1,2 +1,4 @@
-"""How a model is spread over workers: tables by TorchRec, the dense part by DeepSpeed. Nothing else
-imports those two."""
+"""Models spread over workers: tables by TorchRec, the dense part by DeepSpeed.
+
+No other package imports those two libraries.
+"""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from exfm_ray.config.trainer import TrainerConfig
 
-GRADIENT_CLIP = 0.0  # DeepSpeed's "off"
+GRADIENT_CLIP = 0.0  # DeepSpeed's value for "off"
+NEVER_PRINT = 1 << 40  # steps between two log lines of DeepSpeed
 
 
 def shard_dense(
@@ -20,15 +21,20 @@ def shard_dense(
     config: TrainerConfig,
     world: int,
 ) -> Any:
-    """Wrap `module` in a DeepSpeed engine with Adam. The embedding tables must not be part of it:
-    DeepSpeed would broadcast rank 0's shard over the others'."""
+    """Wrap the dense part in a DeepSpeed engine with AdamW.
+
+    Args:
+        module: must not contain the embedding tables, because DeepSpeed would overwrite the shards
+            of all workers with rank 0's.
+        config: optimizer, ZeRO stage and precision.
+        world: number of workers.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.setdefault("DS_ACCELERATOR", config.device)
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-        False  # its compilation costs 40 s, its use nothing here
-    )
+    # Compiling this operator takes 40 s, and it brings nothing here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     rates = config.optimizer
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=rates.dense_lr, weight_decay=rates.dense_weight_decay, fused=True
@@ -37,7 +43,7 @@ def shard_dense(
         "train_micro_batch_size_per_gpu": max(config.batch_size // world, 1),
         "gradient_accumulation_steps": 1,
         "gradient_clipping": GRADIENT_CLIP,
-        "steps_per_print": 1 << 40,
+        "steps_per_print": NEVER_PRINT,
         "zero_optimization": {"stage": config.zero_stage},
         "bf16": {"enabled": config.precision == "bf16"},
     }
@@ -48,18 +54,18 @@ def shard_dense(
 
 
 def gathered_state(engine: Any) -> dict[str, Tensor]:
-    """The module's whole float32 state dict on the CPU, on every worker (ZeRO stage 3 gathers its
-    partitions)."""
+    """Return the whole state dict of the module on every worker, float32 on the CPU.
+
+    ZeRO stage 3 gathers its partitions, so all workers must call this.
+    """
     import deepspeed
 
     module: nn.Module = engine.module
-    context = (
-        deepspeed.zero.GatheredParameters(list(module.parameters()))
-        if engine.zero_optimization_stage() == 3
-        else nullcontext()
-    )
-    with context:
-        return {
-            name: tensor.detach().float().cpu().clone()
-            for name, tensor in module.state_dict().items()
-        }
+    gathered: Any = nullcontext()
+    if engine.zero_optimization_stage() == 3:
+        gathered = deepspeed.zero.GatheredParameters(list(module.parameters()))
+    state = {}
+    with gathered:
+        for name, tensor in module.state_dict().items():
+            state[name] = tensor.detach().float().cpu().clone()
+    return state

@@ -1,8 +1,8 @@
-"""An exponential moving average of a model's weights (Polyak and Juditsky, 1992): evaluated and
-published in their place.
+"""Exponential moving average of a model's weights (Polyak and Juditsky, 1992).
 
-It holds a second copy of all weights, tables included, and reads them all every few steps: meant
-for models whose tables are small beside the work of a step.
+The average is evaluated and published in place of the weights. It is a second copy of all weights,
+tables included, and an update reads all of them, so it is meant for models whose tables are small
+compared with the computation of a step.
 """
 
 from __future__ import annotations
@@ -16,61 +16,76 @@ from torch import Tensor
 from exfm_ray.engine.tensor_store import ShardedTensors, cpu_copy
 
 EVERY = 8
-"""Steps between two updates; the decay of a step to this power is the decay of an update."""
+"""Steps between two updates; an update's decay is the decay per step to this power."""
 
 
 class EMA:
-    """The moving average of `weights`, in float32. It begins as the plain mean of the weights so
-    far: the decay of update n, counted from 0, is min(decay ** EVERY, n / (n + 1)).
+    """The moving average of some weights, in float32.
+
+    It begins as the plain mean of the weights so far: the decay of update n, counted from 0, is
+    min(decay ** EVERY, n / (n + 1)).
 
     Attributes:
         averages: one for each weight.
-        steps: steps taken.
+        steps: number of steps so far.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
-        """`weights`: by the names that their averages have in a checkpoint (see
-        `ShardedTensors`)."""
-        self.averages = [weight.detach().float().clone() for weight in weights.values()]
+        """Start the average at the current weights.
+
+        Args:
+            weights: by the names that their averages have in a checkpoint (see `ShardedTensors`).
+            decay: per step.
+        """
         self.steps = 0
         self._names = list(weights)
         self._weights = list(weights.values())
         self._decay = decay
+        self.averages = []
+        for weight in self._weights:
+            average = weight.detach().float().clone()
+            self.averages.append(average)
 
     @torch.no_grad()
     def step(self) -> None:
-        """After a step of the optimizers."""
+        """Count a step of the optimizers and update the averages if it is time."""
         self.steps += 1
-        if self.steps % EVERY == 0:
-            before = self.steps // EVERY - 1
-            decay = min(self._decay**EVERY, before / (before + 1))
-            for average, weight in zip(self.averages, self._weights, strict=True):
-                average.lerp_(weight.float(), 1 - decay)
+        if self.steps % EVERY:
+            return
+        previous_updates = self.steps // EVERY - 1
+        mean_decay = previous_updates / (previous_updates + 1)
+        decay = min(self._decay**EVERY, mean_decay)
+        for average, weight in zip(self.averages, self._weights, strict=True):
+            average.lerp_(weight.float(), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the weights hold their averages."""
-        own = [weight.detach().clone() for weight in self._weights]
-        self._fill(self.averages)
+        """Replace the weights by their averages inside the block."""
+        originals = [weight.detach().clone() for weight in self._weights]
+        self._set_weights(self.averages)
         try:
             yield
         finally:
-            self._fill(own)
+            self._set_weights(originals)
 
     @torch.no_grad()
-    def _fill(self, values: Sequence[Tensor]) -> None:
+    def _set_weights(self, values: Sequence[Tensor]) -> None:
         for weight, value in zip(self._weights, values, strict=True):
             weight.copy_(value)
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint, by the weights' names."""
-        return dict(zip(self._names, map(cpu_copy, self.averages), strict=True)) | {
-            "average_steps": torch.tensor(self.steps)
-        }
-
-    def restore(self, parts: ShardedTensors) -> None:
-        """From `state()`, of any number of workers."""
+        """Return the averages and the step count for a checkpoint, copied to the CPU."""
+        state = {}
         for name, average in zip(self._names, self.averages, strict=True):
-            name, _, first = name.rpartition("@")
-            average.copy_(parts.slice(name, int(first), len(average)))
-        self.steps = int(parts["average_steps"])
+            state[name] = cpu_copy(average)
+        state["average_steps"] = torch.tensor(self.steps)
+        return state
+
+    def restore(self, tensors: ShardedTensors) -> None:
+        """Restore what `state` returned, on any number of workers."""
+        for sharded_name, average in zip(self._names, self.averages, strict=True):
+            name, _, first_row = sharded_name.rpartition("@")
+            values = tensors.slice(name, int(first_row), len(average))
+            average.copy_(values)
+        steps = tensors["average_steps"]
+        self.steps = int(steps)

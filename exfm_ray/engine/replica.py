@@ -1,5 +1,4 @@
-"""A tiny module that every worker holds whole: the student adapter, with an optimizer of its
-own."""
+"""A small module that every worker holds whole, such as the student adapter."""
 
 from __future__ import annotations
 
@@ -13,8 +12,10 @@ from exfm_ray.engine.tensor_store import ShardedTensors, cpu_copy
 
 
 class ReplicatedModule:
-    """Keeps a module equal on all workers by averaging its gradients; for modules of a few hundred
-    parameters."""
+    """A module with its own Adam, equal on all workers because its gradients are averaged.
+
+    It is meant for modules of a few hundred parameters.
+    """
 
     def __init__(
         self,
@@ -26,41 +27,49 @@ class ReplicatedModule:
         self._optimizer = torch.optim.Adam(self.module.parameters(), lr=lr, fused=True)
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """The module's output."""
+        """Return the module's output."""
         return self.module(*inputs)
 
     def step(self) -> None:
-        """One step on the gradients that the last backward pass left: their mean over the
-        workers."""
-        world = dist.get_world_size()
-        if world > 1:
-            parameters = [p for p in self.module.parameters() if p.grad is not None]
-            flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-            dist.all_reduce(flat)
-            for parameter, part in zip(
-                parameters, torch.split(flat / world, [p.numel() for p in parameters]), strict=True
-            ):
-                parameter.grad = part.view_as(parameter)
+        """Update the module with the last backward pass's gradients, averaged over the workers."""
+        if dist.get_world_size() > 1:
+            self._average_gradients()
         self._optimizer.step()
         self._optimizer.zero_grad()
 
+    def _average_gradients(self) -> None:
+        parameters = []
+        gradients = []
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                parameters.append(parameter)
+                gradients.append(parameter.grad.flatten())
+        flat = torch.cat(gradients)
+        dist.all_reduce(flat)
+        mean = flat / dist.get_world_size()
+
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, gradient in zip(parameters, torch.split(mean, sizes), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+
     def state(self) -> dict[str, Tensor]:
-        """Module and optimizer for a checkpoint, copied to the CPU; the same on every worker."""
+        """Return module and optimizer for a checkpoint, on the CPU; equal on every worker."""
         state = {}
         for name, parameter in self.module.named_parameters():
             state[f"{name}/weight"] = cpu_copy(parameter)
-            state |= {
-                f"{name}/{key}": cpu_copy(value)
-                for key, value in self._optimizer.state.get(parameter, {}).items()
-            }
+            optimizer_state = self._optimizer.state.get(parameter, {})
+            for key, value in optimizer_state.items():
+                state[f"{name}/{key}"] = cpu_copy(value)
         return state
 
     @torch.no_grad()
-    def restore(self, parts: ShardedTensors) -> None:
-        """From `state()`."""
+    def restore(self, tensors: ShardedTensors) -> None:
+        """Restore what `state` returned."""
         for name, parameter in self.module.named_parameters():
-            parameter.copy_(parts[f"{name}/weight"])
-            own = parts.with_prefix(name)
-            self._optimizer.state[parameter] = {
-                key: own[key].to(parameter.device) for key in own if key != "weight"
-            }
+            parameter.copy_(tensors[f"{name}/weight"])
+            of_parameter = tensors.with_prefix(name)
+            optimizer_state = {}
+            for key in of_parameter:
+                if key != "weight":
+                    optimizer_state[key] = of_parameter[key].to(parameter.device)
+            self._optimizer.state[parameter] = optimizer_state

@@ -1,8 +1,9 @@
-"""L2 on the rows that a step uses: once per row and step, however many examples read it.
+"""L2 regularization of the table rows that a step uses.
 
-So rare ids, which the data say least of, are held back most. fbgemm's fused row-wise Adagrad takes
-a weight decay but ignores it on a CPU, silently; here it is added to the gradient that reaches the
-tables, on every device.
+A row is decayed once per step, however many examples read it, so rare ids, about which the data say
+least, are regularized most. fbgemm's fused row-wise Adagrad accepts a weight decay but silently
+ignores it on a CPU. Here the decay is added to the gradient that reaches the tables, on every
+device.
 """
 
 from __future__ import annotations
@@ -22,22 +23,30 @@ class RowCounts:
 
     def __init__(self, schema: Schema) -> None:
         tables = list(schema.tables)
-        self._table_S = (
-            np.array([tables.index(f.table or f.name) for f in schema.single], np.int64) << 32
-        )
+        numbers = [tables.index(feature.table or feature.name) for feature in schema.single]
+        # The table's number goes above the row number, so ids of different tables differ.
+        self._table_S = np.array(numbers, np.int64) << 32
 
     def count(self, sparse_NS: np.ndarray[Any, Any]) -> Tensor:
-        """For the packed ids of a global batch, how many of its examples' ids are that row: int64
-        (N, S)."""
-        _, place_X, count_U = np.unique(
-            sparse_NS + self._table_S, return_inverse=True, return_counts=True
-        )
-        return torch.from_numpy(count_U[place_X].reshape(sparse_NS.shape))
+        """Return for every id of a batch how often its row occurs in the batch.
+
+        Args:
+            sparse_NS: packed ids of a global batch.
+
+        Returns:
+            int64 (N, S).
+        """
+        row_NS = sparse_NS + self._table_S
+        _, unique_NS, count_U = np.unique(row_NS, return_inverse=True, return_counts=True)
+        count_NS = count_U[unique_NS].reshape(sparse_NS.shape)
+        return torch.from_numpy(count_NS)
 
 
 class RowDecay:
-    """Adds weight_decay * row to the gradient of every row that single-valued features read; bags'
-    rows are left alone."""
+    """Adds weight_decay * row to the gradient of every row that single-valued features read.
+
+    The rows of bags are left alone.
+    """
 
     def __init__(
         self,
@@ -45,20 +54,31 @@ class RowDecay:
         weight_decay: float,
         workers: int,
     ) -> None:
-        """`workers`: the tables' gradients are means over them."""
-        self._column_X = torch.tensor(
-            [column for column, slot in enumerate(layout.single) for _ in range(slot.width)]
-        )
-        self._bags = layout.rows - len(self._column_X)
+        """Store the decay.
+
+        Args:
+            layout: of the model's embedding rows.
+            weight_decay: coefficient of the row.
+            workers: number of workers; the tables' gradients are means over them.
+        """
+        columns = []
+        for column, slot in enumerate(layout.single):
+            columns += [column] * slot.width
+        self._column_X = torch.tensor(columns)
+        self._bag_rows = layout.rows - len(columns)
         self._scale = weight_decay * workers
 
     def __call__(self, embedded_BRE: Tensor, repeats_BS: Tensor) -> Tensor:
-        """The rows as they are; their gradient with the decay added. `repeats_BS` is 0 for rows
-        that only fill up a share."""
+        """Return the rows unchanged, with the decay added to their gradient.
+
+        Args:
+            embedded_BRE: the embedding rows of a batch.
+            repeats_BS: how often each row occurs in the global batch, 0 for padding.
+        """
         scale_BS = torch.where(repeats_BS > 0, self._scale / repeats_BS, 0.0)
-        scale_BR = torch.nn.functional.pad(
-            scale_BS[:, self._column_X.to(scale_BS.device)], (0, self._bags)
-        )
+        column_X = self._column_X.to(scale_BS.device)
+        scale_BX = scale_BS[:, column_X]
+        scale_BR = torch.nn.functional.pad(scale_BX, (0, self._bag_rows))
         decayed: Tensor = _AddDecay.apply(embedded_BRE, scale_BR.unsqueeze(2))  # type: ignore[no-untyped-call]
         return decayed
 
@@ -76,4 +96,5 @@ class _AddDecay(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         embedded_BRE, scale_BR1 = ctx.saved_tensors
-        return torch.addcmul(gradients[0], embedded_BRE, scale_BR1), None
+        decayed = torch.addcmul(gradients[0], embedded_BRE, scale_BR1)
+        return decayed, None

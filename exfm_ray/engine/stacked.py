@@ -1,9 +1,9 @@
-"""K models of one structure that learn as one in this process: their tables side by side, their
-dense parts under `torch.func.vmap`.
+"""K models of equal structure that are trained together in one process.
 
-A step of a small student is mostly the cost of calling operators; K of them together cost little
-more than one. Each model learns what it would alone, up to rounding. Shape suffixes as in
-`data.batch`; K the models, P weights of one, U table rows that a batch reads.
+Their tables lie side by side, their dense parts run under `torch.func.vmap`. A step of a small
+student is mostly the cost of calling operators, so K of them together cost little more than one.
+Each model learns what it would learn alone, up to rounding. Shape suffixes as in `data.batch`; K:
+models, P: dense weights of one model, U: table rows that a batch reads.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ Rates = dict[str, float]
 
 
 class StackedTables(nn.Module):
-    """K models' tables as one, whose rows hold the K models' rows side by side, so that one lookup
-    serves all.
+    """The tables of K models as one set, whose rows hold the K models' rows side by side.
 
-    Row-wise Adagrad, the same as `ShardedTables` has it: the optimizer runs in the backward pass,
-    on the rows that the batch reads. A table with several embeddings for an id keeps one momentum
-    for all of them.
+    One lookup serves all models. The optimizer is row-wise Adagrad as in `ShardedTables`; it runs
+    in the backward pass on the rows that the batch reads. A table with several embeddings per id
+    has one momentum for all of them.
     """
 
     def __init__(
@@ -49,98 +48,117 @@ class StackedTables(nn.Module):
         super().__init__()
         self.models = len(seeds)
         self.dim = model.dim
-        self.plain = LocalTables(
-            schema,
-            model.model_copy(update={"dim": model.dim * self.models}),
-            seed=None,
-            sparse=True,
-        )
-        update = weakref.WeakMethod(
-            self._update
-        )  # torch keeps the hook out of the garbage collector's sight: a cycle would live for ever
-        self.plain.weight.register_post_accumulate_grad_hook(lambda weight: update()(weight))  # type: ignore[no-untyped-call, misc]
         self.rate_K = torch.tensor(rates)
-        ids = [
-            torch.arange(rows).repeat_interleave(self.plain.embeddings[table])
-            for table, rows in schema.tables.items()
-        ]
-        first = torch.tensor([0, *schema.tables.values()]).cumsum(0)
-        self.id_X = torch.cat(
-            [numbers + start for numbers, start in zip(ids, first.tolist(), strict=False)]
-        )
-        self.first_id = dict(zip(schema.tables, first.tolist(), strict=False))
-        self.momentum_K = torch.zeros(int(first[-1]), self.models)
-        weight_XKE = self.weight_XKE
+        wide_model = model.model_copy(update={"dim": model.dim * self.models})
+        self.wide = LocalTables(schema, wide_model, seed=None, sparse=True)
+        # The hook refers weakly to this object: the garbage collector does not see torch's
+        # reference to a hook, so a cycle would never be freed.
+        update = weakref.WeakMethod(self._update)
+        self.wide.weight.register_post_accumulate_grad_hook(lambda weight: update()(weight))  # type: ignore[no-untyped-call, misc]
+
+        self.first_id: dict[str, int] = {}
+        ids = []
+        total = 0
+        for table, rows in schema.tables.items():
+            self.first_id[table] = total
+            id_R = torch.arange(total, total + rows)
+            ids.append(id_R.repeat_interleave(self.wide.embeddings[table]))
+            total += rows
+        self.id_X = torch.cat(ids)
+        self.momentum_K = torch.zeros(total, self.models)
         for number, seed in enumerate(seeds):
-            for name, rows in schema.tables.items():
-                width = self.plain.embeddings[name] * model.dim
-                fresh = initial_table(name, rows, width, seed, std=model.init_std).view(
-                    -1, model.dim
-                )
-                weight_XKE[self.plain.first_row[name] :][: len(fresh), number] = fresh
+            self._initialize(number, seed, model)
+
+    def _initialize(
+        self,
+        number: int,
+        seed: int,
+        model: ModelConfig,
+    ) -> None:
+        weight_XKE = self.weight_XKE
+        for name, rows in self.wide.rows.items():
+            width = self.wide.embeddings[name] * model.dim
+            initial_RW = initial_table(name, rows, width, seed, std=model.init_std)
+            initial_XE = initial_RW.view(-1, model.dim)
+            first = self.wide.first_row[name]
+            end = first + len(initial_XE)
+            weight_XKE[first:end, number] = initial_XE
 
     @property
     def weight_XKE(self) -> Tensor:
         """A view of the weights."""
-        return self.plain.weight.detach().view(-1, self.models, self.dim)
+        weight = self.wide.weight.detach()
+        return weight.view(-1, self.models, self.dim)
 
     def forward(self, batch: Batch) -> Tensor:
-        """embedded_KBRE of the models' rows."""
-        wide_BRX: Tensor = self.plain(batch)
-        return wide_BRX.view(*wide_BRX.shape[:2], self.models, self.dim).permute(2, 0, 1, 3)
+        """Return embedded_KBRE, the embedding rows of all models."""
+        wide_BRX: Tensor = self.wide(batch)
+        B, R, _ = wide_BRX.shape
+        embedded_BRKE = wide_BRX.view(B, R, self.models, self.dim)
+        return embedded_BRKE.permute(2, 0, 1, 3)
 
     @torch.no_grad()
     def _update(self, weight: Tensor) -> None:
+        """Do the optimizer's step on the rows that have a gradient."""
         assert weight.grad is not None
         gradient = weight.grad.coalesce()
+        weight.grad = None
         row_U = gradient.indices()[0]
         gradient_UKE = gradient.values().view(-1, self.models, self.dim)
-        weight.grad = None
-        squares_UK = (gradient_UKE * gradient_UKE).mean(2)  # square() costs ten times as much
+        square_UKE = gradient_UKE * gradient_UKE  # square() takes ten times as long
+        square_UK = square_UKE.mean(2)
+
         id_U = self.id_X[row_U]
-        if len(self.id_X) > len(
-            self.momentum_K
-        ):  # the embeddings of one id are read together, and their rows are neighbours
-            _, place_U = torch.unique_consecutive(id_U, return_inverse=True)
-            squares_UK = torch.zeros_like(squares_UK).index_reduce_(
-                0, place_U, squares_UK, "mean", include_self=False
-            )[place_U]
-        momentum_UK = self.momentum_K[id_U] + squares_UK
+        several_embeddings = len(self.id_X) > len(self.momentum_K)
+        if several_embeddings:
+            square_UK = _mean_over_ids(square_UK, id_U)
+        momentum_UK = self.momentum_K[id_U] + square_UK
         self.momentum_K[id_U] = momentum_UK
         step_UK = -self.rate_K / (momentum_UK.sqrt() + ADAGRAD_EPS)
-        self.weight_XKE.index_add_(0, row_U, gradient_UKE * step_UK.unsqueeze(2))
+        change_UKE = gradient_UKE * step_UK.unsqueeze(2)
+        self.weight_XKE.index_add_(0, row_U, change_UKE)
 
     @torch.no_grad()
     def write_rows(self, rows: Mapping[str, RowUpdate], weight: float) -> None:
-        """Move rows of all models this far (`weight`) to those given by table; as
-        `ShardedTables.give`."""
-        for name, given in rows.items():
-            embeddings = self.plain.embeddings[name]
-            id_X = torch.from_numpy(given.id_X)
-            first = self.plain.first_row[name]
-            count = self.plain.rows[name] * embeddings
-            table_RYKE = self.weight_XKE[first : first + count].view(
-                -1, embeddings, self.models, self.dim
-            )
-            row_XY1E = given.row_XW.view(-1, embeddings, 1, self.dim)
-            table_RYKE[id_X] = torch.lerp(
-                table_RYKE[id_X], row_XY1E.expand_as(table_RYKE[id_X]), weight
-            )
-            if given.momentum_X is not None:
-                self.momentum_K[id_X + self.first_id[name]] = given.momentum_X.unsqueeze(1)
+        """Move rows of all models towards given ones; see `ShardedTables.write_rows`."""
+        for name, update in rows.items():
+            embeddings = self.wide.embeddings[name]
+            id_X = torch.from_numpy(update.id_X)
+            first = self.wide.first_row[name]
+            end = first + self.wide.rows[name] * embeddings
+            table_XKE = self.weight_XKE[first:end]
+            table_RYKE = table_XKE.view(-1, embeddings, self.models, self.dim)
+
+            old_XYKE = table_RYKE[id_X]
+            new_XY1E = update.row_XW.view(-1, embeddings, 1, self.dim)
+            new_XYKE = new_XY1E.expand_as(old_XYKE)
+            table_RYKE[id_X] = torch.lerp(old_XYKE, new_XYKE, weight)
+            if update.momentum_X is not None:
+                self.momentum_K[id_X + self.first_id[name]] = update.momentum_X.unsqueeze(1)
 
     def copy(self, source: int, target: int) -> None:
-        """Make one model's tables those of another, with their optimizer state."""
-        self.weight_XKE[:, target] = self.weight_XKE[:, source]
+        """Copy one model's tables over another's, with the optimizer state."""
+        weight_XKE = self.weight_XKE
+        weight_XKE[:, target] = weight_XKE[:, source]
         self.momentum_K[:, target] = self.momentum_K[:, source]
 
 
-class StackedModule:
-    """K modules of one structure as one function over inputs with a leading axis K, and an
-    optimizer with rates of its own for each.
+def _mean_over_ids(value_UK: Tensor, id_U: Tensor) -> Tensor:
+    """Replace each value by the mean over the rows of its id.
 
-    All weights lie in one matrix, a row for each module (P numbers); torch's optimizer sees each
-    row as a parameter group.
+    The embeddings of one id are read together, and their rows are neighbors.
+    """
+    _, group_U = torch.unique_consecutive(id_U, return_inverse=True)
+    mean_UK = torch.zeros_like(value_UK)
+    mean_UK.index_reduce_(0, group_U, value_UK, "mean", include_self=False)
+    return mean_UK[group_U]
+
+
+class StackedModule:
+    """K modules of equal structure as one function, with an optimizer that has a rate for each.
+
+    The inputs have a leading axis K. All weights lie in one matrix with a row for each module (P
+    numbers); torch's optimizer sees each row as a parameter group.
     """
 
     def __init__(
@@ -151,110 +169,128 @@ class StackedModule:
     ) -> None:
         parameters, _ = stack_module_state(list(modules))
         self._shapes = {name: stacked.shape for name, stacked in parameters.items()}
-        self._flat_KP = torch.cat(
-            [stacked.detach().flatten(1) for stacked in parameters.values()], dim=1
-        ).requires_grad_()
+        flat = [stacked.detach().flatten(1) for stacked in parameters.values()]
+        self._flat_KP = torch.cat(flat, dim=1).requires_grad_()
         self._flat_KP.grad = torch.zeros_like(self._flat_KP)
         self._structure = modules[0]
-        self._optimizer = optimizer(
-            [
-                {"params": [_row(self._flat_KP, number)], **rate}
-                for number, rate in enumerate(rates)
-            ],
-            fused=True,
-        )
+
+        groups: list[dict[str, Any]] = []
+        for number, rate in enumerate(rates):
+            weight_P = _row_parameter(self._flat_KP, number)
+            groups.append({"params": [weight_P], **rate})
+        self._optimizer = optimizer(groups, fused=True)
 
     def __call__(self, *inputs: Tensor, in_dims: tuple[int | None, ...] = (0,)) -> Any:
-        """What the modules say of their inputs; `in_dims`: the axis K of each input, None where all
-        share it."""
+        """Return the outputs of all modules.
 
-        def one(parameters: dict[str, Tensor], *arguments: Tensor) -> Any:
-            return self._tensors(functional_call(self._structure, parameters, arguments))
+        Args:
+            inputs: of the modules.
+            in_dims: the axis K of each input, None if all modules share the input.
+        """
 
-        parts = torch.split(
-            self._flat_KP, [shape[1:].numel() for shape in self._shapes.values()], dim=1
-        )
-        parameters = {
-            name: part.view(shape)
-            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
-        }
-        return torch.func.vmap(one, in_dims=(0, *in_dims))(parameters, *inputs)
+        def call_one(parameters: dict[str, Tensor], *arguments: Tensor) -> Any:
+            output = functional_call(self._structure, parameters, arguments)
+            return self._tensors(output)
+
+        sizes = [shape[1:].numel() for shape in self._shapes.values()]
+        parts = torch.split(self._flat_KP, sizes, dim=1)
+        parameters = {}
+        for (name, shape), part in zip(self._shapes.items(), parts, strict=True):
+            parameters[name] = part.view(shape)
+        call_all = torch.func.vmap(call_one, in_dims=(0, *in_dims))
+        return call_all(parameters, *inputs)
 
     def _tensors(self, output: Any) -> Any:
-        """The module's output as `vmap` takes it: a tensor, or a tuple of them."""
+        """Return a module's output in a form that `vmap` accepts: a tensor or a tuple."""
         return output
 
     def step(self) -> None:
-        """One step on the gradients that the last backward pass left."""
+        """Do one step with the gradients of the last backward pass."""
         self._optimizer.step()
         assert self._flat_KP.grad is not None
         self._flat_KP.grad.zero_()
 
     def set_rates(self, number: int, rates: Rates) -> None:
-        """From now on one module learns at these rates."""
-        self._optimizer.param_groups[number].update(rates)
+        """Change the optimizer options of one module from now on."""
+        group = self._optimizer.param_groups[number]
+        group.update(rates)
 
     @torch.no_grad()
     def copy(self, source: int, target: int) -> None:
-        """Make one module what another is, with its optimizer state but its own rates."""
-        (theirs,), (own,) = (
-            self._optimizer.param_groups[number]["params"] for number in (source, target)
-        )
-        own.copy_(theirs)
-        for key, value in self._optimizer.state[theirs].items():
-            self._optimizer.state[own][key].copy_(value)
+        """Copy one module over another, with its optimizer state but not its rates."""
+        groups = self._optimizer.param_groups
+        source_P = groups[source]["params"][0]
+        target_P = groups[target]["params"][0]
+        target_P.copy_(source_P)
+        target_state = self._optimizer.state[target_P]
+        for key, value in self._optimizer.state[source_P].items():
+            target_state[key].copy_(value)
 
 
-def _row(flat_KP: Tensor, number: int) -> Tensor:
-    """One module's weights as a parameter whose values and gradient are views of the flat ones."""
+def _row_parameter(flat_KP: Tensor, number: int) -> Tensor:
+    """Return one module's weights as a parameter.
+
+    Its values and its gradient are views of the flat ones.
+    """
     assert flat_KP.grad is not None
-    own_P = flat_KP.detach()[number].requires_grad_()
-    own_P.grad = flat_KP.grad[number]
-    return own_P
+    weight_P = flat_KP.detach()[number].requires_grad_()
+    weight_P.grad = flat_KP.grad[number]
+    return weight_P
 
 
 def dense_rates(config: TrainerConfig) -> Rates:
-    """The dense optimizer's."""
-    return {"lr": config.optimizer.dense_lr, "weight_decay": config.optimizer.dense_weight_decay}
+    """Return the options of the dense part's optimizer."""
+    optimizer = config.optimizer
+    return {
+        "lr": optimizer.dense_lr,
+        "weight_decay": optimizer.dense_weight_decay,
+    }
 
 
 class StackedStudents(StackedModule):
-    """K students' dense parts, with a beta for each; steps like a DeepSpeed engine."""
+    """The dense parts of K students, each with its own beta, with the interface of DeepSpeed's
+    engine."""
 
     def __init__(self, students: Sequence[Student], configs: Sequence[TrainerConfig]) -> None:
-        super().__init__(students, torch.optim.AdamW, [dense_rates(config) for config in configs])
-        self.beta_K = torch.stack([student.beta for student in students])
+        rates = [dense_rates(config) for config in configs]
+        super().__init__(students, torch.optim.AdamW, rates)
+        betas = [student.beta for student in students]
+        self.beta_K = torch.stack(betas)
 
     def __call__(self, embedded_KBRE: Tensor, dense_BD: Tensor) -> Logits:  # type: ignore[override]
+        """Return the logits of all students; they share the dense features."""
         heads: tuple[Tensor, ...] = super().__call__(
             embedded_KBRE, dense_BD, self.beta_K, in_dims=(0, None, 0)
         )
-        serving_KBT, *others = heads
-        auxiliary_KBT, adapter_KBT = (*others, None, None)[:2]
-        return Logits(serving_KBT, auxiliary_KBT, adapter_KBT)
+        missing = [None] * (3 - len(heads))
+        return Logits(*heads, *missing)
 
     def _tensors(self, output: Logits) -> tuple[Tensor, ...]:
-        return tuple(
-            logits_BT for logits_BT in output if logits_BT is not None
-        )  # heads that an arm lacks come last
+        # The heads that an arm does not have come last.
+        return tuple(logits_BT for logits_BT in output if logits_BT is not None)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of all models: `loss` is the sum of theirs, and no model's loss depends on
-        another's weights."""
+        """Add up the gradients of all models.
+
+        Args:
+            loss: sum of the models' losses; none of them depends on another model's weights.
+        """
         loss.backward()  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> None:
-        """As `nn.Module.train`."""
+        """Set training mode, as `nn.Module.train` does."""
         self._structure.train(mode)
 
     def eval(self) -> None:
-        """As `nn.Module.eval`."""
+        """Set evaluation mode, as `nn.Module.eval` does."""
         self._structure.eval()
 
 
 class StackedEngine(Engine):
-    """An engine whose logits have a leading axis K: forward, predict and update as in `Engine`; it
-    writes no checkpoints."""
+    """An engine for K models, whose logits have a leading axis K.
+
+    Forward pass, prediction and update are those of `Engine`; it writes no checkpoints.
+    """
 
     tables: Any
     dense: Any
@@ -268,13 +304,14 @@ class StackedEngine(Engine):
         seeds: Sequence[int],
     ) -> None:
         self.device = torch.device("cpu")
-        self.tables = StackedTables(
-            schema, model, seeds, [config.optimizer.table_lr for config in configs]
-        )
+        rates = [config.optimizer.table_lr for config in configs]
+        self.tables = StackedTables(schema, model, seeds, rates)
         torch.set_float32_matmul_precision(configs[0].matmul_precision)
         self.dense = StackedStudents(students, configs)
-        self._decay = self._average = None
+        self._decay = None
+        self._average = None
         self._dtype = torch.float32
 
-    def give_rows(self, rows: Mapping[str, RowUpdate], weight: float) -> None:
+    def write_rows(self, rows: Mapping[str, RowUpdate], weight: float) -> None:
+        """Move table rows of all models towards given ones."""
         self.tables.write_rows(rows, weight)

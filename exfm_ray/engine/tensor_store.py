@@ -1,9 +1,9 @@
-"""The tensors of a checkpoint, whichever workers wrote them and however many read them.
+"""The tensors of a checkpoint, independent of the number of workers that write and read them.
 
-Every worker writes one safetensors file of what it holds. A tensor that is spread over workers is
-kept in stretches along its first axis, named `name@first`, where `first` is the stretch's first
-index; whoever reads takes the stretch that it needs from those that overlap it. A tensor that is
-not spread has its plain name. So nothing in a checkpoint depends on the number of workers.
+Every worker writes one safetensors file with the tensors that it holds. A tensor that is spread
+over workers is stored as chunks along its first axis, named `name@first`, where `first` is the
+chunk's first index; a reader takes the range that it needs from the chunks that overlap it. A
+tensor that is not spread has its plain name.
 """
 
 from __future__ import annotations
@@ -27,48 +27,55 @@ class _Chunk(NamedTuple):
 
 
 class ShardedTensors:
-    """Tensors by name, read when asked for."""
+    """Tensors by name, read from their files on access."""
 
-    def __init__(self, places: Mapping[str, Sequence[_Chunk]]) -> None:
-        self._places = places
+    def __init__(self, chunks: Mapping[str, Sequence[_Chunk]]) -> None:
+        self._chunks = chunks
 
     @classmethod
     def open(cls, paths: Sequence[Path]) -> ShardedTensors:
-        """The tensors of some files; UserError where one of them is none of safetensors."""
-        places: dict[str, list[_Chunk]] = {}
+        """Open the tensors of some files.
+
+        Raises:
+            UserError: a file is not a safetensors file.
+        """
+        chunks: dict[str, list[_Chunk]] = {}
         for path in paths:
             try:
                 file: Any = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-            for key in file.keys():  # noqa: SIM118  # no mapping, only its method's name
+            for key in file.keys():  # noqa: SIM118  # the file is not a mapping
                 name, at, first = key.rpartition("@")
-                slice = _Chunk(int(first), file, key) if at else _Chunk(0, file, key)
-                places.setdefault(name if at else key, []).append(slice)
-        return cls(
-            {name: sorted(found, key=lambda slice: slice.first) for name, found in places.items()}
-        )
+                if not at:
+                    name = key
+                    first = "0"
+                chunk = _Chunk(int(first), file, key)
+                chunks.setdefault(name, []).append(chunk)
+
+        for of_tensor in chunks.values():
+            of_tensor.sort(key=lambda chunk: chunk.first)
+        return cls(chunks)
 
     def with_prefix(self, prefix: str) -> ShardedTensors:
-        """Those whose names begin with `prefix`/, without it."""
+        """Return the tensors whose names begin with `prefix`/, named without it."""
         start = prefix + "/"
-        return ShardedTensors(
-            {
-                name.removeprefix(start): found
-                for name, found in self._places.items()
-                if name.startswith(start)
-            }
-        )
+        matches = {}
+        for name, chunks in self._chunks.items():
+            if name.startswith(start):
+                matches[name.removeprefix(start)] = chunks
+        return ShardedTensors(matches)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._chunks
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._chunks)
 
     def __getitem__(self, name: str) -> Tensor:
-        """A tensor that is not spread."""
-        tensor: Tensor = self._found(name)[0].file.get_tensor(self._found(name)[0].key)
+        """Read a tensor that is not spread."""
+        chunk = self._stored_chunks(name)[0]
+        tensor: Tensor = chunk.file.get_tensor(chunk.key)
         return tensor
 
     def slice(
@@ -77,36 +84,50 @@ class ShardedTensors:
         first: int,
         count: int,
     ) -> Tensor:
-        """`count` entries along the first axis, from `first` on."""
+        """Read `count` entries along the first axis of a tensor, starting at `first`.
+
+        Raises:
+            UserError: no chunk holds one of the entries.
+        """
         pieces: list[Tensor] = []
         position = first
         end = first + count
-        for slice in self._found(name):
-            stored = slice.file.get_slice(slice.key)
-            last = slice.first + stored.get_shape()[0]
-            if slice.first <= position < min(last, end):
-                pieces.append(stored[position - slice.first : min(last, end) - slice.first])
-                position = min(last, end)
+        for chunk in self._stored_chunks(name):
+            stored = chunk.file.get_slice(chunk.key)
+            chunk_end = chunk.first + stored.get_shape()[0]
+            piece_end = min(chunk_end, end)
+            if chunk.first <= position < piece_end:
+                piece = stored[position - chunk.first : piece_end - chunk.first]
+                pieces.append(piece)
+                position = piece_end
+
         if position < end:
             raise UserError(
-                f"checkpoint: '{name}' has no entries {position} to {end - 1}; it was written by another model"
+                f"checkpoint: '{name}' has no entries {position} to {end - 1}; "
+                "it was written by another model"
             )
         return torch.cat(pieces) if pieces else stored[:0]
 
-    def _found(self, name: str) -> Sequence[_Chunk]:
-        if name not in self._places:
+    def _stored_chunks(self, name: str) -> Sequence[_Chunk]:
+        if name not in self._chunks:
             raise UserError(f"checkpoint: no tensor '{name}'; it was written by another model")
-        return self._places[name]
+        return self._chunks[name]
 
 
 def cpu_copy(tensor: Tensor) -> Tensor:
-    """A copy on the CPU that later steps do not change."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    """Return a copy on the CPU that later steps do not change."""
+    copy = tensor.detach().to("cpu", copy=True)
+    return copy.contiguous()
 
 
 class RowUpdate(NamedTuple):
-    """Rows to be written into a table: their numbers, int64 ascending (X), the rows (X, W), and
-    their Adagrad state (X) unless they keep it."""
+    """Rows to write into a table.
+
+    Attributes:
+        id_X: row numbers, int64, ascending.
+        row_XW: the rows, float32.
+        momentum_X: their Adagrad state, None to keep the table's.
+    """
 
     id_X: np.ndarray[Any, np.dtype[np.int64]]
     row_XW: Tensor

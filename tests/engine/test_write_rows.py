@@ -51,7 +51,7 @@ def write_rows(
         name: torch.arange(len(ids), dtype=torch.float32) if momentum else None
         for name, ids in IDS.items()
     }
-    engine.give_rows(
+    engine.write_rows(
         {
             n: RowUpdate(np.array(IDS[n], np.int64), torch.from_numpy(r), state[n])
             for n, r in given().items()
