@@ -1,2 +1,4 @@
-"""Pure torch: embeddings, interaction models, heads. Runs on one device, without Ray, DeepSpeed or
-TorchRec."""
+"""Pure torch: embeddings, interaction models and heads.
+
+The package runs on one device, without Ray, DeepSpeed or TorchRec.
+"""

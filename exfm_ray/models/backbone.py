@@ -1,4 +1,4 @@
-"""What every interaction model is: embedded and dense features in, one vector per example out.
+"""The interface of interaction models: embedded and dense features in, one vector per example out.
 
 Shape suffixes as in `exfm_ray.data.batch`; R embedded rows, H features out.
 """
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class Backbone(nn.Module):
-    """Base of the interaction models. Constructed as `Backbone(config, inputs)`.
+    """Base of the interaction models, constructed as `Backbone(config, inputs)`.
 
-    It knows no tables, tasks or losses. It may be cast to bf16; the caller casts the inputs to its
-    dtype.
+    A backbone knows no tables, tasks or losses. It may be cast to bf16; the caller casts the
+    inputs to its dtype.
 
     Attributes:
         out_features: H, the width of the output.
@@ -21,5 +21,5 @@ class Backbone(nn.Module):
     out_features: int
 
     def forward(self, embedded_BRE: Tensor, dense_BD: Tensor) -> Tensor:
-        """Embedded rows (B, R, E) and dense features (B, D), D may be 0, to x_BH."""
+        """Map embedded rows (B, R, E) and dense features (B, D), D may be 0, to x_BH."""
         raise NotImplementedError

@@ -1,8 +1,8 @@
-"""Building blocks that the models share, initialised by true fan-in.
+"""Building blocks that the models share, initialized by true fan-in.
 
 `nn.Linear` keeps its weight as (out, in): the fan-in is the last axis. Every weight of this package
-that is no `nn.Linear` is stored the same way round, for taking the wrong axis is the known fault of
-public Wukong versions.
+that is not an `nn.Linear` has the same order of axes, because using the wrong axis is a known bug
+of public Wukong implementations.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-RELU_GAIN = (
-    2.0**0.5
-)  # He et al. (arXiv 1502.01852): a ReLU halves the second moment, the weights double it
+RELU_GAIN = 2.0**0.5
+"""Gain before a ReLU (He et al., arXiv 1502.01852): the ReLU halves the second moment, and the
+weights double it."""
 
 
 def fan_in_normal_(weight: Tensor, gain: float = 1.0) -> Tensor:
-    """Fill `weight` (out, in) from a normal of standard deviation gain / sqrt(in); returns it."""
+    """Fill `weight` (out, in) from a normal of standard deviation gain / sqrt(in) and return it."""
+    fan_in = weight.shape[-1]
+    std = gain / fan_in**0.5
     with torch.no_grad():
-        return weight.normal_(0.0, gain / weight.shape[-1] ** 0.5)
+        return weight.normal_(0.0, std)
 
 
 def linear(
@@ -29,7 +31,7 @@ def linear(
     outputs: int,
     gain: float = 1.0,
 ) -> nn.Linear:
-    """A linear map with bias zero; gain 1 keeps the second moment of its input."""
+    """Build a linear map with bias zero; gain 1 keeps the second moment of its input."""
     layer = nn.Linear(inputs, outputs)
     fan_in_normal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
@@ -41,15 +43,18 @@ def relu_mlp(
     widths: Sequence[int],
     dropout: float = 0.0,
 ) -> nn.Sequential:
-    """Linear, ReLU and dropout for every width; the identity where there is none. Output:
-    `width_out(inputs, widths)`."""
+    """Build linear, ReLU and dropout for every width; the identity if there are no widths.
+
+    The output has `width_out(inputs, widths)` features.
+    """
     layers: list[nn.Module] = []
-    for before, width in zip((inputs, *widths), widths, strict=False):
-        layers += [
-            linear(before, width, RELU_GAIN),
-            nn.ReLU(),
-            *([nn.Dropout(dropout)] if dropout else []),
-        ]
+    width_in = inputs
+    for width in widths:
+        layers.append(linear(width_in, width, RELU_GAIN))
+        layers.append(nn.ReLU())
+        if dropout:
+            layers.append(nn.Dropout(dropout))
+        width_in = width
     return nn.Sequential(*layers)
 
 
@@ -60,21 +65,20 @@ def mlp_to(
     gain: float = 1.0,
     dropout: float = 0.0,
 ) -> nn.Sequential:
-    """ReLU layers of `widths`, then a linear layer to `outputs`."""
-    return nn.Sequential(
-        *relu_mlp(inputs, widths, dropout), linear(width_out(inputs, widths), outputs, gain)
-    )
+    """Build ReLU layers of `widths`, then a linear layer to `outputs`."""
+    hidden = relu_mlp(inputs, widths, dropout)
+    last = linear(width_out(inputs, widths), outputs, gain)
+    return nn.Sequential(*hidden, last)
 
 
 def width_out(inputs: int, widths: Sequence[int]) -> int:
-    """Width that leaves `relu_mlp(inputs, widths)`."""
-    return (inputs, *widths)[-1]
+    """Number of features that leave `relu_mlp(inputs, widths)`."""
+    return widths[-1] if widths else inputs
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, CPU tensors are drawn from `seed`; afterwards torch's own generator goes on as if
-    nothing had been drawn."""
+    """Draw CPU tensors from `seed` inside the block and restore torch's generator afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

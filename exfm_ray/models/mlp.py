@@ -1,4 +1,7 @@
-"""A multi-layer perceptron: the plainest student."""
+"""A multi-layer perceptron: the simplest student.
+
+x = relu(W ... relu(W z + b) ...) of z = [embeddings, dense].
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from exfm_ray.models.layout import Inputs
 
 
 class MLP(Backbone):
-    """x = relu(W ... relu(W [embeddings, dense] + b) ...)."""
+    """ReLU layers over the flattened embeddings and the dense features."""
 
     def __init__(self, config: MLPConfig, inputs: Inputs) -> None:
         super().__init__()
@@ -21,6 +24,7 @@ class MLP(Backbone):
         self.out_features = width_out(width, config.mlp)
 
     def forward(self, embedded_BRE: Tensor, dense_BD: Tensor) -> Tensor:
-        """(B, R, E) and (B, D) to (B, H)."""
-        x_BH: Tensor = self.hidden(torch.cat([embedded_BRE.flatten(1), dense_BD], dim=1))
+        """Map (B, R, E) and (B, D) to (B, H)."""
+        start_BC = torch.cat([embedded_BRE.flatten(1), dense_BD], dim=1)
+        x_BH: Tensor = self.hidden(start_BC)
         return x_BH

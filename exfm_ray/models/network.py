@@ -1,5 +1,7 @@
-"""The serving graph: interaction model and serving head. What is exported holds this, the tables
-and nothing else."""
+"""The serving graph: interaction model and serving head.
+
+An export holds this, the tables and nothing else. Shape suffixes as in `exfm_ray.models.backbone`.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from exfm_ray.models.registry import build_backbone
 from exfm_ray.schema import Schema
 
 LOGIT_GAIN = 0.1
-"""Gain of a head's last layer: fresh logits stay near 0, so the first steps learn the label rate
-and not to undo noise."""
+"""Gain of a head's last layer. Fresh logits stay near 0, so the first steps learn the label rate
+instead of undoing noise."""
 
 
 class Head(nn.Module):
@@ -31,7 +33,7 @@ class Head(nn.Module):
         self.mlp = mlp_to(inputs, widths, outputs, gain=LOGIT_GAIN)
 
     def forward(self, x_BH: Tensor) -> Tensor:
-        """(B, H) to float32 logits (B, outputs), whatever the dtype of the weights."""
+        """Map (B, H) to float32 logits (B, outputs), whatever the dtype of the weights."""
         logits: Tensor = self.mlp(x_BH)
         return logits.float()
 
@@ -46,18 +48,19 @@ class Network(nn.Module):
         tasks: int,
     ) -> None:
         super().__init__()
-        self.backbone = build_backbone(
-            config, Layout.from_config(config, schema).inputs(len(schema.dense))
-        )
+        layout = Layout.from_config(config, schema)
+        inputs = layout.inputs(len(schema.dense))
+        self.backbone = build_backbone(config, inputs)
         self.head = Head(self.backbone.out_features, (), tasks)
 
     def forward(self, embedded_BRE: Tensor, dense_BD: Tensor) -> Tensor:
-        """Embedded rows (B, R, E) and dense features (B, D) to float32 logits_BT."""
-        logits_BT: Tensor = self.head(self.features(embedded_BRE, dense_BD))
+        """Map embedded rows (B, R, E) and dense features (B, D) to float32 logits_BT."""
+        x_BH = self.features(embedded_BRE, dense_BD)
+        logits_BT: Tensor = self.head(x_BH)
         return logits_BT
 
     def features(self, embedded_BRE: Tensor, dense_BD: Tensor) -> Tensor:
-        """x_BH, what the heads see."""
+        """Compute x_BH, the input of the heads."""
         x_BH: Tensor = self.backbone(embedded_BRE, dense_BD)
         return x_BH
 
@@ -68,7 +71,6 @@ def build_network(
     tasks: int,
     seed: int,
 ) -> Network:
-    """A fresh network whose weights depend on `seed` only; torch's own generator is left as it
-    was."""
+    """Build a network whose weights depend only on `seed`; torch's generator stays unchanged."""
     with seeded(seed):
         return Network(config, schema, tasks)

@@ -262,7 +262,8 @@ def test_din_without_a_sequence_is_refused() -> None:
     do."""
     with pytest.raises(
         ValueError,
-        match=r"model.type is din, but the stream has no sequence feature; declare one .* or take a model",
+        match=r"model.type is din, but the stream has no sequence feature; declare one .* or use a "
+        "model",
     ):
         DIN(DINConfig(), Inputs(4, 2))
 
