@@ -1,7 +1,9 @@
-"""The command line: exit codes, and mistakes told in one line that leave everything as it was."""
+"""The command line: help, exit codes, and mistakes that end in one line and change no file."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ from refusals import refused
 from role_locks import role_holder
 from small_runs import SETTINGS, merged
 
-from exfm_ray.cli.inspect import export
-from exfm_ray.cli.main import COMMANDS, main
+import exfm_ray
+from exfm_ray.cli.main import console, main
 from exfm_ray.config.load import load_config
 from exfm_ray.pipeline.preflight import prepare_stream
 from exfm_ray.pipeline.run_dir import initialize_run_dir
@@ -28,6 +30,21 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+COMMANDS = [
+    "prepare",
+    "pipeline",
+    "train-fm",
+    "train-vm",
+    "tune",
+    "das",
+    "plan",
+    "report",
+    "runs",
+    "compare",
+    "export",
+    "dashboard",
+    "submit",
+]
 MODEL = "vm.models=[{name: a, domain: %s, task: %s}]"
 FRESH: dict[str, tuple[list[str], str]] = {
     "unknown setting": (
@@ -38,7 +55,8 @@ FRESH: dict[str, tuple[list[str], str]] = {
     "FM's task": (["fm.tasks=[clik]"], "setting 'fm.tasks': unknown task 'clik'"),
     "VM's task": (
         [MODEL % ("feed", "clik")],
-        ".models.0.task': unknown task 'clik': the stream has click, conversion. Did you mean 'click'?",
+        ".models.0.task': unknown task 'clik': the stream has click, conversion. "
+        "Did you mean 'click'?",
     ),
     "one of VM's tasks": (
         [MODEL % ("feed", "[click, conversio]")],
@@ -80,7 +98,7 @@ FRESH: dict[str, tuple[list[str], str]] = {
     ),
     "static": (
         ["fm.static={passes: 3}"],
-        "fm.static is set: in a set without time no teacher is ignorant of its answers",
+        "fm.static is set: in a set without time, every teacher has already seen the labels",
     ),
     "no data": (["data.source=frappe", "data.root=/nowhere"], "/nowhere"),
 }
@@ -93,10 +111,10 @@ def test_a_mistake_in_a_setting(
     file: Path,
     name: str,
 ) -> None:
-    """Wrong: a mistake is told after minutes, by a traceback, in many lines, or after something was
-    written."""
-    settings, told = FRESH[name]
-    assert told in refused(
+    """Wrong: a mistake is reported after minutes, as a traceback, in many lines, or after a file
+    was written."""
+    settings, message = FRESH[name]
+    assert message in refused(
         capsys,
         tmp_path,
         "pipeline",
@@ -107,10 +125,16 @@ def test_a_mistake_in_a_setting(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["pipelin", "--config", "FILE"], "unknown command 'pipelin': there are prepare, pipeline"),
-        (["pipeline"], "the following arguments are required: --config; see run.py --help"),
+        (["pipelin"], "submit. Did you mean 'pipeline'?"),
+        (["pipeline"], "arguments are required: --config; see run.py pipeline --help"),
+        (["das"], "arguments are required: --config; see run.py das --help"),
+        (["--config", "FILE", "pipeline"], "'--config': the command comes first, as in `run.py pi"),
+        (["submit", "--", "pipelin"], "unknown command 'pipelin': there are prepare, pipeline"),
+        (["submit", "--", "submit"], "submit cannot submit itself; name another command after --"),
+        (["submit"], "submit takes a command of run.py after --, or --stop NAME"),
         ([], "required"),
         (["pipeline", "--config", "FILE", "--what"], "unrecognized arguments: --what"),
         (["pipeline", "--config", "none.yaml"], "none.yaml: no such config file"),
@@ -122,16 +146,16 @@ def test_a_mistake_on_the_command_line(
     tmp_path: Path,
     file: Path,
     arguments: list[str],
-    told: str,
+    message: str,
 ) -> None:
     """Wrong: argparse exits by itself, with a usage text or another code."""
-    assert told in refused(
+    assert message in refused(
         capsys, tmp_path, *(str(file) if word == "FILE" else word for word in arguments)
     )
 
 
 def test_yaml_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Wrong: the YAML reader's picture of the mistake is told over many lines."""
+    """Wrong: the YAML reader's drawing of the mistake takes many lines."""
     (tmp_path / "bad.yaml").write_text("fm:\n  batch_size: [1\nvm: 2\n")
     assert "bad.yaml: not valid YAML" in refused(
         capsys, tmp_path, "pipeline", "--config", tmp_path / "bad.yaml"
@@ -168,28 +192,28 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_run_folder_that_does_not_fit(
+def test_a_run_folder_with_other_content(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     file: Path,
     name: str,
 ) -> None:
-    """Wrong: a run is mixed with another one's, or a role waits for ever for what nobody makes."""
+    """Wrong: two runs are mixed, or a role waits forever for files that no role writes."""
     config = load_config(file)
     prepare_stream(config)
     initialize_run_dir(config)
     acquire_role_lock(config.folder, ["fm", "das", "vm"])
-    spoil, arguments, told = BROKEN[name]
+    spoil, arguments, message = BROKEN[name]
     spoil(config.folder)
-    assert told in refused(capsys, tmp_path, *arguments, "--config", file)
+    assert message in refused(capsys, tmp_path, *arguments, "--config", file)
 
 
-def test_a_run_that_another_process_drives(
+def test_a_run_of_another_process(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     file: Path,
 ) -> None:
-    """Wrong: a command that is given twice writes every row and checkpoint twice."""
+    """Wrong: two processes run the same role and write every row and checkpoint twice."""
     assert main(["prepare", "--config", str(file)]) == 0
     folder = load_config(file).folder
     with role_holder(folder, "vm") as other:
@@ -200,12 +224,12 @@ def test_a_run_that_another_process_drives(
         assert "run train-fm first" in capsys.readouterr().err
 
 
-def test_prepare_tells_what_it_made(
+def test_prepare_prints_the_size_of_the_stream(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     file: Path,
 ) -> None:
-    """Wrong: prepare fails, prints nothing of use, or prepares again what is there."""
+    """Wrong: prepare fails, prints nothing useful, or prepares an existing stream again."""
     assert main(["prepare", "--config", str(file), "--name", "p"]) == 0
     assert "4 windows, 3,600 events, 0 duplicates" in capsys.readouterr().out
     before = {path: path.read_bytes() for path in (tmp_path / "runs/p/stream").rglob("*.parquet")}
@@ -215,12 +239,12 @@ def test_prepare_tells_what_it_made(
     } == before
 
 
-def test_prepare_tells_what_shares_rows(
+def test_prepare_prints_collisions(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     file: Path,
 ) -> None:
-    """Wrong: a table that is far too small for its ids goes unnoticed, or roomy ones and index
+    """Wrong: a table that is far too small for its ids goes unnoticed, or large ones and index
     tables fill the screen."""
     lines = [f"{i},user{i % 60},{i % 8},{i % 3},{i % 2}\n" for i in range(600)]
     (tmp_path / "log.csv").write_text("at,user,ad,hour,click\n" + "".join(lines))
@@ -261,7 +285,7 @@ def test_prepare_tells_what_shares_rows(
     ]
 
 
-def test_an_interrupt_says_how_to_go_on(
+def test_an_interrupt_says_how_to_resume(
     capsys: pytest.CaptureFixture[str],
     file: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -272,35 +296,100 @@ def test_an_interrupt_says_how_to_go_on(
         """Stop."""
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(COMMANDS, "prepare", interrupted)
+    monkeypatch.setattr("exfm_ray.cli.train.prepare", interrupted)
     assert main(["prepare", "--config", str(file)]) == 130
-    assert "the same command goes on where it stopped" in capsys.readouterr().err
+    assert "interrupted; rerun the same command to resume" in capsys.readouterr().err
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Wrong: a bug is told as if it were the user's mistake."""
+def test_a_bug_keeps_its_traceback(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: a bug looks like the user's mistake."""
 
     def faulty(config: object) -> None:
         """Fail."""
         raise ZeroDivisionError
 
-    monkeypatch.setitem(COMMANDS, "prepare", faulty)
+    monkeypatch.setattr("exfm_ray.cli.train.prepare", faulty)
     with pytest.raises(ZeroDivisionError):
         main(["prepare", "--config", str(file)])
 
 
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """Wrong: a command has no line in the help."""
+def shown_help(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Return the help of a command on one line."""
     with pytest.raises(SystemExit) as ended:
-        main(["--help"])
+        main([*words, "--help"])
     assert ended.value.code == 0
-    out = capsys.readouterr().out
-    assert all(
-        f"  {name}" in out and (command.__doc__ or "?")[:20] in out
-        for name, command in [*COMMANDS.items(), ("export", export)]
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrong: a command is missing from the help, or has none of its own."""
+    text = shown_help(capsys)
+    for command in COMMANDS:
+        assert f" {command} " in text
+        own = shown_help(capsys, command)
+        assert own.startswith(f"usage: run.py {command} ")
+
+
+@pytest.mark.parametrize("words", ["prepare", "pipeline", "das", "das start", "das status", "plan"])
+def test_help_of_a_command_shows_its_options(
+    capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    """Wrong: a command's help is that of the program, or lacks the options of its config."""
+    text = shown_help(capsys, *words.split())
+    for option in ("--config FILE", "--set section.key=value", "--name NAME"):
+        assert option in text
+    assert ("--follow" in text) == (words == "das start")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Wrong: the help takes seconds, because it imports torch and ray."""
+    program = (
+        "import sys\nfrom exfm_ray.cli.main import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'ray', 'pyarrow', 'pydantic', 'rich') if m in sys.modules])"
     )
+    for words in (["--help"], ["pipeline", "--help"], ["das", "start", "--help"], ["pipelin"]):
+        command = [sys.executable, "-c", program, *words]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert out.splitlines()[-1] == "[]", words
+
+
+def test_the_package_is_cheap_to_import_and_has_public_names() -> None:
+    """Wrong: `import exfm_ray` takes seconds, or a public name cannot be imported."""
+    heavy = "('torch', 'ray', 'pyarrow', 'pydantic', 'numpy')"
+    program = f"import sys, exfm_ray; assert not [m for m in {heavy} if m in sys.modules]"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+    for name in exfm_ray.__all__:
+        assert getattr(exfm_ray, name).__name__ == name
+    assert set(exfm_ray.__all__) <= set(dir(exfm_ray))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        exfm_ray.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("program", "name"),
+    [
+        (["run.py"], "run.py"),
+        (["-m", "exfm_ray"], "python -m exfm_ray"),
+    ],
+)
+def test_the_name_of_the_program(program: list[str], name: str) -> None:
+    """Wrong: the help names a program that the user has not started."""
+    folder = Path(__file__).parents[2]
+    for words, shown in (("--help", name), ("plan --help", f"{name} plan")):
+        command = [sys.executable, *program, *words.split()]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
+        assert out.startswith(f"usage: {shown} ")
+
+
+def test_the_console_script(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong: the installed program has no exit code, or another name in its messages."""
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/exfm-ray", "plan"])
+    assert console() == 2
+    assert "see exfm-ray plan --help" in capsys.readouterr().err
 
 
 def test_show_without_windows_after_the_warm_up(

@@ -13,18 +13,19 @@ from exfm_ray.cli.main import main
 from exfm_ray.tracking.run_files import RunFiles
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What a command prints, the frames of tables left out."""
+def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command and return its output without the frames of tables."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 0
     return re.sub(r"[─━┃│┏┓┗┛└┘├┤┬┴┼╇╈┡┩┳]+", " ", capsys.readouterr().out)
 
 
 def line(text: str, *words: str) -> list[str]:
-    """The words of the one line that begins with `words`."""
-    lines = [one.split() for one in text.splitlines() if one.split()[: len(words)] == list(words)]
-    assert len(lines) == 1, (words, text)
-    return lines[0]
+    """Return the words of the only line that begins with `words`."""
+    lines = [row.split() for row in text.splitlines()]
+    matches = [row for row in lines if row[: len(words)] == list(words)]
+    assert len(matches) == 1, (words, text)
+    return matches[0]
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +34,14 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Wrong: a run is missing, a damaged one hides the others, or a state, figure or arm is another
-    run's."""
+    """Wrong: a run is missing, a damaged one hides the others, or a state, number or arm belongs to
+    another run."""
     whole, _ = write_run(tmp_path, "whole")
     write_run(tmp_path, "killed", windows=2, roles=("fm",))
     damaged, _ = write_run(tmp_path, "damaged")
     (damaged.folder / "config.yaml").write_text("a: [")
     (tmp_path / "no_run").mkdir()
-    text = told(capsys, "runs", tmp_path)
+    text = printed(capsys, "runs", tmp_path)
     assert "3 run(s)" in text and "no_run" not in text
     figures = RunFiles.open(whole.folder).figures
     click = next(
@@ -64,8 +65,8 @@ def test_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Wrong: A and B are swapped, a difference has the wrong sign, or a setting that differs is not
-    listed or one that does not is."""
+    """Wrong: A and B are swapped, a difference has the wrong sign, or the wrong settings are
+    listed."""
     first, _ = write_run(tmp_path, "one")
     second, _ = write_run(
         tmp_path,
@@ -74,7 +75,7 @@ def test_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         distillation={"ah": {"beta": 2.0}},
         vm={"arms": ["labels", "kd"]},
     )
-    text = told(capsys, "compare", first.folder, second.folder)
+    text = printed(capsys, "compare", first.folder, second.folder)
     a, b = (
         next(
             row
@@ -100,9 +101,8 @@ def test_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         "['labels',",
         "'kd']",
     ]
-    listed = [
-        one.split()[0] for one in text.split("settings that differ")[1].splitlines() if one.strip()
-    ]
+    rows = text.split("settings that differ")[1].splitlines()
+    listed = [row.split()[0] for row in rows if row.strip()]
     assert sorted(listed) == [
         "distillation.ah.beta",
         "setting",
@@ -110,14 +110,14 @@ def test_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     ]  # neither the name nor the folder
 
 
-def test_report_writes_the_page_and_says_where(
+def test_report_writes_the_page_and_prints_its_path(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Wrong: the page is not written anew, or its place and the figures are not told."""
+    """Wrong: the page is not rewritten, or its path and the metrics are not printed."""
     config, _ = write_run(tmp_path, "r")
     page = config.folder / "report.html"
     page.write_text("old")
-    text = told(capsys, "report", config.folder)
+    text = printed(capsys, "report", config.folder)
     assert text.splitlines()[-1] == str(page) and "plotly" in page.read_text()
     row = next(
         row
@@ -135,7 +135,7 @@ def test_report_writes_the_page_and_says_where(
         (["report"], "the following arguments are required: RUN"),
         (["runs", "RUNS/r"], "no runs here"),
         (["runs", "RUNS/none"], "none: no such folder"),
-        (["compare", "RUNS/r", "RUNS/r"], "compare needs two runs"),
+        (["compare", "RUNS/r", "RUNS/r"], "compare needs two different runs"),
         (["compare", "RUNS/r", "RUNS"], "no run here"),
         (["compare", "RUNS/r"], "the following arguments are required: B"),
     ],
@@ -146,8 +146,7 @@ def test_mistakes(
     arguments: list[str],
     message: str,
 ) -> None:
-    """Wrong: a folder that is no run ends in a traceback, a page is written into it, or the exit
-    code is 0."""
+    """Wrong: a folder without a run ends in a traceback, gets a page, or the exit code is 0."""
     write_run(tmp_path, "r")
     before = set(tmp_path.rglob("*"))
     assert main([argument.replace("RUNS", str(tmp_path)) for argument in arguments]) == 2

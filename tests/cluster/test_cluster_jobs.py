@@ -342,7 +342,7 @@ def test_mistakes_before_anything_is_sent(head: Head) -> None:
     ("arguments", "told"),
     [
         (["--", "pipelin"], "unknown command 'pipelin'"),
-        (["--", "submit", "--stop", "x"], "'submit' does not go here"),
+        (["--", "submit", "--stop", "x"], "submit cannot submit itself"),
         ([], "submit takes a command of run.py after --, or --stop NAME"),
     ],
 )
