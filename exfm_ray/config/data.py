@@ -71,7 +71,7 @@ class SyntheticConfig(FrozenModel):
     shift_at: int | None = Field(
         None,
         ge=1,
-        description="Window at which all user vectors turn by 30 degrees at once; none: no such "
+        description="Window at which all user vectors turn by 30 degrees at once; null: no such "
         "window.",
     )
 
@@ -132,10 +132,10 @@ class FollowConfig(FrozenModel):
     labels: RelativePattern | None = Field(
         None,
         description="Name pattern of label files below data.root, csv or parquet by their suffix; "
-        "for the source `kafka` a topic. none: labels stand with their events.",
+        "for the source `kafka` a topic. null: labels stand with their events.",
     )
     kafka: KafkaConfig | None = Field(
-        None, description="Where to read the events of the source `kafka`; none for other sources."
+        None, description="Where to read the events of the source `kafka`; null for other sources."
     )
     lateness_s: int = Field(
         0,
@@ -210,7 +210,7 @@ class DataConfig(FrozenModel):
         description="What happens to repeated events. They are counted in either case.",
     )
     max_rows: int | None = Field(
-        None, ge=1, description="Stop after this many events; none: read all."
+        None, ge=1, description="Stop after this many events; null: read all."
     )
     fragment_rows: int = Field(
         50_000, ge=1, description="Events in a fragment, the unit of work of the DAS and the feed."
@@ -243,7 +243,7 @@ class DataConfig(FrozenModel):
     )
     follow: FollowConfig | None = Field(
         None,
-        description="Read files of a `table` source, or messages of `kafka`, as they arrive; none: "
+        description="Read files of a `table` source, or messages of `kafka`, as they arrive; null: "
         "the data are complete.",
     )
     synthetic: SyntheticConfig = Field(

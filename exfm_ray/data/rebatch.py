@@ -8,7 +8,7 @@ import pyarrow as pa
 
 
 class Rebatcher:
-    """Push tables in, take tables of `rows` rows out; `rest` gives what is left."""
+    """Takes tables of any size and returns tables of `rows` rows; `flush` returns the remainder."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -16,22 +16,24 @@ class Rebatcher:
         self._count = 0
 
     def add(self, table: pa.Table) -> Iterator[pa.Table]:
-        """The tables that are full with `table`'s rows; one without rows may lack columns."""
+        """Yield the tables that `table` completes. An empty table may have missing columns."""
         if not table.num_rows:
             return
         self._waiting.append(table)
         self._count += table.num_rows
         if self._count < self._rows:
             return
+
         joined = pa.concat_tables(self._waiting)
-        full = self._count - self._count % self._rows
+        remainder = self._count % self._rows
+        full = self._count - remainder
         self._waiting = [joined.slice(full)]
-        self._count = self._count - full
+        self._count = remainder
         for start in range(0, full, self._rows):
             yield joined.slice(start, self._rows)
 
     def flush(self) -> Iterator[pa.Table]:
-        """One last, shorter table; none when no row is left."""
+        """Yield one last, shorter table, or none when no row is left."""
         if self._count:
             yield pa.concat_tables(self._waiting)
         self._waiting = []
@@ -39,8 +41,8 @@ class Rebatcher:
 
 
 def regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """The same rows in tables of exactly `rows` rows, the last one shorter."""
-    pieces = Rebatcher(rows)
+    """Yield the same rows in tables of exactly `rows` rows; the last one may be shorter."""
+    rebatcher = Rebatcher(rows)
     for table in tables:
-        yield from pieces.add(table)
-    yield from pieces.flush()
+        yield from rebatcher.add(table)
+    yield from rebatcher.flush()

@@ -1,11 +1,11 @@
-"""The event stream on disk: windows of Parquet fragments, visible by a manifest that is written
-last.
+"""The event stream on disk: windows of Parquet fragments. A window is visible once its manifest is
+written, which happens last.
 
 <stream>/schema.json                       the schema
-<stream>/window=000/fragment=0000.parquet  packed columns, in event order; the unit of work of the
-DAS and the feed
-<stream>/window=000/manifest.json          last of its window: fragments, rows, times, state of the normaliser
-<stream>/manifest.json                     last of all: the settings the stream was made with, and its windows
+<stream>/window=000/fragment=0000.parquet  packed columns, in event order; one unit of work for the
+                                           DAS and the feed
+<stream>/window=000/manifest.json          written last of its window: fragments, rows, times
+<stream>/manifest.json                     written last of all: the stream's settings and windows
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from exfm_ray.base import FrozenModel
 from exfm_ray.data.rebatch import Rebatcher
 from exfm_ray.errors import UserError
-from exfm_ray.schema import Schema
+from exfm_ray.schema import Schema, SparseFeature
 from exfm_ray.storage.atomic import atomic_path, parquet_source, read_json, write_json
 from exfm_ray.storage.manifest import read_manifest
 from exfm_ray.storage.remote import AnyPath
@@ -57,25 +57,35 @@ def window_name(index: int) -> str:
 
 
 def list_values(column: pa.ChunkedArray | pa.Array, width: int) -> np.ndarray[Any, Any]:
-    """A fixed-size-list column as a read-only array (rows, width); no copy when the column is one
-    chunk."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    """View a fixed-size-list column as a read-only array of shape (rows, width).
+
+    A column of one chunk is not copied.
+    """
+    array = column
+    if isinstance(array, pa.ChunkedArray):
+        array = array.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = array.chunk(0)
+
+    rows = len(array)
     flat = array.flatten().to_numpy(zero_copy_only=False)
-    return np.asarray(flat).reshape(len(array), width)
+    return np.asarray(flat).reshape(rows, width)
 
 
 def read_parquet(path: AnyPath, columns: Sequence[str] | None = None) -> pa.Table:
-    """One Parquet file, its page checksums verified. Without `pyarrow.dataset`, which takes as long
-    again for a fragment."""
-    with pq.ParquetFile(parquet_source(path), page_checksum_verification=True) as file:
-        table: pa.Table = file.read(columns=list(columns) if columns else None, use_threads=False)
+    """Read one Parquet file and verify its page checksums.
+
+    `pyarrow.dataset` is avoided: it doubles the time for a fragment.
+    """
+    source = parquet_source(path)
+    names = list(columns) if columns else None
+    with pq.ParquetFile(source, page_checksum_verification=True) as file:
+        table: pa.Table = file.read(columns=names, use_threads=False)
     return table
 
 
 class EventStream:
-    """Reads a prepared stream; checks at the door that each fragment is what its manifest says."""
+    """Reads a prepared stream and checks each fragment against its manifest when it is read."""
 
     def __init__(self, root: AnyPath, schema: Schema) -> None:
         self.root = root
@@ -83,45 +93,57 @@ class EventStream:
 
     @classmethod
     def open(cls, root: AnyPath) -> Self:
-        """Open a stream of which at least the schema is written."""
-        if not (root / "schema.json").exists():
+        """Open a stream. Its schema must be written; it need not be complete."""
+        path = root / "schema.json"
+        if not path.exists():
             raise UserError(
                 f"{root}: no prepared stream here; run `run.py prepare` with the same config first"
             )
-        return cls(root, read_manifest(root / "schema.json", Schema, "a schema"))
+        schema = read_manifest(path, Schema, "a schema")
+        return cls(root, schema)
 
     @property
     def complete(self) -> bool:
-        """True when the stream has an end and it is written."""
-        return (self.root / "manifest.json").exists()
+        """True when the stream has an end and that end is written."""
+        manifest = self.root / "manifest.json"
+        return manifest.exists()
 
     def windows(self) -> list[int]:
         """Indices of the committed windows, in time order."""
-        found = self.root.glob("window=*/manifest.json")
-        return sorted(int(path.parent.name.removeprefix("window=")) for path in found)
+        manifests = self.root.glob("window=*/manifest.json")
+        names = [path.parent.name for path in manifests]
+        return sorted(int(name.removeprefix("window=")) for name in names)
 
     def has(self, index: int) -> bool:
         """True when a window is committed."""
-        return (self.root / window_name(index) / "manifest.json").exists()
+        manifest = self._manifest(index)
+        return manifest.exists()
+
+    def _manifest(self, index: int) -> AnyPath:
+        folder = self.root / window_name(index)
+        return folder / "manifest.json"
 
     def window(self, index: int) -> Window:
         """The manifest of a committed window."""
-        path = self.root / window_name(index) / "manifest.json"
+        path = self._manifest(index)
         if not path.exists():
+            count = len(self.windows())
             raise UserError(
-                f"{path}: window {index} is not prepared; the stream has {len(self.windows())} windows"
+                f"{path}: window {index} is not prepared; the stream has {count} windows"
             )
         window = read_manifest(path, Window, "a window manifest", "prepare the stream again")
         if window.schema_digest != self.schema.digest:
             raise UserError(
-                f"{path}: this window was prepared with another schema; prepare the stream into a new folder"
+                f"{path}: this window was prepared with another schema; "
+                "prepare the stream into a new folder"
             )
         return window
 
     def path(self, window: int, fragment: Fragment) -> AnyPath:
-        """Where a fragment lies; a name that leaves its folder is refused."""
+        """Path of a fragment. Raises UserError for a name that leaves the window's folder."""
         folder = self.root / window_name(window)
-        if Path(fragment.file).name != fragment.file:
+        plain_name = Path(fragment.file).name
+        if plain_name != fragment.file:
             raise UserError(
                 f"{folder / 'manifest.json'}: fragment '{fragment.file}' is not a plain file name"
             )
@@ -133,18 +155,29 @@ class EventStream:
         fragment: Fragment,
         columns: Sequence[str] | None = None,
     ) -> pa.Table:
-        """Read a fragment's packed columns (all of them, or `columns`), checked against manifest
-        and schema."""
+        """Read packed columns of a fragment and check them against its manifest and the schema.
+
+        Args:
+            window: index of the window.
+            fragment: one of the window's fragments.
+            columns: names of the columns to read; None reads all of them.
+
+        Raises:
+            UserError: the file is missing, damaged, or does not match the manifest or the schema.
+        """
         path = self.path(window, fragment)
         try:
-            if path.stat().st_size != fragment.bytes:
+            size = path.stat().st_size
+            if size != fragment.bytes:
                 raise UserError(
-                    f"{path}: {path.stat().st_size} bytes where the manifest says {fragment.bytes}; prepare the stream again"
+                    f"{path}: {size} bytes where the manifest says {fragment.bytes}; "
+                    "prepare the stream again"
                 )
             table = read_parquet(path, columns)
         except FileNotFoundError:
             raise UserError(
-                f"{path}: the manifest names this fragment, but it is not there; prepare the stream again"
+                f"{path}: the manifest names this fragment, but it is not there; "
+                "prepare the stream again"
             ) from None
         except (pa.ArrowException, OSError) as error:
             raise UserError(
@@ -163,45 +196,61 @@ class EventStream:
             raise UserError(
                 f"{path}: {table.num_rows} rows where the manifest says {fragment.rows}"
             )
-        for field in self.schema.arrow_schema:
-            if (
-                field.name in table.column_names
-                and table.schema.field(field.name).type != field.type
-            ):
-                raise UserError(
-                    f"{path}: column '{field.name}' is {table.schema.field(field.name).type}, the schema says {field.type}"
-                )
-        if "sparse" in table.column_names and table.num_rows:
-            ids_NS = list_values(table["sparse"], len(self.schema.single))
-            low_S = ids_NS.min(axis=0)
-            high_S = ids_NS.max(axis=0)
-            for feature, low, high in zip(self.schema.single, low_S, high_S, strict=True):
-                self._check_range(path, feature.name, feature.rows, int(low), int(high))
-        for bag in self.schema.bags:
-            if bag.name in table.column_names:
-                values = table[bag.name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-                if len(values):
-                    self._check_range(
-                        path, bag.name, bag.rows, int(values.min()), int(values.max())
-                    )
+        self._check_types(path, table)
+        self._check_single_ids(path, table)
+        self._check_bag_ids(path, table)
 
-    @staticmethod
-    def _check_range(
-        path: AnyPath,
-        feature: str,
-        rows: int,
-        low: int,
-        high: int,
-    ) -> None:
-        if low < 0 or high >= rows:
-            raise UserError(
-                f"{path}: feature '{feature}' has id {low if low < 0 else high}, outside its table of {rows} rows; "
-                "raise `rows` in the schema and prepare the stream again"
-            )
+    def _check_types(self, path: AnyPath, table: pa.Table) -> None:
+        for expected in self.schema.arrow_schema:
+            name = expected.name
+            if name not in table.column_names:
+                continue
+            actual = table.schema.field(name).type
+            if actual != expected.type:
+                raise UserError(
+                    f"{path}: column '{name}' is {actual}, the schema says {expected.type}"
+                )
+
+    def _check_single_ids(self, path: AnyPath, table: pa.Table) -> None:
+        if "sparse" not in table.column_names or not table.num_rows:
+            return
+        features = self.schema.single
+        ids_NS = list_values(table["sparse"], len(features))
+        low_S = ids_NS.min(axis=0)
+        high_S = ids_NS.max(axis=0)
+        for feature, low, high in zip(features, low_S, high_S, strict=True):
+            _check_range(path, feature, int(low), int(high))
+
+    def _check_bag_ids(self, path: AnyPath, table: pa.Table) -> None:
+        for bag in self.schema.bags:
+            if bag.name not in table.column_names:
+                continue
+            lists = table[bag.name].combine_chunks()
+            values = lists.flatten().to_numpy(zero_copy_only=False)
+            if len(values):
+                low = int(values.min())
+                high = int(values.max())
+                _check_range(path, bag, low, high)
+
+
+def _check_range(
+    path: AnyPath,
+    feature: SparseFeature,
+    low: int,
+    high: int,
+) -> None:
+    """Raise UserError when the lowest or the highest id is outside the feature's table."""
+    if low >= 0 and high < feature.rows:
+        return
+    outside = low if low < 0 else high
+    raise UserError(
+        f"{path}: feature '{feature.name}' has id {outside}, outside its table of "
+        f"{feature.rows} rows; raise `rows` in the schema and prepare the stream again"
+    )
 
 
 class StreamWriter:
-    """Writes a stream window by window. A window that is committed already is left as it is."""
+    """Writes a stream window by window. Windows that are already committed stay untouched."""
 
     def __init__(
         self,
@@ -210,24 +259,34 @@ class StreamWriter:
         settings: dict[str, Any],
         fragment_rows: int,
     ) -> None:
-        """`settings` say how the stream was made; a folder that holds a stream made otherwise is
-        refused, untouched."""
+        """Start or continue a stream in `root`.
+
+        Args:
+            root: folder of the stream.
+            schema: what the examples are.
+            settings: how the stream is made, as JSON. A folder that holds a stream with other
+                settings is refused and stays untouched.
+            fragment_rows: rows in a fragment.
+        """
         self.root = root
         self.schema = schema
         self.settings = settings
         self.fragment_rows = fragment_rows
-        made = root / "settings.json"
-        if made.exists() and read_json(made) != settings:
+
+        stored = root / "settings.json"
+        if stored.exists() and read_json(stored) != settings:
             raise UserError(
-                f"{root}: holds a stream made with another schema or other settings (see {made}); remove it or choose another run name"
+                f"{root}: holds a stream made with another schema or other settings "
+                f"(see {stored}); remove it or choose another run name"
             )
-        write_json(made, settings)
+        write_json(stored, settings)
         write_json(root / "schema.json", schema.model_dump(mode="json"))
 
     @cached_property
     def committed(self) -> frozenset[int]:
         """Windows that an earlier, interrupted preparation has finished."""
-        return frozenset(EventStream(self.root, self.schema).windows())
+        stream = EventStream(self.root, self.schema)
+        return frozenset(stream.windows())
 
     def window(
         self,
@@ -235,7 +294,7 @@ class StreamWriter:
         start_ms: int,
         end_ms: int,
     ) -> WindowWriter:
-        """Begin a window; nothing of it is visible before `WindowWriter.commit`."""
+        """Begin a window. It becomes visible with `WindowWriter.commit`."""
         return WindowWriter(self, index, start_ms, end_ms)
 
     def write_window(
@@ -260,10 +319,11 @@ class StreamWriter:
         number: int,
         table: pa.Table,
     ) -> Fragment:
-        """Write one fragment; `WindowWriter` names it in the manifest."""
+        """Write one fragment. `WindowWriter` lists it in the window's manifest."""
         path = folder / f"fragment={number:04d}.parquet"
+        arrow_schema = self.schema.arrow_schema
         with atomic_path(path) as temporary:
-            packed = table.select(self.schema.arrow_schema.names).cast(self.schema.arrow_schema)
+            packed = table.select(arrow_schema.names).cast(arrow_schema)
             pq.write_table(
                 packed,
                 temporary,
@@ -273,26 +333,33 @@ class StreamWriter:
                 write_statistics=False,
                 write_page_checksum=True,
             )
-        counts = np.bincount(table["domain"].to_numpy(), minlength=len(self.schema.domains))
+        domain_N = table["domain"].to_numpy()
         return Fragment(
             file=path.name,
             rows=table.num_rows,
             bytes=path.stat().st_size,
-            domain_rows=tuple(int(c) for c in counts),
+            domain_rows=domain_counts(domain_N, self.schema),
         )
 
     def finish(self, statistics: dict[str, Any]) -> None:
-        """Write the stream's manifest: from now on it is complete."""
-        windows = EventStream(self.root, self.schema).windows()
-        write_json(
-            self.root / "manifest.json",
-            {"windows": windows, "settings": self.settings, **statistics},
-        )
+        """Write the stream's manifest: the stream is now complete."""
+        stream = EventStream(self.root, self.schema)
+        manifest = {
+            "windows": stream.windows(),
+            "settings": self.settings,
+            **statistics,
+        }
+        write_json(self.root / "manifest.json", manifest)
+
+
+def domain_counts(domain_N: np.ndarray[Any, Any], schema: Schema) -> tuple[int, ...]:
+    """Count the rows of each domain, in the order of `schema.domains`."""
+    counts_D = np.bincount(domain_N, minlength=len(schema.domains))
+    return tuple(int(count) for count in counts_D)
 
 
 class WindowWriter:
-    """One window being written: tables come in, fragments of `fragment_rows` go out, the manifest
-    last."""
+    """Writes one window: tables come in, fragments of `fragment_rows` go out, the manifest last."""
 
     def __init__(
         self,
@@ -307,37 +374,38 @@ class WindowWriter:
         self.committed = index in writer.committed
         self._writer = writer
         self._folder = writer.root / window_name(index)
-        self._pieces = Rebatcher(writer.fragment_rows)
+        self._rebatcher = Rebatcher(writer.fragment_rows)
         self._fragments: list[Fragment] = []
 
     def append(self, table: pa.Table, known_NT: np.ndarray[Any, Any] | None = None) -> None:
-        """Add packed rows in event order. Ignored in a window that an earlier preparation has
-        committed.
+        """Add packed rows in event order. Does nothing in a window that is already committed.
 
-        `known_NT`: ms at which each label became known; nobody asks where labels stand with their
-            events.
+        Args:
+            table: packed rows.
+            known_NT: int64 (N, T), ms at which each label became known. Used only by writers of
+                streams with late labels.
         """
         if self.committed:
             return
-        for piece in self._pieces.add(table):
-            self._cut(piece)
+        for piece in self._rebatcher.add(table):
+            self._write(piece)
 
-    def _cut(self, table: pa.Table) -> None:
-        self._fragments.append(
-            self._writer.write_fragment(self._folder, len(self._fragments), table)
-        )
+    def _write(self, table: pa.Table) -> None:
+        number = len(self._fragments)
+        fragment = self._writer.write_fragment(self._folder, number, table)
+        self._fragments.append(fragment)
 
     def commit(self, duplicates: int) -> None:
-        """Write what waits and the manifest: from now on the window is visible."""
+        """Write the remaining rows and the manifest: the window is now visible."""
         if self.committed:
             return
-        for piece in self._pieces.flush():
-            self._cut(piece)
+        for piece in self._rebatcher.flush():
+            self._write(piece)
         window = Window(
             index=self.index,
             start_ms=self.start_ms,
             end_ms=self.end_ms,
-            rows=sum(f.rows for f in self._fragments),
+            rows=sum(fragment.rows for fragment in self._fragments),
             duplicates=duplicates,
             schema_digest=self._writer.schema.digest,
             fragments=tuple(self._fragments),

@@ -160,7 +160,7 @@ def test_begins_anew_for_other_workers(cluster: None, stream: EventStream) -> No
         ray.get(feed.restart.remote(passes[1:], 1), timeout=60)
         (ref,) = ray.get(feed.block.remote(0, 0), timeout=60)
         assert ray.get(ref)["example_id"][0].as_py() == 1000
-        with pytest.raises(RuntimeError, match="begun anew for other workers"):
+        with pytest.raises(RuntimeError, match="restarted for other workers"):
             ray.get(left, timeout=60)
         ray.get(feed.report_failure.remote("the learning rate is wrong"), timeout=60)
         with pytest.raises(UserError, match="the learning rate is wrong"):

@@ -2,12 +2,15 @@
 releases.
 
 A window is cut when the watermark, the newest event time so far less `data.follow.lateness_s`, has
-passed its end. An event of a window that was cut before it came is counted and dropped. What was
-taken is stored with each window, so that a killed follower goes on as if nothing had happened:
+passed its end. An event whose window was cut before it came is counted and dropped. The follower's
+state is stored with each window, so that a killed follower resumes with the same result:
 
-    <stream>/window=003/follow.json      position in the source, newest event time, watermark, late events, normaliser
-    <stream>/window=003/pending.parquet  raw events that came by then and belong to later windows
-    <stream>/labels/part=000003.parquet  labels that came together, with the position behind them
+    <stream>/window=003/follow.json
+        position in the source, newest event time, watermark, late events, normalizer
+    <stream>/window=003/pending.parquet
+        raw events that came by then and belong to later windows
+    <stream>/labels/part=000003.parquet
+        labels that came together, with the position behind them
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +33,7 @@ from exfm_ray.data.labels.releases import ATTRIBUTION
 from exfm_ray.data.prepare.normalizer import Normalizer
 from exfm_ray.data.prepare.packer import Packer, Rows
 from exfm_ray.data.sources.base import RawSource
-from exfm_ray.data.stream import EventStream, StreamWriter, window_name
+from exfm_ray.data.stream import EventStream, StreamWriter, WindowWriter, window_name
 from exfm_ray.errors import UserError
 from exfm_ray.storage.atomic import atomic_path, parquet_source, read_json, write_json
 from exfm_ray.storage.remote import AnyPath
@@ -44,9 +47,18 @@ FIRST = -(2**62)
 POSITION = "position"
 
 
+class _Events(NamedTuple):
+    """Events that wait for their window: raw, as `PENDING` stores them, and encoded."""
+
+    raw: pa.Table
+    encoded: Rows
+
+
 class Follower:
-    """Takes arrivals one by one. All of its state is on disk whenever a window or a part of the
-    label log is committed."""
+    """Takes arrivals one by one.
+
+    Whenever a window or a part of the label log is committed, all of the state is on disk.
+    """
 
     def __init__(
         self,
@@ -56,41 +68,47 @@ class Follower:
         source: RawSource,
         progress: Progress | None = None,
     ) -> None:
-        """`source`: what events are; `arrivals` say where they are from."""
+        """Resume from what is on disk.
+
+        Args:
+            config: the run.
+            writer: writes the windows.
+            arrivals: where the events and labels come from.
+            source: what the events are.
+            progress: called with (window, rows) when a window is committed.
+        """
         assert config.data.follow
-        self._data = config.data
-        self._follow = config.data.follow
+        data = config.data
+        self._data = data
+        self._lateness_ms = config.data.follow.lateness_s * 1000
+        self._poll_s = config.data.follow.poll_s
         self._writer = writer
         self._arrivals = arrivals
-        self._progress = progress
-        self._length_ms = self._data.window.length_s * 1000
-        self._offset_ms = self._data.window.offset_s * 1000
-        self._stream = EventStream(writer.root, writer.schema)
-        self._normaliser = Normalizer([d.name for d in writer.schema.dense])
         self._source = source
-        self._pending: list[tuple[pa.Table, Rows]] = []
+        self._progress = progress
+        self._length_ms = data.window.length_s * 1000
+        self._offset_ms = data.window.offset_s * 1000
+        self._stream = EventStream(writer.root, writer.schema)
+        self._normalizer = Normalizer([feature.name for feature in writer.schema.dense])
+
+        self._pending: list[_Events] = []
         self._position: Position = {}
         self._label_position: Position = {}
         self._newest_ms: int | None = None
         self._watermark = FIRST
         self._late = 0
-        self._ledger: LabelLog | None = None
-        if self._data.delayed:
-            told = {"attribution_s": self._data.delayed, "late_labels": self._data.late_labels}
-            write_json(writer.root / ATTRIBUTION, told)
-            self._ledger = LabelLog(
-                self._stream, self._data.delayed, self._data.late_labels == "correct"
-            )
+        self._first = 0  # number of the stream's first window, counted from the epoch
+        self._next = 0  # index of the next window
+        self._label_log: LabelLog | None = None
+        if data.delayed:
+            stored = {"attribution_s": data.delayed, "late_labels": data.late_labels}
+            write_json(writer.root / ATTRIBUTION, stored)
+            correct = data.late_labels == "correct"
+            self._label_log = LabelLog(self._stream, data.delayed, correct)
         self._recover()
 
     def _recover(self) -> None:
-        if self._ledger:
-            self._ledger.recover()
-            if self._ledger.parts:
-                facts = pq.read_schema(
-                    parquet_source(part_path(self._writer.root, self._ledger.parts - 1))
-                ).metadata
-                self._label_position = json.loads(metadata_value(facts, POSITION) or "{}")
+        self._recover_labels()
         windows = self._stream.windows()
         self._next = len(windows)
         if not windows:
@@ -101,15 +119,28 @@ class Follower:
         self._newest_ms = state["newest_ms"]
         self._late = state["late_events"]
         self._watermark = state["watermark_ms"]
-        self._first = self._absolute(self._stream.window(0).start_ms)
-        self._normaliser.restore(state["normaliser"])
+        self._normalizer.restore(state["normaliser"])
+        first_window = self._stream.window(0)
+        self._first = int(self._window_number(first_window.start_ms))
+
         pending = pq.read_table(parquet_source(folder / PENDING), partitioning=None)
         if pending.num_rows:
             self._add(pending, Path(PENDING))
 
+    def _recover_labels(self) -> None:
+        if self._label_log is None:
+            return
+        self._label_log.recover()
+        if not self._label_log.parts:
+            return
+        last = part_path(self._writer.root, self._label_log.parts - 1)
+        facts = pq.read_schema(parquet_source(last)).metadata
+        position = metadata_value(facts, POSITION)
+        self._label_position = json.loads(position or "{}")
+
     def poll(self) -> bool:
-        """Take all that has come; True when the stream has ended and is complete."""
-        ended = self._arrivals.ended()  # asked first: what came before the end is seen below
+        """Take everything that has come; True when the stream has ended and is complete."""
+        ended = self._arrivals.ended()  # checked first: what came before the end is taken below
         while True:
             self._take_labels()
             arrival = self._arrivals.events(self._position)
@@ -122,18 +153,22 @@ class Follower:
 
     def run(self) -> None:
         """Poll until the stream has ended."""
-        while not self.poll():
-            time.sleep(self._follow.poll_s)
+        ended = self.poll()
+        while not ended:
+            time.sleep(self._poll_s)
+            ended = self.poll()
 
     def _take_labels(self) -> None:
-        while self._ledger and (arrival := self._arrivals.labels(self._label_position)):
-            write_part(
-                self._writer.root,
-                self._ledger.parts,
-                arrival.rows,
-                {POSITION: json.dumps(arrival.position)},
-            )
-            self._ledger.add_part()
+        label_log = self._label_log
+        if label_log is None:
+            return
+        while True:
+            arrival = self._arrivals.labels(self._label_position)
+            if arrival is None:
+                return
+            facts = {POSITION: json.dumps(arrival.position)}
+            write_part(self._writer.root, label_log.parts, arrival.rows, facts)
+            label_log.add_part()
             self._label_position = arrival.position
 
     def _take_events(self, arrival: Arrival) -> None:
@@ -144,139 +179,178 @@ class Follower:
             if on_time.num_rows:
                 self._add(on_time, arrival.file)
         self._position = arrival.position
-        if self._newest_ms is not None:
-            newest = (
-                self._newest_ms
-                if arrival.held_ms is None
-                else min(self._newest_ms, arrival.held_ms)
-            )
-            self._watermark = max(self._watermark, newest - self._follow.lateness_s * 1000)
-            self._cut(int(self._absolute(self._watermark)))
-            if self._ledger:
-                self._ledger.release(self._watermark)
+        if self._newest_ms is None:
+            return
+
+        newest_ms = self._newest_ms
+        if arrival.held_ms is not None:
+            newest_ms = min(newest_ms, arrival.held_ms)
+        self._watermark = max(self._watermark, newest_ms - self._lateness_ms)
+        end = self._window_number(self._watermark)
+        self._cut(int(end))
+        if self._label_log:
+            self._label_log.release(self._watermark)
 
     def _late_events(self, times_N: Array, held_ms: int | None) -> Array:
-        """Which events are of windows that are cut: by the events before each alone, so that it
-        does not matter in how many pieces they came; where queues are read side by side, by those
-        of earlier arrivals. Notes the newest time."""
+        """Which events belong to windows that are cut: bool (N,). Notes the newest time.
+
+        With one queue, only the events before each event decide, so the number of pieces in which
+        they came does not matter. With queues read side by side, earlier arrivals decide.
+        """
         newest_N = np.maximum.accumulate(times_N)
-        watermark_N = np.concatenate([[times_N[0]], newest_N[:-1]]) - self._follow.lateness_s * 1000
-        if held_ms is not None:
+        if held_ms is None:
+            before_N = np.concatenate([[times_N[0]], newest_N[:-1]])
+            watermark_N = np.maximum(before_N - self._lateness_ms, self._watermark)
+        else:
             watermark_N = np.full(len(times_N), self._watermark)
-        self._newest_ms = int(
-            newest_N[-1] if self._newest_ms is None else max(newest_N[-1], self._newest_ms)
-        )
-        return np.asarray(
-            self._absolute(times_N) < self._absolute(np.maximum(watermark_N, self._watermark))
-        )
+
+        newest_ms = int(newest_N[-1])
+        if self._newest_ms is not None:
+            newest_ms = max(newest_ms, self._newest_ms)
+        self._newest_ms = newest_ms
+        window_N = self._window_number(times_N)
+        first_open_N = self._window_number(watermark_N)
+        return np.asarray(window_N < first_open_N)
 
     def _add(self, raw: pa.Table, file: Path) -> None:
-        raw = _in_order(raw)
-        self._pending.append(
-            (raw, Packer(replace(self._source, files=(file,)), drop_duplicates=False).encode(raw))
-        )
+        """Encode events and let them wait for their windows."""
+        in_order = _in_order(raw)
+        source = replace(self._source, files=(file,))
+        packer = Packer(source, drop_duplicates=False)
+        encoded = packer.encode(in_order)
+        self._pending.append(_Events(in_order, encoded))
 
-    def _absolute(self, times: Any) -> Any:
-        return (times - self._offset_ms) // self._length_ms
+    def _window_number(self, times_ms: Any) -> Any:
+        """Number of the window that holds each time, counted from the epoch."""
+        since_offset = times_ms - self._offset_ms
+        return since_offset // self._length_ms
 
     def _cut(self, end: int | None) -> None:
-        """Commit the windows before the absolute number `end`; all that there are events for
-        (None)."""
+        """Commit the windows before number `end`, or all that have events if `end` is None."""
         while self._pending:
-            earliest = min(int(self._absolute(int(rows.times_N[0]))) for _, rows in self._pending)
+            earliest = self._earliest_pending()
             if end is not None and earliest >= end:
                 return
             if not self._next:
                 self._first = earliest
             gap = earliest - self._first - self._next
             if gap and self._data.window.empty == "error":
+                time_ms = self._pending[0].encoded.times_N[0]
                 raise UserError(
-                    f"{self._pending[0][1].times_N[0]} ms: {gap} empty windows before the event at that time; is the unit of the event time right? "
-                    f"Otherwise raise data.window.length_s ({self._data.window.length_s}), or set data.window.empty=keep"
+                    f"{time_ms} ms: {gap} empty windows before the event at that time; is the "
+                    "unit of the event time right? Otherwise raise data.window.length_s "
+                    f"({self._data.window.length_s}), or set data.window.empty=keep"
                 )
             for _ in range(gap + 1):
                 self._commit()
 
+    def _earliest_pending(self) -> int:
+        """Number of the earliest window that has waiting events."""
+        first_times = [int(events.encoded.times_N[0]) for events in self._pending]
+        numbers = [int(self._window_number(time_ms)) for time_ms in first_times]
+        return min(numbers)
+
     def _commit(self) -> None:
-        """Commit the next window: its events in the order of time and id, whatever order they came
+        """Commit the next window. Its events are ordered by time and id, whatever order they came
         in."""
         number = self._first + self._next
         index = self._next
         start_ms = number * self._length_ms + self._offset_ms
-        chosen = []
-        kept = []
-        for raw, rows in self._pending:
-            mine_N = self._absolute(rows.times_N) == number
-            chosen.append(rows.take(mine_N))
-            if not mine_N.all():
-                kept.append((raw.filter(pa.array(~mine_N)), rows.take(~mine_N)))
         window = self._writer.window(index, start_ms, start_ms + self._length_ms)
+        selected = self._take_pending(number)
         duplicates = 0
-        if chosen:
-            rows = Rows.joined(chosen)
-            rows = rows.take(np.lexsort((rows.example_id_N, rows.times_N)))
-            repeated_N = np.zeros(len(rows), bool)
-            repeated_N[1:] = (np.diff(rows.example_id_N) == 0) & (np.diff(rows.times_N) == 0)
-            duplicates = int(repeated_N.sum())
-            if self._data.duplicates == "drop":
-                rows = rows.take(~repeated_N)
-            if len(rows):
-                window.append(
-                    rows.packed(self._writer.schema, self._normaliser.apply(rows.dense_ND))
-                )
-                self._normaliser.observe(rows.dense_ND)
-        self._normaliser.close_window()
-        self._pending = kept
+        if selected:
+            duplicates = self._write(window, selected)
+        self._normalizer.close_window()
+
         self._save(self._writer.root / window_name(index))
         window.commit(duplicates)
         self._next += 1
-        if self._ledger:
-            self._ledger.add_window(index)
+        if self._label_log:
+            self._label_log.add_window(index)
         if self._progress:
-            self._progress(index, self._stream.window(index).rows)
+            committed = self._stream.window(index)
+            self._progress(index, committed.rows)
+
+    def _take_pending(self, number: int) -> list[Rows]:
+        """Remove and return the waiting events of a window."""
+        selected = []
+        remaining = []
+        for raw, encoded in self._pending:
+            in_window_N = self._window_number(encoded.times_N) == number
+            selected.append(encoded.take(in_window_N))
+            if in_window_N.all():
+                continue
+            later_raw = raw.filter(pa.array(~in_window_N))
+            later_encoded = encoded.take(~in_window_N)
+            remaining.append(_Events(later_raw, later_encoded))
+        self._pending = remaining
+        return selected
+
+    def _write(self, window: WindowWriter, parts: list[Rows]) -> int:
+        """Write a window's events; returns the number of duplicates."""
+        joined = Rows.joined(parts)
+        by_time = np.lexsort((joined.example_id_N, joined.times_N))
+        rows = joined.take(by_time)
+
+        same_id = np.diff(rows.example_id_N) == 0
+        same_time = np.diff(rows.times_N) == 0
+        repeated_N = np.zeros(len(rows), bool)
+        repeated_N[1:] = same_id & same_time
+        if self._data.duplicates == "drop":
+            rows = rows.take(~repeated_N)
+        if len(rows):
+            dense_ND = self._normalizer.apply(rows.dense_ND)
+            window.append(rows.packed(self._writer.schema, dense_ND))
+            self._normalizer.observe(rows.dense_ND)
+        return int(repeated_N.sum())
 
     def _save(self, folder: AnyPath) -> None:
-        tables = [raw for raw, _ in self._pending] or [
-            pa.table({"event_time": pa.array([], pa.int64())})
-        ]
-        joined = pa.concat_tables(tables, promote_options="permissive")
+        """Write the follower's state beside the window that is about to be committed."""
+        pending = pa.table({"event_time": pa.array([], pa.int64())})
+        if self._pending:
+            tables = [events.raw for events in self._pending]
+            pending = _in_order(pa.concat_tables(tables, promote_options="permissive"))
         with atomic_path(folder / PENDING) as temporary:
-            pq.write_table(
-                _in_order(joined) if self._pending else joined, temporary, compression="zstd"
-            )
+            pq.write_table(pending, temporary, compression="zstd")
         state = {
             "position": self._position,
             "newest_ms": self._newest_ms,
             "watermark_ms": self._watermark,
             "late_events": self._late,
+            "normaliser": self._normalizer.dump(),  # spelled as in streams on disk
         }
-        write_json(folder / STATE, state | {"normaliser": self._normaliser.dump()})
+        write_json(folder / STATE, state)
 
     def _finish(self) -> None:
-        """Nothing more will come: cut, release and close what is left."""
+        """Cut, release and close what is left, because nothing more will come."""
         if self._stream.complete:
             return
         self._cut(None)
-        windows = [self._stream.window(w) for w in self._stream.windows()]
-        told: dict[str, Any] = {
-            "rows": sum(w.rows for w in windows),
-            "duplicates": sum(w.duplicates for w in windows),
+        windows = [self._stream.window(index) for index in self._stream.windows()]
+        statistics: dict[str, Any] = {
+            "rows": sum(window.rows for window in windows),
+            "duplicates": sum(window.duplicates for window in windows),
             "late_events": self._late,
         }
-        if self._ledger:
-            self._ledger.release(None)
-            told["labels"] = self._ledger.statistics()
-        self._writer.finish(told | {"dense": self._normaliser.state()})
+        if self._label_log:
+            self._label_log.release(None)
+            statistics["labels"] = self._label_log.statistics()
+        statistics["dense"] = self._normalizer.state()
+        self._writer.finish(statistics)
 
 
 def _in_order(raw: pa.Table) -> pa.Table:
-    return raw.sort_by([("event_time", "ascending"), ("example_id", "ascending")]).combine_chunks()
+    keys = [("event_time", "ascending"), ("example_id", "ascending")]
+    return raw.sort_by(keys).combine_chunks()
 
 
 def _times(arrival: Arrival) -> Array:
+    """int64 (N,): event times in ms."""
     column = arrival.rows["event_time"]
     if column.null_count:
         raise UserError(
             f"{arrival.file}: {column.null_count} events without an event time; correct the file"
         )
-    return np.asarray(column.cast(pa.int64()).to_numpy())
+    times_N = column.cast(pa.int64()).to_numpy()
+    return np.asarray(times_N)

@@ -1,15 +1,18 @@
-"""Labels that came too late for their own window: their examples are learnt once more, among those
-of a later window.
+"""Corrections: examples whose label came too late for their own window. They are learned once more,
+among the examples of a later window.
 
 Which examples a window brings again, and for which task, lies on disk (`CORRECTIONS`, see
-`data.labels`). Each task's are dealt to the window's fragments by the fragments' rows, in the order
-of the stream, and stand in each at equal distances. So they are spread over the window, every
-earlier fragment is read about once, and what a batch holds follows from the stream alone.
+`data.labels.releases`). The corrections of a task are dealt to the window's fragments in proportion
+to the fragments' rows, in the order of the stream, and stand at equal distances within each
+fragment. So they are spread over the window, every earlier fragment is read about once, and the
+contents of a batch follow from the stream alone.
+
+Shapes: C corrections.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +23,7 @@ from exfm_ray.data.stream import EventStream, Fragment, list_values
 from exfm_ray.errors import UserError
 from exfm_ray.schema import Schema
 from exfm_ray.storage.atomic import parquet_source
+from exfm_ray.storage.remote import AnyPath
 
 CORRECTIONS = "corrections."
 CORRECTION = pa.schema(
@@ -31,10 +35,10 @@ CORRECTION = pa.schema(
     ]
 )
 CORRECTED = 2.0
-"""The label of a correction: a 1, for an example that was learnt as a 0."""
+"""The label of a correction: a 1, for an example that was learned as a 0."""
 
 Read = Callable[[int, Fragment], pa.Table | None]
-"""Gives an earlier window's fragment; None where its examples are to be left out."""
+"""Reads an earlier window's fragment. None leaves out the fragment's examples."""
 
 
 def correction_fragments(
@@ -42,36 +46,39 @@ def correction_fragments(
     window: int,
     tasks: Sequence[str],
 ) -> list[Fragment]:
-    """What a released window delivers of labels that came too late for their own: for each task a
-    file of places, if any."""
-    found = [
-        release(stream, window, task).corrections
-        for task in tasks
-        if task in attribution(stream.root)
-    ]
-    return [fragment for fragment in found if fragment]
+    """The correction files that a released window delivers: at most one for each task."""
+    fragments = []
+    for task in tasks:
+        if task not in attribution(stream.root):
+            continue
+        manifest = release(stream, window, task)
+        if manifest.corrections:
+            fragments.append(manifest.corrections)
+    return fragments
 
 
-def learnt_fragments(
+def learned_fragments(
     stream: EventStream,
     window: int,
     tasks: Sequence[str],
     domains: Sequence[int] | None = None,
 ) -> list[Fragment]:
-    """What a pass that learns reads, in order: fragments that hold a row of `domains` (None: of
-    any); all of them where corrections are to be mixed among them. The corrections themselves where
-    the window has no events."""
+    """The fragments that a pass reads to learn, in order.
 
-    def wanted(fragment: Fragment) -> bool:
+    These are the fragments that hold a row of `domains` (None: of any domain). If corrections are
+    mixed among the rows, these are all fragments of the window; if the window has no events, the
+    correction files themselves.
+    """
+
+    def has_domain(fragment: Fragment) -> bool:
         return domains is None or any(fragment.domain_rows[d] for d in domains)
 
     fragments = stream.window(window).fragments
-    late = [
-        fragment for fragment in correction_fragments(stream, window, tasks) if wanted(fragment)
-    ]
-    return (
-        [*(fragments or late)] if late else [fragment for fragment in fragments if wanted(fragment)]
-    )
+    corrections = correction_fragments(stream, window, tasks)
+    late = [fragment for fragment in corrections if has_domain(fragment)]
+    if late:
+        return list(fragments or late)
+    return [fragment for fragment in fragments if has_domain(fragment)]
 
 
 def with_corrections(
@@ -79,42 +86,72 @@ def with_corrections(
     window: int,
     fragment: Fragment,
     tasks: Sequence[str],
-    own: Callable[[], pa.Table],
+    read_events: Callable[[], pa.Table],
     read: Read,
 ) -> pa.Table:
-    """The rows that are learnt of one of `learnt_fragments`: `own()`, its own ones, and its part of
-    the window's corrections among them.
+    """The rows that are learned from one of `learned_fragments`.
 
-    `read` gives earlier windows' fragments, with the columns of `own()`.
+    Args:
+        stream: the event stream.
+        window: index of the window.
+        fragment: one of `learned_fragments`.
+        tasks: tasks that are learned.
+        read_events: reads the fragment's rows.
+        read: reads earlier windows' fragments, with the columns of `read_events()`.
+
+    Returns:
+        The fragment's rows, with its part of the window's corrections mixed among them.
     """
     if fragment.file.startswith(CORRECTIONS):
-        return _rows(stream, window, fragment, 0.0, 1.0, read)
-    events = own()
-    manifest = stream.window(window)
-    before = sum(f.rows for f in manifest.fragments[: manifest.fragments.index(fragment)])
-    share = before / manifest.rows, (before + fragment.rows) / manifest.rows
-    late = [
-        _rows(stream, window, places, *share, read)
-        for places in correction_fragments(stream, window, tasks)
-    ]
-    parts = [events, *(rows for rows in late if rows.num_rows)]
+        return _corrections(stream, window, fragment, 0.0, 1.0, read)
+    events = read_events()
+    start, end = _row_range(stream, window, fragment)
+    parts = [events]
+    for late in correction_fragments(stream, window, tasks):
+        rows = _corrections(stream, window, late, start, end, read)
+        if rows.num_rows:
+            parts.append(rows)
     if len(parts) == 1:
         return events
-    places_N = np.concatenate([(np.arange(part.num_rows) + 0.5) / part.num_rows for part in parts])
-    return (
-        pa.concat_tables(parts).combine_chunks().take(pa.array(np.argsort(places_N, kind="stable")))
-    )
+    return _interleave(parts)
+
+
+def _row_range(
+    stream: EventStream,
+    window: int,
+    fragment: Fragment,
+) -> tuple[float, float]:
+    """The rows of a fragment as a range [start, end) of its window, which is [0, 1)."""
+    manifest = stream.window(window)
+    position = manifest.fragments.index(fragment)
+    before = sum(earlier.rows for earlier in manifest.fragments[:position])
+    start = before / manifest.rows
+    end = (before + fragment.rows) / manifest.rows
+    return start, end
+
+
+def _interleave(parts: Sequence[pa.Table]) -> pa.Table:
+    """Mix tables so that the rows of each stand at equal distances."""
+    places = []
+    for part in parts:
+        rows = part.num_rows
+        places.append((np.arange(rows) + 0.5) / rows)
+    mixed = np.argsort(np.concatenate(places), kind="stable")
+    joined = pa.concat_tables(parts).combine_chunks()
+    return joined.take(pa.array(mixed))
 
 
 def without_corrections(rows: pa.Table) -> pa.Table:
-    """The rows that are a window's own."""
-    again_N = (
-        list_values(rows["labels"], rows.schema.field("labels").type.list_size) == CORRECTED
-    ).any(axis=1)
-    return rows.filter(pa.array(~again_N)) if again_N.any() else rows
+    """The rows that are events of the window itself."""
+    tasks = rows.schema.field("labels").type.list_size
+    labels_NT = list_values(rows["labels"], tasks)
+    corrected_N = (labels_NT == CORRECTED).any(axis=1)
+    if not corrected_N.any():
+        return rows
+    return rows.filter(pa.array(~corrected_N))
 
 
-def _rows(
+def _corrections(
     stream: EventStream,
     window: int,
     fragment: Fragment,
@@ -122,38 +159,55 @@ def _rows(
     end: float,
     read: Read,
 ) -> pa.Table:
-    """The examples that the share [start, end) of a correction fragment points to.
+    """The examples that the range [start, end) of a correction file points to.
 
-    Their label of the fragment's task is `CORRECTED`, all others NaN: learnt once already, or not
-    known.
+    Their label of the file's task is `CORRECTED`. All other labels are NaN, because they were
+    learned already or are not known.
     """
     task = fragment.file.removeprefix(CORRECTIONS).removesuffix(".parquet")
     path = stream.path(window, fragment)
-    places = pq.read_table(parquet_source(path), partitioning=None, use_threads=False)
-    if places.schema != CORRECTION or places.num_rows != fragment.rows:
-        raise UserError(
-            f"{path}: {places.num_rows} rows of {places.column_names} where the manifest says {fragment.rows}; prepare the stream again"
-        )
+    positions = _read_positions(path, fragment)
     first = round(start * fragment.rows)
     last = round(end * fragment.rows)
-    places = places.slice(first, last - first)
-    origin_C = np.stack([places["window"].to_numpy(), places["fragment"].to_numpy()], axis=1)
-    found = []
-    for origin, number in np.unique(origin_C, axis=0).tolist():
-        here = places.filter(pa.array((origin_C == (origin, number)).all(axis=1)))
-        events = read(origin, stream.window(origin).fragments[number])
-        if events is not None:
-            rows = events.take(here["row"].combine_chunks())
-            if not rows["example_id"].equals(here["example_id"]):
-                raise UserError(
-                    f"{path}: points to other examples than window {origin} holds; prepare the stream again"
-                )
-            found.append(rows)
-    return (
-        _corrected(pa.concat_tables(found), stream.schema, task)
-        if found
-        else stream.schema.arrow_schema.empty_table()
-    )
+    selected = positions.slice(first, last - first)
+
+    tables = []
+    for origin, number, in_fragment in _by_fragment(selected):
+        origin_fragment = stream.window(origin).fragments[number]
+        events = read(origin, origin_fragment)
+        if events is None:
+            continue
+        rows = events.take(in_fragment["row"].combine_chunks())
+        if not rows["example_id"].equals(in_fragment["example_id"]):
+            raise UserError(
+                f"{path}: points to other examples than window {origin} holds; "
+                "prepare the stream again"
+            )
+        tables.append(rows)
+    if not tables:
+        return stream.schema.arrow_schema.empty_table()
+    return _corrected(pa.concat_tables(tables), stream.schema, task)
+
+
+def _read_positions(path: AnyPath, fragment: Fragment) -> pa.Table:
+    source = parquet_source(path)
+    positions = pq.read_table(source, partitioning=None, use_threads=False)
+    if positions.schema != CORRECTION or positions.num_rows != fragment.rows:
+        raise UserError(
+            f"{path}: {positions.num_rows} rows of {positions.column_names} where the manifest "
+            f"says {fragment.rows}; prepare the stream again"
+        )
+    return positions
+
+
+def _by_fragment(positions: pa.Table) -> Iterator[tuple[int, int, pa.Table]]:
+    """Window, number of the fragment, and the positions in that fragment."""
+    window_C = positions["window"].to_numpy()
+    number_C = positions["fragment"].to_numpy()
+    origin_C = np.stack([window_C, number_C], axis=1)
+    for window, number in np.unique(origin_C, axis=0).tolist():
+        selected_C = (origin_C == (window, number)).all(axis=1)
+        yield window, number, positions.filter(pa.array(selected_C))
 
 
 def _corrected(
@@ -161,6 +215,8 @@ def _corrected(
     schema: Schema,
     task: str,
 ) -> pa.Table:
-    labels_NT = np.full((rows.num_rows, len(schema.tasks)), np.nan, np.float32)
-    labels_NT[:, schema.task_index(task)] = CORRECTED
+    shape = (rows.num_rows, len(schema.tasks))
+    labels_NT = np.full(shape, np.nan, np.float32)
+    column = schema.task_index(task)
+    labels_NT[:, column] = CORRECTED
     return with_labels(rows.combine_chunks(), labels_NT)

@@ -1,17 +1,20 @@
-"""Labels that come after their events: what is released of a window, task by task, and how readers
-join it.
+"""Releases: the labels of a window that are final, task by task, and how readers join them.
 
 A stream with `data.attribution_s` keeps two logs. Fragments hold the events, with NaN for labels
-that are still to come; the label log holds what came, and when. Once a window's attribution time is
-over it is *released* for the task: the labels as they are known then are written beside its
-fragments, for good.
+that come later; the label log holds the labels and when each became known. Once a window's
+attribution time for a task is over, the window is *released* for that task: the labels known by
+then are written beside its fragments and never change.
 
-    <stream>/labels.json                                      seconds of attribution by task, and what is done with late labels
-    <stream>/labels/part=000003.parquet                       the label log: example_id, task, label (1), time_ms
-    <stream>/window=003/released=click/fragment=0000.parquet  example_id, label: row by row those of
-    the fragment
-    <stream>/window=003/released=click/manifest.json          last of its release
-    <stream>/window=003/corrections.click.parquet             where the examples lie whose label came after their own release
+    <stream>/labels.json
+        seconds of attribution by task, and what is done with late labels
+    <stream>/labels/part=000003.parquet
+        the label log: example_id, task, label (1), time_ms
+    <stream>/window=003/released=click/fragment=0000.parquet
+        example_id and label, one row for each row of the fragment
+    <stream>/window=003/released=click/manifest.json
+        written last of its release
+    <stream>/window=003/corrections.click.parquet
+        positions of the examples whose label came after their own release
 """
 
 from __future__ import annotations
@@ -38,10 +41,10 @@ class ReleaseManifest(FrozenModel):
     """The manifest of a window's release for a task.
 
     Attributes:
-        deadline_ms: end of the window plus the attribution time; labels from then on are late.
-        parts: of the label log, how many had come.
-        late: window -> how many of its labels, late there, came before this release's deadline:
-            those that `corrections` holds, where the stream delivers them.
+        deadline_ms: end of the window plus the attribution time. Labels from then on are late.
+        parts: parts of the label log that had come.
+        late: window -> how many of its late labels came before this release's deadline. If the
+            stream delivers corrections, `corrections` holds these labels.
     """
 
     window: int
@@ -56,23 +59,25 @@ class ReleaseManifest(FrozenModel):
 
 
 def attribution(root: AnyPath) -> dict[str, int]:
-    """Seconds of attribution of each task whose labels come after the events; empty where all
-    labels stand with the events.
+    """Seconds of attribution of each task whose labels come after the events.
 
-    UserError for a damaged file.
+    Empty if all labels come with the events. Raises UserError for a damaged file.
     """
     path = root / ATTRIBUTION
     if not path.exists():
         return {}
-    found = read_json(path)
-    seconds = found.get("attribution_s") if isinstance(found, dict) else None
-    if not isinstance(seconds, dict) or not all(
-        isinstance(s, int) and s >= 0 for s in seconds.values()
-    ):
+    stored = read_json(path)
+    seconds = stored.get("attribution_s") if isinstance(stored, dict) else None
+    if not isinstance(seconds, dict) or not _are_seconds(seconds.values()):
         raise UserError(
-            f"{path}: holds no `attribution_s` of tasks and seconds; it is damaged: prepare the stream again"
+            f"{path}: holds no `attribution_s` of tasks and seconds; it is damaged: "
+            "prepare the stream again"
         )
     return seconds
+
+
+def _are_seconds(values: Iterable[object]) -> bool:
+    return all(isinstance(value, int) and value >= 0 for value in values)
 
 
 def release_folder(
@@ -80,8 +85,9 @@ def release_folder(
     window: int,
     task: str,
 ) -> AnyPath:
-    """Where a window's labels of a task lie."""
-    return root / window_name(window) / f"released={task}"
+    """Folder of a window's labels of a task."""
+    folder = root / window_name(window)
+    return folder / f"released={task}"
 
 
 def release(
@@ -89,21 +95,39 @@ def release(
     window: int,
     task: str,
 ) -> ReleaseManifest:
-    """The manifest of a release; UserError where it is missing, damaged or of another window, task
-    or schema."""
-    path = release_folder(stream.root, window, task) / "manifest.json"
+    """The manifest of a release.
+
+    Raises:
+        UserError: the manifest is missing, damaged, or of another window, task or schema.
+    """
+    folder = release_folder(stream.root, window, task)
+    path = folder / "manifest.json"
     if not path.exists():
         raise UserError(
-            f"{path}: window {window} is not released for task '{task}': its attribution time is not over, or prepare was interrupted"
+            f"{path}: window {window} is not released for task '{task}': "
+            "its attribution time is not over, or prepare was interrupted"
         )
-    found = read_manifest(
+    manifest = read_manifest(
         path, ReleaseManifest, "the manifest of a release", "prepare the stream again"
     )
-    if (found.window, found.task, found.schema_digest) != (window, task, stream.schema.digest):
+    actual = (manifest.window, manifest.task, manifest.schema_digest)
+    expected = (window, task, stream.schema.digest)
+    if actual != expected:
         raise UserError(
-            f"{path}: is of window {found.window}, task '{found.task}', or of another schema; prepare the stream again"
+            f"{path}: is of window {manifest.window}, task '{manifest.task}', "
+            "or of another schema; prepare the stream again"
         )
-    return found
+    return manifest
+
+
+def has_release(
+    root: AnyPath,
+    window: int,
+    task: str,
+) -> bool:
+    """True when a window is released for a task whose labels come after the events."""
+    manifest = release_folder(root, window, task) / "manifest.json"
+    return manifest.exists()
 
 
 def is_released(
@@ -111,22 +135,24 @@ def is_released(
     window: int,
     tasks: Iterable[str],
 ) -> bool:
-    """True when the labels of all of `tasks` are final: at once, where they stand with the
-    events."""
-    awaited = attribution(stream.root).keys() & set(tasks)
-    return stream.has(window) and all(
-        (release_folder(stream.root, window, task) / "manifest.json").exists() for task in awaited
-    )
+    """True when the window's labels of all `tasks` are final.
+
+    Labels that come with the events are final at once.
+    """
+    delayed = attribution(stream.root).keys() & set(tasks)
+    if not stream.has(window):
+        return False
+    return all(has_release(stream.root, window, task) for task in delayed)
 
 
 def released_windows(stream: EventStream, tasks: Sequence[str]) -> list[int]:
     """The windows, from the first on, that are released for all of `tasks`."""
-    found: list[int] = []
+    released: list[int] = []
     for window in stream.windows():
         if not is_released(stream, window, tasks):
             break
-        found.append(window)
-    return found
+        released.append(window)
+    return released
 
 
 def with_released_labels(
@@ -136,20 +162,22 @@ def with_released_labels(
     tasks: Sequence[str],
     columns: Sequence[str] | None = None,
 ) -> pa.Table:
-    """A fragment's packed columns with the released labels of `tasks`; those of other tasks that
-    come late stay NaN.
+    """Read a fragment's packed columns with the released labels of `tasks`.
 
-    UserError names file and row where a release is of other examples than the fragment.
+    Labels of other tasks that come late stay NaN. Raises UserError with file and row if a release
+    is of other examples than the fragment.
     """
-    awaited = [task for task in tasks if task in attribution(stream.root)]
-    if not awaited:
+    attribution_s = attribution(stream.root)
+    delayed = [task for task in tasks if task in attribution_s]
+    if not delayed:
         return stream.read(window, fragment, columns)
-    events = stream.read(window, fragment, None if columns is None else ["example_id", *columns])
+
+    with_id = None if columns is None else ["example_id", *columns]
+    events = stream.read(window, fragment, with_id)
     labels_NT = list_values(events["labels"], len(stream.schema.tasks)).copy()
-    for task in awaited:
-        labels_NT[:, stream.schema.task_index(task)] = _labels(
-            stream, window, fragment, task, events["example_id"]
-        )
+    for task in delayed:
+        column = stream.schema.task_index(task)
+        labels_NT[:, column] = _labels(stream, window, fragment, task, events["example_id"])
     return with_labels(events, labels_NT)
 
 
@@ -160,10 +188,33 @@ def _labels(
     task: str,
     ids: pa.ChunkedArray,
 ) -> np.ndarray:
+    """float32 (N,): the released labels of a fragment's examples."""
     release(stream, window, task)
-    path = release_folder(stream.root, window, task) / Path(fragment.file).name
+    folder = release_folder(stream.root, window, task)
+    path = folder / Path(fragment.file).name
+    table = _read_release(path)
+    if table.column_names != ["example_id", "label"] or table.num_rows != len(ids):
+        raise UserError(
+            f"{path}: {table.num_rows} rows of {table.column_names} for {len(ids)} events; "
+            "prepare the stream again"
+        )
+
+    equal = pc.equal(table["example_id"], ids)
+    wrong = pc.index(equal, False).as_py()
+    if wrong >= 0:
+        actual = table["example_id"][wrong]
+        raise UserError(
+            f"{path}: row {wrong}: label of example {actual}, the event there is {ids[wrong]}; "
+            "prepare the stream again"
+        )
+    labels = table["label"].to_numpy()
+    return np.asarray(labels).astype(np.float32)
+
+
+def _read_release(path: AnyPath) -> pa.Table:
     try:
-        table = pq.read_table(parquet_source(path), partitioning=None, use_threads=False)
+        source = parquet_source(path)
+        return pq.read_table(source, partitioning=None, use_threads=False)
     except FileNotFoundError:
         raise UserError(
             f"{path}: the release names this file, but it is not there; prepare the stream again"
@@ -172,24 +223,13 @@ def _labels(
         raise UserError(
             f"{path}: not a readable Parquet file ({error}); prepare the stream again"
         ) from None
-    if table.column_names != ["example_id", "label"] or table.num_rows != len(ids):
-        raise UserError(
-            f"{path}: {table.num_rows} rows of {table.column_names} for {len(ids)} events; prepare the stream again"
-        )
-    wrong = pc.index(pc.equal(table["example_id"], ids), False).as_py()
-    if wrong >= 0:
-        found = table["example_id"][wrong]
-        raise UserError(
-            f"{path}: row {wrong}: label of example {found}, the event there is {ids[wrong]}; prepare the stream again"
-        )
-    return np.asarray(table["label"].to_numpy()).astype(np.float32)
 
 
 def with_labels(events: pa.Table, labels_NT: np.ndarray) -> pa.Table:
     """The same rows with these labels, float32 (rows, tasks)."""
-    column = pa.FixedSizeListArray.from_arrays(
-        pa.array(labels_NT.ravel(), pa.float32()), labels_NT.shape[1]
-    )
-    return events.set_column(
-        events.column_names.index("labels"), events.schema.field("labels"), column
-    )
+    tasks = labels_NT.shape[1]
+    flat = pa.array(labels_NT.ravel(), pa.float32())
+    column = pa.FixedSizeListArray.from_arrays(flat, tasks)
+    position = events.column_names.index("labels")
+    field = events.schema.field("labels")
+    return events.set_column(position, field, column)

@@ -1,5 +1,5 @@
-"""Writes a stream of which the source tells when each label became known: events without them, the
-label log, the releases."""
+"""Writes a stream whose source says when each label became known: events without these labels, the
+label log, and the releases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from exfm_ray.data.labels.label_log import LOG_SCHEMA, LabelLog, part_path, write_part
-from exfm_ray.data.labels.releases import ATTRIBUTION
+from exfm_ray.data.labels.releases import ATTRIBUTION, with_labels
 from exfm_ray.data.stream import EventStream, StreamWriter, WindowWriter, list_values
 from exfm_ray.schema import Schema
 from exfm_ray.storage.atomic import write_json
@@ -20,8 +20,10 @@ Array = np.ndarray[Any, Any]
 
 
 class LabeledWriter(StreamWriter):
-    """A window's labels become a part of the log when it is committed; its end is then the clock by
-    which windows are released."""
+    """Writes a window's labels as a part of the label log when the window is committed.
+
+    The end of that window is then the clock by which windows are released.
+    """
 
     def __init__(
         self,
@@ -32,12 +34,23 @@ class LabeledWriter(StreamWriter):
         attribution_s: Mapping[str, int],
         late_labels: str,
     ) -> None:
+        """Start or continue a stream; see `StreamWriter`.
+
+        Args:
+            root: folder of the stream.
+            schema: what the examples are.
+            settings: how the stream is made, as JSON.
+            fragment_rows: rows in a fragment.
+            attribution_s: seconds of attribution by task.
+            late_labels: "count" or "correct".
+        """
         super().__init__(root, schema, settings, fragment_rows)
         self.attribution_s = attribution_s
-        write_json(
-            root / ATTRIBUTION, {"attribution_s": dict(attribution_s), "late_labels": late_labels}
-        )
-        self.ledger = LabelLog(EventStream(root, schema), attribution_s, late_labels == "correct")
+        stored = {"attribution_s": dict(attribution_s), "late_labels": late_labels}
+        write_json(root / ATTRIBUTION, stored)
+
+        stream = EventStream(root, schema)
+        self.label_log = LabelLog(stream, attribution_s, correct=late_labels == "correct")
 
     def window(
         self,
@@ -45,15 +58,16 @@ class LabeledWriter(StreamWriter):
         start_ms: int,
         end_ms: int,
     ) -> WindowWriter:
-        return _LabelledWindow(self, index, start_ms, end_ms)
+        return _LabeledWindow(self, index, start_ms, end_ms)
 
     def finish(self, statistics: dict[str, Any]) -> None:
-        """Release all that is left: nothing more will come."""
-        self.ledger.release(None)
-        super().finish(statistics | {"labels": self.ledger.statistics()})
+        """Release all windows that are left, then write the stream's manifest."""
+        self.label_log.release(None)
+        labels = self.label_log.statistics()
+        super().finish(statistics | {"labels": labels})
 
 
-class _LabelledWindow(WindowWriter):
+class _LabeledWindow(WindowWriter):
     def __init__(
         self,
         writer: LabeledWriter,
@@ -62,43 +76,58 @@ class _LabelledWindow(WindowWriter):
         end_ms: int,
     ) -> None:
         super().__init__(writer, index, start_ms, end_ms)
-        self._labelled = writer
-        self._log: list[pa.Table] = []
+        self._labeled = writer
+        self._labels: list[pa.Table] = [LOG_SCHEMA.empty_table()]
 
     def append(self, table: pa.Table, known_NT: Array | None = None) -> None:
-        """Add packed rows with their true labels; `known_NT`: when each label became known, ms."""
+        """Add packed rows with their true labels.
+
+        Args:
+            table: packed rows.
+            known_NT: int64 (N, T), ms at which each label became known.
+        """
         if self.committed:
             return
-        assert known_NT is not None, "the source tells when labels became known"
-        schema = self._labelled.schema
+        assert known_NT is not None, "the source says when labels became known"
+        schema = self._labeled.schema
+        ids_N = table["example_id"].to_numpy()
         labels_NT = list_values(table["labels"], len(schema.tasks)).copy()
-        for task in self._labelled.attribution_s:
+        for task in self._labeled.attribution_s:
             column = schema.task_index(task)
-            positive = labels_NT[:, column] == 1
-            rows = int(positive.sum())
-            ids = table["example_id"].to_numpy()[positive]
-            times = known_NT[positive, column]
-            self._log.append(
-                pa.table(
-                    [ids, [task] * rows, np.ones(rows, np.int8), times], names=LOG_SCHEMA.names
-                ).cast(LOG_SCHEMA)
-            )
+            positive_N = labels_NT[:, column] == 1
+            self._log(task, ids_N[positive_N], known_NT[positive_N, column])
             labels_NT[:, column] = np.nan
-        hidden = pa.FixedSizeListArray.from_arrays(pa.array(labels_NT.ravel()), labels_NT.shape[1])
-        super().append(
-            table.set_column(
-                table.column_names.index("labels"), table.schema.field("labels"), hidden
-            )
-        )
+        super().append(with_labels(table, labels_NT))
+
+    def _log(
+        self,
+        task: str,
+        ids: Array,
+        times: Array,
+    ) -> None:
+        """Add positive labels to the window's part of the label log."""
+        rows = len(ids)
+        columns = [
+            ids,
+            [task] * rows,
+            np.ones(rows, np.int8),
+            times,
+        ]
+        labels = pa.table(columns, names=LOG_SCHEMA.names)
+        self._labels.append(labels.cast(LOG_SCHEMA))
 
     def commit(self, duplicates: int) -> None:
-        """Write the window and its part of the log, and release what is over by then."""
-        root = self._labelled.root
-        ledger = self._labelled.ledger
+        """Write the window and its part of the log, and release the windows whose time is over."""
+        root = self._labeled.root
+        label_log = self._labeled.label_log
         if not self.committed:
-            write_part(root, ledger.parts, pa.concat_tables([LOG_SCHEMA.empty_table(), *self._log]))
-        assert part_path(root, ledger.parts).exists()
+            part = pa.concat_tables(self._labels)
+            write_part(root, label_log.parts, part)
+        assert part_path(root, label_log.parts).exists()
+
         super().commit(duplicates)
-        ledger.add_window(self.index)
-        ledger.add_part()
-        ledger.release(EventStream(root, self._labelled.schema).window(self.index).end_ms)
+        label_log.add_window(self.index)
+        label_log.add_part()
+        stream = EventStream(root, self._labeled.schema)
+        window = stream.window(self.index)
+        label_log.release(window.end_ms)

@@ -15,7 +15,17 @@ from exfm_ray.data.rebatch import regroup
 from exfm_ray.data.sources.base import RawSource
 from exfm_ray.errors import UserError
 
-BATCH_ROWS = 16_384  # fixed: the normaliser's rounding, and so the bytes written, depend on it
+BATCH_ROWS = 16_384  # fixed: the normalizer's rounding, and so the bytes written, depend on it
+TYPE_WORDS = {
+    "DOUBLE": "a number",
+    "BIGINT": "an integer",
+    "UBIGINT": "an integer",
+}
+BAD_VALUE = re.compile(
+    r'Error when converting column "(.*?)"\. Could not convert string "(.*?)" to \'(.*?)\'',
+    re.DOTALL,
+)
+BAD_WIDTH = re.compile(r"Expected Number of Columns: (\d+) Found: (\d+)")
 
 
 def read(
@@ -23,11 +33,18 @@ def read(
     memory_mb: int,
     scratch: Path,
 ) -> Generator[pa.Table, None, None]:
-    """Tables of BATCH_ROWS rows (the last one shorter) of the source's query, in event order.
+    """Yield the rows of the source's query in event order, in tables of BATCH_ROWS rows.
 
-    Sorts and joins that exceed `memory_mb` go to `scratch`, which is removed afterwards. One
-    thread, so that the same input gives the same rows in the same order. UserError names file,
-    line, column and value of what cannot be read.
+    The last table may be shorter. One thread reads, so that the same input gives the same rows in
+    the same order.
+
+    Args:
+        source: the raw source.
+        memory_mb: sorts and joins that need more memory go to disk.
+        scratch: folder for them, removed afterwards.
+
+    Raises:
+        UserError: names file, line, column and value of what cannot be read.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     settings: dict[str, str | bool | int | float | list[str]] = {
@@ -49,16 +66,16 @@ def read(
 
 
 def part_rows(source: RawSource, memory_mb: int) -> list[int]:
-    """Events in each of the source's parts."""
+    """Number of events in each of the source's parts."""
+    counts = []
     try:
         with duckdb.connect() as connection:
-            return [
-                int(row[0])
-                for part in source.parts
-                for row in connection.sql(f"SELECT count(*) FROM {part}").fetchall()
-            ]
+            for part in source.parts:
+                result = connection.sql(f"SELECT count(*) FROM {part}")
+                counts += [int(row[0]) for row in result.fetchall()]
     except duckdb.Error as error:
         raise explain(error, source, memory_mb) from None
+    return counts
 
 
 def explain(
@@ -66,37 +83,39 @@ def explain(
     source: RawSource,
     memory_mb: int,
 ) -> UserError:
-    """What the database says, in one line a user can act on."""
+    """The database's error as one line that a user can act on."""
     message = str(error)
+    summary = message.splitlines()[0]
     if "Out of Memory" in message or isinstance(error, duckdb.OutOfMemoryException):
         return UserError(
-            f"{source.name}: sorting needs more than data.memory_mb = {memory_mb}; raise it ({message.splitlines()[0]})"
+            f"{source.name}: sorting needs more than data.memory_mb = {memory_mb}; "
+            f"raise it ({summary})"
         )
     line = re.search(r"CSV Error on Line: (\d+)", message)
     if not line:
-        return UserError(f"{source.name}: cannot be read: {message.splitlines()[0]}")
+        return UserError(f"{source.name}: cannot be read: {summary}")
     file = re.search(r"^\s*file = (.+)$", message, re.MULTILINE)
-    return UserError(f"{file[1] if file else source.name}, line {line[1]}: {_csv_fault(message)}")
+    name = file[1] if file else source.name
+    return UserError(f"{name}, line {line[1]}: {_explain_csv(message)}")
 
 
-def _csv_fault(message: str) -> str:
-    bad = re.search(
-        r'Error when converting column "(.*?)"\. Could not convert string "(.*?)" to \'(.*?)\'',
-        message,
-        re.DOTALL,
-    )
-    if bad:
-        wanted = {"DOUBLE": "a number", "BIGINT": "an integer", "UBIGINT": "an integer"}.get(
-            bad[3], f"a {bad[3].lower()}"
-        )
-        return f"column '{bad[1]}' has the value '{bad[2]}', which is not {wanted}; correct it or leave the line out"
-    width = re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", message)
-    if width:
+def _explain_csv(message: str) -> str:
+    """What is wrong with a line of a CSV file, and the way out."""
+    value = BAD_VALUE.search(message)
+    if value:
+        column, text, kind = value.groups()
+        expected = TYPE_WORDS.get(kind, f"a {kind.lower()}")
         return (
-            f"{width[2]} columns where {width[1]} are expected; correct the line, or the delimiter"
+            f"column '{column}' has the value '{text}', which is not {expected}; "
+            "correct it or leave the line out"
         )
+    width = BAD_WIDTH.search(message)
+    if width:
+        expected, actual = width.groups()
+        return f"{actual} columns where {expected} are expected; correct the line, or the delimiter"
     if "unicode" in message or "utf-8" in message:
         return "not UTF-8 text; convert the file first"
     if "unterminated quote" in message:
         return "a quote is opened and never closed; correct the line"
-    return "; ".join(m.strip() for m in message.splitlines()[1:4] if m.strip())
+    details = [line.strip() for line in message.splitlines()[1:4]]
+    return "; ".join(line for line in details if line)

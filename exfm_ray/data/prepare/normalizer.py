@@ -1,5 +1,8 @@
-"""Dense features normalised by what earlier windows have shown, never by the window itself or a
-later one."""
+"""Dense features, normalized with the statistics of earlier windows, never with those of the window
+itself or a later one.
+
+Shapes: N rows, D dense features.
+"""
 
 from __future__ import annotations
 
@@ -23,71 +26,100 @@ class Moments:
         self.m2 = np.zeros(width)
 
     def add(self, values_ND: Array) -> None:
-        """Take in rows; NaN stands for a missing value and does not count."""
-        other = Moments(values_ND.shape[1])
-        present = ~np.isnan(values_ND)
-        filled = np.where(present, values_ND, 0.0)
-        other.count = present.sum(axis=0).astype(np.float64)
-        other.mean = filled.sum(axis=0) / np.maximum(other.count, 1)
-        other.m2 = (np.where(present, values_ND - other.mean, 0.0) ** 2).sum(axis=0)
-        self.merge(other)
+        """Add rows; NaN is a missing value and does not count."""
+        width = values_ND.shape[1]
+        present_ND = ~np.isnan(values_ND)
+        filled_ND = np.where(present_ND, values_ND, 0.0)
+        chunk = Moments(width)
+        chunk.count = present_ND.sum(axis=0).astype(np.float64)
+        chunk.mean = filled_ND.sum(axis=0) / np.maximum(chunk.count, 1)
+        deviation_ND = np.where(present_ND, values_ND - chunk.mean, 0.0)
+        chunk.m2 = (deviation_ND**2).sum(axis=0)
+        self.merge(chunk)
 
     def merge(self, other: Moments) -> None:
-        """Take in another set of moments."""
+        """Add the rows of other moments."""
         total = self.count + other.count
-        share = other.count / np.maximum(total, 1)
+        fraction = other.count / np.maximum(total, 1)
         gap = other.mean - self.mean
-        self.mean = self.mean + gap * share
-        self.m2 = self.m2 + other.m2 + gap**2 * self.count * share
+        between = gap**2 * self.count * fraction
+        self.mean = self.mean + gap * fraction
+        self.m2 = self.m2 + other.m2 + between
         self.count = total
 
 
 class Normalizer:
-    """`apply` uses the windows closed so far; `observe` collects the open one; `close_window` moves
-    it over."""
+    """Normalizes dense features.
+
+    `apply` uses the closed windows, `observe` collects the open one, and `close_window` adds the
+    open window to the closed ones.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
+        width = len(names)
         self.names = list(names)
-        self._closed = Moments(len(names))
-        self._open = Moments(len(names))
+        self._closed = Moments(width)
+        self._open = Moments(width)
 
     def apply(self, values_ND: Array) -> Array:
-        """float32 (N, D): shifted and scaled, missing as 0, within [-10, 10]. Unchanged scale
-        before the first close."""
-        shift, scale = self._scale()
-        normal = (values_ND - shift) / scale
-        return np.clip(np.nan_to_num(normal, nan=0.0), -LIMIT, LIMIT).astype(np.float32)
+        """Shift and scale values: float32 (N, D) within [-10, 10], missing values as 0.
 
-    def _scale(self) -> tuple[Array, Array]:
-        std = np.sqrt(self._closed.m2 / np.maximum(self._closed.count, 1))
-        usable = (self._closed.count > 1) & (std > SMALLEST_STD)
-        return np.where(self._closed.count > 1, self._closed.mean, 0.0), np.where(usable, std, 1.0)
+        Before the first `close_window` the scale is unchanged.
+        """
+        mean_D, std_D = self._mean_and_std()
+        normal_ND = (values_ND - mean_D) / std_D
+        filled_ND = np.nan_to_num(normal_ND, nan=0.0)
+        clipped_ND = np.clip(filled_ND, -LIMIT, LIMIT)
+        return clipped_ND.astype(np.float32)
+
+    def _mean_and_std(self) -> tuple[Array, Array]:
+        """Mean and standard deviation over the closed windows: two float64 (D,).
+
+        A column with too few values has mean 0 and std 1; one that is constant has std 1.
+        """
+        closed = self._closed
+        variance_D = closed.m2 / np.maximum(closed.count, 1)
+        std_D = np.sqrt(variance_D)
+        enough_D = closed.count > 1
+        varies_D = std_D > SMALLEST_STD
+        mean_D = np.where(enough_D, closed.mean, 0.0)
+        return mean_D, np.where(enough_D & varies_D, std_D, 1.0)
 
     def observe(self, values_ND: Array) -> None:
-        """Collect transformed, unnormalised rows of the open window."""
-        if values_ND.shape[1]:
+        """Collect transformed rows of the open window, not yet normalized."""
+        width = values_ND.shape[1]
+        if width:
             self._open.add(values_ND)
 
     def close_window(self) -> None:
-        """From now on the open window counts as an earlier one."""
+        """Count the open window as an earlier one from now on."""
+        width = len(self.names)
         self._closed.merge(self._open)
-        self._open = Moments(len(self.names))
+        self._open = Moments(width)
 
     def dump(self) -> dict[str, list[float]]:
-        """All that `restore` needs, as JSON without loss; to be called between windows."""
-        return {name: values.tolist() for name, values in vars(self._closed).items()}
+        """Everything that `restore` needs, as JSON without loss. Call this between windows."""
+        moments = vars(self._closed)
+        dumped = {}
+        for name, values_D in moments.items():
+            dumped[name] = values_D.tolist()
+        return dumped
 
     def restore(self, dumped: Mapping[str, Sequence[float]]) -> None:
-        """Go on where `dump` was called."""
+        """Resume from the state that `dump` returned."""
         for name, values in dumped.items():
-            setattr(self._closed, name, np.array(values))
+            values_D = np.array(values)
+            setattr(self._closed, name, values_D)
 
     def state(self) -> dict[str, dict[str, float]]:
-        """Count, mean and std of every dense feature over the closed windows, for the manifest and
+        """Count, mean and std of each dense feature over the closed windows, for the manifest and
         for serving."""
-        shift, scale = self._scale()
-        rows = zip(self.names, self._closed.count, shift, scale, strict=True)
-        return {
-            name: {"count": float(count), "mean": float(mean), "std": float(std)}
-            for name, count, mean, std in rows
-        }
+        mean_D, std_D = self._mean_and_std()
+        state = {}
+        for i, name in enumerate(self.names):
+            state[name] = {
+                "count": float(self._closed.count[i]),
+                "mean": float(mean_D[i]),
+                "std": float(std_D[i]),
+            }
+        return state

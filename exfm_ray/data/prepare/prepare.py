@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from exfm_ray.config.root import Config
@@ -13,83 +12,72 @@ from exfm_ray.data.follow.folder import FolderArrivals
 from exfm_ray.data.follow.follower import Follower
 from exfm_ray.data.follow.kafka import KafkaArrivals
 from exfm_ray.data.labels.writer import LabeledWriter
+from exfm_ray.data.prepare.checks import check_attribution, check_tasks, check_windows
 from exfm_ray.data.prepare.duckdb_reader import part_rows, read
-from exfm_ray.data.prepare.packer import Packer
+from exfm_ray.data.prepare.packer import Packer, Rows
+from exfm_ray.data.prepare.rollback import remove_uncommitted, rollback_on_error
+from exfm_ray.data.prepare.settings import is_stream_of, stream_settings
 from exfm_ray.data.prepare.window_cutter import Progress, WindowCutter
-from exfm_ray.data.sources import avazu, criteo, frappe, kuairand, movielens, synthetic, table
+from exfm_ray.data.sources import synthetic
 from exfm_ray.data.sources.base import RawSource, with_table_rows
+from exfm_ray.data.sources.registry import raw_source
+from exfm_ray.data.sources.schema_file import load
 from exfm_ray.data.stream import EventStream, StreamWriter
-from exfm_ray.errors import UserError, nearest
 from exfm_ray.schema import Schema
-from exfm_ray.storage.atomic import read_json, remove_tree
 from exfm_ray.storage.locks import file_lock
-from exfm_ray.storage.remote import AnyPath, StorageError
+from exfm_ray.storage.remote import AnyPath
 
 __all__ = ["follow", "prepare", "source_schema", "stream_folder"]
 
-FORMAT = 1  # raise it when the same raw data would become other rows
-SOURCES: dict[str, Callable[[Config], RawSource]] = {
-    "kuairand": kuairand.source,
-    "movielens": movielens.source,
-    "frappe": frappe.source,
-    "criteo": criteo.source,
-    "avazu": avazu.source,
-    "table": table.source,
-}
-# What does not change the content, or is told by the schema and the fingerprint of the files.
-NOT_CONTENT = {"memory_mb", "root", "schema_file"}
-LATE = {"attribution_s", "late_labels"}  # content of streams only in which labels come late
+Check = Callable[[Schema], None]
 
 
 def stream_folder(config: Config) -> AnyPath:
-    """Where a run's stream lies."""
-    return config.stores / "stream"
+    """Folder of a run's stream."""
+    stores = config.stores
+    return stores / "stream"
 
 
 def prepare(
     config: Config,
     progress: Progress | None = None,
-    check: Callable[[Schema], None] | None = None,
+    check: Check | None = None,
 ) -> EventStream:
     """Turn the raw data of `config.data` into the event stream `<stores>/stream`, window by window.
 
-    A complete stream with the same settings is returned as it is, a followed one (`follow`) as it
-    is by now. After an interruption the windows committed before are left alone, what their events
-    leave behind (history, normaliser, numbers) is computed again, and the files come out the same.
-    Memory does not depend on the size of the input.
+    A complete stream with the same settings is returned as it is, a followed one (`follow`) as far
+    as it has come. After an interruption, committed windows stay untouched, the state that their
+    events leave behind (history, normalizer, numbers) is computed again, and the files come out the
+    same. Memory does not depend on the size of the input.
 
     Args:
         config: the run; `data`, `seed` and the run's folder are read.
         progress: called with (window, rows) when a window is done.
-        check: called with the stream's schema before anything is written; raises where the run does
-            not fit it.
+        check: called with the stream's schema before anything is written. It raises an error if the
+            run does not fit the schema.
 
     Raises:
-        UserError: the raw data or the settings are at fault; names the file, column and value, and
-            the way out. What was in the folder before is untouched and nothing new is left there.
+        UserError: the raw data or the settings are wrong; names the file, column and value, and the
+            way out. The folder's earlier content is untouched and nothing new is left there.
     """
     root = stream_folder(config)
     if config.data.follow or _finished_elsewhere(root, config):
         return EventStream.open(root)
-    source = None if config.data.source == "synthetic" else SOURCES[config.data.source](config)
-    schema = with_table_rows(
-        source.schema if source else synthetic.schema(config.data.synthetic), config.data.table_rows
-    )
-    source = replace(source, schema=schema) if source else None
-    _check_windows(config, source)
-    _check_attribution(config, schema, source)
+    schema, source = _resolve(config)
+    check_windows(config, source)
+    check_attribution(config, schema, source)
     if check:
         check(schema)
+
     with rollback_on_error(root):
-        writer = _writer(config, root, schema, _settings(config, schema, source))
+        writer = _writer(config, root, schema, source)
         stream = EventStream(root, schema)
         if not stream.complete:
             remove_uncommitted(root)
-            statistics = (
-                _stream(config, writer, source, progress)
-                if source
-                else synthetic.write(config, writer, progress)
-            )
+            if source:
+                statistics = _write_windows(config, writer, source, progress)
+            else:
+                statistics = synthetic.write(config, writer, progress)
             writer.finish(statistics)
     return stream
 
@@ -97,216 +85,128 @@ def prepare(
 def follow(
     config: Config,
     progress: Progress | None = None,
-    check: Callable[[Schema], None] | None = None,
+    check: Check | None = None,
 ) -> EventStream:
-    """Take what comes into `data.root` into the stream `<stores>/stream` until it ends (see
-    `data.prepare.follower`); arguments as for `prepare`.
+    """Add everything that comes into `data.root` to the stream `<stores>/stream` until it ends (see
+    `data.follow.follower`).
 
-    Can be killed at any time; called again it goes on, with the same result. One process at a time
-    follows a stream: the lock is in the run's folder, so that it does not see the follower of a
+    Can be killed at any time; called again it resumes, with the same result. One process at a time
+    follows a stream. The lock is in the run's folder, so it does not exclude the follower of a
     remote stream whose run has its folder elsewhere.
+
+    Args:
+        config: see `prepare`.
+        progress: see `prepare`.
+        check: see `prepare`.
     """
     root = stream_folder(config)
-    arrivals = KafkaArrivals(config) if config.data.source == "kafka" else FolderArrivals(config)
+    is_kafka = config.data.source == "kafka"
+    arrivals = KafkaArrivals(config) if is_kafka else FolderArrivals(config)
     schema = with_table_rows(arrivals.spec.table_schema, config.data.table_rows)
     source = RawSource(schema=schema, files=(config.data.root,), query="")
-    _check_tasks(config, schema)
+    check_tasks(config, schema)
     if check:
         check(schema)
+
     config.folder.mkdir(parents=True, exist_ok=True)
     lock = config.folder / ".follow.lock"
     with file_lock(lock, lambda holder: f"{root}: {holder} follows this stream already"):
-        writer = StreamWriter(
-            root, schema, _settings(config, schema, None), config.data.fragment_rows
-        )
+        settings = stream_settings(config, schema, None)
+        writer = StreamWriter(root, schema, settings, config.data.fragment_rows)
         remove_uncommitted(root)
-        Follower(config, writer, arrivals, source, progress).run()
+        follower = Follower(config, writer, arrivals, source, progress)
+        follower.run()
     return EventStream.open(root)
 
 
 def source_schema(config: Config) -> Schema:
-    """The schema that a stream of `config.data` will have. No data are read: a `table` source needs
-    its schema file alone, the other raw sources their files' names and headers. UserError where
-    they are not there."""
+    """The schema that a stream of `config.data` will have.
+
+    No data are read. A `table` or `kafka` source needs its schema file; other raw sources need
+    their files' names and headers. Raises UserError if these are missing.
+    """
+    if config.data.source in ("table", "kafka"):
+        spec = load(config.data.schema_file)
+        return with_table_rows(spec.table_schema, config.data.table_rows)
+    schema, _ = _resolve(config)
+    return schema
+
+
+def _resolve(config: Config) -> tuple[Schema, RawSource | None]:
+    """The schema of the stream and its raw source, which is None for the synthetic stream."""
+    table_rows = config.data.table_rows
     if config.data.source == "synthetic":
         schema = synthetic.schema(config.data.synthetic)
-    elif config.data.source in ("table", "kafka"):
-        schema = table.load(config.data.schema_file).table_schema
-    else:
-        schema = SOURCES[config.data.source](config).schema
-    return with_table_rows(schema, config.data.table_rows)
+        return with_table_rows(schema, table_rows), None
+    source = raw_source(config)
+    schema = with_table_rows(source.schema, table_rows)
+    return schema, replace(source, schema=schema)
 
 
-def _stream(
-    config: Config,
-    writer: StreamWriter,
-    source: RawSource,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    """Read, encode, cut, write."""
-    packer = Packer(source, drop_duplicates=config.data.duplicates == "drop")
-    file_rows = part_rows(source, config.data.memory_mb) if config.data.window.by == "file" else ()
-    cutter = WindowCutter(writer, config.data.window, source.name, progress, file_rows)
-    with closing(read(source, config.data.memory_mb, config.folder / "prepare.tmp")) as tables:
-        for raw in tables:
-            rows = packer.encode(raw)
-            kept_N = packer.kept(rows)
-            room = (config.data.max_rows or cutter.rows + len(rows)) - cutter.rows
-            end = len(rows) if room >= kept_N.sum() else int(kept_N.cumsum().searchsorted(room)) + 1
-            cutter.add(rows.take(slice(0, end)), kept_N[:end])
-            if cutter.rows == config.data.max_rows:
-                break
-    cutter.finish()
-    return cutter.statistics() | {"tables": packer.collisions.statistics()}
-
-
-def _settings(
-    config: Config,
-    schema: Schema,
-    source: RawSource | None,
-) -> dict[str, Any]:
-    """All that the content of the stream depends on, as JSON."""
-    data = _content(config)
-    files = source.fingerprint() if source else []
-    seed = config.seed if source and source.seeded else None
-    return {
-        "format": FORMAT,
-        "schema": schema.model_dump(mode="json"),
-        "data": data,
-        "seed": seed,
-        "files": files,
-    }
-
-
-def _content(config: Config) -> dict[str, Any]:
-    """The settings of `data` on which the content of the stream depends, as JSON."""
-    data = config.data
-    excluded = (
-        NOT_CONTENT
-        | (set() if data.source == "synthetic" else {"synthetic"})
-        | (set() if data.delayed else LATE)
-        | {"follow"}
-    )
-    content = _former_names(data.model_dump(mode="json", exclude=excluded)) | (
-        {"attribution_s": data.delayed} if data.delayed else {}
-    )
-    if data.follow:
-        content["follow"] = {"lateness_s": data.follow.lateness_s} | (
-            {"topic": data.follow.kafka.topic} if data.follow.kafka else {}
-        )
-    return content
-
-
-def _former_names(content: dict[str, Any]) -> dict[str, Any]:
-    """The names under which streams on disk hold these settings: `embedded` is the synthetic
-    source."""
-    former = {"synthetic": "embedded"}
-    renamed = {former.get(key, key): value for key, value in content.items()}
-    return renamed | {"source": former.get(content["source"], content["source"])}
+def _finished_elsewhere(root: AnyPath, config: Config) -> bool:
+    """True when the stream is complete and its raw data are not on this machine. Then the settings
+    alone decide whether it is the right stream."""
+    if config.data.source == "synthetic" or config.data.root.is_dir():
+        return False
+    manifest = root / "manifest.json"
+    return manifest.exists() and is_stream_of(root, config)
 
 
 def _writer(
     config: Config,
     root: AnyPath,
     schema: Schema,
-    settings: dict[str, Any],
+    source: RawSource | None,
 ) -> StreamWriter:
     data = config.data
-    if data.delayed:
-        return LabeledWriter(
-            root, schema, settings, data.fragment_rows, data.delayed, data.late_labels
-        )
-    return StreamWriter(root, schema, settings, data.fragment_rows)
-
-
-def _check_tasks(config: Config, schema: Schema) -> None:
-    for task in config.data.attribution_s:
-        if task not in schema.tasks:
-            way_out = nearest(task, schema.tasks) or f" There are {', '.join(schema.tasks)}."
-            raise UserError(f"setting 'data.attribution_s': unknown task '{task}'.{way_out}")
-
-
-def _check_attribution(
-    config: Config,
-    schema: Schema,
-    source: RawSource | None,
-) -> None:
-    """UserError where labels of a task cannot come late."""
-    told = source.label_time_tasks if source else synthetic.TASKS
-    _check_tasks(config, schema)
-    if config.data.delayed and (
-        config.data.window.by == "file" or (source and source.ordered_only)
-    ):
-        raise UserError(
-            f"setting 'data.attribution_s' needs times, and the windows of '{config.data.source}' are static: a set without time or cut by "
-            "files has all its labels at once; remove the setting"
-        )
-    for task in config.data.delayed:
-        if task not in told:
-            raise UserError(
-                f"setting 'data.attribution_s.{task}': '{config.data.source}' does not tell when its label became known"
-                + (
-                    f"; it does for {', '.join(told)}"
-                    if told
-                    else "; a `table` source does with `label_time` in the schema file"
-                )
-            )
-
-
-def _finished_elsewhere(root: AnyPath, config: Config) -> bool:
-    """Whether the stream is complete and its raw data are not on this machine: then the settings
-    alone decide."""
-    if (
-        config.data.source == "synthetic"
-        or config.data.root.is_dir()
-        or not (root / "manifest.json").exists()
-    ):
-        return False
-    made = read_json(root / "settings.json")
-    return bool(
-        (made["format"], made["data"]) == (FORMAT, _content(config))
-        and made["seed"] in (None, config.seed)
+    settings = stream_settings(config, schema, source)
+    if not data.delayed:
+        return StreamWriter(root, schema, settings, data.fragment_rows)
+    return LabeledWriter(
+        root,
+        schema,
+        settings,
+        data.fragment_rows,
+        data.delayed,
+        data.late_labels,
     )
 
 
-def _check_windows(config: Config, source: RawSource | None) -> None:
-    if source and source.ordered_only and config.data.window.by == "time":
-        raise UserError(
-            f"setting 'data.window.by' is 'time', but the data of '{config.data.source}' have only an order, no times: "
-            "set data.window.by=rows and data.window.rows"
-        )
-    if config.data.window.by == "file" and not (source and source.parts):
-        raise UserError(
-            f"setting 'data.window.by' is 'file', but the events of '{config.data.source}' do not follow one another file by file: "
-            "set data.window.by to time or rows"
-        )
+def _write_windows(
+    config: Config,
+    writer: StreamWriter,
+    source: RawSource,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Read, encode, cut and write all events; returns statistics for the stream's manifest."""
+    data = config.data
+    file_rows: list[int] = []
+    if data.window.by == "file":
+        file_rows = part_rows(source, data.memory_mb)
+    packer = Packer(source, drop_duplicates=data.duplicates == "drop")
+    cutter = WindowCutter(writer, data.window, source.name, progress, file_rows)
+    scratch = config.folder / "prepare.tmp"
+    with closing(read(source, data.memory_mb, scratch)) as tables:
+        for raw in tables:
+            rows = packer.encode(raw)
+            limit = None if data.max_rows is None else data.max_rows - cutter.rows
+            _add_up_to(cutter, packer, rows, limit)
+            if cutter.rows == data.max_rows:
+                break
+    cutter.finish()
+    return cutter.statistics() | {"tables": packer.collisions.statistics()}
 
 
-def remove_uncommitted(root: AnyPath) -> None:
-    """Remove what a killed preparation left unfinished; committed windows stay."""
-    committed = {path.parent for path in root.glob("window=*/manifest.json")}
-    for folder in root.glob("window=*"):
-        if folder not in committed:
-            remove_tree(folder)
-    if isinstance(root, Path):  # elsewhere files are put in one step
-        for temporary in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp"), *root.glob("*/*/.*.tmp")):
-            temporary.unlink()
-
-
-@contextmanager
-def rollback_on_error(root: AnyPath) -> Iterator[None]:
-    """On a UserError take back what this preparation wrote: the raw data will be corrected and
-    prepared anew. Where remote files cannot be written, neither can they be deleted: what is there
-    stays, to go on from."""
-    before: set[AnyPath] = set(root.rglob("*"))
-    try:
-        yield
-    except StorageError:
-        raise
-    except UserError:
-        there: set[AnyPath] = set(root.rglob("*"))
-        for path in sorted(there - before, key=str, reverse=True):
-            path.rmdir() if isinstance(path, Path) and path.is_dir() else path.unlink()
-        if isinstance(root, Path) and not before and root.is_dir():
-            root.rmdir()
-        raise
+def _add_up_to(
+    cutter: WindowCutter,
+    packer: Packer,
+    rows: Rows,
+    limit: int | None,
+) -> None:
+    """Add events to the windows until `limit` of them are kept; all of them if None."""
+    kept_N = packer.kept(rows)
+    end = len(rows)
+    if limit is not None and limit < kept_N.sum():
+        number_N = kept_N.cumsum()
+        end = int(number_N.searchsorted(limit)) + 1
+    cutter.add(rows.take(slice(0, end)), kept_N[:end])

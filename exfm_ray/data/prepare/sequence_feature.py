@@ -1,10 +1,14 @@
 """The sequence feature: what a user did strictly before an event, built while the events stream
-by."""
+by.
+
+Shapes: N events of the chunk, U known users, Q users of the chunk, L length, C items of the users
+of the chunk: stored ones, waiting ones and those of the chunk.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +18,8 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class History:
-    """The last `length` values of `item` in a user's events whose `label` was 1, as the sequence
-    feature `feature`."""
+    """A sequence feature `feature`: the last `length` values of `item` among a user's events whose
+    `label` was 1."""
 
     feature: str
     user: str
@@ -24,13 +28,26 @@ class History:
     length: int
 
 
-class HistoryBuilder:
-    """Per user the last `length` items: a matrix of users by `length`, touched only where a chunk's
-    users stand.
+class _Items(NamedTuple):
+    """Items of users, ordered by user and time.
 
-    Items of the latest time stay aside until time has moved on, so that an event never sees one of
-    its own instant. Shapes: N events of the chunk, U users known, Q users of the chunk, L length, C
-    items in play.
+    Attributes:
+        user_C: position of the user among the chunk's users.
+        rank_C: rank of the time: 0 for everything in the matrix, then 1 + position among the times
+            of the chunk.
+        item_C: the items.
+    """
+
+    user_C: Array
+    rank_C: Array
+    item_C: Array
+
+
+class HistoryBuilder:
+    """For each user the last `length` items, in a matrix of users by `length`.
+
+    Items of the latest time wait until time has moved on, so that an event never sees an item of
+    its own instant. Only the rows of a chunk's users are touched.
     """
 
     def __init__(self, length: int) -> None:
@@ -39,8 +56,9 @@ class HistoryBuilder:
         self._slots_U = np.empty(0, np.int64)
         self._items_UL = np.empty((0, length), np.int64)
         self._count_U = np.empty(0, np.int64)
-        self._held = (np.empty(0, np.int64), np.empty(0, np.int64))
-        self._held_time = np.iinfo(np.int64).min
+        self._waiting_users = np.empty(0, np.int64)
+        self._waiting_items = np.empty(0, np.int64)
+        self._waiting_time = np.iinfo(np.int64).min
 
     def extend(
         self,
@@ -49,54 +67,80 @@ class HistoryBuilder:
         items_N: Array,
         acted_N: Array,
     ) -> pa.ListArray:
-        """The histories of N events in event order, list<int64> with the most recent item last;
-        then learn these events.
+        """The histories of N events in event order; then add these events.
 
         Args:
-            users_N, times_N, items_N: int64; times not decreasing, also from call to call.
+            users_N: int64.
+            times_N: int64, not decreasing, also from call to call.
+            items_N: int64.
             acted_N: bool, whether the event's item enters the user's history.
+
+        Returns:
+            list<int64>, the most recent item last.
         """
         if not len(users_N):
             return pa.array([], pa.list_(pa.int64()))
-        held_users, held_items = self._held
-        known_Q = np.unique(np.concatenate([users_N, held_users]))
-        slots_Q = self._slots(known_Q)
-        moments = np.unique(times_N)
-        # Ranks of times: 0 for everything in the matrix, 1 + position for the times of this chunk.
-        held_rank = 1 if self._held_time == moments[0] else 0
+        users_Q = np.unique(np.concatenate([users_N, self._waiting_users]))
+        slots_Q = self._slots(users_Q)
+        times = np.unique(times_N)
+        items = self._collect(
+            users_Q, slots_Q, times, users_N[acted_N], times_N[acted_N], items_N[acted_N]
+        )
+
+        width = len(times) + 2
+        key_C = items.user_C * width + items.rank_C
+        first_key_N = np.searchsorted(users_Q, users_N) * width
+        own_key_N = first_key_N + np.searchsorted(times, times_N) + 1
+        end_N = np.searchsorted(key_C, own_key_N)
+        begin_N = np.searchsorted(key_C, first_key_N)
+        begin_N = np.maximum(begin_N, end_N - self.length)
+        histories = gather(items.item_C, begin_N, end_N)
+
+        last_rank = len(times)
+        self._store(slots_Q, key_C, items.item_C, width, last_rank)
+        waiting = items.rank_C == last_rank
+        self._waiting_users = users_Q[items.user_C[waiting]]
+        self._waiting_items = items.item_C[waiting]
+        self._waiting_time = int(times[-1])
+        return histories
+
+    def _collect(
+        self,
+        users_Q: Array,
+        slots_Q: Array,
+        times: Array,
+        new_users: Array,
+        new_times: Array,
+        new_items: Array,
+    ) -> _Items:
+        """The stored, waiting and new items of the chunk's users."""
         count_Q = self._count_U[slots_Q]
-        stored = np.arange(self.length) >= self.length - count_Q[:, None]
+        is_stored_QL = np.arange(self.length) >= self.length - count_Q[:, None]
+        waiting_rank = 1 if self._waiting_time == times[0] else 0
+        stored_users = np.repeat(np.arange(len(users_Q)), count_Q)
         user_C = np.concatenate(
             [
-                np.repeat(np.arange(len(known_Q)), count_Q),
-                np.searchsorted(known_Q, held_users),
-                np.searchsorted(known_Q, users_N[acted_N]),
+                stored_users,
+                np.searchsorted(users_Q, self._waiting_users),
+                np.searchsorted(users_Q, new_users),
             ]
         )
-        item_C = np.concatenate([self._items_UL[slots_Q][stored], held_items, items_N[acted_N]])
         rank_C = np.concatenate(
             [
-                np.zeros(int(count_Q.sum()), np.int64),
-                np.full(len(held_users), held_rank),
-                np.searchsorted(moments, times_N[acted_N]) + 1,
+                np.zeros(len(stored_users), np.int64),
+                np.full(len(self._waiting_users), waiting_rank),
+                np.searchsorted(times, new_times) + 1,
             ]
         )
-        width = len(moments) + 2
-        key_C = user_C * width + rank_C
-        order = np.argsort(key_C, kind="stable")
-        key_C = key_C[order]
-        item_C = item_C[order]
-        user_C = user_C[order]
-
-        asked_N = np.searchsorted(known_Q, users_N)
-        end_N = np.searchsorted(key_C, asked_N * width + np.searchsorted(moments, times_N) + 1)
-        begin_N = np.maximum(np.searchsorted(key_C, asked_N * width), end_N - self.length)
-        result = gather(item_C, begin_N, end_N)
-        self._store(slots_Q, key_C, item_C, width, len(moments))
-        late = key_C % width == len(moments)
-        self._held = (known_Q[user_C[late]], item_C[late])
-        self._held_time = int(moments[-1])
-        return result
+        item_C = np.concatenate(
+            [
+                self._items_UL[slots_Q][is_stored_QL],
+                self._waiting_items,
+                new_items,
+            ]
+        )
+        by_user = np.lexsort((rank_C, user_C))
+        return _Items(user_C[by_user], rank_C[by_user], item_C[by_user])
 
     def _store(
         self,
@@ -106,38 +150,47 @@ class HistoryBuilder:
         width: int,
         last_rank: int,
     ) -> None:
-        """Put each user's last items of before the chunk's last time into the matrix,
-        right-aligned."""
-        start_Q = np.searchsorted(key_C, np.arange(len(slots_Q)) * width)
-        end_Q = np.searchsorted(key_C, np.arange(len(slots_Q)) * width + last_rank)
-        kept_Q = np.minimum(end_Q - start_Q, self.length)
-        place_QL = end_Q[:, None] - self.length + np.arange(self.length)
-        valid_QL = np.arange(self.length) >= self.length - kept_Q[:, None]
-        rows_QL = np.zeros((len(slots_Q), self.length), np.int64)
-        rows_QL[valid_QL] = item_C[place_QL[valid_QL]]
-        self._items_UL[slots_Q] = rows_QL
-        self._count_U[slots_Q] = kept_Q
+        """Store each user's last items before the chunk's last time, right-aligned."""
+        users = len(slots_Q)
+        first_key_Q = np.arange(users) * width
+        start_Q = np.searchsorted(key_C, first_key_Q)
+        end_Q = np.searchsorted(key_C, first_key_Q + last_rank)
+        count_Q = np.minimum(end_Q - start_Q, self.length)
 
-    def _slots(self, known_Q: Array) -> Array:
-        """Matrix rows of sorted, unique users; unknown users get new ones."""
-        place = np.searchsorted(self._users_U, known_Q)
-        inside = place < len(self._users_U)
-        found = np.zeros(len(known_Q), bool)
-        found[inside] = self._users_U[place[inside]] == known_Q[inside]
-        fresh = known_Q[~found]
-        if len(fresh):
-            slots = len(self._users_U) + np.arange(len(fresh))
-            self._users_U = np.insert(self._users_U, place[~found], fresh)
-            self._slots_U = np.insert(self._slots_U, place[~found], slots)
+        place_QL = end_Q[:, None] - self.length + np.arange(self.length)
+        valid_QL = np.arange(self.length) >= self.length - count_Q[:, None]
+        items_QL = np.zeros((users, self.length), np.int64)
+        items_QL[valid_QL] = item_C[place_QL[valid_QL]]
+        self._items_UL[slots_Q] = items_QL
+        self._count_U[slots_Q] = count_Q
+
+    def _slots(self, users_Q: Array) -> Array:
+        """Matrix rows of sorted, unique users. Unknown users get new ones."""
+        known_users = len(self._users_U)
+        place_Q = np.searchsorted(self._users_U, users_Q)
+        inside_Q = place_Q < known_users
+        known_Q = np.zeros(len(users_Q), bool)
+        known_Q[inside_Q] = self._users_U[place_Q[inside_Q]] == users_Q[inside_Q]
+        new_users = users_Q[~known_Q]
+        if len(new_users):
+            new_places = place_Q[~known_Q]
+            new_slots = known_users + np.arange(len(new_users))
+            self._users_U = np.insert(self._users_U, new_places, new_users)
+            self._slots_U = np.insert(self._slots_U, new_places, new_slots)
             self._grow(len(self._users_U))
-        return self._slots_U[np.searchsorted(self._users_U, known_Q)]
+        position_Q = np.searchsorted(self._users_U, users_Q)
+        return self._slots_U[position_Q]
 
     def _grow(self, users: int) -> None:
-        if users <= len(self._count_U):
+        """Make room for `users` users, and at least double the matrix if it is too small."""
+        current = len(self._count_U)
+        if users <= current:
             return
-        room = max(1024, users, 2 * len(self._count_U)) - len(self._count_U)
-        self._items_UL = np.concatenate([self._items_UL, np.zeros((room, self.length), np.int64)])
-        self._count_U = np.concatenate([self._count_U, np.zeros(room, np.int64)])
+        added = max(1024, users, 2 * current) - current
+        new_items = np.zeros((added, self.length), np.int64)
+        new_counts = np.zeros(added, np.int64)
+        self._items_UL = np.concatenate([self._items_UL, new_items])
+        self._count_U = np.concatenate([self._count_U, new_counts])
 
 
 def gather(
@@ -146,9 +199,12 @@ def gather(
     end_N: Array,
 ) -> pa.ListArray:
     """The slices values[begin:end] as a list column: list<int64>, N lists."""
-    lengths = end_N - begin_N
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    index = np.arange(offsets[-1]) + np.repeat(begin_N - offsets[:-1], lengths)
+    length_N = end_N - begin_N
+    offsets = np.concatenate([[0], np.cumsum(length_N)])
+    total = offsets[-1]
+    shift = np.repeat(begin_N - offsets[:-1], length_N)
+    index = np.arange(total) + shift
     return pa.ListArray.from_arrays(
-        pa.array(offsets.astype(np.int32)), pa.array(values[index], pa.int64())
+        pa.array(offsets.astype(np.int32)),
+        pa.array(values[index], pa.int64()),
     )

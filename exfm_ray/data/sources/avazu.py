@@ -1,5 +1,5 @@
-"""Avazu click log (Kaggle): CSV by hours. All columns are categories; `id` tells events of an hour
-apart."""
+"""Avazu click log (Kaggle): CSV, ordered by hour. All columns are categories; `id` distinguishes
+the events of an hour."""
 
 from __future__ import annotations
 
@@ -35,25 +35,28 @@ FEW = (
 
 
 def source(config: Config) -> RawSource:
-    """Events in the file's order, which is by hour. Ids exceed 63 bits, so examples are numbered
-    anew."""
+    """Events in the file's order, which is by hour.
+
+    Ids exceed 63 bits, so examples get a running number.
+    """
     path = require(config.data.root, "train.csv")
     rows = config.data.hash_rows
-    table = read_csv(
-        [path],
-        {"id": "UBIGINT", "click": "DOUBLE", "hour": "VARCHAR"}
-        | dict.fromkeys((*MANY, *FEW), "VARCHAR"),
-    )
-    features = [
+    types = {"id": "UBIGINT", "click": "DOUBLE", "hour": "VARCHAR"}
+    types |= dict.fromkeys((*MANY, *FEW), "VARCHAR")
+    table = read_csv([path], types)
+    features = (
         *hashed(MANY, rows),
         *hashed(FEW, min(rows, 1_000)),
         indexed("hour_of_day", 24),
         indexed("weekday", 7),
-    ]
+    )
     columns = ", ".join((*MANY, *FEW))
     query = f"""
-        SELECT epoch_ms(moment) AS event_time, id AS event_key, click, {columns}, hour(moment) AS hour_of_day, isodow(moment) - 1 AS weekday
+        SELECT epoch_ms(moment) AS event_time, id AS event_key, click, {columns},
+               hour(moment) AS hour_of_day, isodow(moment) - 1 AS weekday
         FROM (SELECT *, strptime('20' || hour, '%Y%m%d%H') AS moment FROM {table})"""
     return RawSource(
-        schema=Schema(features=tuple(features), tasks=("click",)), files=(path,), query=query
+        schema=Schema(features=features, tasks=("click",)),
+        files=(path,),
+        query=query,
     )

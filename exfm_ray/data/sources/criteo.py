@@ -4,7 +4,7 @@ times."""
 from __future__ import annotations
 
 from exfm_ray.config.root import Config
-from exfm_ray.data.sources.base import PLAIN, RawSource, require, sql_literal
+from exfm_ray.data.sources.base import PLAIN, RawSource, csv_columns, require, sql_literal
 from exfm_ray.schema import DenseFeature, Schema, SparseFeature
 
 INTEGERS = tuple(f"I{i}" for i in range(1, 14))
@@ -43,19 +43,20 @@ CATEGORIES = tuple(f"C{i}" for i in range(1, 27))
 def source(config: Config) -> RawSource:
     """A stream by rows; event_time is the row's number."""
     path = require(config.data.root, "train.txt")
-    types = (
-        {"click": "DOUBLE"}
-        | dict.fromkeys(INTEGERS, "DOUBLE")
-        | dict.fromkeys(CATEGORIES, "VARCHAR")
+    types = {"click": "DOUBLE"}
+    types |= dict.fromkeys(INTEGERS, "DOUBLE")
+    types |= dict.fromkeys(CATEGORIES, "VARCHAR")
+    query = (
+        f"SELECT * FROM read_csv({sql_literal(path)}, {PLAIN}, header=false, delim='\t', "
+        f"quote='', escape='', nullstr='', columns={csv_columns(types)})"
     )
-    columns = ", ".join(f"{sql_literal(c)}: {sql_literal(t)}" for c, t in types.items())
-    query = f"SELECT * FROM read_csv({sql_literal(path)}, {PLAIN}, header=false, delim='\t', quote='', escape='', nullstr='', columns={{{columns}}})"
-    # Four rows a value keep collisions of the small columns rare.
-    features = [
-        SparseFeature(name=c, rows=min(config.data.hash_rows, 4 * n))
-        for c, n in zip(CATEGORIES, DISTINCT, strict=True)
-    ]
-    dense = [DenseFeature(name=c, transform="log1p") for c in INTEGERS]
+
+    features = []
+    for name, distinct in zip(CATEGORIES, DISTINCT, strict=True):
+        # Four rows for each value keep collisions of the small columns rare.
+        rows = min(config.data.hash_rows, 4 * distinct)
+        features.append(SparseFeature(name=name, rows=rows))
+    dense = [DenseFeature(name=name, transform="log1p") for name in INTEGERS]
     return RawSource(
         schema=Schema(features=tuple(features), dense=tuple(dense), tasks=("click",)),
         files=(path,),

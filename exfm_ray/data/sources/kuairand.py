@@ -1,13 +1,14 @@
-"""KuaiRand (https://kuairand.com): impressions of a short-video app. `tab`, the surface shown on,
-is the domain.
+"""KuaiRand (https://kuairand.com): impressions of a short-video app. The domain is `tab`, the
+surface on which a video was shown.
 
 Left out on purpose: every column written after the impression (play time, follows, profile visits
-...), the table of video statistics (whole-month averages, which hold the future) and
-`visible_status` (as of the crawl, not the impression).
+...), the table of video statistics (whole-month averages, which contain the future) and
+`visible_status` (its value at crawl time, not at the impression).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from exfm_ray.config.root import Config
@@ -25,11 +26,11 @@ from exfm_ray.data.sources.base import (
 from exfm_ray.schema import DenseFeature, Kind, Schema, SparseFeature
 
 TABS = 15
-USERS, VIDEOS = 27_285, 7_583  # KuaiRand-Pure numbers them from 0
+USERS = 27_285  # KuaiRand-Pure numbers users and videos from 0
+VIDEOS = 7_583
 CLICKS = 20
-UTC_OFFSET_US = (
-    8 * 3600 * 1_000_000
-)  # the app's time zone; `date` and `hourmin` run up to two hours ahead of `time_ms`
+# The app's time zone. `date` and `hourmin` run up to two hours ahead of `time_ms`.
+UTC_OFFSET_US = 8 * 3600 * 1_000_000
 USER_TRAITS = (
     "user_active_degree",
     "is_lowactive_period",
@@ -47,8 +48,8 @@ VIDEO_NUMBERS = ("author_id", "music_id", "music_type")
 SIZES = ("server_width", "server_height")
 LOG = dict.fromkeys(("user_id", "video_id", "time_ms", "duration_ms", "tab"), "BIGINT")
 TASKS = ("is_click", "long_view", "is_like")
-# When a label is known: a click starts the video; how long it was viewed, and whether it is liked
-# by then, when it has been played.
+# When a label is known. A click starts the video, so it is known at once. Whether the view was
+# long, and whether the video is liked by then, is known when the video has been played.
 KNOWN = {
     "is_click": "l.time_ms",
     "long_view": "l.time_ms + l.play_time_ms",
@@ -57,16 +58,14 @@ KNOWN = {
 
 
 def source(config: Config) -> RawSource:
-    """The standard log with the tables of users and videos; all files as the publisher names
-    them."""
+    """The standard log with the tables of users and videos, under the publisher's file names."""
     root = config.data.root
-    rows = config.data.hash_rows
     logs = require_glob(root, "log_standard_*.csv")
     users = require(root, "user_features_pure.csv")
     videos = require(root, "video_features_basic_pure.csv")
     label_time_tasks = tuple(task for task in TASKS if task in config.data.delayed)
     return RawSource(
-        schema=_schema(rows),
+        schema=_schema(config.data.hash_rows),
         files=(*logs, users, videos),
         query=_query(logs, users, videos, label_time_tasks),
         label_time_tasks=label_time_tasks,
@@ -83,7 +82,7 @@ def source(config: Config) -> RawSource:
 def _schema(rows: int) -> Schema:
     few = min(rows, 1_000)
     video = indexed("video_id", VIDEOS)
-    features = [
+    features = (
         indexed("user_id", USERS),
         video,
         *hashed(USER_TRAITS, few),
@@ -94,16 +93,14 @@ def _schema(rows: int) -> Schema:
         indexed("weekday", 7),
         SparseFeature(name="tag", kind=Kind.MULTI, rows=few, max_length=8),
         sequence("clicked_videos", video, CLICKS),
-    ]
-    dense = [
-        DenseFeature(name=n, transform="log1p")
-        for n in (*COUNTS, "duration_ms", *SIZES, "video_age_days")
-    ]
+    )
+    numbers = (*COUNTS, "duration_ms", *SIZES, "video_age_days")
+    dense = [DenseFeature(name=name, transform="log1p") for name in numbers]
     return Schema(
-        features=tuple(features),
+        features=features,
         dense=tuple(dense),
         tasks=TASKS,
-        domains=tuple(str(t) for t in range(TABS)),
+        domains=tuple(str(tab) for tab in range(TABS)),
         group_by="user_id",
     )
 
@@ -114,38 +111,65 @@ def _query(
     videos: Path,
     label_time_tasks: tuple[str, ...],
 ) -> str:
-    """Event order is by time, then as in the files, so that ties do not depend on the sort."""
-    log = read_csv(
-        logs,
-        LOG
-        | dict.fromkeys(TASKS, "DOUBLE")
-        | ({"play_time_ms": "BIGINT"} if label_time_tasks else {}),
-    )
-    known = "".join(
-        f", {KNOWN[task]} AS {sql_identifier('known:' + task)}" for task in label_time_tasks
-    )
-    user = read_csv([users], {"user_id": "BIGINT"} | dict.fromkeys((*ONEHOTS, *COUNTS), "DOUBLE"))
-    numbers = ("video_id", *VIDEO_NUMBERS)
-    video = read_csv(
-        [videos],
-        dict.fromkeys((*numbers, *SIZES), "DOUBLE") | {"upload_dt": "DATE", "tag": "VARCHAR"},
-    )
-    # The publisher wrote some integer columns as 1.0: one value, one form.
-    user_columns = ", ".join(
-        [*(f"u.{c}" for c in (*USER_TRAITS, *COUNTS)), *(f"u.{c}::BIGINT AS {c}" for c in ONEHOTS)]
-    )
-    video_columns = ", ".join(
-        [
-            *(f"v.{c}" for c in (*VIDEO_TEXTS, *SIZES)),
-            *(f"v.{c}::BIGINT AS {c}" for c in VIDEO_NUMBERS),
-        ]
-    )
+    """Events ordered by time, then as in the files, so that ties do not depend on the sort."""
+    log = _log_table(logs, label_time_tasks)
+    user = _user_table(users)
+    video = _video_table(videos)
+    # The publisher wrote some integer columns as 1.0. The cast gives each value one form.
+    user_columns = _columns("u", (*USER_TRAITS, *COUNTS), ONEHOTS)
+    video_columns = _columns("v", (*VIDEO_TEXTS, *SIZES), VIDEO_NUMBERS)
+    known = ""
+    for task in label_time_tasks:
+        known += f", {KNOWN[task]} AS {sql_identifier('known:' + task)}"
     return f"""
-        WITH log AS (SELECT *, row_number() OVER () AS place, make_timestamp(time_ms * 1000 + {UTC_OFFSET_US}) AS moment FROM {log}),
-             users AS (SELECT * FROM {user} QUALIFY row_number() OVER (PARTITION BY user_id) = 1),
-             videos AS (SELECT * FROM {video} QUALIFY row_number() OVER (PARTITION BY video_id) = 1)
-        SELECT l.time_ms AS event_time, l.tab::VARCHAR AS domain, l.is_click, l.long_view, l.is_like, l.user_id, l.video_id,
-               {user_columns}, {video_columns}, string_split(v.tag, ',') AS tag, hour(l.moment) AS hour, isodow(l.moment) - 1 AS weekday,
-               l.duration_ms::DOUBLE AS duration_ms, (l.moment::DATE - v.upload_dt)::DOUBLE AS video_age_days{known}
-        FROM log l LEFT JOIN users u ON l.user_id = u.user_id LEFT JOIN videos v ON l.video_id = v.video_id
+        WITH log AS (
+                 SELECT *, row_number() OVER () AS place,
+                        make_timestamp(time_ms * 1000 + {UTC_OFFSET_US}) AS moment
+                 FROM {log}),
+             users AS (
+                 SELECT * FROM {user}
+                 QUALIFY row_number() OVER (PARTITION BY user_id) = 1),
+             videos AS (
+                 SELECT * FROM {video}
+                 QUALIFY row_number() OVER (PARTITION BY video_id) = 1)
+        SELECT l.time_ms AS event_time, l.tab::VARCHAR AS domain,
+               l.is_click, l.long_view, l.is_like, l.user_id, l.video_id,
+               {user_columns}, {video_columns}, string_split(v.tag, ',') AS tag,
+               hour(l.moment) AS hour, isodow(l.moment) - 1 AS weekday,
+               l.duration_ms::DOUBLE AS duration_ms,
+               (l.moment::DATE - v.upload_dt)::DOUBLE AS video_age_days{known}
+        FROM log l
+             LEFT JOIN users u ON l.user_id = u.user_id
+             LEFT JOIN videos v ON l.video_id = v.video_id
         ORDER BY l.time_ms, l.place"""
+
+
+def _log_table(logs: tuple[Path, ...], label_time_tasks: tuple[str, ...]) -> str:
+    types = LOG | dict.fromkeys(TASKS, "DOUBLE")
+    if label_time_tasks:
+        types["play_time_ms"] = "BIGINT"
+    return read_csv(logs, types)
+
+
+def _user_table(users: Path) -> str:
+    types = {"user_id": "BIGINT"}
+    types |= dict.fromkeys((*ONEHOTS, *COUNTS), "DOUBLE")
+    return read_csv([users], types)
+
+
+def _video_table(videos: Path) -> str:
+    types = dict.fromkeys(("video_id", *VIDEO_NUMBERS, *SIZES), "DOUBLE")
+    types |= {"upload_dt": "DATE", "tag": "VARCHAR"}
+    return read_csv([videos], types)
+
+
+def _columns(
+    table: str,
+    plain: Iterable[str],
+    integers: Iterable[str],
+) -> str:
+    """The select list of a table's columns; those in `integers` are cast."""
+    selected = [f"{table}.{column}" for column in plain]
+    for column in integers:
+        selected.append(f"{table}.{column}::BIGINT AS {column}")
+    return ", ".join(selected)

@@ -1,15 +1,17 @@
 """The synthetic stream: generated ad events whose true click and conversion probabilities are
 known.
 
-The truth goes to `<stream>/truth/window=000.parquet` (example_id, and one float32 column per task),
-beside the events and not among them: metrics read it, models never do.
+The true probabilities are written to `<stream>/truth/window=000.parquet` (example_id, and one
+float32 column per task), beside the events and not among them: metrics read them, models never do.
+
+Shapes: N events of a chunk, U users, A ads, L clicked ads of a user.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +25,7 @@ from exfm_ray.data.prepare.window_cutter import Progress
 from exfm_ray.data.sources import synthetic_world as latent
 from exfm_ray.data.sources.base import indexed, sequence
 from exfm_ray.data.sources.synthetic_world import World
-from exfm_ray.data.stream import StreamWriter, window_name
+from exfm_ray.data.stream import StreamWriter, WindowWriter, window_name
 from exfm_ray.schema import DenseFeature, Encoding, Kind, Schema, SparseFeature
 from exfm_ray.storage.atomic import atomic_path
 from exfm_ray.storage.remote import AnyPath
@@ -37,16 +39,18 @@ CHUNK_ROWS = 50_000
 CLICKS = 10
 DENSE = ("user_activity", "ad_quality", "user_taste", "ad_style")
 DENSE_NOISE = 1.0
-CLICK_DELAY_S, CONVERSION_DELAY_S = (
-    120.0,
-    43_200.0,
-)  # means; a conversion is told that much after its click
+CLICK_DELAY_S = 120.0
+CONVERSION_DELAY_S = 43_200.0
+"""Mean delays. A conversion becomes known that much after its click."""
 ORACLE = pa.schema([("example_id", pa.int64()), *((task, pa.float32()) for task in TASKS)])
 
 
 def schema(config: SyntheticConfig) -> Schema:
-    """Tables of users and ads have twice the rows of those alive: a row is used again long after
-    its owner has left."""
+    """The schema of the stream.
+
+    Tables of users and ads have twice the rows of those alive: a row is used again long after its
+    owner has left.
+    """
     ad = indexed("ad", 2 * config.ads)
     keywords = latent.CATEGORIES * latent.KEYWORDS_PER_CATEGORY + config.advertisers
     features = (
@@ -69,7 +73,7 @@ def schema(config: SyntheticConfig) -> Schema:
     )
     return Schema(
         features=features,
-        dense=tuple(DenseFeature(name=n) for n in DENSE),
+        dense=tuple(DenseFeature(name=name) for name in DENSE),
         tasks=TASKS,
         domains=latent.DOMAINS,
         group_by="user",
@@ -77,48 +81,73 @@ def schema(config: SyntheticConfig) -> Schema:
 
 
 def truth_path(stream: AnyPath, window: int) -> AnyPath:
-    """Where the true probabilities of a window lie."""
-    return stream / "truth" / f"{window_name(window)}.parquet"
+    """File of the true probabilities of a window."""
+    folder = stream / "truth"
+    return folder / f"{window_name(window)}.parquet"
 
 
 class ClickLog:
-    """Per user slot the rows of the last clicked ads, right-aligned. Events of a window see the
-    state at its start."""
+    """For each user slot the table rows of the last clicked ads, right-aligned.
+
+    Events of a window see the state at its start.
+    """
 
     def __init__(self, users: int) -> None:
         self.rows_UL = np.zeros((users, CLICKS), np.int32)
         self.count_U = np.zeros(users, np.int64)
-        self._next = (self.rows_UL.copy(), self.count_U.copy())
+        self._next_rows_UL = self.rows_UL.copy()
+        self._next_count_U = self.count_U.copy()
 
     def histories(self, user: Array) -> pa.ListArray:
         """The clicked ads of N events, list<int32>, the most recent last."""
+        end = (user + 1) * CLICKS
         begin = user * CLICKS + CLICKS - self.count_U[user]
-        return gather(self.rows_UL.reshape(-1), begin, (user + 1) * CLICKS).cast(
-            pa.list_(pa.int32())
-        )
+        flat = self.rows_UL.reshape(-1)
+        lists = gather(flat, begin, end)
+        return lists.cast(pa.list_(pa.int32()))
 
     def add(self, user: Array, ad_row: Array) -> None:
-        """Clicks in event order, not visible before `publish`."""
-        rows_UL, count_U = self._next
-        order = np.argsort(user, kind="stable")
-        user = user[order]
-        ad_row = ad_row[order]
+        """Add clicks in event order. They become visible with `publish`."""
+        rows_UL = self._next_rows_UL
+        count_U = self._next_count_U
+        by_user = np.argsort(user, kind="stable")
+        user = user[by_user]
+        ad_row = ad_row[by_user]
         clicked, new = np.unique(user, return_counts=True)
-        from_end = np.repeat(np.cumsum(new), new) - np.arange(len(user))
-        # The old clicks of each user move left by as many as are new; those beyond the left edge
-        # are forgotten.
+
+        # The old clicks of each user move left by the number of new ones; those beyond the left
+        # edge are forgotten.
         place = np.arange(CLICKS) + np.minimum(new, CLICKS)[:, None]
-        old = np.concatenate([rows_UL[clicked], np.zeros((len(clicked), CLICKS), np.int32)], axis=1)
+        room = np.zeros((len(clicked), CLICKS), np.int32)
+        old = np.concatenate([rows_UL[clicked], room], axis=1)
         rows_UL[clicked] = np.take_along_axis(old, place, axis=1)
+
+        last = np.repeat(np.cumsum(new), new)
+        from_end = last - np.arange(len(user))
         recent = from_end <= CLICKS
         rows_UL[user[recent], CLICKS - from_end[recent]] = ad_row[recent]
         count_U[clicked] = np.minimum(count_U[clicked] + new, CLICKS)
 
     def publish(self, replaced: Array) -> None:
-        """The window is over; the slots in `replaced` belong to new users, who have clicked
-        nothing."""
-        self._next[1][replaced] = 0
-        self.rows_UL, self.count_U = self._next[0].copy(), self._next[1].copy()
+        """Make the clicks of a finished window visible.
+
+        Args:
+            replaced: slots that now belong to new users, who have clicked nothing.
+        """
+        self._next_count_U[replaced] = 0
+        self.rows_UL = self._next_rows_UL.copy()
+        self.count_U = self._next_count_U.copy()
+
+
+class _Events(NamedTuple):
+    """Who sees what, and where: six int64 arrays (N,); `user` and `ad` are slots."""
+
+    user: Array
+    ad: Array
+    hour: Array
+    placement: Array
+    device: Array
+    domain: Array
 
 
 class Generator:
@@ -131,13 +160,18 @@ class Generator:
         self.clicks = ClickLog(config.users)
 
     def window(self) -> Iterator[tuple[pa.Table, pa.Table]]:
-        """Packed events and their truth, chunk by chunk, of the world's window; afterwards the
-        world has moved on by one."""
+        """Yield packed events and their true probabilities, chunk by chunk, of the world's window.
+
+        Afterwards the world is one window further.
+        """
         snapshot = self.world.frozen()
         count = self.config.events_per_window
-        for number, start in enumerate(range(0, count, CHUNK_ROWS)):
-            yield self._chunk(snapshot, number, start, min(start + CHUNK_ROWS, count))
-        self.clicks.publish(self.world.step())
+        starts = range(0, count, CHUNK_ROWS)
+        for number, start in enumerate(starts):
+            end = min(start + CHUNK_ROWS, count)
+            yield self._chunk(snapshot, number, start, end)
+        replaced = self.world.step()
+        self.clicks.publish(replaced)
 
     def _chunk(
         self,
@@ -149,35 +183,40 @@ class Generator:
         world = self.world
         rows = end - start
         draw = latent.random(self.config.seed, latent.CHUNK, world.window, number)
-        user = np.minimum(
-            np.searchsorted(world.user_zipf_U, draw.random(rows)), self.config.users - 1
-        )
-        ad = np.minimum(np.searchsorted(world.ad_zipf_A, draw.random(rows)), self.config.ads - 1)
-        hour, placement, device = (
-            draw.integers(n, size=rows) for n in (latent.HOURS, latent.PLACEMENTS, latent.DEVICES)
-        )
-        domain = np.minimum(
-            np.searchsorted(np.cumsum(latent.SHARES), draw.random(rows)), len(latent.DOMAINS) - 1
-        )
-        click_p, conversion_p = snapshot.probabilities(user, ad, hour, placement, device, domain)
+        events = self._draw(draw, rows)
+        click_p, conversion_p = snapshot.probabilities(*events)
         luck = draw.random(rows, dtype=np.float32)  # one draw for both: a conversion is a click
         labels = np.stack([luck < click_p, luck < conversion_p], axis=1).astype(np.float32)
         example_id = np.arange(start, end) + world.window * self.config.events_per_window
+
         table = packed(
             self.schema,
             example_id,
             self._times(draw, start, end),
-            domain,
+            events.domain,
             labels,
-            self._sparse(user, ad, hour, placement, device, domain),
-            self._dense(draw, snapshot, user, ad),
-            {"keywords": self._keywords(ad), "clicked_ads": self.clicks.histories(user)},
+            self._sparse(events),
+            self._dense(draw, snapshot, events),
+            {
+                "keywords": self._keywords(events.ad),
+                "clicked_ads": self.clicks.histories(events.user),
+            },
         )
         clicked = labels[:, 0] == 1
-        self.clicks.add(user[clicked], self._ad_rows(ad[clicked]))
-        return table, pa.Table.from_arrays(
-            [pa.array(example_id), pa.array(click_p), pa.array(conversion_p)], schema=ORACLE
-        )
+        ad_rows = self._ad_rows(events.ad[clicked])
+        self.clicks.add(events.user[clicked], ad_rows)
+        truth = [pa.array(example_id), pa.array(click_p), pa.array(conversion_p)]
+        return table, pa.Table.from_arrays(truth, schema=ORACLE)
+
+    def _draw(self, draw: np.random.Generator, rows: int) -> _Events:
+        """Draw users, ads and contexts. The order of the draws is part of the stream's format."""
+        user = _pick(self.world.user_zipf_U, draw.random(rows))
+        ad = _pick(self.world.ad_zipf_A, draw.random(rows))
+        hour = draw.integers(latent.HOURS, size=rows)
+        placement = draw.integers(latent.PLACEMENTS, size=rows)
+        device = draw.integers(latent.DEVICES, size=rows)
+        domain = _pick(np.cumsum(latent.SHARES), draw.random(rows))
+        return _Events(user, ad, hour, placement, device, domain)
 
     def _times(
         self,
@@ -188,68 +227,69 @@ class Generator:
         """Event times of one chunk: uniform over its part of the window, sorted."""
         count = self.config.events_per_window
         low = WINDOW_MS * start // count
-        high = WINDOW_MS * end // count
-        offsets = np.sort(draw.integers(low, max(high, low + 1), size=end - start))
-        return np.asarray(START_MS + self.world.window * WINDOW_MS + offsets)
+        high = max(WINDOW_MS * end // count, low + 1)
+        offsets = draw.integers(low, high, size=end - start)
+        window_start = START_MS + self.world.window * WINDOW_MS
+        return np.asarray(window_start + np.sort(offsets))
 
     def _ad_rows(self, ad: Array) -> Array:
-        return (self.world.ad_id_A[ad] % (2 * self.config.ads) + 1).astype(np.int32)
+        """int32 (N,): table rows of ads."""
+        ids = self.world.ad_id_A[ad]
+        rows = ids % (2 * self.config.ads) + 1
+        return np.asarray(rows.astype(np.int32))
 
-    def _sparse(
-        self,
-        user: Array,
-        ad: Array,
-        hour: Array,
-        placement: Array,
-        device: Array,
-        domain: Array,
-    ) -> Array:
+    def _sparse(self, events: _Events) -> Array:
         """Table rows of the single-valued features in the schema's order: int32 (N, S)."""
         world = self.world
-        advertiser = self.world.advertiser_A[ad]
-        user_row = world.user_id_U[user] % (2 * self.config.users) + 1
-        ids = (
-            advertiser,
-            world.advertiser_category_V[advertiser],
-            world.segment_U[user],
-            hour,
-            placement,
-            device,
-            domain,
-        )
-        return np.stack([user_row, self._ad_rows(ad), *(i + 1 for i in ids)], axis=1).astype(
-            np.int32
-        )
+        advertiser = world.advertiser_A[events.ad]
+        user_id = world.user_id_U[events.user]
+        columns = [
+            user_id % (2 * self.config.users) + 1,
+            self._ad_rows(events.ad),
+            advertiser + 1,
+            world.advertiser_category_V[advertiser] + 1,
+            world.segment_U[events.user] + 1,
+            events.hour + 1,
+            events.placement + 1,
+            events.device + 1,
+            events.domain + 1,
+        ]
+        return np.stack(columns, axis=1).astype(np.int32)
 
     def _dense(
         self,
         draw: np.random.Generator,
         snapshot: latent.Snapshot,
-        user: Array,
-        ad: Array,
+        events: _Events,
     ) -> Array:
-        """Noisy observations of four latents, of mean about 0 and standard deviation about 1:
-        float32 (N, D)."""
-        seen = np.stack(
-            [
-                snapshot.user_bias_U[user] / 0.4,
-                snapshot.ad_bias_A[ad] / 0.4,
-                snapshot.user_UK[user, 0],
-                snapshot.ad_AK[ad, 0],
-            ],
-            axis=1,
-        )
-        noise = DENSE_NOISE * draw.standard_normal(seen.shape, dtype=np.float32)
-        return np.asarray(
-            np.clip((seen + noise) / np.float32(np.sqrt(1 + DENSE_NOISE**2)), -10, 10)
-        )
+        """Noisy observations of four latents, with a mean of about 0 and a standard deviation of
+        about 1: float32 (N, D)."""
+        columns = [
+            snapshot.user_bias_U[events.user] / 0.4,
+            snapshot.ad_bias_A[events.ad] / 0.4,
+            snapshot.user_UK[events.user, 0],
+            snapshot.ad_AK[events.ad, 0],
+        ]
+        observed = np.stack(columns, axis=1)
+        noise = DENSE_NOISE * draw.standard_normal(observed.shape, dtype=np.float32)
+        scale = np.float32(np.sqrt(1 + DENSE_NOISE**2))
+        values = (observed + noise) / scale
+        return np.asarray(np.clip(values, -10, 10))
 
     def _keywords(self, ad: Array) -> pa.ListArray:
-        begin = ad * latent.MOST_KEYWORDS
+        """Table rows of the keywords of ads: N lists of int32."""
         rows = self.world.keywords_AW.reshape(-1) + 1
-        return gather(rows, begin, begin + self.world.keyword_count_A[ad]).cast(
-            pa.list_(pa.int32())
-        )
+        begin = ad * latent.MOST_KEYWORDS
+        end = begin + self.world.keyword_count_A[ad]
+        lists = gather(rows, begin, end)
+        return lists.cast(pa.list_(pa.int32()))
+
+
+def _pick(cumulated: Array, uniform_N: Array) -> Array:
+    """Draw items with the given cumulated probabilities from uniform numbers: int64 (N,)."""
+    last = len(cumulated) - 1
+    item_N = np.searchsorted(cumulated, uniform_N)
+    return np.minimum(item_N, last)
 
 
 def known_times(
@@ -258,13 +298,15 @@ def known_times(
     number: int,
     times_N: Array,
 ) -> Array:
-    """When the labels of a chunk's events would be known, ms: int64 (N, 2). Delays are exponential
-    and drawn apart from the events."""
+    """When the labels of a chunk's events become known, ms: int64 (N, 2).
+
+    Delays are exponential and drawn separately from the events.
+    """
     draw = latent.random(seed, latent.DELAY, window, number)
-    delay_N2 = draw.exponential((CLICK_DELAY_S, CONVERSION_DELAY_S), (len(times_N), 2)).cumsum(
-        axis=1
-    )
-    return np.asarray(times_N[:, None] + np.round(delay_N2 * 1000).astype(np.int64))
+    means_s = (CLICK_DELAY_S, CONVERSION_DELAY_S)
+    step_N2 = draw.exponential(means_s, (len(times_N), 2))
+    delay_ms_N2 = np.round(step_N2.cumsum(axis=1) * 1000)
+    return np.asarray(times_N[:, None] + delay_ms_N2.astype(np.int64))
 
 
 def write(
@@ -272,36 +314,54 @@ def write(
     writer: StreamWriter,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Write all windows and their truth; what the stream's manifest says of them."""
+    """Write all windows and their true probabilities; returns statistics for the manifest."""
     settings = config.data.synthetic
     generator = Generator(settings)
-    left = config.data.max_rows or settings.windows * settings.events_per_window
+    remaining = config.data.max_rows or settings.windows * settings.events_per_window
     total = 0
-    while generator.world.window < settings.windows and left > 0:
+    while generator.world.window < settings.windows and remaining > 0:
         index = generator.world.window
         start_ms = START_MS + index * WINDOW_MS
         window = writer.window(index, start_ms, start_ms + WINDOW_MS)
-        rows = 0
-        with _truth_writer(truth_path(writer.root, index), skip=window.committed) as truth:
-            for number, (events, probabilities) in enumerate(generator.window()):
-                kept = min(len(events), left)
-                known_NT = known_times(
-                    settings.seed, index, number, events["event_time"].to_numpy()[:kept]
-                )
-                window.append(events.slice(0, kept), known_NT)
-                if truth and kept:
-                    truth.write_table(probabilities.slice(0, kept))
-                rows = rows + kept
-                left = left - kept
+        rows = _write_window(writer, window, generator, remaining)
         window.commit(0)
         total += rows
+        remaining -= rows
         if progress:
             progress(index, rows)
+
+    moments = {"count": float(total), "mean": 0.0, "std": 1.0}
     return {
         "rows": total,
         "duplicates": 0,
-        "dense": {n: {"count": float(total), "mean": 0.0, "std": 1.0} for n in DENSE},
+        "dense": {name: dict(moments) for name in DENSE},
     }
+
+
+def _write_window(
+    writer: StreamWriter,
+    window: WindowWriter,
+    generator: Generator,
+    limit: int,
+) -> int:
+    """Write up to `limit` events of the generator's window and their true probabilities.
+
+    Returns:
+        The number of events.
+    """
+    seed = generator.config.seed
+    path = truth_path(writer.root, window.index)
+    rows = 0
+    with _truth_writer(path, skip=window.committed) as truth:
+        for number, (events, probabilities) in enumerate(generator.window()):
+            count = min(len(events), limit - rows)
+            times_N = events["event_time"].to_numpy()[:count]
+            known_NT = known_times(seed, window.index, number, times_N)
+            window.append(events.slice(0, count), known_NT)
+            if truth and count:
+                truth.write_table(probabilities.slice(0, count))
+            rows += count
+    return rows
 
 
 @contextmanager

@@ -279,7 +279,7 @@ def test_what_a_folder_must_not_do(tmp_path: Path) -> None:
     waiting = threading.Event()
     while not (config.folder / "stream" / "window=001" / "manifest.json").exists():
         waiting.wait(0.05)
-    with pytest.raises(UserError, match="another process follows"):
+    with pytest.raises(UserError, match=r"process \d+ on .* follows this stream already"):
         follow(config)
     put(tmp_path / "raw", "events_0000.parquet", events.slice(0, 1))
     thread.join(20)

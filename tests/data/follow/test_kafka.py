@@ -248,7 +248,7 @@ def test_times_of_every_unit() -> None:
     import pyarrow as pa
 
     from exfm_ray.data.follow.kafka import _columns, _renamed
-    from exfm_ray.data.sources.table import TableFile
+    from exfm_ray.data.sources.schema_file import TableFile
 
     for unit, values in {
         "s": [1.5],

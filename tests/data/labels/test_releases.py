@@ -312,7 +312,8 @@ def test_damage_is_named(tmp_path: Path) -> None:
         write_json(stream.root / "labels.json", damaged)
         with pytest.raises(
             UserError,
-            match=r"labels.json: holds no `attribution_s` of tasks and seconds; .* prepare the stream again",
+            match=r"labels.json: holds no `attribution_s` of tasks and seconds; "
+            r".* prepare the stream again",
         ):
             StreamReader(stream.root, BOTH).ready(WindowPass(2, "learn"))
 

@@ -12,7 +12,8 @@ from s3_server import S3
 from small_runs import small_config
 
 from exfm_ray.config.root import Config
-from exfm_ray.data.prepare.prepare import follow, prepare, rollback_on_error
+from exfm_ray.data.prepare.prepare import follow, prepare
+from exfm_ray.data.prepare.rollback import rollback_on_error
 from exfm_ray.errors import UserError
 from exfm_ray.storage.atomic import write_text
 from exfm_ray.storage.remote import AnyPath, RemotePath
