@@ -1,12 +1,12 @@
-"""What an external teacher saves: seconds and FLOPs to train S vertical models, against a teacher
-that runs live in each model's step.
+"""What an external teacher saves: seconds and FLOPs to train S vertical models.
 
-All in one process, on the same windows, each model on its domain's rows:
-- external: the FM learns all rows once, scores them once, and every vertical model learns from what
-  it wrote (arm ah_sa);
-- live: in every vertical model's step the teacher, which is a trained snapshot, scores the batch;
-- co-distillation: in every vertical model's step a teacher of its own scores the batch and learns
-  it, with one forward pass.
+It is compared with a teacher that runs live in each model's step. All in one process, on the same
+windows, each model on its domain's rows:
+- external: the FM learns all rows once, scores them once, and every vertical model learns from
+  these scores (arm ah_sa);
+- live: in every vertical model's step the teacher, a trained snapshot, scores the batch;
+- co-distillation: in every vertical model's step its own teacher scores the batch and learns it,
+  with one forward pass.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from exfm_ray.data.stream import EventStream
 from exfm_ray.distillation.objective import labels_objective_B
 from exfm_ray.models.flops import forward_flops, training_flops
 from exfm_ray.models.layout import Layout
-from exfm_ray.models.serialization import LocalModel
 from exfm_ray.storage.atomic import remove_tree
 from exfm_ray.stores.supervision import TEACHER_COLUMN
 from exfm_ray.training.checkpoint import BEGINNING
@@ -41,6 +40,9 @@ from exfm_ray.training.worker import Worker, build_groups
 
 MODELS = (1, 2, 4, 8)
 CPU = torch.device("cpu")
+Students = Sequence[StudentConfig]
+Way = Callable[[Students], None]
+"""Trains students in one of the ways that are compared."""
 
 
 def train_fm(settings: Config, windows: Sequence[int]) -> None:
@@ -48,12 +50,13 @@ def train_fm(settings: Config, windows: Sequence[int]) -> None:
     init_single_process()
     job = Job("fm", settings)
     worker = Worker(job, None, InMemoryReport(), CPU)
-    worker.loop.client = LocalClient(worker.loop.reader, job.passes(windows, BEGINNING))  # type: ignore[assignment]
+    client: Any = LocalClient(worker.loop.reader, job.passes(windows, BEGINNING))
+    worker.loop.client = client
     worker.run(windows, BEGINNING)
 
 
 def students(settings: Config, number: int) -> tuple[StudentConfig, ...]:
-    """The demo's vertical models in turn, under different names."""
+    """Return the demo's vertical models in turn, under different names."""
     models = settings.vm.models
     return tuple(
         models[i % len(models)].model_copy(update={"name": f"vm{i}"}) for i in range(number)
@@ -61,24 +64,28 @@ def students(settings: Config, number: int) -> tuple[StudentConfig, ...]:
 
 
 def batches(group: BatchGroup, tables: Sequence[pa.Table]) -> Iterator[pa.Table]:
-    """A model's rows in its batches."""
-    regroup = Rebatcher(group.batch_size)
+    """Yield a model's rows in its batches."""
+    rebatcher = Rebatcher(group.batch_size)
     for table in tables:
-        yield from regroup.add(group.select(table))
-    yield from regroup.flush()
+        yield from rebatcher.add(group.select(table))
+    yield from rebatcher.flush()
 
 
-def taught(
+def with_predictions(
     rows: pa.Table,
     p_NT: torch.Tensor,
     columns: Sequence[int],
 ) -> pa.Table:
-    """Rows with a teacher's predictions of the model's tasks, as the reader of supervision gives
-    them."""
+    """Return rows with a teacher's predictions, as the reader of supervision does.
+
+    Args:
+        p_NT: predictions of all tasks.
+        columns: positions of the model's tasks.
+    """
     chosen = p_NT[:, list(columns)].numpy()
-    return rows.append_column(
-        TEACHER_COLUMN, pa.FixedSizeListArray.from_arrays(pa.array(chosen.ravel()), chosen.shape[1])
-    )
+    values = pa.array(chosen.ravel())
+    column = pa.FixedSizeListArray.from_arrays(values, chosen.shape[1])
+    return rows.append_column(TEACHER_COLUMN, column)
 
 
 def vm_group(
@@ -86,41 +93,46 @@ def vm_group(
     student: StudentConfig,
     stream: EventStream,
 ) -> BatchGroup:
-    """A fresh vertical model, arm ah_sa."""
+    """Build a new vertical model in the arm ah_sa."""
     (group,) = build_groups(Job("vm", settings, (student,)), stream.schema, CPU)
     return group
 
 
-def timed(work: Callable[[Sequence[StudentConfig]], None], own: Sequence[StudentConfig]) -> float:
-    """Seconds."""
+def fm_group(settings: Config, stream: EventStream) -> BatchGroup:
+    """Build a new FM."""
+    (group,) = build_groups(Job("fm", settings), stream.schema, CPU)
+    return group
+
+
+def seconds_of(way: Way, models: Students) -> float:
+    """Train the models in this way; seconds."""
     started = time.perf_counter()
-    work(own)
+    way(models)
     return time.perf_counter() - started
 
 
 def external(
     settings: Config,
-    own: Sequence[StudentConfig],
+    models: Students,
     windows: Sequence[int],
 ) -> None:
-    """FM, DAS and vertical models, each once over the windows."""
+    """Run FM, DAS and vertical models, each once over the windows."""
     stream = EventStream.open(settings.folder / "stream")
-    fm = build_groups(Job("fm", settings), stream.schema, CPU)[0]
+    fm = fm_group(settings, stream)
     das = Labeler(settings, stream)
     remove_tree(das.store.root / settings.fm.name)
-    for table in (
-        stream.read(w, fragment) for w in windows for fragment in stream.window(w).fragments
-    ):
-        for rows in batches(fm, [table]):
-            fm.learn(rows)
+    for window in windows:
+        for fragment in stream.window(window).fragments:
+            for rows in batches(fm, [stream.read(window, fragment)]):
+                fm.learn(rows)
     das.label_locally(windows)
-    for student in own:
+
+    for student in models:
         group = vm_group(settings, student, stream)
         for window in windows:
-            manifest = stream.window(window)
             tables = [
-                das.store.join(window, f, stream.read(window, f), student.tasks)
-                for f in manifest.fragments
+                das.store.join(window, fragment, stream.read(window, fragment), student.tasks)
+                for fragment in stream.window(window).fragments
             ]
             for rows in batches(group, tables):
                 group.learn(rows)
@@ -128,33 +140,35 @@ def external(
 
 def live(
     settings: Config,
-    own: Sequence[StudentConfig],
+    models: Students,
     windows: Sequence[int],
     learns: bool,
 ) -> None:
-    """The teacher in each vertical model's step: a snapshot, or (`learns`) one that learns the
-    batch, too."""
+    """Run the teacher in each vertical model's step.
+
+    Args:
+        learns: whether the teacher learns the batch, too; otherwise it is a snapshot.
+    """
     stream = EventStream.open(settings.folder / "stream")
-    tasks = stream.schema.tasks
-    snapshot: LocalModel = Labeler(settings, stream).snapshots.load(1, stream.schema.digest)[0]
-    for student in own:
+    snapshots = Labeler(settings, stream).snapshots
+    snapshot, _ = snapshots.load(1, stream.schema.digest)
+    for student in models:
         group = vm_group(settings, student, stream)
-        columns = [tasks.index(task) for task in student.tasks]
-        teacher = (
-            build_groups(Job("fm", settings), stream.schema, CPU)[0].trainers[0] if learns else None
-        )
+        columns = [stream.schema.tasks.index(task) for task in student.tasks]
+        teacher = fm_group(settings, stream).trainers[0] if learns else None
         for window in windows:
             tables = [stream.read(window, fragment) for fragment in stream.window(window).fragments]
             for rows in batches(group, tables):
                 batch = to_batch(rows, stream.schema)
                 p_NT = step(teacher, batch) if teacher else snapshot.score(batch)
-                group.learn(taught(rows, p_NT, columns))
+                group.learn(with_predictions(rows, p_NT, columns))
 
 
 def step(trainer: ModelTrainer, batch: Batch) -> torch.Tensor:
-    """A teacher's predictions of a batch, from the forward pass in which it learns it."""
+    """Let a teacher learn a batch; its predictions from the same forward pass."""
     serving_BT = trainer.engine.forward(batch, None).serving_BT
-    loss_B = labels_objective_B(serving_BT, batch.labels_BT[:, list(trainer.tasks)])
+    labels_BT = batch.labels_BT[:, list(trainer.tasks)]
+    loss_B = labels_objective_B(serving_BT, labels_BT)
     p_BT = torch.sigmoid(serving_BT.detach())
     trainer.engine.update(loss_B.mean())
     return p_BT
@@ -162,30 +176,32 @@ def step(trainer: ModelTrainer, batch: Batch) -> torch.Tensor:
 
 def flops(
     settings: Config,
-    own: Sequence[StudentConfig],
+    models: Students,
     windows: Sequence[int],
 ) -> dict[str, float]:
-    """Of the matrix products of the interaction models, all rows of `windows` together."""
+    """Return the FLOPs of each way: matrix products of the interaction models, all rows."""
     stream = EventStream.open(settings.folder / "stream")
     schema = stream.schema
-    dense = len(stream.schema.dense)
+    dense = len(schema.dense)
     fragments = [fragment for window in windows for fragment in stream.window(window).fragments]
-    inputs = Layout.from_config(settings.fm.model, schema).inputs(dense)
-    once = forward_flops(settings.fm.model, inputs)
-    learning = training_flops(settings.fm.model, inputs)
-    total = sum(fragment.rows for fragment in fragments)
-    vms = rows = 0
-    for student in own:
-        mine = sum(
-            fragment.domain_rows[schema.domain_index(student.domain)] for fragment in fragments
-        )
+    fm_inputs = Layout.from_config(settings.fm.model, schema).inputs(dense)
+    scoring = forward_flops(settings.fm.model, fm_inputs)
+    learning = training_flops(settings.fm.model, fm_inputs)
+    all_rows = sum(fragment.rows for fragment in fragments)
+
+    student_flops = 0
+    student_rows = 0
+    for student in models:
+        domain = schema.domain_index(student.domain)
+        rows = sum(fragment.domain_rows[domain] for fragment in fragments)
         model = student.model or settings.vm.model
-        rows += mine
-        vms += mine * training_flops(model, Layout.from_config(model, schema).inputs(dense))
+        inputs = Layout.from_config(model, schema).inputs(dense)
+        student_rows += rows
+        student_flops += rows * training_flops(model, inputs)
     return {
-        "external": total * (once + learning) + vms,
-        "live": rows * once + vms,
-        "co_distillation": rows * learning + vms,
+        "external": all_rows * (scoring + learning) + student_flops,
+        "live": student_rows * scoring + student_flops,
+        "co_distillation": student_rows * learning + student_flops,
     }
 
 
@@ -194,38 +210,48 @@ def saving(
     windows: Sequence[int],
     quick: bool,
 ) -> dict[str, Any]:
-    """S -> seconds and FLOPs of each way, and what the external teacher saves of
-    co-distillation's."""
+    """Measure each way with 1, 2, 4 and 8 vertical models.
+
+    Returns:
+        Number of models -> seconds and FLOPs of each way, and the fractions of co-distillation's
+        that the external teacher saves.
+    """
     init_single_process()
-    settings = settings.model_copy(
-        update={"vm": settings.vm.model_copy(update={"arms": (Arm("ah_sa"),)})}
-    )
+    one_arm = settings.vm.model_copy(update={"arms": (Arm("ah_sa"),)})
+    settings = settings.model_copy(update={"vm": one_arm})
     windows = windows[1:2] if quick else windows[1:3]  # the ones that have a teacher
-    told = {}
-    ways: dict[str, Callable[[Sequence[StudentConfig]], None]] = {
-        "external": lambda own: external(settings, own, windows),
-        "live": lambda own: live(settings, own, windows, learns=False),
-        "co_distillation": lambda own: live(settings, own, windows, learns=True),
+    repetitions = 1 if quick else 3
+    ways: dict[str, Way] = {
+        "external": lambda models: external(settings, models, windows),
+        "live": lambda models: live(settings, models, windows, learns=False),
+        "co_distillation": lambda models: live(settings, models, windows, learns=True),
     }
-    for work in ways.values():  # the first steps of a process take longer
-        work(students(settings, 1))
+    for way in ways.values():  # the first steps of a process take longer
+        way(students(settings, 1))
+
+    found = {}
     for number in MODELS:
-        own = students(settings, number)
+        models = students(settings, number)
         rounds = [
-            {way: timed(work, own) for way, work in ways.items()} for _ in range(1 if quick else 3)
+            {name: seconds_of(way, models) for name, way in ways.items()}
+            for _ in range(repetitions)
         ]
-        seconds = {way: statistics.median(r[way] for r in rounds) for way in ways}
-        counted = flops(settings, own, windows)
-        saved = {
-            f"{name}_saved": 1 - all_of["external"] / all_of["co_distillation"]
-            for name, all_of in (("seconds", seconds), ("flops", counted))
+        seconds = {
+            name: statistics.median(one_round[name] for one_round in rounds) for name in ways
         }
-        told[str(number)] = {"seconds": seconds, "flops": counted, **saved}
-        line = ", ".join(
-            f"{way} {seconds[way]:.1f} s {counted[way] / 1e9:.1f} GFLOP" for way in seconds
-        )
-        told_of = f"{saved['seconds_saved']:.0%} of co-distillation's seconds, {saved['flops_saved']:.0%} of its FLOPs"
+        counted = flops(settings, models, windows)
+        seconds_saved = 1 - seconds["external"] / seconds["co_distillation"]
+        flops_saved = 1 - counted["external"] / counted["co_distillation"]
+        found[str(number)] = {
+            "seconds": seconds,
+            "flops": counted,
+            "seconds_saved": seconds_saved,
+            "flops_saved": flops_saved,
+        }
+        costs = [f"{name} {seconds[name]:.1f} s {counted[name] / 1e9:.1f} GFLOP" for name in ways]
         print(
-            f"{number} vertical model(s): {line}; the external teacher saves {told_of}", flush=True
+            f"{number} vertical model(s): {', '.join(costs)}; the external teacher saves "
+            f"{seconds_saved:.0%} of co-distillation's seconds, {flops_saved:.0%} of its FLOPs",
+            flush=True,
         )
-    return told
+    return found

@@ -1,11 +1,10 @@
-"""Malformed files, configs and checkpoints: each must be told in one clear line, and none may end
-in a traceback.
+"""Malformed files, configs and checkpoints: each must be refused in one clear line.
 
-Whole files of a finished run are spoilt by seeded mutations: a bit flipped, bytes cut off, put in
-or replaced, JSON values replaced, removed, or made to point out of their folder. Then whoever reads
-that file reads it. An input is told where the reader refuses it in one line that names the file or
-the setting; harmless where what is read is what was written. A mutation that changes what is read,
-unseen, is neither, and so is any other error.
+None may end in a traceback. Whole files of a finished run are damaged by seeded mutations: a bit
+flipped, bytes cut off, inserted or replaced, JSON values replaced, removed, or changed to point out
+of their folder. Then the code that reads that file reads it. An input is `told` where the reader
+refuses it in one line that names the file or the setting; `harmless` where the result is what was
+written. A mutation that changes the result without an error is `wrong`, and so is any other error.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ import json
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,24 @@ from exfm_ray.stores.supervision import SupervisionStore
 from exfm_ray.training.checkpoint import Checkpoints
 
 SEED = 11
+JSON_FRACTION = 0.6
+"""How often a JSON file gets a mutation that leaves it JSON."""
+
 Reader = Callable[[Path], object]
-"""Reads of a run's folder what a target's file belongs to; the result is what was read."""
+"""Reads what a target's file belongs to in a run's folder; the result is what was read."""
+Mutation = Callable[[Path, random.Random], object]
+"""Damages a file in place."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A file, by a pattern below the run's folder, who reads it, and a mutation that is no damage
-    to it."""
+    """A file to damage.
+
+    Attributes:
+        pattern: glob of the file below the run's folder.
+        read: the reader of the file.
+        never: a mutation that is no damage to it.
+    """
 
     pattern: str
     read: Reader
@@ -55,46 +65,37 @@ def fuzz(
     scratch: Path,
     inputs: int,
 ) -> dict[str, Any]:
-    """Feed so many malformed inputs made from the files of a finished run.
+    """Read `inputs` malformed inputs made from the files of a finished run.
 
     Returns:
-        inputs, told, harmless, and `wrong`: what was neither, each with its file and mutation.
+        inputs, told, harmless, and `wrong`: the file, mutation and outcome of each of the others.
     """
-    draw = random.Random(SEED)
+    rng = random.Random(SEED)
     counts = Counter[str]()
     wrong = list[str]()
-    kept = {(target.pattern, target.read): _read(target, run) for target in TARGETS}
+    undamaged = {(target.pattern, target.read): _read(target.read, run) for target in TARGETS}
     for number in range(inputs):
         target = TARGETS[number % len(TARGETS)]
         files = sorted(run.glob(target.pattern))
         assert files, target.pattern
-        file = draw.choice(files)
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.copytree(
-            run, scratch / run.name, ignore=shutil.ignore_patterns("wandb", "ray_train")
-        )
-        copy = scratch / run.name / file.relative_to(run)
-        names = (
-            OF_KIND[file.suffix] if file.suffix in OF_KIND and draw.random() < 0.6 else MUTATIONS
-        )
-        name = draw.choice([name for name in names if name != target.never])
-        names[name](copy, draw)
-        outcome = _read(target, scratch / run.name)
-        kind = (
-            "harmless"
-            if outcome == kept[target.pattern, target.read]
-            else "told"
-            if outcome[0] == "told"
-            else "wrong"
-        )
+        file = rng.choice(files)
+        copy = _copy(run, scratch)
+        mutation = _mutate(copy / file.relative_to(run), target, rng)
+
+        outcome = _read(target.read, copy)
+        kind = outcome[0] if outcome[0] == "told" else "wrong"
+        if outcome == undamaged[target.pattern, target.read]:
+            kind = "harmless"
         counts[kind] += 1
         if kind == "wrong":
-            wrong.append(f"{file.relative_to(run)}, {name}: {outcome}"[:400])
-    for config in BAD_CONFIGS:
-        outcome = _read(Target("", lambda folder, text=config: _config(folder, text)), scratch)  # type: ignore[misc]
-        counts["told" if outcome[0] == "told" else "wrong"] += 1
-        if outcome[0] != "told":
-            wrong.append(f"config {config!r}: {outcome}"[:400])
+            wrong.append(f"{file.relative_to(run)}, {mutation}: {outcome}"[:400])
+
+    for text in BAD_CONFIGS:
+        outcome = _read(partial(_config, text=text), scratch)
+        kind = outcome[0] if outcome[0] == "told" else "wrong"
+        counts[kind] += 1
+        if kind == "wrong":
+            wrong.append(f"config {text!r}: {outcome}"[:400])
     shutil.rmtree(scratch, ignore_errors=True)
     print(f"malformed inputs: {dict(counts)}", *wrong, sep="\n  ", flush=True)
     return {
@@ -105,14 +106,36 @@ def fuzz(
     }
 
 
-def _read(target: Target, run: Path) -> tuple[str, object]:
-    """("read", what), ("told", the line) or ("error", what it was)."""
+def _copy(run: Path, scratch: Path) -> Path:
+    """Copy a run into the empty folder `scratch`; the copy."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    copy = scratch / run.name
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("wandb", "ray_train"))
+    return copy
+
+
+def _mutate(
+    file: Path,
+    target: Target,
+    rng: random.Random,
+) -> str:
+    """Damage a file; the name of the mutation."""
+    mutations = MUTATIONS
+    if file.suffix in OF_KIND and rng.random() < JSON_FRACTION:
+        mutations = OF_KIND[file.suffix]
+    name = rng.choice([name for name in mutations if name != target.never])
+    mutations[name](file, rng)
+    return name
+
+
+def _read(read: Reader, run: Path) -> tuple[str, object]:
+    """("read", what was read), ("told", the refusal) or ("error", what it was)."""
     try:
-        return "read", target.read(run)
+        return "read", read(run)
     except UserError as error:
         line = str(error)
         return ("told", line) if 20 < len(line) < 1500 else ("error", line)
-    except Exception as error:  # what a person would see as a traceback
+    except Exception as error:  # a person would see a traceback
         return "error", f"{type(error).__name__}: {error}"
 
 
@@ -124,13 +147,8 @@ def _stream(run: Path) -> object:
 
 def _supervision(run: Path) -> object:
     stream = EventStream.open(run / "stream")
-    reader = AugmentedReader(
-        run / "stream",
-        SupervisionStore(run / "supervision", "fm"),
-        SnapshotPolicy(1),
-        (0,),
-        ("click",),
-    )
+    store = SupervisionStore(run / "supervision", "fm")
+    reader = AugmentedReader(run / "stream", store, SnapshotPolicy(1), (0,), ("click",))
     return [
         reader.read(WindowPass(2, "learn"), fragment).to_pydict()
         for fragment in stream.window(2).fragments
@@ -141,60 +159,64 @@ def _snapshot(run: Path) -> object:
     stream = EventStream.open(run / "stream")
     store = SnapshotStore(run / "snapshots", "fm")
     model, tasks = store.load(2, stream.schema.digest)
-    return {name: tensor.tolist() for name, tensor in model.state_dict().items()}, tasks
+    tensors = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
+    return tensors, tasks
 
 
 def _checkpoint(run: Path) -> object:
-    """Damage is told, and the checkpoint before is taken."""
+    """Report damage, and read the checkpoint before."""
     checkpoints = Checkpoints(run / "checkpoints" / "fm")
-    told = list(checkpoints.set_aside_damaged())
-    mark = checkpoints.latest()
-    result = checkpoints.result(mark)
-    if told:
-        raise UserError(told[0])
-    return mark, {key: state.figures() for key, state in result.states.items()}, result.timings
+    messages = list(checkpoints.set_aside_damaged())
+    cursor = checkpoints.latest()
+    result = checkpoints.result(cursor)
+    if messages:
+        raise UserError(messages[0])
+    figures = {key: state.figures() for key, state in result.states.items()}
+    return cursor, figures, result.timings
 
 
 def _command(*arguments: str) -> str:
-    """Run a command in this process; what it prints. UserError with its line where it refuses."""
+    """Run a command in this process; what it prints.
+
+    Raises:
+        UserError: the command refuses in one line.
+    """
     out = io.StringIO()
     errors = io.StringIO()
     with redirect_stdout(out), redirect_stderr(errors):
         code = command(arguments)
-    if code:
-        line = errors.getvalue().strip()
-        raise (
-            UserError(line)
-            if line.startswith("error: ") and "\n" not in line
-            else RuntimeError(line)
-        )
-    return out.getvalue()
+    if not code:
+        return out.getvalue()
+    line = errors.getvalue().strip()
+    if line.startswith("error: ") and "\n" not in line:
+        raise UserError(line)
+    raise RuntimeError(line)
 
 
 def _report(run: Path) -> object:
-    """The report of a run: what it tells of a file that is not there, or is not whole, is that the
-    run is not as far."""
+    """Report on a run. A file that is missing or incomplete reads as a run that is not as far."""
     _command("report", str(run))
     return "a report"
 
 
-def _summarise(run: Path) -> object:
-    """What a command that finds all done writes anew, but for the peak memory, which it takes from
-    the last summary."""
-    config = Config.model_validate(
-        next(iter(yaml.safe_load_all((run / "config.yaml").read_text())))
-    )
-    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run.parent})})
+def _summarize(run: Path) -> object:
+    """Write summary.json of a finished run again.
+
+    Without the peak memory, which comes from the last summary.
+    """
+    documents = yaml.safe_load_all((run / "config.yaml").read_text())
+    config = Config.model_validate(next(iter(documents)))
+    here = config.run.model_copy(update={"dir": run.parent})
+    config = config.model_copy(update={"run": here})
     summary = PipelineRunner(config, EventStream.open(run / "stream")).summarize()
     return summary["windows"], summary["figures"]
 
 
 def _export(run: Path) -> object:
-    shutil.rmtree(run.parent / "exported", ignore_errors=True)
-    _command(
-        "export", str(run), "--vm", "feed", "--arm", "labels", "--to", str(run.parent / "exported")
-    )
-    return sorted((path.name, path.stat().st_size) for path in (run.parent / "exported").iterdir())
+    target = run.parent / "exported"
+    shutil.rmtree(target, ignore_errors=True)
+    _command("export", str(run), "--vm", "feed", "--arm", "labels", "--to", str(target))
+    return sorted((path.name, path.stat().st_size) for path in target.iterdir())
 
 
 def _config(folder: Path, text: str) -> object:
@@ -211,16 +233,15 @@ TARGETS = [
     Target("supervision/fm/window=002/*.parquet", _supervision),
     Target("snapshots/fm/version=002/model.json", _snapshot),
     Target("snapshots/fm/version=002/*.safetensors", _snapshot),
-    Target(
-        "checkpoints/fm/windows=*/manifest.json", _checkpoint, "removed"
-    ),  # without it there is no checkpoint yet
+    # Without a manifest there is no checkpoint yet.
+    Target("checkpoints/fm/windows=*/manifest.json", _checkpoint, "removed"),
     Target("checkpoints/fm/windows=*/*.safetensors", _checkpoint),
     Target("exported/feed-labels/*", _export),
     Target("metrics.jsonl", _report),
     Target("timeline.jsonl", _report),
     Target("summary.json", _report),
-    Target("summary.json", _summarise),
-    Target("timeline.jsonl", _summarise),
+    Target("summary.json", _summarize),
+    Target("timeline.jsonl", _summarize),
     Target("config.yaml", _report),
 ]
 
@@ -273,82 +294,89 @@ BAD_CONFIGS = [
 ]
 
 
-def _flip(path: Path, draw: random.Random) -> None:
+def _flip(path: Path, rng: random.Random) -> None:
     data = bytearray(path.read_bytes())
-    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
 
 
-def _cut(path: Path, draw: random.Random) -> None:
+def _cut(path: Path, rng: random.Random) -> None:
     data = path.read_bytes()
-    path.write_bytes(data[: draw.randrange(len(data))])
+    path.write_bytes(data[: rng.randrange(len(data))])
 
 
-def _noise(path: Path, draw: random.Random) -> None:
+def _noise(path: Path, rng: random.Random) -> None:
     data = bytearray(path.read_bytes())
-    at = draw.randrange(len(data))
-    length = draw.randrange(1, 64)
-    data[at : at + length] = draw.randbytes(length)
+    start = rng.randrange(len(data))
+    length = rng.randrange(1, 64)
+    data[start : start + length] = rng.randbytes(length)
     path.write_bytes(data)
 
 
-def _grow(path: Path, draw: random.Random) -> None:
-    path.write_bytes(path.read_bytes() + draw.randbytes(40))
+def _grow(path: Path, rng: random.Random) -> None:
+    path.write_bytes(path.read_bytes() + rng.randbytes(40))
 
 
-def _value(path: Path, draw: random.Random) -> None:
-    """Replace one value somewhere by one of another kind."""
-    _change(
-        path,
-        draw,
-        lambda at, key: at.__setitem__(
-            key, draw.choice([None, -1, 2**70, "", "../../x", [], {}, [[1]], True, 1e308])
-        ),
-    )
+def _value(path: Path, rng: random.Random) -> None:
+    """Replace one value by one of another kind."""
+
+    def replace(node: Any, key: Any) -> None:
+        node[key] = rng.choice([None, -1, 2**70, "", "../../x", [], {}, [[1]], True, 1e308])
+
+    _change(path, rng, replace)
 
 
-def _remove(path: Path, draw: random.Random) -> None:
-    _change(path, draw, lambda at, key: at.pop(key))
+def _remove(path: Path, rng: random.Random) -> None:
+    _change(path, rng, lambda node, key: node.pop(key))
 
 
-def _escape(path: Path, draw: random.Random) -> None:
-    """Every name of a file points out of the folder."""
+def _escape(path: Path, rng: random.Random) -> None:
+    """Make every file name point out of the folder."""
     text = path.read_text()
     for suffix in (".parquet", ".safetensors"):
         text = text.replace(f'{suffix}"', f'{suffix}/../../../../etc/passwd"')
     path.write_text(text)
 
 
-def _empty_row(path: Path, draw: random.Random) -> None:
-    """A line that is JSON and no row."""
+def _empty_row(path: Path, rng: random.Random) -> None:
+    """Insert a line that is JSON but no row."""
     lines = path.read_text().splitlines(keepends=True)
-    lines.insert(
-        draw.randrange(len(lines) + 1), draw.choice(["{}\n", "[]\n", "null\n", '{"role": 3}\n'])
-    )
+    position = rng.randrange(len(lines) + 1)
+    line = rng.choice(["{}\n", "[]\n", "null\n", '{"role": 3}\n'])
+    lines.insert(position, line)
     path.write_text("".join(lines))
 
 
 def _change(
     path: Path,
-    draw: random.Random,
+    rng: random.Random,
     change: Callable[[Any, Any], object],
 ) -> None:
+    """Change one value of a JSON file.
+
+    Args:
+        change: called with a list or object of the file, and the index or key of the value in it.
+    """
     tree = json.loads(path.read_text())
     places: list[tuple[Any, Any]] = []
 
-    def walk(node: Any) -> None:
-        for key in (
-            node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
-        ):
+    def collect(node: Any) -> None:
+        keys: Iterable[Any] = ()
+        if isinstance(node, dict):
+            keys = node
+        elif isinstance(node, list):
+            keys = range(len(node))
+        for key in keys:
             places.append((node, key))
-            walk(node[key])
+            collect(node[key])
 
-    walk(tree)
-    change(*draw.choice(places))
+    collect(tree)
+    node, key = rng.choice(places)
+    change(node, key)
     path.write_text(json.dumps(tree))
 
 
-MUTATIONS: dict[str, Callable[[Path, random.Random], object]] = {
+MUTATIONS: dict[str, Mutation] = {
     "a bit flipped": _flip,
     "cut": _cut,
     "bytes replaced": _noise,
@@ -357,15 +385,15 @@ MUTATIONS: dict[str, Callable[[Path, random.Random], object]] = {
     "of another kind": lambda path, _: path.write_bytes(b"PK\x03\x04 no such format"),
     "removed": lambda path, _: path.unlink(),
 }
-JSON_MUTATIONS: dict[str, Callable[[Path, random.Random], object]] = {
+JSON_MUTATIONS: dict[str, Mutation] = {
     "a value replaced": _value,
     "a value removed": _remove,
     "names lead elsewhere": _escape,
     "a list": lambda path, _: path.write_text("[1, 2]"),
     "deep": lambda path, _: path.write_text("[" * 50_000),
 }
-OF_KIND: dict[str, dict[str, Callable[[Path, random.Random], object]]] = {
+OF_KIND: dict[str, dict[str, Mutation]] = {
     ".json": JSON_MUTATIONS,
     ".jsonl": {"a row that is none": _empty_row},
 }
-"""Mutations that leave a file what its suffix says."""
+"""Suffix -> mutations that leave a file of its kind."""

@@ -1,12 +1,11 @@
-"""The peers' side of `benchmarks.peers`: FuxiCTR's and torch-rechub's DCNv2, and Wukong in plain
-torch.
+"""The peers of `benchmarks.peers`: DCNv2 of FuxiCTR and torch-rechub, and Wukong in plain torch.
 
     python peer_models.py FOLDER PEER
 
 runs in the interpreter that has the peers and imports nothing of exfm_ray. FOLDER holds
 settings.json and the training rows, as train.npz and train.parquet. Each line of the input names a
-way of the peer to load them, or says `ready`: batches in memory. Then one pass is trained, and the
-answer is a line with its seconds.
+loader of the peer, or is `ready`: batches in memory. Then the peer trains one pass, and answers
+with a line that holds the seconds.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import os
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,12 @@ READY = "ready"
 
 
 class Peer:
-    """A model and its trainer. `settings`: tables (feature -> rows), dim, batch_size, threads,
-    model (its sizes)."""
+    """A model and its trainer.
+
+    Args:
+        folder: folder of the training rows.
+        settings: tables (feature -> rows), dim, batch_size, threads, model (its sizes).
+    """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
@@ -53,11 +56,11 @@ class Peer:
             self.labels = columns["label"]
 
     def loader(self, name: str) -> Iterable[Any]:
-        """Batches by the peer's own loader."""
+        """Return batches by the peer's own loader."""
         raise NotImplementedError
 
     def train(self, batches: Iterable[Any]) -> None:
-        """One pass by the peer's own trainer."""
+        """Train one pass by the peer's own trainer."""
         raise NotImplementedError
 
 
@@ -67,8 +70,10 @@ def fuxictr_dcnv2(
     sizes: dict[str, Any],
     folder: Path,
 ) -> Any:
-    """DCNv2 in its parallel form from FuxiCTR's own layers, for its wheel has the layers but not
-    the model."""
+    """Build DCNv2 in its parallel form from FuxiCTR's own layers.
+
+    FuxiCTR's wheel has the layers but not the model.
+    """
     from fuxictr.pytorch.layers import CrossNetV2, FeatureEmbedding, MLP_Block
     from fuxictr.pytorch.models import BaseModel
 
@@ -94,34 +99,36 @@ def fuxictr_dcnv2(
 
         def forward(self, inputs: Any) -> dict[str, Tensor]:
             embedded = self.embedding_layer(self.get_inputs(inputs), flatten_emb=True)
-            both = torch.cat([self.crossnet(embedded), self.parallel_dnn(embedded)], dim=-1)
-            return {"y_pred": self.output_activation(self.fc(both))}
+            crossed = self.crossnet(embedded)
+            deep = self.parallel_dnn(embedded)
+            logits = self.fc(torch.cat([crossed, deep], dim=-1))
+            return {"y_pred": self.output_activation(logits)}
 
     return DCNv2()
 
 
 class FuxiCTR(Peer):
-    """Trains by FuxiCTR's `train_epoch`; loads by its NpzDataLoader or, through Ray, its
-    ParquetDataLoader."""
+    """Trains by FuxiCTR's `train_epoch`.
+
+    Loads by its NpzDataLoader or, through Ray, its ParquetDataLoader.
+    """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         super().__init__(folder, settings)
         from fuxictr.features import FeatureMap
 
         self.feature_map = FeatureMap("peers", str(folder))
-        specs = (
-            (name, {"type": "categorical", "source": "", "vocab_size": rows})
-            for name, rows in self.tables.items()
-        )
-        self.feature_map.features = OrderedDict(specs)
+        self.feature_map.features = OrderedDict()
+        for name, rows in self.tables.items():
+            feature = {"type": "categorical", "source": "", "vocab_size": rows}
+            self.feature_map.features[name] = feature
         self.feature_map.labels = ["label"]
         self.feature_map.set_column_index()
         self.model = fuxictr_dcnv2(self.feature_map, self.dim, self.sizes, folder)
-        self.model._max_gradient_norm, self.model._total_steps, self.model._stop_training = (
-            10.0,
-            0,
-            False,
-        )  # as its `fit` sets them
+        # As its `fit` sets them:
+        self.model._max_gradient_norm = 10.0
+        self.model._total_steps = 0
+        self.model._stop_training = False
 
     def loader(self, name: str) -> Iterable[Any]:
         from fuxictr.pytorch.dataloaders.npz_dataloader import NpzDataLoader
@@ -181,9 +188,19 @@ class TorchRechub(Peer):
         self.trainer.train_one_epoch(batches)
 
 
+def hidden_layers(widths: Sequence[int]) -> list[nn.Module]:
+    """Return a linear layer and a ReLU for each pair of widths."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return layers
+
+
 class PlainWukongLayer(nn.Module):
-    """LN(concat(FMB(X), LCB(X)) + R(X)) as in Wukong (arXiv 2403.02545), its factorization machine
-    X (X^T Y)."""
+    """LN(concat(FMB(X), LCB(X)) + R(X)) as in Wukong (arXiv 2403.02545).
+
+    Its factorization machine is X (X^T Y).
+    """
 
     def __init__(
         self,
@@ -195,12 +212,15 @@ class PlainWukongLayer(nn.Module):
         out = sizes["n_F"] + sizes["n_L"]
         self.project = nn.Parameter(torch.randn(rows, sizes["k"]) / rows**0.5)
         widths = (rows * sizes["k"], *sizes["fmb_mlp"])
-        hidden = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
         self.fmb = nn.Sequential(
-            nn.LayerNorm(widths[0]), *hidden, nn.Linear(widths[-1], sizes["n_F"] * dim)
+            nn.LayerNorm(widths[0]),
+            *hidden_layers(widths),
+            nn.Linear(widths[-1], sizes["n_F"] * dim),
         )
         self.lcb = nn.Parameter(torch.randn(sizes["n_L"], rows) / rows**0.5)
-        self.residual = nn.Parameter(torch.randn(out, rows) / rows**0.5) if rows != out else None
+        self.residual = None
+        if rows != out:
+            self.residual = nn.Parameter(torch.randn(out, rows) / rows**0.5)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -225,33 +245,23 @@ class PlainWukong(nn.Module):
         for embedding in self.embeddings:
             nn.init.normal_(embedding.weight, std=0.05)  # type: ignore[arg-type]
         out = sizes["n_F"] + sizes["n_L"]
-        self.layers = nn.Sequential(
-            *(
-                PlainWukongLayer(rows, dim, sizes)
-                for rows in (len(tables), *[out] * (sizes["l"] - 1))
-            )
-        )
+        inputs = [len(tables)] + [out] * (sizes["l"] - 1)
+        self.layers = nn.Sequential(*(PlainWukongLayer(rows, dim, sizes) for rows in inputs))
         widths = (out * dim, *sizes["mlp"])
-        self.mlp = nn.Sequential(
-            *(layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())),
-            nn.Linear(widths[-1], 1),
-        )
+        self.mlp = nn.Sequential(*hidden_layers(widths), nn.Linear(widths[-1], 1))
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = torch.stack(
-            [
-                embedding(column)
-                for embedding, column in zip(self.embeddings, ids.unbind(1), strict=True)
-            ],
-            dim=1,
-        )
+        embedded = [
+            embedding(column)
+            for embedding, column in zip(self.embeddings, ids.unbind(1), strict=True)
+        ]
+        x = torch.stack(embedded, dim=1)
         logits: Tensor = self.mlp(self.layers(x).flatten(1)).squeeze(1)
         return logits
 
 
 class PlainTorch(Peer):
-    """The plain Wukong, a plain training loop, a DataLoader over a TensorDataset, Adam over
-    everything."""
+    """The plain Wukong, a plain training loop, a DataLoader, Adam over everything."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         super().__init__(folder, settings)
@@ -260,10 +270,8 @@ class PlainTorch(Peer):
         self.loss = nn.BCEWithLogitsLoss()
 
     def loader(self, name: str) -> Iterable[Any]:
-        data = TensorDataset(
-            torch.from_numpy(np.stack(list(self.ids.values()), axis=1)),
-            torch.from_numpy(self.labels),
-        )
+        ids = torch.from_numpy(np.stack(list(self.ids.values()), axis=1))
+        data = TensorDataset(ids, torch.from_numpy(self.labels))
         return DataLoader(data, batch_size=self.batch_size, shuffle=True, num_workers=WORKERS[name])
 
     def train(self, batches: Iterable[Any]) -> None:
@@ -284,20 +292,18 @@ def main() -> None:
     folder = Path(sys.argv[1])
     name = sys.argv[2]
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the peers print is no answer
+    os.dup2(2, 1)  # the peers print, too
     settings = json.loads((folder / "settings.json").read_text())
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
     peer = PEERS[name](folder, settings)
     loaders: dict[str, Iterable[Any]] = {}
     for line in sys.stdin:
-        wanted = line.strip()
-        if wanted not in loaders:
-            loaders[wanted] = (
-                list(peer.loader("no worker")) if wanted == READY else peer.loader(wanted)
-            )
+        way = line.strip()
+        if way not in loaders:
+            loaders[way] = list(peer.loader("no worker")) if way == READY else peer.loader(way)
         started = time.perf_counter()
-        peer.train(loaders[wanted])
+        peer.train(loaders[way])
         print(time.perf_counter() - started, file=answers, flush=True)
 
 

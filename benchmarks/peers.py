@@ -3,20 +3,21 @@
     python -m benchmarks.peers [--data DIR] [--quick] [--peer-python PATH]
 
 DIR holds `frappe/train.csv`. The peers are FuxiCTR's and torch-rechub's DCNv2, each with its own
-trainer and loader, and Wukong in plain torch (`peer_models.py`), for no peer that can be installed
-has one. They run in the interpreter PATH:
+trainer and loader, and Wukong in plain torch (`peer_models.py`), because no peer that can be
+installed has one. They run in the interpreter PATH:
 
-    python3.11 -m venv peers && peers/bin/pip install torch==2.13.0 fuxictr==2.3.10
-    torch-rechub==0.9.0
+    python3.11 -m venv peers && peers/bin/pip install \\
+        torch==2.13.0 fuxictr==2.3.10 torch-rechub==0.9.0
 
-and `--peer-python peers/bin/python`; PATH is not needed where they are installed beside exfm-ray.
+and `--peer-python peers/bin/python`. PATH is not needed where they are installed beside exfm-ray.
+
 Two settings: Frappe, each table as small as its column; and the same with 5 million ids for the
-user. Batches of 4096, dim 16, all cores to torch on both sides, float32; and ours once more in bf16
-(`fast`), a setting that the peers do not have. Ours: tables with row-wise Adagrad, dense part with
-Adam, no file read ahead; peers: Adam over everything, as they come.
+user. Batches of 4096, dim 16, all cores for torch on both sides, float32; and ours once more in
+bf16 (`fast`), a setting that the peers do not have. Ours: tables with row-wise Adagrad, dense part
+with Adam, no file read ahead. Peers: Adam over everything, as they come.
 
 A pass is timed with the side's own way from the data to the batch (ours reads the stream's files; a
-peer has its rows in memory and gets the quickest of its loaders, found by trial), and again with
+peer has its rows in memory and uses its quickest loader, which is found by trial), and again with
 batches ready in memory (`step`). Ratios are medians of pairs.
 """
 
@@ -29,12 +30,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 
 from benchmarks.common import arguments, bar, report
@@ -52,8 +54,18 @@ from exfm_ray.training.local import init_single_process
 from exfm_ray.training.train_batch import TrainBatch
 from exfm_ray.training.worker import build_groups
 
-SAYS = "Times training of Wukong and DCNv2 and of their peers on Frappe, and with a table of 5 million ids: about 9 minutes (--quick: 2)."
-INSTALL = "python3.11 -m venv peers && peers/bin/pip install torch==2.13.0 fuxictr==2.3.10 torch-rechub==0.9.0"
+DESCRIPTION = (
+    "Times training of Wukong and DCNv2 and of their peers on Frappe, and with a table of "
+    "5 million ids: about 9 minutes (--quick: 2)."
+)
+INSTALL = (
+    "python3.11 -m venv peers && "
+    "peers/bin/pip install torch==2.13.0 fuxictr==2.3.10 torch-rechub==0.9.0"
+)
+CHECK = (
+    "import fuxictr.pytorch.models, torch_rechub.trainers, torch; "
+    "print(torch.__version__.split('+')[0])"
+)
 BATCH_SIZE = 4096
 DIM = 16
 MANY_IDS = 5_000_000
@@ -77,8 +89,13 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 class Setting(NamedTuple):
-    """The data of some comparisons: at most so many batches of Frappe, with ids of its own for the
-    user; how often passes are paired."""
+    """The data of some comparisons.
+
+    Attributes:
+        user_ids: number of ids of the user; None for those of Frappe.
+        batches: at most so many batches of Frappe are used.
+        pairs: how often a pass of each side is timed.
+    """
 
     name: str
     user_ids: int | None
@@ -91,7 +108,11 @@ QUICK = (Setting("frappe", None, 5, 1), Setting("ids_5m", MANY_IDS, 2, 1))
 
 
 class Pairing(NamedTuple):
-    """One comparison; `least` is the bar of its ratio."""
+    """One comparison.
+
+    Attributes:
+        least: bar of the ratio of our examples/s over the peer's; None without a bar.
+    """
 
     setting: str
     model: str
@@ -119,41 +140,48 @@ def write_setting(
     raw: pd.DataFrame,
     user_ids: int | None,
 ) -> None:
-    """The rows as a stream of one window, and as the peers read them; all columns and the domain,
-    ids from 1 on."""
+    """Write the rows as a stream of one window, and as the peers read them.
+
+    Both have all columns and the domain; ids count from 1.
+    """
     ids = {name: raw[name].factorize()[0] + 1 for name in COLUMNS}
     counts = {name: int(column.max()) for name, column in ids.items()}
     if user_ids:  # log-uniform: Zipf's law with exponent 1
+        exponents = np.random.default_rng(0).random(len(raw))
         counts["user"] = user_ids
-        ids["user"] = (user_ids ** np.random.default_rng(0).random(len(raw))).astype(np.int64)
-    schema = Schema(
-        features=tuple(indexed(name, counts[name]) for name in COLUMNS), tasks=("label",)
-    )
+        ids["user"] = (user_ids**exponents).astype(np.int64)
+    features = tuple(indexed(name, counts[name]) for name in COLUMNS)
+    schema = Schema(features=features, tasks=("label",))
     ids[DOMAIN_FEATURE] = np.ones(len(raw), np.int64)
     labels = raw["label"].to_numpy(np.float32)
+
     number = np.arange(len(raw))
-    sparse = np.stack(list(ids.values()), axis=1)
     table = packed(
         schema,
         number,
         number,
         np.zeros(len(raw)),
         labels[:, None],
-        sparse,
+        np.stack(list(ids.values()), axis=1),
         np.zeros((len(raw), 0)),
         {},
     )
     writer = StreamWriter(folder / "stream", schema, {}, fragment_rows=50_000)
     writer.write_window(0, 0, len(raw), 0, [table])
     writer.finish({"rows": len(raw)})
-    np.savez(folder / "train.npz", **{**ids, "label": labels})  # type: ignore[arg-type]  # of its stub
-    pd.DataFrame({**ids, "label": labels}).to_parquet(folder / "train.parquet")
-    (folder / "tables.json").write_text(json.dumps({f.name: f.rows for f in schema.single}))
+
+    columns: dict[str, Any] = {**ids, "label": labels}
+    np.savez(folder / "train.npz", **columns)
+    pd.DataFrame(columns).to_parquet(folder / "train.parquet")
+    rows = {feature.name: feature.rows for feature in schema.single}
+    (folder / "tables.json").write_text(json.dumps(rows))
 
 
 class Ours:
-    """One model on one core group: a pass over the stream from its files, or over batches in
-    memory."""
+    """One of our models.
+
+    Trains a pass over the stream from its files, or over batches in memory.
+    """
 
     def __init__(
         self,
@@ -161,34 +189,41 @@ class Ours:
         model: str,
         **trainer: Any,
     ) -> None:
-        fm = {"batch_size": BATCH_SIZE, "model": MODELS[model], **trainer}
-        job = Job(
-            "fm",
-            Config.model_validate({"name": folder.name, "run": {"dir": folder.parent}, "fm": fm}),
-        )
+        tree = {
+            "name": folder.name,
+            "run": {"dir": folder.parent},
+            "fm": {"batch_size": BATCH_SIZE, "model": MODELS[model], **trainer},
+        }
+        job = Job("fm", Config.model_validate(tree))
         self.stream = EventStream.open(job.stream_root)
         (self.group,) = build_groups(job, self.stream.schema, CPU)
-        fragments = self.stream.window(0).fragments
-        tables = (self.stream.read(0, fragment) for fragment in fragments)
-        self.ready = [to_batch(rows, self.stream.schema) for rows in regroup(tables, BATCH_SIZE)]
-        self.fragments = fragments
+        self.batches = [to_batch(rows, self.stream.schema) for rows in self._from_files()]
+        self.rows = sum(len(batch) for batch in self.batches)
 
-    def __call__(self, way: str) -> float:
-        """Seconds of a pass; `way` is READY, or anything else for the way from the files."""
+    def train(self, way: str) -> float:
+        """Train a pass; seconds.
+
+        Args:
+            way: READY for the batches in memory, anything else for the stream's files.
+        """
         started = time.perf_counter()
         if way == READY:
-            for batch in self.ready:
-                weight_B = torch.full((len(batch),), 1 / len(batch))
-                self.group.trainers[0].learn(TrainBatch(batch, weight_B))
+            for batch in self.batches:
+                weights_B = torch.full((len(batch),), 1 / len(batch))
+                self.group.trainers[0].learn(TrainBatch(batch, weights_B))
         else:
-            for rows in regroup(
-                (self.stream.read(0, fragment) for fragment in self.fragments), BATCH_SIZE
-            ):
+            for rows in self._from_files():
                 self.group.learn(rows)
         return time.perf_counter() - started
 
+    def _from_files(self) -> Iterator[pa.Table]:
+        """Yield the rows of the stream in batches."""
+        fragments = self.stream.window(0).fragments
+        tables = (self.stream.read(0, fragment) for fragment in fragments)
+        return regroup(tables, BATCH_SIZE)
 
-class Theirs:
+
+class Peer:
     """A peer in a process of its own, as a context."""
 
     def __init__(
@@ -202,38 +237,37 @@ class Theirs:
             "dim": DIM,
             "batch_size": BATCH_SIZE,
             "threads": THREADS,
+            "model": MODELS[pairing.model],
         }
-        (folder / "settings.json").write_text(
-            json.dumps({**settings, "model": MODELS[pairing.model]})
-        )
+        (folder / "settings.json").write_text(json.dumps(settings))
+        script = Path(__file__).with_name("peer_models.py")
         self._log = folder / f"{pairing.peer}.log"
-        self._command = [
-            str(python),
-            str(Path(__file__).with_name("peer_models.py")),
-            str(folder),
-            pairing.peer,
-        ]
+        self._command = [str(python), str(script), str(folder), pairing.peer]
 
     def __enter__(self) -> Callable[[str], float]:
-        pipes: dict[str, Any] = {
-            "stdin": subprocess.PIPE,
-            "stdout": subprocess.PIPE,
-            "text": True,
-            "bufsize": 1,
-        }
         with self._log.open("w") as log:
-            self._process = subprocess.Popen(self._command, stderr=log, **pipes)
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                bufsize=1,
+            )
         return self.train
 
     def train(self, way: str) -> float:
-        """Seconds of a pass of the peer; `way` is one of its loaders, or READY."""
+        """Train a pass of the peer; seconds.
+
+        Args:
+            way: one of its loaders, or READY.
+        """
         assert self._process.stdin and self._process.stdout
         print(way, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:
-            sys.exit(
-                f"the peer's process ended: {' '.join(self._command)}\n{self._log.read_text()[-2000:]}"
-            )
+            command = " ".join(self._command)
+            sys.exit(f"the peer's process ended: {command}\n{self._log.read_text()[-2000:]}")
         return float(answer)
 
     def __exit__(self, *_: object) -> None:
@@ -243,11 +277,11 @@ class Theirs:
 
 
 def quickest_loader(
-    peer: Theirs,
+    peer: Peer,
     name: str,
     rows: int,
 ) -> tuple[str, dict[str, float]]:
-    """The peer's loader with the most examples/s in the second of two passes, and what each had."""
+    """Return the peer's quickest loader, and the examples/s of each in the second of two passes."""
     speeds = {}
     for loader in LOADERS[name]:
         with peer as train:
@@ -260,33 +294,35 @@ def quickest_loader(
 def compare(
     ours: Ours,
     fast: Ours,
-    train: Callable[[str], float],
-    loader: str,
+    train_peer: Callable[[str], float],
+    way: str,
     pairs: int,
 ) -> dict[str, Any]:
-    """Passes in turn after one of each side to warm up: examples/s of all, ratios over the peer;
-    with loading, and steps alone."""
-    figures: dict[str, Any] = {"loader": loader}
-    rows = sum(len(batch) for batch in ours.ready)
-    for kind, way in (("pass", loader), ("step", READY)):
-        seconds = [(ours(way), fast(way), train(way)) for _ in range(pairs + 1)][1:]
-        ratios = [theirs / own for own, _, theirs in seconds]
-        fast_ratios = [theirs / own for _, own, theirs in seconds]
-        own, own_fast, theirs = (
-            rows / statistics.median(side) for side in zip(*seconds, strict=True)
-        )
-        figures[kind] = {
-            "ours": own,
-            "fast": own_fast,
-            "peer": theirs,
-            "ratio": statistics.median(ratios),
-            "ratios": [min(ratios), max(ratios)],
-        }
-        figures[kind] |= {
-            "fast_ratio": statistics.median(fast_ratios),
-            "fast_ratios": [min(fast_ratios), max(fast_ratios)],
-        }
-    return figures
+    """Train passes in turn, after one of each side to warm up.
+
+    Returns:
+        Examples/s of ours, fast and the peer, and the ratios over the peer.
+    """
+    own_s = []
+    fast_s = []
+    peer_s = []
+    for _ in range(pairs + 1):
+        own_s.append(ours.train(way))
+        fast_s.append(fast.train(way))
+        peer_s.append(train_peer(way))
+    del own_s[0], fast_s[0], peer_s[0]
+
+    ratios = [peer / own for own, peer in zip(own_s, peer_s, strict=True)]
+    fast_ratios = [peer / own for own, peer in zip(fast_s, peer_s, strict=True)]
+    return {
+        "ours": ours.rows / statistics.median(own_s),
+        "fast": ours.rows / statistics.median(fast_s),
+        "peer": ours.rows / statistics.median(peer_s),
+        "ratio": statistics.median(ratios),
+        "ratios": [min(ratios), max(ratios)],
+        "fast_ratio": statistics.median(fast_ratios),
+        "fast_ratios": [min(fast_ratios), max(fast_ratios)],
+    }
 
 
 def variants(
@@ -294,46 +330,44 @@ def variants(
     model: str,
     quick: bool,
 ) -> dict[str, float]:
-    """Examples/s of ours over batches in memory, by precision and, if not `quick`, compilation."""
+    """Return examples/s of ours over batches in memory, by precision and compilation.
+
+    Without compilation where `quick`.
+    """
     settings: dict[str, dict[str, Any]] = {
         "fp32": {},
         "fp32_medium": {"matmul_precision": "medium"},
         "bf16": FAST,
     }
     if not quick:
-        settings |= {"fp32_compiled": {"compile": True}, "bf16_compiled": {**FAST, "compile": True}}
+        settings["fp32_compiled"] = {"compile": True}
+        settings["bf16_compiled"] = {**FAST, "compile": True}
     speeds = {}
     for name, changed in settings.items():
         ours = Ours(folder, model, **changed)
-        seconds = [ours(READY) for _ in range(3)][1:]
-        speeds[name] = sum(len(batch) for batch in ours.ready) / min(seconds)
-    print(
-        f"{model}, steps: "
-        + ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds.items())
-        + " examples/s",
-        flush=True,
-    )
+        seconds = [ours.train(READY) for _ in range(3)]
+        speeds[name] = ours.rows / min(seconds[1:])
+    parts = [f"{name} {speed:,.0f}" for name, speed in speeds.items()]
+    print(f"{model}, steps: {', '.join(parts)} examples/s", flush=True)
     return speeds
 
 
-def peer_python(given: Path | None) -> Path:
-    """The interpreter that has the peers; ends the program, saying how to make one, where it lacks
-    them."""
-    python = given or Path(sys.executable)
+def peer_python(requested: Path | None) -> Path:
+    """Return the interpreter that has the peers.
+
+    Ends the program with instructions to make one where they are missing.
+    """
+    python = requested or Path(sys.executable)
     way_out = f"Make one that can, and name it by --peer-python:\n  {INSTALL}"
-    check = [
-        str(python),
-        "-c",
-        "import fuxictr.pytorch.models, torch_rechub.trainers, torch; print(torch.__version__.split('+')[0])",
-    ]
-    done = subprocess.run(check, capture_output=True, text=True)
+    done = subprocess.run([str(python), "-c", CHECK], capture_output=True, text=True)
     if done.returncode:
+        last_line = done.stderr.strip().splitlines()[-1]
+        sys.exit(f"{python} cannot import the peers: {last_line}\n{way_out}")
+    peer_version = done.stdout.strip()
+    if peer_version != torch.__version__.split("+")[0]:
         sys.exit(
-            f"{python} cannot import the peers: {done.stderr.strip().splitlines()[-1]}\n{way_out}"
-        )
-    if done.stdout.strip() != torch.__version__.split("+")[0]:
-        sys.exit(
-            f"{python} has torch {done.stdout.strip()}, this is {torch.__version__}: both sides need the same.\n{way_out}"
+            f"{python} has torch {peer_version}, this is {torch.__version__}: "
+            f"both sides need the same.\n{way_out}"
         )
     return python
 
@@ -345,27 +379,42 @@ def run(
     loader: str | None,
     pairs: int,
 ) -> dict[str, Any]:
-    """One comparison; the peer's quickest loader is found where none is given."""
-    peer = Theirs(python, folder, pairing)
-    trials: dict[str, Any] = {}
+    """Make one comparison.
+
+    Args:
+        loader: the peer's quickest loader; None to find it.
+    """
+    peer = Peer(python, folder, pairing)
+    speeds: dict[str, float] = {}
     if loader is None:
-        loader, trials = quickest_loader(
-            peer, pairing.peer, len(pd.read_parquet(folder / "train.parquet", columns=["label"]))
-        )
-    with peer as train:
-        found = compare(
-            Ours(folder, pairing.model), Ours(folder, pairing.model, **FAST), train, loader, pairs
-        )
-    words = "{0}: ours {1[ours]:,.0f}, fast {1[fast]:,.0f}, peer {1[peer]:,.0f}, ratios {1[ratio]:.2f} and {1[fast_ratio]:.2f}"
-    told = (words.format(kind, found[kind]) for kind in ("pass", "step"))
-    print(f"{pairing.name}, examples/s: {', '.join(told)}; its loader: {loader}", flush=True)
-    return found | ({"loaders": trials} if trials else {})
+        rows = len(pd.read_parquet(folder / "train.parquet", columns=["label"]))
+        loader, speeds = quickest_loader(peer, pairing.peer, rows)
+    ours = Ours(folder, pairing.model)
+    fast = Ours(folder, pairing.model, **FAST)
+    figures: dict[str, Any] = {"loader": loader}
+    with peer as train_peer:
+        figures["pass"] = compare(ours, fast, train_peer, loader, pairs)
+        figures["step"] = compare(ours, fast, train_peer, READY, pairs)
+    if speeds:
+        figures["loaders"] = speeds
+
+    parts = [comparison_text(kind, figures[kind]) for kind in ("pass", "step")]
+    print(f"{pairing.name}, examples/s: {', '.join(parts)}; its loader: {loader}", flush=True)
+    return figures
+
+
+def comparison_text(kind: str, figures: Mapping[str, Any]) -> str:
+    """Describe one comparison in a line."""
+    return (
+        f"{kind}: ours {figures['ours']:,.0f}, fast {figures['fast']:,.0f}, "
+        f"peer {figures['peer']:,.0f}, ratios {figures['ratio']:.2f} and "
+        f"{figures['fast_ratio']:.2f}"
+    )
 
 
 def main() -> None:
-    options = arguments(
-        "benchmarks.peers", SAYS, {"--peer-python": "interpreter that has fuxictr, torch-rechub and torch"}
-    )
+    help_text = "interpreter that has fuxictr, torch-rechub and torch"
+    options = arguments("benchmarks.peers", DESCRIPTION, {"--peer-python": help_text})
     python = peer_python(options.peer_python)
     source = options.data / "frappe" / "train.csv"
     if not source.is_file():
@@ -373,28 +422,31 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     init_single_process()
     raw = pd.read_csv(source)
+
     figures: dict[str, Any] = {}
-    loaders: dict[str, Any] = {}
+    loaders: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for setting in QUICK if options.quick else FULL:
             folder = Path(scratch) / setting.name
             folder.mkdir()
             write_setting(folder, raw[: setting.batches * BATCH_SIZE], setting.user_ids)
-            for pairing in (p for p in PAIRINGS if p.setting == setting.name):
-                found = run(python, folder, pairing, loaders.get(pairing.peer), setting.pairs)
-                figures[pairing.name], loaders[pairing.peer] = found, found["loader"]
-        figures["variants"] = {
-            model: variants(Path(scratch) / "frappe", model, options.quick) for model in MODELS
-        }
-    bars = {p.name: bar(figures[p.name]["pass"]["ratio"], p.least) for p in PAIRINGS if p.least}
-    bars |= {
-        f"{p.name}_fast": bar(figures[p.name]["pass"]["fast_ratio"], p.least)
-        for p in PAIRINGS
-        if p.least
-    }
-    report(
-        "peers", {"threads": THREADS, "batch_size": BATCH_SIZE, "models": MODELS, **figures}, bars
-    )
+            for pairing in PAIRINGS:
+                if pairing.setting == setting.name:
+                    loader = loaders.get(pairing.peer)
+                    found = run(python, folder, pairing, loader, setting.pairs)
+                    figures[pairing.name] = found
+                    loaders[pairing.peer] = found["loader"]
+        frappe = Path(scratch) / "frappe"
+        figures["variants"] = {model: variants(frappe, model, options.quick) for model in MODELS}
+
+    bars = {}
+    with_bar = [pairing for pairing in PAIRINGS if pairing.least]
+    for key, suffix in (("ratio", ""), ("fast_ratio", "_fast")):
+        for pairing in with_bar:
+            ratio = figures[pairing.name]["pass"][key]
+            bars[f"{pairing.name}{suffix}"] = bar(ratio, pairing.least or 0.0)
+    sizes = {"threads": THREADS, "batch_size": BATCH_SIZE, "models": MODELS}
+    report("peers", {**sizes, **figures}, bars)
 
 
 if __name__ == "__main__":
