@@ -31,7 +31,7 @@ WORDS = re.compile(
     rf"(?<![\w.])(?:(?:{'|'.join(PRIVATE)})(?![\w.])|(?:{'|'.join(BRITISH)})\w*)",
     re.IGNORECASE,
 )
-ON_DISK = re.compile(r"[\"'`](?:parked|stood_in|parked\.json)[\"'`]")
+ON_DISK = re.compile(r"[\"'`](?:parked|stood_in|parked\.json|normaliser)[\"'`]")
 """Names in files of former runs, which keep them."""
 
 FILES = sorted(

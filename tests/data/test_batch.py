@@ -66,7 +66,7 @@ def test_padding_adds_rows_of_missing_values() -> None:
 
 @given(sizes=st.lists(st.integers(0, 20), max_size=12), rows=st.integers(1, 9))
 def test_regroup_keeps_rows_and_order(sizes: list[int], rows: int) -> None:
-    """Wrong: a batch has another size than asked for, or rows are lost or swapped between
+    """Wrong: a batch has another size than requested, or rows are lost or swapped between
     tables."""
     regroup = Rebatcher(rows)
     start = 0

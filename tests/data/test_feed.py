@@ -51,7 +51,7 @@ def consume(
     workers: int,
     wait_s: float = 20,
 ) -> list[list[list[np.ndarray[Any, Any]]]]:
-    """What each worker gets of each pass, fragment by fragment."""
+    """The ids that each worker gets in each pass, fragment by fragment."""
     feed = Feed.options(max_concurrency=workers + 2).remote(reader, passes, workers, wait_s)  # type: ignore[attr-defined]
     consumers = [Consumer.remote() for _ in range(workers)]
     try:
@@ -117,7 +117,7 @@ def test_missing_supervision_is_named(
     stream: EventStream,
     tmp_path: Path,
 ) -> None:
-    """Wrong: a job waits for ever, or does not say for what."""
+    """Wrong: a job waits forever, or does not say what it waits for."""
     reader = AugmentedReader(
         stream.root,
         SupervisionStore(tmp_path / "supervision", "fm"),
@@ -137,14 +137,14 @@ def test_missing_supervision_is_named(
 
 
 def test_an_error_in_a_read_reaches_the_worker(cluster: None, stream: EventStream) -> None:
-    """Wrong: a damaged fragment hangs the workers, or what is told is not the mistake but Ray's
-    wrapping of it."""
+    """Wrong: a damaged fragment hangs the workers, or the error is Ray's wrapper instead of the
+    mistake."""
     path = stream.path(1, stream.window(1).fragments[1])
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(Exception, match="fragment=0001.parquet") as caught:
         consume(StreamReader(stream.root), [WindowPass(0, "learn"), WindowPass(1, "learn")], 2)
-    told = user_error(caught.value)
-    assert isinstance(told, UserError) and str(told).startswith(
+    error = user_error(caught.value)
+    assert isinstance(error, UserError) and str(error).startswith(
         f"{path}: 50 bytes where the manifest says"
     )
 
@@ -189,8 +189,8 @@ def test_reads_on_without_a_cpu_after_a_loss(cluster: None, stream: EventStream)
 
 
 @given(rows=st.integers(0, 50), workers=st.integers(1, 7))
-def test_shares_cover_a_batch(rows: int, workers: int) -> None:
-    """Wrong: the workers' shares lose or repeat rows, or their lengths differ and a collective
+def test_worker_slices_cover_a_batch(rows: int, workers: int) -> None:
+    """Wrong: the workers' slices lose or repeat rows, or their lengths differ and a collective
     operation hangs."""
     batch = pa.table({"id": np.arange(rows)})
     shares = [worker_slice(batch, worker, workers) for worker in range(workers)]

@@ -49,7 +49,7 @@ def by_hand(stream: EventStream, feature: str) -> dict[tuple[int, str], float]:
     return found
 
 
-def test_shares_are_those_of_ids_not_seen_before(tmp_path: Path) -> None:
+def test_fractions_count_ids_not_seen_before(tmp_path: Path) -> None:
     """Wrong: an id of the same window or fragment counts as old, a missing one as new, or domains
     are mixed up."""
     stream = sparse_stream(tmp_path / "stream", [30, 20, 0, 40, 3])
@@ -70,8 +70,8 @@ def test_shares_are_those_of_ids_not_seen_before(tmp_path: Path) -> None:
     assert read_json(tmp_path / "new_ids.json") == rows
 
 
-def test_the_user_and_the_largest_table_are_watched() -> None:
-    """Wrong: the report tells of the hour of the day and not of users and ads."""
+def test_the_user_and_the_largest_table_are_tracked() -> None:
+    """Wrong: the report covers the hour of the day instead of users and ads."""
     features = tuple(
         SparseFeature(name=name, rows=rows)
         for name, rows in (("hour", 25), ("ad", 900), ("user", 300), ("maker", 500))

@@ -1,5 +1,5 @@
-"""A feed whose blocks do not fit into Ray's object store goes on: Ray writes to the disk what has
-no room."""
+"""A feed whose blocks do not fit into Ray's object store keeps running, because Ray spills to
+disk."""
 
 from __future__ import annotations
 

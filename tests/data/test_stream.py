@@ -1,4 +1,4 @@
-"""Streams on disk: written whole, read as written, damage and foreign files told by name."""
+"""Streams on disk: written whole, read as written, damage and foreign files named."""
 
 from __future__ import annotations
 
@@ -116,35 +116,35 @@ DAMAGE: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
 def test_refuses_fragments_that_do_not_fit(stream: EventStream, name: str) -> None:
     """Wrong: an id outside its table reads foreign memory in the kernels, or rows shift against
     their supervision."""
-    change, told = DAMAGE[name]
+    change, message = DAMAGE[name]
     fragment = stream.window(0).fragments[0]
     path = stream.path(0, fragment)
     pq.write_table(change(pq.read_table(path, partitioning=None)), path)
     with pytest.raises(UserError) as caught:
         stream.read(0, fragment.model_copy(update={"bytes": path.stat().st_size}))
-    assert f"{path}: {told}" in str(caught.value)
+    assert f"{path}: {message}" in str(caught.value)
 
 
 def test_refuses_missing_torn_and_foreign_files(stream: EventStream) -> None:
-    """Wrong: damage on disk is told as a fault of the program, or a manifest can point outside its
+    """Wrong: damage on disk looks like a fault of the program, or a manifest can point outside its
     folder."""
     first, second, third = stream.window(0).fragments
     stream.path(0, first).unlink()
     stream.path(0, second).write_bytes(b"x" * second.bytes)
     stream.path(0, third).write_bytes(b"x")
-    for fragment, told in (
+    for fragment, message in (
         (first, "it is not there"),
         (second, "not a readable Parquet file"),
         (third, "1 bytes where the manifest says"),
     ):
-        with pytest.raises(UserError, match=rf"{fragment.file}: .*{told}"):
+        with pytest.raises(UserError, match=rf"{fragment.file}: .*{message}"):
             stream.read(0, fragment)
     with pytest.raises(UserError, match="not a plain file name"):
         stream.read(0, first.model_copy(update={"file": "../../secret"}))
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "told"),
+    ("file", "content", "message"),
     [
         ("schema.json", "{", "schema.json: not valid JSON"),
         ("schema.json", '{"features": []}', "schema.json: not a schema"),
@@ -156,11 +156,11 @@ def test_refuses_damaged_manifests(
     stream: EventStream,
     file: str,
     content: str,
-    told: str,
+    message: str,
 ) -> None:
     """Wrong: a damaged manifest ends in a traceback."""
     (stream.root / file).write_text(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         EventStream.open(stream.root).window(0)
 
 

@@ -28,20 +28,20 @@ class Blocks:
 
     bytes: int
 
-    def ready(self, work: WindowPass) -> bool:
+    def ready(self, window_pass: WindowPass) -> bool:
         return True
 
-    def missing_input(self, work: WindowPass) -> str:
+    def missing_input(self, window_pass: WindowPass) -> str:
         return "nothing"
 
-    def fragments(self, work: WindowPass) -> Sequence[Fragment]:
-        numbers = range(work.window * FRAGMENTS, (work.window + 1) * FRAGMENTS)
+    def fragments(self, window_pass: WindowPass) -> Sequence[Fragment]:
+        numbers = range(window_pass.window * FRAGMENTS, (window_pass.window + 1) * FRAGMENTS)
         return [
             Fragment(file=str(number), rows=self.bytes // 8, bytes=self.bytes, domain_rows=())
             for number in numbers
         ]
 
-    def read(self, work: WindowPass, fragment: Fragment) -> pa.Table:
+    def read(self, window_pass: WindowPass, fragment: Fragment) -> pa.Table:
         return pa.table({"number": np.full(fragment.rows, int(fragment.file))})
 
 

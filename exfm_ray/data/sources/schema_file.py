@@ -138,7 +138,7 @@ def checked(config: Config) -> TableFile:
         )
     if spec.domain is None and len(domains) > 1:
         raise UserError(
-            f"{file}: {len(domains)} domains but no `domain` column to tell them apart; "
+            f"{file}: {len(domains)} domains but no `domain` column to distinguish them; "
             "name one, or keep one domain"
         )
     for task in spec.label_time:

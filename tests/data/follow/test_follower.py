@@ -26,8 +26,11 @@ ATTRIBUTION = {"click": 600, "buy": 7200}
 
 
 def delivered(stream: EventStream) -> dict[str, list[dict[int, int]]]:
-    """task -> for each window the ids of the labels it delivers, each with the window of its
-    event."""
+    """The labels that each window delivers.
+
+    Returns:
+        task -> for each window the ids of its labels, each with the window of its event.
+    """
     found: dict[str, list[dict[int, int]]] = {task: [] for task in ATTRIBUTION}
     for task, windows in found.items():
         column = stream.schema.task_index(task)
@@ -57,8 +60,8 @@ def test_arrival_order_does_not_matter(
     pieces: int,
     jitter_ms: int,
 ) -> None:
-    """Wrong: what is learnt, and when, depends on the order in which events and labels happen to
-    come, within the lateness that is allowed."""
+    """Wrong: within the allowed lateness, the order in which events and labels come changes what is
+    learned, or when."""
     events, labels = make_log(4, 25, seed)
     rng = np.random.default_rng(seed)
     order = np.argsort(events["at"].to_numpy() + rng.integers(0, jitter_ms + 1, events.num_rows))
@@ -81,7 +84,7 @@ def test_arrival_order_does_not_matter(
 
 
 class Killed(BaseException):
-    """What a kill is to the code: nothing runs any more, nothing is caught."""
+    """Simulates a kill: no handler catches it, and nothing runs afterwards."""
 
 
 @pytest.mark.parametrize("writes", [6, 11, 19])
@@ -201,10 +204,10 @@ def test_late_events_are_counted_and_labels_may_be_late_by_arrival(tmp_path: Pat
         waiting.wait(0.05)
     (tmp_path / "raw" / "_END").touch()
     thread.join(20)
-    told = read_json(root / "manifest.json")
+    manifest = read_json(root / "manifest.json")
     lost = set(straggler["id"].to_pylist())
     known = {i for i in click["example_id"].to_pylist() if i not in lost}
-    assert told["late_events"] == 3 and told["rows"] == 157
+    assert manifest["late_events"] == 3 and manifest["rows"] == 157
     stream = EventStream.open(root)
     found = delivered(stream)["click"]
     window = dict(zip(events["id"].to_pylist(), (at // HOUR_MS).tolist(), strict=True))
@@ -218,8 +221,8 @@ def test_late_events_are_counted_and_labels_may_be_late_by_arrival(tmp_path: Pat
     }
     strangers = {i for i in click["example_id"].to_pylist() if i in lost} | {1}
     assert (
-        told["labels"]["click"]["unknown"] == len(strangers)
-        and set(told["labels"]["click"]["unknown_ids"]) == strangers
+        manifest["labels"]["click"]["unknown"] == len(strangers)
+        and set(manifest["labels"]["click"]["unknown_ids"]) == strangers
     )
 
 
@@ -260,8 +263,8 @@ def test_bad_label_files_are_refused(
 
 
 def test_what_a_folder_must_not_do(tmp_path: Path) -> None:
-    """Wrong: a file whose name is not behind those taken is lost without a word; two processes
-    follow one stream."""
+    """Wrong: a file whose name is not behind those taken is lost without an error, or two
+    processes follow one stream."""
     events, labels = make_log(3, 20, 2)
     lay_out(tmp_path, events, labels, 2)
     (tmp_path / "raw" / "_END").unlink()
@@ -287,7 +290,7 @@ def test_what_a_folder_must_not_do(tmp_path: Path) -> None:
 
 
 def test_windows_without_events(tmp_path: Path) -> None:
-    """Wrong: a gap stops nobody, or with `keep` the windows after it have other numbers than their
+    """Wrong: a gap is accepted, or with `keep` the windows after it have other numbers than their
     times say."""
     events, labels = make_log(4, 20, 4)
     at = events["at"].to_numpy()

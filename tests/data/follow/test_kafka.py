@@ -30,7 +30,7 @@ LABELS = "labels"
 
 @pytest.fixture(scope="module")
 def mock() -> Iterator[str]:
-    """librdkafka's mock cluster; it makes topics of 4 partitions when they are asked for."""
+    """librdkafka's mock cluster. It creates topics of 4 partitions when a client names them."""
     holder = kafka.Producer({"test.mock.num.brokers": 2})
     yield ",".join(f"{b.host}:{b.port}" for b in holder.list_topics(timeout=10).brokers.values())
     holder.flush(1)
@@ -64,13 +64,12 @@ def tansu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(params=["mock", "tansu"])
 def servers(request: pytest.FixtureRequest) -> str:
-    """Either peer."""
+    """Each of the two peers."""
     return str(request.getfixturevalue(request.param))
 
 
 def make_topics(servers: str, *names: str) -> None:
-    """Topics of 3 partitions; 4 in the mock cluster, which makes them when a producer asks for
-    them."""
+    """Create topics of 3 partitions. The mock cluster creates 4 when a producer names a topic."""
     from confluent_kafka.admin import AdminClient, NewTopic
 
     if "," in servers:
@@ -95,7 +94,7 @@ def send(
     rows: list[Any],
     raw: bool = False,
 ) -> None:
-    """Each row to one of 3 partitions, in turn."""
+    """Send each row to one of 3 partitions, in turn."""
     producer = kafka.Producer({"bootstrap.servers": servers})
     for i, row in enumerate(rows):
         producer.produce(topic, row if raw else json.dumps(row), partition=i % 3)
@@ -133,7 +132,7 @@ def messages(table: Any) -> list[dict[str, Any]]:
 
 
 class Killed(BaseException):
-    """What a kill is to the code."""
+    """Simulates a kill: no handler catches it."""
 
 
 def test_kafka_gives_the_same_windows_as_files_and_survives_kills(
@@ -172,9 +171,9 @@ def test_kafka_gives_the_same_windows_as_files_and_survives_kills(
     send(servers, topics[0], messages(events.slice(half)))
     (tmp_path / "raw" / "_END").touch()
     stream = follow(config)
-    told, expected = (read_json(s.root / "manifest.json") for s in (stream, files))
-    assert told["rows"] == events.num_rows and told["late_events"] == 0
-    assert told["labels"] == expected["labels"]
+    manifest, expected = (read_json(s.root / "manifest.json") for s in (stream, files))
+    assert manifest["rows"] == events.num_rows and manifest["late_events"] == 0
+    assert manifest["labels"] == expected["labels"]
     kept = [
         {
             k: v
@@ -205,7 +204,7 @@ def test_bad_messages_are_named(
     value: bytes | None,
     message: str,
 ) -> None:
-    """Wrong: a message that cannot be read is skipped, or nobody can find it."""
+    """Wrong: a message that cannot be read is skipped, or the error does not locate it."""
     topics = (f"bad-{tmp_path.name}", f"badlabels-{tmp_path.name}")
     make_topics(mock, *topics)
     send(mock, topics[0], [value], raw=True)
@@ -220,7 +219,7 @@ def test_a_topic_that_is_not_there(
     tmp_path: Path,
     mistake: Callable[..., None],
 ) -> None:
-    """Wrong: a mistake in the topic's or the broker's name waits for ever."""
+    """Wrong: a mistake in the topic's or the broker's name waits forever."""
     make_topics(tansu, "impressions", "clicks")
     mistake(
         config_of(tmp_path, tansu, ("impresions", "clicks")), "no topic 'impresions'.*impressions"
@@ -229,7 +228,7 @@ def test_a_topic_that_is_not_there(
 
 @pytest.fixture
 def mistake() -> Callable[..., None]:
-    """follow refuses a config, with a message."""
+    """Check that `follow` refuses a config with a message."""
 
     def check(config: Config, message: str) -> None:
         with pytest.raises(UserError, match=message):

@@ -34,7 +34,7 @@ from exfm_ray.stores.supervision import TEACHER_COLUMN, SupervisionStore
 HOURS = {"click": 600, "conversion": 7200}
 BOTH = ("click", "conversion")
 WINDOWS = 8
-EMBEDDED = {"windows": WINDOWS, "events_per_window": 3000}
+SYNTHETIC = {"windows": WINDOWS, "events_per_window": 3000}
 
 
 def make(
@@ -42,10 +42,10 @@ def make(
     name: str = "late",
     **data: Any,
 ) -> Config:
-    """A small embedded run whose labels come late."""
+    """A small synthetic run whose labels come late."""
     settings = {
         "fragment_rows": 1200,
-        "synthetic": EMBEDDED,
+        "synthetic": SYNTHETIC,
         "attribution_s": HOURS,
         "late_labels": "correct",
     } | data
@@ -63,10 +63,13 @@ def labels(stream: EventStream, window: int) -> np.ndarray[Any, Any]:
 
 
 def truth(folder: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Of the same stream with its labels at once: the labels, when each would be known, and its
-    window."""
+    """The same stream with all labels at once.
+
+    Returns:
+        The labels, the time at which each would be known, and its window.
+    """
     stream = prepare(
-        small_config(folder, "plain", data={"fragment_rows": 1200, "synthetic": EMBEDDED})
+        small_config(folder, "plain", data={"fragment_rows": 1200, "synthetic": SYNTHETIC})
     )
     parts = [(w, stream.read(w, f)) for w in stream.windows() for f in stream.window(w).fragments]
     labels_NT = np.concatenate([list_values(table["labels"], 2) for _, table in parts])
@@ -79,8 +82,8 @@ def truth(folder: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.
 
 
 def test_released_labels_are_those_known_by_the_deadline(tmp_path: Path) -> None:
-    """Wrong: a release holds labels from after its deadline, lacks some from before, or the events
-    are others than without attribution."""
+    """Wrong: a release holds labels from after its deadline, misses some from before, or the
+    events differ from those without attribution."""
     stream = prepare(make(tmp_path))
     labels_NT, known_NT, window_N = truth(tmp_path)
     plain = EventStream.open(tmp_path / "plain" / "stream")
@@ -99,10 +102,11 @@ def test_released_labels_are_those_known_by_the_deadline(tmp_path: Path) -> None
             on_time = (labels_NT[mine, column] == 1) & (known_NT[mine, column] < deadline)
             np.testing.assert_array_equal(labels(stream, window)[:, column], on_time)
             assert release(stream, window, task).positives == on_time.sum() > 0
-    told = read_json(stream.root / "manifest.json")["labels"]
+    statistics = read_json(stream.root / "manifest.json")["labels"]
     for column, task in enumerate(BOTH):
         assert (
-            told[task]["positives"] + sum(told[task]["late"].values()) == labels_NT[:, column].sum()
+            statistics[task]["positives"] + sum(statistics[task]["late"].values())
+            == labels_NT[:, column].sum()
         )
 
 
@@ -169,8 +173,8 @@ def test_late_labels_come_back_once_as_positives_to_learn(tmp_path: Path) -> Non
 
 
 def test_a_reader_waits_for_its_own_tasks_only(tmp_path: Path) -> None:
-    """Wrong: a click model waits for conversions, or somebody learns a window before its release;
-    the DAS waits for labels at all."""
+    """Wrong: a click model waits for conversions, a window is learned before its release, or the
+    DAS waits for labels."""
     stream = prepare(make(tmp_path))
     (
         release_folder(stream.root, 5, "conversion") / "manifest.json"
@@ -195,8 +199,8 @@ def test_a_reader_waits_for_its_own_tasks_only(tmp_path: Path) -> None:
 
 
 def test_corrections_carry_their_own_supervision(tmp_path: Path) -> None:
-    """Wrong: a correction is learnt with the supervision of another example or window, or blocks
-    where its window had no teacher."""
+    """Wrong: a correction is learned with the supervision of another example or window, or blocks
+    if its window had no teacher."""
     stream = prepare(make(tmp_path))
     store = SupervisionStore(tmp_path / "supervision", "fm")
     for window in stream.windows()[1:]:
@@ -240,7 +244,7 @@ def test_corrections_carry_their_own_supervision(tmp_path: Path) -> None:
 
 
 def test_a_window_without_events_brings_its_corrections(tmp_path: Path) -> None:
-    """Wrong: where there is nothing to mix corrections with, they are lost."""
+    """Wrong: corrections are lost if there are no events to mix them with."""
     stream = prepare(make(tmp_path))
     late = release(stream, 4, "conversion").corrections
     assert late is not None
@@ -294,7 +298,7 @@ def test_a_killed_preparation_ends_with_the_same_bytes(
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
-    """Wrong: labels of other examples are learnt without a word."""
+    """Wrong: labels of other examples are learned without an error."""
     stream = prepare(make(tmp_path))
     fragment = stream.window(2).fragments[0]
     path = release_folder(stream.root, 2, "click") / fragment.file

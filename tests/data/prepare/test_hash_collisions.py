@@ -92,7 +92,7 @@ def test_counts_are_those_of_a_plain_loop(
 
 
 def test_large_tables_are_estimated() -> None:
-    """Wrong: the counts of a table that is watched in part are not scaled, or a few popular ids
+    """Wrong: the counts of a table that is counted in part are not scaled, or a few popular ids
     decide the figure."""
     rows = 40_001
     watched = 4_000
@@ -131,8 +131,8 @@ def test_large_tables_are_estimated() -> None:
 
 
 def test_the_manifest_has_them_also_after_a_kill(make: MakeConfig, tmp_path: Path) -> None:
-    """Wrong: the stream does not tell its collisions, or a preparation that was killed counts only
-    what came after."""
+    """Wrong: the stream's manifest does not list its collisions, or a preparation that was killed
+    counts only the events after the kill."""
     raw = tmp_path / "raw"
     raw.mkdir()
     lines = [f"{i},user{i * 7919 % 300},{i % 2}\n" for i in range(2_000)]

@@ -1,4 +1,4 @@
-"""Streams on S3: the bytes of local ones, whoever prepares, dies or fails."""
+"""Streams on S3 have the bytes of local ones, whatever process prepares, dies or fails."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from exfm_ray.storage.remote import AnyPath, RemotePath
 
 
 class Killed(BaseException):
-    """What a kill is to the code."""
+    """Simulates a kill: no handler catches it."""
 
 
-def test_a_killed_follower_goes_on_with_the_same_bytes(
+def test_a_killed_follower_ends_with_the_same_bytes(
     s3: S3,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -71,9 +71,8 @@ def test_two_preparers_write_the_same(s3: S3, tmp_path: Path) -> None:
     assert any(name.startswith("window=002/corrections.") for name in contents(one.root))
 
 
-def test_what_was_written_before_an_error_is_taken_back(s3: S3, tmp_path: Path) -> None:
-    """Wrong: raw data that are refused leave half a stream, or take with them what was there
-    before."""
+def test_files_written_before_an_error_are_removed(s3: S3, tmp_path: Path) -> None:
+    """Wrong: refused raw data leave half a stream, or remove files from before."""
     places: list[AnyPath] = [RemotePath(s3.url(tmp_path.name)), tmp_path / "local"]
     for place in places:
         with pytest.raises(UserError, match="bad"), rollback_on_error(place):

@@ -1,4 +1,4 @@
-"""What is carried from batch to batch: normaliser, history, duplicates. Each against a plain
+"""State that is carried from batch to batch: normalizer, history, duplicates; each against a plain
 loop."""
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def test_duplicates_are_found_across_batches(
         seen[time].add(value)
 
 
-def test_normaliser_knows_earlier_windows_only() -> None:
+def test_normalizer_knows_earlier_windows_only() -> None:
     """Otherwise a window's own future leaks into its features, or serving scales differently from
     training."""
     draw = np.random.default_rng(0)

@@ -51,7 +51,7 @@ def test_named_tables_and_their_followers_get_their_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "told"),
+    ("table", "message"),
     [
         ("usr", r"'data\.table_rows': no embedding table is named 'usr'\. Did you mean 'user'\?"),
         ("zzz", r"no embedding table is named 'zzz'\. There are ad, user, hour, domain"),
@@ -60,9 +60,9 @@ def test_named_tables_and_their_followers_get_their_size() -> None:
         ("domain", r"'data\.table_rows\.domain': the rows of this table are the ids themselves"),
     ],
 )
-def test_tables_that_cannot_be_sized(table: str, told: str) -> None:
-    """Wrong: a misspelt table is ignored, or ids of an index table fall outside it."""
-    with pytest.raises(UserError, match=told):
+def test_tables_that_cannot_be_sized(table: str, message: str) -> None:
+    """Wrong: a misspelled table is ignored, or ids of an index table fall outside it."""
+    with pytest.raises(UserError, match=message):
         with_table_rows(SCHEMA, {table: 70})
 
 

@@ -90,7 +90,7 @@ def test_kuairand_has_every_impression_in_its_day_and_tab(
 def test_kuairand_histories_hold_earlier_clicks_only(
     kuairand: Callable[[Path], EventStream], data_set: Find
 ) -> None:
-    """Otherwise the model is told the click that it has to predict."""
+    """Otherwise the model sees the click that it has to predict."""
     root = data_set("kuairand_pure")
     stream = kuairand(root)
     log = rows_of(next(root.glob("log_standard_*.csv")))
@@ -201,7 +201,7 @@ def test_frappe_order_is_the_seeds(data_set: Find, make: MakeConfig) -> None:
 
 
 def test_movielens_likes_and_empty_years(data_set: Find, make: MakeConfig) -> None:
-    """Otherwise ratings are mislabelled, or a year without events breaks the count of the
+    """Otherwise ratings are mislabeled, or a year without events breaks the count of the
     windows."""
     root = data_set("movielens_latest_small")
     stream = prepare(make("movielens", root, window={"length_s": 7 * 86_400, "empty": "keep"}))
@@ -265,7 +265,7 @@ def test_kuairand_long_views_are_known_when_the_video_was_played(
         delivered += release(stream, index, "long_view").positives + (
             corrected.rows if corrected else 0
         )
-    told = read_json(stream.root / "manifest.json")["labels"]["long_view"]
-    assert sum(told["late"].values()) > 10 and delivered + told["undelivered"] == sum(
+    statistics = read_json(stream.root / "manifest.json")["labels"]["long_view"]
+    assert sum(statistics["late"].values()) > 10 and delivered + statistics["undelivered"] == sum(
         r["long_view"] == "1" for r in log
     )

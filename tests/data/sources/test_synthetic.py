@@ -47,7 +47,7 @@ def load(stream: EventStream) -> tuple[pa.Table, pa.Table]:
 
 
 def entropy(p: np.ndarray) -> np.ndarray:
-    """Of a coin with probability p."""
+    """The entropy of a coin with probability p."""
     return np.asarray(-(p * np.log(p) + (1 - p) * np.log(1 - p)))
 
 

@@ -51,7 +51,7 @@ LINES = [
 
 @pytest.fixture
 def run(tmp_path: Path, make: MakeConfig) -> Prepare:
-    """Prepare CSV lines (or whatever lies in the folder) with a changed schema file."""
+    """Prepare CSV lines, or the files in the folder, with a changed schema file."""
 
     def go(
         lines: list[str] | None = None,
@@ -144,8 +144,8 @@ def test_a_window_for_each_file(
     tmp_path: Path,
     kind: str,
 ) -> None:
-    """Otherwise the rows of a static set's validation file are among those learnt, or files are
-    read in another order than given."""
+    """Otherwise the rows of a static set's validation file are among those learned, or files
+    are read in another order than listed."""
     (tmp_path / "raw").mkdir()
     for file, users in (("valid", ["v"]), ("train", ["t1", "t2", "t3"]), ("test", ["x1", "x2"])):
         table = pa.table(
@@ -300,8 +300,7 @@ def test_a_late_error_leaves_an_earlier_stream_alone(run: Prepare, tmp_path: Pat
 
 
 def test_prepared_once(run: Prepare, tmp_path: Path) -> None:
-    """Otherwise going on with a run prepares everything again, or needs the raw data where they no
-    longer are."""
+    """Otherwise resuming a run prepares everything again, or needs raw data that are gone."""
     root = run(LINES).root
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*.parquet")}
     run(LINES)
@@ -321,7 +320,7 @@ def _config(tmp_path: Path) -> Config:
 
 
 def test_an_interrupted_run_is_finished_the_same(tmp_path: Path, make: MakeConfig) -> None:
-    """Otherwise a killed run has other features (history, normaliser, numbers) than one that was
+    """Otherwise a killed run has other features (history, normalizer, numbers) than one that was
     not."""
     root = tmp_path / "raw"
     root.mkdir()
@@ -380,17 +379,17 @@ def test_an_empty_window_is_refused_unless_kept(run: Prepare, tmp_path: Path) ->
 
 
 def test_label_times_of_a_table(run: Prepare) -> None:
-    """Wrong: a label is released that became known after its window's deadline, or a source that
-    tells no time waits for ever."""
+    """Wrong: a label that became known after its window's deadline is released, or a source without
+    label times waits forever."""
     lines = [
         "0,feed,u1,3,a,1,1,600\n",
         "10,search,u2,4,,2,1,4500\n",
         "20,feed,u2,4,,2,0,\n",
         "4000,feed,u1,5,a,,1,4001\n",
     ]
-    header = HEADER.replace("click\n", "click,told\n")
+    header = HEADER.replace("click\n", "click,known_at\n")
     late = {"attribution_s": {"click": 600}, "late_labels": "correct"}
-    stream = run(lines, header, data=late, label_time={"click": "told"})
+    stream = run(lines, header, data=late, label_time={"click": "known_at"})
     found = [
         list_values(with_released_labels(stream, w, f, ("click",))["labels"], 1)[:, 0].tolist()
         for w in (0, 1)
@@ -404,12 +403,12 @@ def test_label_times_of_a_table(run: Prepare) -> None:
     ("changes", "message"),
     [
         ({}, "does not say when its label became known.*label_time"),
-        ({"label_time": {"clic": "told"}}, "names 'clic', which is no task.*click"),
+        ({"label_time": {"clic": "known_at"}}, "names 'clic', which is no task.*click"),
         (
-            {"event_time": None, "label_time": {"click": "told"}},
+            {"event_time": None, "label_time": {"click": "known_at"}},
             "label_time.*needs an `event_time`",
         ),
-        ({"label_time": {"click": "tol"}}, "no column 'tol'.*told"),
+        ({"label_time": {"click": "knwn_at"}}, "no column 'knwn_at'.*known_at"),
     ],
 )
 def test_label_times_that_are_not_there(
@@ -417,10 +416,10 @@ def test_label_times_that_are_not_there(
     changes: dict[str, Any],
     message: str,
 ) -> None:
-    """Wrong: labels of which nobody knows when they came are waited for, or the message does not
-    say what to add."""
+    """Wrong: labels without a known time are waited for, or the message does not say what to
+    add."""
     lines = ["0,feed,u1,3,a,1,1,600\n"]
-    header = HEADER.replace("click\n", "click,told\n")
+    header = HEADER.replace("click\n", "click,known_at\n")
     with pytest.raises(UserError, match=message):
         run(lines, header, data={"attribution_s": {"click": 600}}, **changes)
 
@@ -430,9 +429,9 @@ def test_a_label_without_its_time(run: Prepare) -> None:
     with pytest.raises(UserError, match="event 0 has label 1 for 'click' but no time"):
         run(
             ["0,feed,u1,3,a,1,1,\n"],
-            HEADER.replace("click\n", "click,told\n"),
+            HEADER.replace("click\n", "click,known_at\n"),
             data={"attribution_s": {"click": 9}},
-            label_time={"click": "told"},
+            label_time={"click": "known_at"},
         )
 
 
