@@ -21,6 +21,17 @@ settings.register_profile("shared", deadline=None)  # a busy machine is no fault
 settings.load_profile("shared")
 
 
+PROCESSES = {"cluster", "groups", "s3"}
+"""Fixtures that start other processes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start other processes, so that `make test-fast` leaves them out."""
+    for item in items:
+        if PROCESSES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.processes)
+
+
 @pytest.fixture
 def stream(tmp_path: Path) -> EventStream:
     """Three windows of 1,000 rows in fragments of 400."""

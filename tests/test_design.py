@@ -1,4 +1,4 @@
-"""The walls of the house: who may import what."""
+"""How the project is built: who may import what, how long a file may get."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def own(names: set[str]) -> set[str]:
+def rooms(names: set[str]) -> set[str]:
     """Rooms of this package among imported names."""
     return {name.split(".")[1] for name in names if name.startswith("exfm_ray.")}
 
@@ -89,7 +89,7 @@ def test_imports_point_downwards(path: Path) -> None:
     here = room(path)
     if here not in TOP:
         assert here in BELOW, f"{here} is new: say in BELOW what it may import"
-        above = own(imports(path)) - BELOW[here] - FLOOR - {here}
+        above = rooms(imports(path)) - BELOW[here] - FLOOR - {here}
         assert not above, f"{path.relative_to(PACKAGE)} imports {sorted(above)}"
 
 
@@ -121,3 +121,37 @@ def test_deepspeed_is_imported_in_functions_only() -> None:
                 else []
             )
             assert not any(name.split(".")[0] == "deepspeed" for name in names), path
+
+
+ROOT = PACKAGE.parent
+SOURCES = [
+    path
+    for folder in ("exfm_ray", "tuning", "cluster", "benchmarks", "studies", "examples", "tests")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+LONGEST = 500
+LOOSE = {"base.py", "errors.py", "schema.py", "__init__.py", "__main__.py"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_short(path: Path) -> None:
+    """Wrong: a file holds more than one idea."""
+    assert len(path.read_text().splitlines()) <= LONGEST
+
+
+def test_no_loose_files() -> None:
+    """Wrong: a module lies at the top of the package instead of in a room."""
+    assert {path.name for path in PACKAGE.glob("*.py")} == LOOSE
+
+
+def test_rooms_have_no_circle() -> None:
+    """Wrong: two rooms need each other, so neither can be read or tested alone."""
+    floors: dict[str, int] = {}
+
+    def floor(name: str) -> int:
+        if name not in floors:
+            below = BELOW.get(name, set()) | (FLOOR if name not in FLOOR else set())
+            floors[name] = 1 + max((floor(other) for other in below), default=0)
+        return floors[name]
+
+    assert max(floor(name) for name in BELOW) <= 10
