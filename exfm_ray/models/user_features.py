@@ -1,8 +1,9 @@
-"""What a model with a history reads of each user, as it is stored beside the model and served: its
-last dense features.
+"""Features of each user that a model with a history reads, as its last dense features.
 
-<folder>/history.safetensors   users int64 (U) ascending, rows of the key's table; inputs float32
-(U, F)
+They are stored beside the model and served with it.
+
+<folder>/history.safetensors   users int64 (U) ascending, rows of the key's table;
+                               inputs float32 (U, F)
 """
 
 from __future__ import annotations
@@ -22,47 +23,56 @@ HISTORY = "history.safetensors"
 
 @dataclass(frozen=True)
 class UserFeatures:
-    """Users, ascending, and the inputs of each."""
+    """The features of some users.
+
+    Attributes:
+        users_U: the users, ascending.
+        inputs_UF: the features of each user.
+    """
 
     users_U: Tensor
     inputs_UF: Tensor
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Of a folder whose hashes were checked."""
+        """Read the features from a folder whose hashes have been checked."""
         tensors = load_file(folder / HISTORY)
-        return cls(tensors["users"], tensors["inputs"])
+        users_U = tensors["users"]
+        inputs_UF = tensors["inputs"]
+        return cls(users_U, inputs_UF)
 
     def write(self, folder: Path) -> None:
-        """Equal pasts, equal bytes."""
+        """Write the features; equal features give equal bytes."""
+        tensors = {"users": self.users_U.contiguous(), "inputs": self.inputs_UF.contiguous()}
         with atomic_path(folder / HISTORY) as temporary:
-            save_file(
-                {"users": self.users_U.contiguous(), "inputs": self.inputs_UF.contiguous()},
-                temporary,
-            )
+            save_file(tensors, temporary)
 
     def of(self, user_N: Tensor) -> Tensor:
-        """inputs_NF of examples of these users; zeros for those who are not there."""
-        inputs_NF = self.inputs_UF.new_zeros(len(user_N), self.inputs_UF.shape[1])
-        if len(self.users_U):
-            at_N = torch.searchsorted(self.users_U, user_N.contiguous()).clamp(
-                max=len(self.users_U) - 1
-            )
-            known_N = self.users_U[at_N] == user_N
-            inputs_NF[known_N] = self.inputs_UF[at_N[known_N]]
+        """The features of the users of examples, inputs_NF; zeros for unknown users."""
+        features = self.inputs_UF.shape[1]
+        inputs_NF = self.inputs_UF.new_zeros(len(user_N), features)
+        if not len(self.users_U):
+            return inputs_NF
+
+        position_N = torch.searchsorted(self.users_U, user_N.contiguous())
+        position_N = position_N.clamp(max=len(self.users_U) - 1)
+        known_N = self.users_U[position_N] == user_N
+        inputs_NF[known_N] = self.inputs_UF[position_N[known_N]]
         return inputs_NF
 
     def changed_since(self, old: UserFeatures) -> UserFeatures:
-        """Users that are new, or of whose inputs a bit is another one."""
-        same_U = (old.of(self.users_U).view(torch.int32) == self.inputs_UF.view(torch.int32)).all(
-            dim=1
-        ) & torch.isin(self.users_U, old.users_U)
-        return UserFeatures(self.users_U[~same_U], self.inputs_UF[~same_U])
+        """The users that are new, or whose inputs differ in a bit."""
+        old_bits_UF = old.of(self.users_U).view(torch.int32)
+        bits_UF = self.inputs_UF.view(torch.int32)
+        is_equal_U = (old_bits_UF == bits_UF).all(dim=1)
+        is_old_U = torch.isin(self.users_U, old.users_U)
+        changed_U = ~(is_equal_U & is_old_U)
+        return UserFeatures(self.users_U[changed_U], self.inputs_UF[changed_U])
 
     def updated(self, changed: UserFeatures) -> UserFeatures:
-        """With the users of `changed` as they are there."""
-        kept_U = ~torch.isin(self.users_U, changed.users_U)
-        users_U, order_U = torch.cat([self.users_U[kept_U], changed.users_U]).sort()
-        return UserFeatures(
-            users_U, torch.cat([self.inputs_UF[kept_U], changed.inputs_UF])[order_U]
-        )
+        """These features with the users of `changed` replaced or added."""
+        unchanged_U = ~torch.isin(self.users_U, changed.users_U)
+        users_U = torch.cat([self.users_U[unchanged_U], changed.users_U])
+        inputs_UF = torch.cat([self.inputs_UF[unchanged_U], changed.inputs_UF])
+        sorted_users_U, order_U = users_U.sort()
+        return UserFeatures(sorted_users_U, inputs_UF[order_U])

@@ -109,7 +109,7 @@ def test_a_manifest_that_lacks_a_file_is_told(tmp_path: Path) -> None:
         ("dense.safetensors", "model.json: names no dense.safetensors; this model is damaged"),
         (
             "tables.0001.safetensors",
-            "model.json: its files of tables are not all there is .table 'user' has shape",
+            "model.json: its files of tables are incomplete .table 'user' has shape",
         ),
     ):
         write_json(
@@ -126,7 +126,7 @@ def test_a_manifest_that_lacks_a_file_is_told(tmp_path: Path) -> None:
     rows = {name: range(1, count) for name, count in SCHEMA.tables.items()}
     with pytest.raises(
         UserError,
-        match="model.json: its files of tables lack rows of 'user'; this model is damaged",
+        match="model.json: its files of tables miss rows of 'user'; this model is damaged",
     ):
         load_rows(tmp_path, read_stored_model(tmp_path), rows)
     write_json(tmp_path / MANIFEST, manifest)
