@@ -42,7 +42,7 @@ class DASConfig(FrozenModel):
         None,
         ge=1,
         description="Score all windows with this snapshot version; windows that it may not "
-        "supervise have no teacher. none: the newest allowed version.",
+        "supervise have no teacher. null: the newest allowed version.",
     )
     keep_snapshots: bool = Field(
         False,
@@ -69,7 +69,7 @@ class DASConfig(FrozenModel):
     max_windows_ahead: int | None = Field(
         None,
         ge=1,
-        description="Windows that may be scored ahead of the slowest vertical model; none: no "
+        description="Windows that may be scored ahead of the slowest vertical model; null: no "
         "limit.",
     )
     batch_size: int = Field(
@@ -106,6 +106,6 @@ class TeacherConfig(FrozenModel):
     )
     run: AbsolutePath | None = Field(
         None,
-        description="Folder of the run whose FM this is; that run needs das.keep_snapshots. none: "
+        description="Folder of the run whose FM this is; that run needs das.keep_snapshots. null: "
         "the teacher is a vertical model of this run.",
     )

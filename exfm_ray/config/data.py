@@ -201,7 +201,7 @@ class DataConfig(FrozenModel):
     )
     schema_file: AbsolutePath | None = Field(
         None,
-        description="Schema file of a `table` or `kafka` source, see docs/data.md; none for other "
+        description="Schema file of a `table` or `kafka` source, see docs/data.md; null for other "
         "sources.",
     )
     window: WindowConfig = Field(WindowConfig(), description="How the stream is cut into windows.")

@@ -115,7 +115,7 @@ class HistoryConfig(FrozenModel):
     )
     key: Name | None = Field(
         None,
-        description="Single-valued feature that identifies the user; none: the schema's group_by.",
+        description="Single-valued feature that identifies the user; null: the schema's group_by.",
     )
     dim: int = Field(
         16,

@@ -38,17 +38,17 @@ class RunConfig(FrozenModel):
     dir: AbsolutePath = Field(
         Path("runs"),
         validate_default=True,
-        description="Folder of all runs; a run's own folder is <dir>/<name>.",
+        description="Folder of all runs; a run's own folder is `<dir>/<name>`.",
     )
     storage: Annotated[str, AfterValidator(check_url)] | None = Field(
         None,
         description="URL, such as s3://bucket/prefix, below which the stream, snapshots and "
-        "supervision are stored; none: in the run's folder.",
+        "supervision are stored; null: in the run's folder.",
     )
 
 
 class WandbConfig(FrozenModel):
-    """Runs in wandb (Weights & Biases), stored in <run>/wandb.
+    """Runs in wandb (Weights & Biases), stored in `<run>/wandb`.
 
     The API key is not a setting: wandb reads WANDB_API_KEY or .netrc.
     """
@@ -86,7 +86,7 @@ class Config(FrozenModel):
     )
     wandb: WandbConfig = Field(WandbConfig(), description="Runs in wandb.")
     tune: TuneConfig | None = Field(
-        None, description="A sweep over settings of the vertical models; none: no sweep."
+        None, description="A sweep over settings of the vertical models; null: no sweep."
     )
 
     @model_validator(mode="after")

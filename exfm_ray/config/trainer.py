@@ -53,7 +53,7 @@ class TrainerConfig(FrozenModel):
         None,
         ge=1,
         description="Elastic training: after a loss of workers the job continues by itself from "
-        "its last checkpoint, with as many workers as are left, at least this many. none: the loss "
+        "its last checkpoint, with as many workers as are left, at least this many. null: the loss "
         "of a worker ends the run; rerun the same command to resume.",
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="Device that the workers train on.")
@@ -83,7 +83,7 @@ class TrainerConfig(FrozenModel):
         None,
         ge=1,
         description="Reset rows, with their optimizer state, that no example of this many last "
-        "windows has used; none: never.",
+        "windows has used; null: never.",
     )
 
     @model_validator(mode="after")
@@ -135,7 +135,7 @@ class FMConfig(TrainerConfig):
     )
     static: StaticConfig | None = Field(
         None,
-        description="Train in several passes over a static set; none: one pass over the stream.",
+        description="Train in several passes over a static set; null: one pass over the stream.",
     )
     tasks: tuple[Name, ...] = Field(
         (), description="Tasks that it learns; empty: all tasks of the stream."
@@ -168,18 +168,18 @@ class StudentConfig(FrozenModel):
     name: Name = Field(description="Name of the vertical model in files and charts.")
     domain: Name = Field(description="Domain that it serves, or `all`.")
     teacher: Name | None = Field(
-        None, description="Teacher that supervises it, one of `teachers`; none: the FM."
+        None, description="Teacher that supervises it, one of `teachers`; null: the FM."
     )
     published_arm: Arm | None = Field(
         None,
         description="Arm whose model publishes a snapshot after each window, so that it can be a "
-        "teacher itself; none: no arm.",
+        "teacher itself; null: no arm.",
     )
     tasks: Annotated[
         tuple[Name, ...], BeforeValidator(_as_list), AfterValidator(_check_distinct)
     ] = Field(alias="task", description="Its task, or a list of tasks.")
     model: ModelConfig | None = Field(
-        None, description="Its interaction model; none: that of vm.model."
+        None, description="Its interaction model; null: that of vm.model."
     )
 
 
@@ -230,7 +230,7 @@ class CheckpointConfig(FrozenModel):
         None,
         ge=1,
         description="Also write a checkpoint inside a window whenever a job has learned this many "
-        "examples; none: at the ends only.",
+        "examples; null: at the ends only.",
     )
     keep: int = Field(
         2,
