@@ -75,7 +75,7 @@ class RunFiles:
             ) from None
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """The value of a setting, such as `das.fm_lag`; `default` if the run's version lacks it."""
+        """The value of a setting, such as `das.fm_lag`; `default` if it is missing."""
         value = self.config
         for part in name.split("."):
             value = value.get(part, default) if isinstance(value, dict) else default
