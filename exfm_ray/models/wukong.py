@@ -144,9 +144,9 @@ class WukongLayer(nn.Module):
         if self.lcb is not None:
             blocks.append(self.lcb(x_BNE))
 
+        blocks_BOE = torch.cat(blocks, dim=1)
         residual_BOE = self.residual(x_BNE)
-        sum_BOE = torch.cat(blocks, dim=1) + residual_BOE
-        y_BOE: Tensor = self.norm(sum_BOE)
+        y_BOE: Tensor = self.norm(blocks_BOE + residual_BOE)
         return y_BOE
 
 

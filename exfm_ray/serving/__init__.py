@@ -1,2 +1,2 @@
-"""Students as they are served: one graph from table rows to probabilities, in files that need
-nothing of this project."""
+"""Students for serving: one graph from table rows to probabilities, in files that need no code of
+this project."""
