@@ -229,7 +229,7 @@ def saving(
     for way in ways.values():  # the first steps of a process take longer
         way(students(settings, 1))
 
-    found = {}
+    by_number = {}
     for number in MODELS:
         models = students(settings, number)
         rounds = [
@@ -242,7 +242,7 @@ def saving(
         counted = flops(settings, models, windows)
         seconds_saved = 1 - seconds["external"] / seconds["co_distillation"]
         flops_saved = 1 - counted["external"] / counted["co_distillation"]
-        found[str(number)] = {
+        by_number[str(number)] = {
             "seconds": seconds,
             "flops": counted,
             "seconds_saved": seconds_saved,
@@ -254,4 +254,4 @@ def saving(
             f"{seconds_saved:.0%} of co-distillation's seconds, {flops_saved:.0%} of its FLOPs",
             flush=True,
         )
-    return found
+    return by_number

@@ -208,11 +208,11 @@ def difference(folder: Path, alone: Path) -> dict[str, float]:
         ]
     pairs["logits"] = [(np.load(folder / "logits.npy"), np.load(alone / "logits.npy"))]
 
-    found = {}
+    differences = {}
     for kind, of_kind in pairs.items():
-        found[kind] = max(float(np.abs(sharded - one).max()) for sharded, one in of_kind)
-        found[f"{kind}_size"] = max(float(np.abs(one).max()) for _, one in of_kind)
-    return found
+        differences[kind] = max(float(np.abs(sharded - one).max()) for sharded, one in of_kind)
+        differences[f"{kind}_size"] = max(float(np.abs(one).max()) for _, one in of_kind)
+    return differences
 
 
 def train(

@@ -159,11 +159,11 @@ def attempt(
 
 def checkpoints(run: Path) -> set[tuple[str, int]]:
     """Return the complete checkpoints of a run's jobs, with their times in ns."""
-    found = set()
+    complete = set()
     for path in (run / "checkpoints").glob("*/*/manifest.json"):
         with suppress(FileNotFoundError):
-            found.add((str(path), path.stat().st_mtime_ns))
-    return found
+            complete.add((str(path), path.stat().st_mtime_ns))
+    return complete
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -239,28 +239,28 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
     assert whole.code == 0, whole.output
     print(f"undisturbed: {whole.seconds:.0f} s", flush=True)
 
-    found = Kills(folder, whole.seconds, outcome(folder / "whole"))
+    survived = Kills(folder, whole.seconds, outcome(folder / "whole"))
     runs = 0
-    while found.done < count:
+    while survived.done < count:
         name = f"killed{runs}"
-        killed = found.kill(name, min(KILLS_A_RUN, count - found.done))
+        killed = survived.kill(name, min(KILLS_A_RUN, count - survived.done))
         if killed:
-            found.resume(name, killed)
+            survived.resume(name, killed)
         runs += 1
 
     resume = None
-    if found.resume_s:
+    if survived.resume_s:
         resume = {
-            "median": statistics.median(found.resume_s),
-            "longest": max(found.resume_s),
-            "measured": len(found.resume_s),
+            "median": statistics.median(survived.resume_s),
+            "longest": max(survived.resume_s),
+            "measured": len(survived.resume_s),
         }
     return {
-        "kills": found.done,
-        "kills_with_equal_outcome": found.equal,
+        "kills": survived.done,
+        "kills_with_equal_outcome": survived.equal,
         "runs": runs,
-        "undisturbed_s": found.undisturbed_s,
-        "tracebacks": found.tracebacks,
+        "undisturbed_s": survived.undisturbed_s,
+        "tracebacks": survived.tracebacks,
         "resume_s": resume,
     }
 
@@ -338,12 +338,12 @@ def checkpoint_cost(folder: Path, quick: bool) -> dict[str, Any]:
     ]
     settings = load_config(REPOSITORY / "configs" / "demo.yaml", overrides, "cost")
     prepare(settings)
-    found = {}
+    by_role = {}
     for job in (Job("fm", settings), Job("vm", settings, settings.vm.models)):
         costs = [one_cost(job, windows, number % 2 == 1) for number in range(pairs + 1)]
         del costs[0]  # it warms up
         figures = cost_figures(job, costs)
-        found[job.role] = figures
+        by_role[job.role] = figures
         print(
             f"{job.role}: {figures['bytes'] / 1e6:.1f} MB a checkpoint; training takes "
             f"{figures['cost']:.1%} longer (standard error {figures['standard_error']:.1%}), of "
@@ -351,7 +351,7 @@ def checkpoint_cost(folder: Path, quick: bool) -> dict[str, Any]:
             f"processor time is {figures['writer_processor_time']:.2%}",
             flush=True,
         )
-    return found
+    return by_role
 
 
 def cost_figures(job: Job, costs: Sequence[CheckpointCost]) -> dict[str, float]:
@@ -384,7 +384,7 @@ def main() -> None:
         "kills_with_equal_outcome": bar(killed["kills_with_equal_outcome"], killed["kills"]),
         "checkpoint_cost": bar(highest_cost, 0.05, at_least=False),
         "resume_s": bar(longest_resume, 60, at_least=False),
-        "malformed_told_clearly": bar(malformed["told"], damaged),
+        "malformed_refused_clearly": bar(malformed["refused"], damaged),
     }
     report("faults", figures, bars)
 

@@ -2,7 +2,7 @@
 
 None may end in a traceback. Whole files of a finished run are damaged by seeded mutations: a bit
 flipped, bytes cut off, inserted or replaced, JSON values replaced, removed, or changed to point out
-of their folder. Then the code that reads that file reads it. An input is `told` where the reader
+of their folder. Then the code that reads that file reads it. An input is `refused` where the reader
 refuses it in one line that names the file or the setting; `harmless` where the result is what was
 written. A mutation that changes the result without an error is `wrong`, and so is any other error.
 """
@@ -68,7 +68,7 @@ def fuzz(
     """Read `inputs` malformed inputs made from the files of a finished run.
 
     Returns:
-        inputs, told, harmless, and `wrong`: the file, mutation and outcome of each of the others.
+        inputs, refused, harmless, and `wrong`: file, mutation and outcome of each other input.
     """
     rng = random.Random(SEED)
     counts = Counter[str]()
@@ -83,7 +83,7 @@ def fuzz(
         mutation = _mutate(copy / file.relative_to(run), target, rng)
 
         outcome = _read(target.read, copy)
-        kind = outcome[0] if outcome[0] == "told" else "wrong"
+        kind = outcome[0] if outcome[0] == "refused" else "wrong"
         if outcome == undamaged[target.pattern, target.read]:
             kind = "harmless"
         counts[kind] += 1
@@ -92,7 +92,7 @@ def fuzz(
 
     for text in BAD_CONFIGS:
         outcome = _read(partial(_config, text=text), scratch)
-        kind = outcome[0] if outcome[0] == "told" else "wrong"
+        kind = outcome[0] if outcome[0] == "refused" else "wrong"
         counts[kind] += 1
         if kind == "wrong":
             wrong.append(f"config {text!r}: {outcome}"[:400])
@@ -100,7 +100,7 @@ def fuzz(
     print(f"malformed inputs: {dict(counts)}", *wrong, sep="\n  ", flush=True)
     return {
         "inputs": inputs + len(BAD_CONFIGS),
-        "told": counts["told"],
+        "refused": counts["refused"],
         "harmless": counts["harmless"],
         "wrong": wrong,
     }
@@ -129,12 +129,12 @@ def _mutate(
 
 
 def _read(read: Reader, run: Path) -> tuple[str, object]:
-    """("read", what was read), ("told", the refusal) or ("error", what it was)."""
+    """("read", what was read), ("refused", the message) or ("error", what it was)."""
     try:
         return "read", read(run)
     except UserError as error:
         line = str(error)
-        return ("told", line) if 20 < len(line) < 1500 else ("error", line)
+        return ("refused", line) if 20 < len(line) < 1500 else ("error", line)
     except Exception as error:  # a person would see a traceback
         return "error", f"{type(error).__name__}: {error}"
 

@@ -433,9 +433,9 @@ def main() -> None:
             for pairing in PAIRINGS:
                 if pairing.setting == setting.name:
                     loader = loaders.get(pairing.peer)
-                    found = run(python, folder, pairing, loader, setting.pairs)
-                    figures[pairing.name] = found
-                    loaders[pairing.peer] = found["loader"]
+                    comparison = run(python, folder, pairing, loader, setting.pairs)
+                    figures[pairing.name] = comparison
+                    loaders[pairing.peer] = comparison["loader"]
         frappe = Path(scratch) / "frappe"
         figures["variants"] = {model: variants(frappe, model, options.quick) for model in MODELS}
 

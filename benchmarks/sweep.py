@@ -158,10 +158,10 @@ def main() -> None:
 
         bars = {"sweep_over_trials": bar(figures["alone"]["over_trials"], 1.3, at_least=False)}
         for arm in ARMS:
-            found = together(settings, rows, arm, repetitions)
-            print(arm, found, flush=True)
-            figures[f"{TOGETHER}_{arm}"] = found
-            bars[f"together_{arm}"] = bar(found["times_faster"], 3.0)
+            comparison = together(settings, rows, arm, repetitions)
+            print(arm, comparison, flush=True)
+            figures[f"{TOGETHER}_{arm}"] = comparison
+            bars[f"together_{arm}"] = bar(comparison["times_faster"], 3.0)
     report("sweep", figures, bars)
 
 

@@ -38,7 +38,7 @@ MODELS = {
     "dlrm": "type: dlrm, dim: 16, top_mlp: [128, 64]",
     "dcnv2": "type: dcnv2, dim: 16, cross_layers: 2, mlp: [128, 64]",
     "deepfm": "type: deepfm, dim: 16, mlp: [128, 64]",
-    "masknet": ("type: masknet, dim: 16, blocks: 3, block_width: 32, mask_mlp: [64], mlp: [64]"),
+    "masknet": "type: masknet, dim: 16, blocks: 3, block_width: 32, mask_mlp: [64], mlp: [64]",
     "finalmlp": "type: finalmlp, dim: 16, mlp_1: [128, 64], mlp_2: [64], heads: 4",
 }
 STUDENT_DENSE_LR = 0.003

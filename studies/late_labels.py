@@ -125,7 +125,7 @@ def measure(
     """
     true_stream = prepare(config(folder, "at_once", seed, plan.windows))
     true_reader = StreamReader(true_stream.root)
-    found: dict[str, dict[str, float]] = {}
+    by_kind: dict[str, dict[str, float]] = {}
     for kind in KINDS:
         job = Job("fm", config(folder, kind, seed, plan.windows))
         stream = prepare(job.config)
@@ -141,13 +141,13 @@ def measure(
             "calibration": float(np.mean([row["calibration"] for row in rows])),
             "late": late_fraction(stream),
         }
-        found[kind] = figures
+        by_kind[kind] = figures
         print(
             f"  seed {seed}, {kind}: NE {figures['ne']:.4f}, "
             f"calibration {figures['calibration']:.3f}, late {figures['late']:.0%}",
             flush=True,
         )
-    return found
+    return by_kind
 
 
 def late_fraction(stream: EventStream) -> float:
@@ -161,13 +161,13 @@ def late_fraction(stream: EventStream) -> float:
     return late / (late + in_time)
 
 
-def over_seeds(found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+def over_seeds(by_seed: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
     """Return kind -> figure -> mean and standard deviation over the seeds."""
     figures: dict[str, Any] = {}
     for kind in KINDS:
         figures[kind] = {}
         for name in FIGURES:
-            values = [of_seed[kind][name] for of_seed in found]
+            values = [of_seed[kind][name] for of_seed in by_seed]
             std = float(np.std(values, ddof=1)) if len(values) > 1 else None
             figures[kind][name] = {"mean": float(np.mean(values)), "std": std}
     return figures
@@ -177,8 +177,8 @@ def main() -> None:
     options = arguments("studies.late_labels", DESCRIPTION)
     plan = QUICK if options.quick else FULL
     with tempfile.TemporaryDirectory() as folder:
-        found = [measure(Path(folder), seed, plan) for seed in range(plan.seeds)]
-    report("late_labels", over_seeds(found), {})
+        by_seed = [measure(Path(folder), seed, plan) for seed in range(plan.seeds)]
+    report("late_labels", over_seeds(by_seed), {})
 
 
 if __name__ == "__main__":

@@ -187,32 +187,32 @@ def train_all(
     for settings in one_of_stream.values():
         prepare(settings)
 
-    found = {}
+    results = {}
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
         waiting = {pool.submit(train, settings): run for run, settings in configs.items()}
         for done in as_completed(waiting):
             run = waiting[done]
             figures = done.result()
-            found[run] = figures
+            results[run] = figures
             print(
-                f"{len(found)} of {len(runs)}: {run.family} {run.size}, seed {run.seed}: "
+                f"{len(results)} of {len(runs)}: {run.family} {run.size}, seed {run.seed}: "
                 f"{figures['flops'] / 1e3:,.0f} kFLOP, NE {figures['ne']:.5f}, "
                 f"{figures['examples_per_s']:,.0f} examples/s",
                 flush=True,
             )
-    return found
+    return results
 
 
-def fit(found: Mapping[Run, RunFigures], family: str) -> dict[str, Any]:
+def fit(results: Mapping[Run, RunFigures], family: str) -> dict[str, Any]:
     """Fit NE = a_seed - b log2(FLOPs): b, its standard error, and the mean of a over the seeds."""
-    runs = [run for run in found if run.family == family]
+    runs = [run for run in results if run.family == family]
     seeds = sorted({run.seed for run in runs})
     rows = []
     for run in runs:
         is_seed = [float(run.seed == seed) for seed in seeds]
-        rows.append([*is_seed, -np.log2(found[run]["flops"])])
+        rows.append([*is_seed, -np.log2(results[run]["flops"])])
     x: np.ndarray = np.array(rows)
-    y = np.array([found[run]["ne"] for run in runs])
+    y = np.array([results[run]["ne"] for run in runs])
 
     solution, *_ = np.linalg.lstsq(x, y, rcond=None)
     residual = y - x @ solution
@@ -226,16 +226,16 @@ def fit(found: Mapping[Run, RunFigures], family: str) -> dict[str, Any]:
     }
 
 
-def summary(found: Mapping[Run, RunFigures]) -> dict[str, Any]:
+def summary(results: Mapping[Run, RunFigures]) -> dict[str, Any]:
     """Return each family's sizes with their figures, and its fit."""
     families: dict[str, Any] = {}
     for family, models in MODELS.items():
         sizes = []
         for size, model in enumerate(models):
-            of_size = [found[run] for run in sorted(found) if run[:2] == (family, size)]
+            of_size = [results[run] for run in sorted(results) if run[:2] == (family, size)]
             if of_size:
                 sizes.append(_size_summary(model, of_size))
-        families[family] = {"sizes": sizes, **fit(found, family)}
+        families[family] = {"sizes": sizes, **fit(results, family)}
     return families
 
 
@@ -281,8 +281,8 @@ def main() -> None:
         Run(family, size, seed) for family in MODELS for size in plan.sizes for seed in plan.seeds
     ]
     with tempfile.TemporaryDirectory() as folder:
-        found = train_all(runs, Path(folder), plan.windows, plan.events)
-    families = summary(found)
+        results = train_all(runs, Path(folder), plan.windows, plan.events)
+    families = summary(results)
 
     flops_range = {}
     for name, family in families.items():

@@ -83,15 +83,15 @@ def teachers(config: Config, lags: tuple[int, ...]) -> list[Teacher]:
     the students' settings, and an FM for each domain.
     """
     students = config.vm.models
-    found = [Teacher(FM, {}, students, lags)]
+    all_teachers = [Teacher(FM, {}, students, lags)]
     for size, model in SIZES.items():
         settings: dict[str, object] = {"fm.model": {**model, "dim": config.fm.model.dim}}
-        found.append(Teacher(size, settings, students))
-    found += _student_sized(config)
+        all_teachers.append(Teacher(size, settings, students))
+    all_teachers += _student_sized(config)
     for domain in dict.fromkeys(student.domain for student in students):
         of_domain = tuple(student for student in students if student.domain == domain)
-        found.append(Teacher("one_domain", {}, of_domain, domain=domain))
-    return found
+        all_teachers.append(Teacher("one_domain", {}, of_domain, domain=domain))
+    return all_teachers
 
 
 def _student_sized(config: Config) -> Iterator[Teacher]:
@@ -205,17 +205,17 @@ def controls(
         labels: window -> float32 labels (N,) of the student's rows.
         predictions: those of the base FM at lag 1.
     """
-    found: dict[str, WindowPredictions] = {name: {} for name in CONTROL_TEACHERS}
+    by_control: dict[str, WindowPredictions] = {name: {} for name in CONTROL_TEACHERS}
     for window, p_N in predictions.items():
         rng = np.random.default_rng((seed, window))
         earlier_N = np.concatenate(
             [labels_N for other, labels_N in labels.items() if other < window]
         )
         mean_label = earlier_N.mean() if len(earlier_N) else np.nan
-        found["shuffled"][window] = rng.permutation(p_N)
-        found["constant"][window] = np.full(len(labels[window]), mean_label, np.float32)
-        found["own_label"][window] = labels[window]
-    return found
+        by_control["shuffled"][window] = rng.permutation(p_N)
+        by_control["constant"][window] = np.full(len(labels[window]), mean_label, np.float32)
+        by_control["own_label"][window] = labels[window]
+    return by_control
 
 
 def student_rows(

@@ -137,11 +137,11 @@ def calls(
         structure = (variant.arm, mlp, variant.first)
         by_structure[structure] += [Training(variant, seed) for seed in seeds]
 
-    found = []
+    all_calls = []
     for trainings in by_structure.values():
         parts = -(-len(trainings) // MOST_TOGETHER)
-        found += [trainings[part::parts] for part in range(parts)]
-    return found
+        all_calls += [trainings[part::parts] for part in range(parts)]
+    return all_calls
 
 
 def train(

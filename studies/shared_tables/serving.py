@@ -76,10 +76,10 @@ def costs(quick: bool) -> dict[str, dict[str, Any]]:
         latencies = {
             count: latency(served, candidates(stream, count), calls(quick)) for count in CANDIDATES
         }
-        found = {}
+        by_arm = {}
         for arm, export in exports.items():
             store = export / HISTORY
-            found[arm] = {
+            by_arm[arm] = {
                 "ne_gain": ne_gain(nes[arm], nes[LABELS]),
                 "examples_per_s": speed[arm],
                 "speed_over_labels": speed[arm] / speed[LABELS],
@@ -90,7 +90,7 @@ def costs(quick: bool) -> dict[str, dict[str, Any]]:
                 "latency": {count: by_name[arm] for count, by_name in latencies.items()},
                 "control": {count: by_name[CONTROL] for count, by_name in latencies.items()},
             }
-        return found
+        return by_arm
 
 
 def arm_nes(rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:

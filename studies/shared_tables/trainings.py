@@ -206,7 +206,7 @@ def holdout_figures(
         for variant in all_variants
         if trained.get(variant.training)
     }
-    found: dict[str, dict[str, Any]] = {}
+    by_variant: dict[str, dict[str, Any]] = {}
     for variant in all_variants:
         chooser = variant.settings_of or variant.name
         if variant.name not in chosen or chooser not in chosen:
@@ -218,12 +218,12 @@ def holdout_figures(
             labels_rows = trained["labels"][seed][labels_setting]
             figures = _seed_figures(rows_of_settings[choice.setting], labels_rows, fm[seed])
             seeds.append({"seed": seed, **figures})
-        found[variant.name] = {
+        by_variant[variant.name] = {
             "settings": {**GRID[choice.setting], **variant.settings},
             "score": choice.score,
             "seeds": seeds,
         }
-    return found
+    return by_variant
 
 
 def _seed_figures(

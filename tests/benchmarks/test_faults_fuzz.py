@@ -1,4 +1,4 @@
-"""Malformed files and configs: told in one line, or harmless."""
+"""Malformed files and configs: refused in one line, or harmless."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def run(groups: dict[int, Workers], tmp_path_factory: pytest.TempPathFactory) ->
     return config.folder
 
 
-def test_malformed_inputs_are_told(run: Path, tmp_path: Path) -> None:
-    """Wrong: a damaged file, or a config that makes no sense, is read as if it were whole or ends
-    in a traceback."""
+def test_malformed_inputs_are_refused(run: Path, tmp_path: Path) -> None:
+    """Wrong: a damaged file or a meaningless config is read as if it were good, or ends in a
+    traceback."""
     found = fuzz(run, tmp_path, 5 * len(TARGETS))
     assert found["wrong"] == []
     assert (
-        found["told"] + found["harmless"]
+        found["refused"] + found["harmless"]
         == found["inputs"]
         == 5 * len(TARGETS) + len(BAD_CONFIGS)
         > 100
     )
-    assert found["told"] > 80
+    assert found["refused"] > 80
