@@ -102,8 +102,9 @@ class ShuffledReader(StreamReader):
         fragments = super().fragments(window_pass)
         if window_pass.purpose == "evaluate":
             return fragments
+        count = len(fragments)
         generator = self._generator(window_pass, 0)
-        shuffled = generator.permutation(len(fragments))
+        shuffled = generator.permutation(count)
         return [fragments[i] for i in shuffled]
 
     def read(self, window_pass: WindowPass, fragment: Fragment) -> pa.Table:

@@ -141,13 +141,13 @@ class EventStream:
 
     def path(self, window: int, fragment: Fragment) -> AnyPath:
         """Path of a fragment. Raises UserError for a name that leaves the window's folder."""
+        name = fragment.file
+        plain_name = Path(name).name
+        if plain_name != name:
+            manifest = self._manifest(window)
+            raise UserError(f"{manifest}: fragment '{name}' is not a plain file name")
         folder = self.root / window_name(window)
-        plain_name = Path(fragment.file).name
-        if plain_name != fragment.file:
-            raise UserError(
-                f"{folder / 'manifest.json'}: fragment '{fragment.file}' is not a plain file name"
-            )
-        return folder / fragment.file
+        return folder / name
 
     def read(
         self,
@@ -226,7 +226,8 @@ class EventStream:
             if bag.name not in table.column_names:
                 continue
             lists = table[bag.name].combine_chunks()
-            values = lists.flatten().to_numpy(zero_copy_only=False)
+            flat = lists.flatten()
+            values = flat.to_numpy(zero_copy_only=False)
             if len(values):
                 low = int(values.min())
                 high = int(values.max())

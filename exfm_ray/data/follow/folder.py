@@ -85,7 +85,9 @@ class FolderArrivals:
         source = described(self.spec, (path,), data.delayed)
         scratch = self.config.folder / "prepare.tmp"
         tables = list(read(source, data.memory_mb, scratch))
-        rows = pa.concat_tables(tables) if tables else pa.table({})
+        rows = pa.table({})
+        if tables:
+            rows = pa.concat_tables(tables)
         return Arrival(rows, path, position)
 
     def labels(self, after: Position) -> Arrival | None:
@@ -96,7 +98,9 @@ class FolderArrivals:
         if following is None:
             return None
         path, position = following
-        labels = check_labels(_label_file(path), self.config.data.delayed, str(path))
+        tasks = self.config.data.delayed
+        raw = _label_file(path)
+        labels = check_labels(raw, tasks, str(path))
         return Arrival(labels, path, position)
 
     def _next(
@@ -126,9 +130,10 @@ class FolderArrivals:
         names = set()
         for pattern in patterns:
             for path in root.glob(pattern):
-                if path.is_file():
-                    relative = path.relative_to(root)
-                    names.add(relative.as_posix())
+                if not path.is_file():
+                    continue
+                relative = path.relative_to(root)
+                names.add(relative.as_posix())
         return sorted(names)
 
     def ended(self) -> bool:
@@ -158,7 +163,8 @@ def followed_spec(config: Config) -> TableFile:
 def _label_file(path: Path) -> pa.Table:
     try:
         if path.suffix == ".csv":
-            relation = duckdb.sql(f"SELECT * FROM read_csv({sql_literal(path)}, header=true)")
+            query = f"SELECT * FROM read_csv({sql_literal(path)}, header=true)"
+            relation = duckdb.sql(query)
             return relation.to_arrow_table()
         return pq.read_table(path, partitioning=None)
     except (duckdb.Error, pa.ArrowException) as error:

@@ -123,7 +123,8 @@ class Follower:
         first_window = self._stream.window(0)
         self._first = int(self._window_number(first_window.start_ms))
 
-        pending = pq.read_table(parquet_source(folder / PENDING), partitioning=None)
+        source = parquet_source(folder / PENDING)
+        pending = pq.read_table(source, partitioning=None)
         if pending.num_rows:
             self._add(pending, Path(PENDING))
 
@@ -133,9 +134,10 @@ class Follower:
         self._label_log.recover()
         if not self._label_log.parts:
             return
-        last = part_path(self._writer.root, self._label_log.parts - 1)
-        facts = pq.read_schema(parquet_source(last)).metadata
-        position = metadata_value(facts, POSITION)
+        last_part = self._label_log.parts - 1
+        path = part_path(self._writer.root, last_part)
+        last = pq.read_schema(parquet_source(path))
+        position = metadata_value(last.metadata, POSITION)
         self._label_position = json.loads(position or "{}")
 
     def poll(self) -> bool:
@@ -173,7 +175,8 @@ class Follower:
 
     def _take_events(self, arrival: Arrival) -> None:
         if arrival.rows.num_rows:
-            late_N = self._late_events(_times(arrival), arrival.held_ms)
+            times_N = _times(arrival)
+            late_N = self._late_events(times_N, arrival.held_ms)
             self._late += int(late_N.sum())
             on_time = arrival.rows.filter(pa.array(~late_N))
             if on_time.num_rows:
@@ -218,12 +221,14 @@ class Follower:
         source = replace(self._source, files=(file,))
         packer = Packer(source, drop_duplicates=False)
         encoded = packer.encode(in_order)
-        self._pending.append(_Events(in_order, encoded))
+        events = _Events(in_order, encoded)
+        self._pending.append(events)
 
     def _window_number(self, times_ms: Any) -> Any:
         """Number of the window that holds each time, counted from the epoch."""
+        length_ms = self._length_ms
         since_offset = times_ms - self._offset_ms
-        return since_offset // self._length_ms
+        return since_offset // length_ms
 
     def _cut(self, end: int | None) -> None:
         """Commit the windows before number `end`, or all that have events if `end` is None."""
@@ -253,17 +258,19 @@ class Follower:
     def _commit(self) -> None:
         """Commit the next window. Its events are ordered by time and id, whatever order they came
         in."""
-        number = self._first + self._next
         index = self._next
+        number = self._first + index
         start_ms = number * self._length_ms + self._offset_ms
-        window = self._writer.window(index, start_ms, start_ms + self._length_ms)
+        end_ms = start_ms + self._length_ms
+        window = self._writer.window(index, start_ms, end_ms)
         selected = self._take_pending(number)
         duplicates = 0
         if selected:
             duplicates = self._write(window, selected)
         self._normalizer.close_window()
 
-        self._save(self._writer.root / window_name(index))
+        folder = self._writer.root / window_name(index)
+        self._save(folder)
         window.commit(duplicates)
         self._next += 1
         if self._label_log:
@@ -281,9 +288,11 @@ class Follower:
             selected.append(encoded.take(in_window_N))
             if in_window_N.all():
                 continue
-            later_raw = raw.filter(pa.array(~in_window_N))
-            later_encoded = encoded.take(~in_window_N)
-            remaining.append(_Events(later_raw, later_encoded))
+            later_N = ~in_window_N
+            later_raw = raw.filter(pa.array(later_N))
+            later_encoded = encoded.take(later_N)
+            later = _Events(later_raw, later_encoded)
+            remaining.append(later)
         self._pending = remaining
         return selected
 
@@ -310,7 +319,8 @@ class Follower:
         pending = pa.table({"event_time": pa.array([], pa.int64())})
         if self._pending:
             tables = [events.raw for events in self._pending]
-            pending = _in_order(pa.concat_tables(tables, promote_options="permissive"))
+            joined = pa.concat_tables(tables, promote_options="permissive")
+            pending = _in_order(joined)
         with atomic_path(folder / PENDING) as temporary:
             pq.write_table(pending, temporary, compression="zstd")
         state = {
@@ -328,9 +338,11 @@ class Follower:
             return
         self._cut(None)
         windows = [self._stream.window(index) for index in self._stream.windows()]
+        rows = [window.rows for window in windows]
+        duplicates = [window.duplicates for window in windows]
         statistics: dict[str, Any] = {
-            "rows": sum(window.rows for window in windows),
-            "duplicates": sum(window.duplicates for window in windows),
+            "rows": sum(rows),
+            "duplicates": sum(duplicates),
             "late_events": self._late,
         }
         if self._label_log:
@@ -341,8 +353,12 @@ class Follower:
 
 
 def _in_order(raw: pa.Table) -> pa.Table:
-    keys = [("event_time", "ascending"), ("example_id", "ascending")]
-    return raw.sort_by(keys).combine_chunks()
+    keys = [
+        ("event_time", "ascending"),
+        ("example_id", "ascending"),
+    ]
+    in_order = raw.sort_by(keys)
+    return in_order.combine_chunks()
 
 
 def _times(arrival: Arrival) -> Array:

@@ -86,7 +86,8 @@ class KafkaArrivals:
         if messages is None:
             return None
         topic = self._labels.name
-        rows = check_labels(messages.rows, self.config.data.delayed, f"topic '{topic}'")
+        tasks = self.config.data.delayed
+        rows = check_labels(messages.rows, tasks, f"topic '{topic}'")
         return Arrival(rows, Path(topic), messages.position)
 
     def ended(self) -> bool:
@@ -159,7 +160,8 @@ class _Topic:
 
         position = dict(self._position)
         for message in messages:
-            position[str(message.partition())] = message.offset() + 1
+            partition = str(message.partition())
+            position[partition] = message.offset() + 1
         rows = _parse(messages, columns, self.name)
         self._position = position
         partition_N = np.array([message.partition() for message in messages])
@@ -173,7 +175,8 @@ class _Topic:
         partitions = []
         for partition in self._partitions:
             offset = after.get(str(partition), first)
-            partitions.append(self._kafka.TopicPartition(self.name, partition, offset))
+            start = self._kafka.TopicPartition(self.name, partition, offset)
+            partitions.append(start)
         self._consumer.assign(partitions)
         self._assigned = True
         self._position = dict(after)
@@ -266,7 +269,9 @@ def _columns(spec: TableFile, delayed: set[str]) -> pa.Schema:
 
 
 def _feature_type(feature: SparseFeature) -> pa.DataType:
-    value = pa.int64() if feature.encoding is Encoding.INDEX else pa.string()
+    value = pa.string()
+    if feature.encoding is Encoding.INDEX:
+        value = pa.int64()
     if feature.kind is Kind.SINGLE:
         return value
     return pa.list_(value)
@@ -306,11 +311,13 @@ def _milliseconds(at: pa.ChunkedArray, unit: str) -> pa.ChunkedArray:
     if unit == "ms":
         return at
     if unit == "s":
-        return pc.round(pc.multiply(at, 1000))
+        milliseconds = pc.multiply(at, 1000)
+        return pc.round(milliseconds)
     if unit == "us":
         return pc.divide(at, 1000)
     zone = "UTC" if _has_zone(at) else None
-    return pc.cast(at, pa.timestamp("ms", tz=zone))
+    timestamp = pa.timestamp("ms", tz=zone)
+    return pc.cast(at, timestamp)
 
 
 def _has_zone(at: pa.ChunkedArray) -> bool:

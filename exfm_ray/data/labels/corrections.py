@@ -71,7 +71,10 @@ def learned_fragments(
     """
 
     def has_domain(fragment: Fragment) -> bool:
-        return domains is None or any(fragment.domain_rows[d] for d in domains)
+        if domains is None:
+            return True
+        rows = [fragment.domain_rows[domain] for domain in domains]
+        return any(rows)
 
     fragments = stream.window(window).fragments
     corrections = correction_fragments(stream, window, tasks)
@@ -124,9 +127,11 @@ def _row_range(
     """The rows of a fragment as a range [start, end) of its window, which is [0, 1)."""
     manifest = stream.window(window)
     position = manifest.fragments.index(fragment)
-    before = sum(earlier.rows for earlier in manifest.fragments[:position])
-    start = before / manifest.rows
-    end = (before + fragment.rows) / manifest.rows
+    earlier = manifest.fragments[:position]
+    first_row = sum(other.rows for other in earlier)
+    last_row = first_row + fragment.rows
+    start = first_row / manifest.rows
+    end = last_row / manifest.rows
     return start, end
 
 
@@ -192,10 +197,12 @@ def _corrections(
 def _read_positions(path: AnyPath, fragment: Fragment) -> pa.Table:
     source = parquet_source(path)
     positions = pq.read_table(source, partitioning=None, use_threads=False)
-    if positions.schema != CORRECTION or positions.num_rows != fragment.rows:
+    rows = positions.num_rows
+    if positions.schema != CORRECTION or rows != fragment.rows:
+        columns = positions.column_names
         raise UserError(
-            f"{path}: {positions.num_rows} rows of {positions.column_names} where the manifest "
-            f"says {fragment.rows}; prepare the stream again"
+            f"{path}: {rows} rows of {columns} where the manifest says {fragment.rows}; "
+            "prepare the stream again"
         )
     return positions
 

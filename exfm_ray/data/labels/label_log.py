@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from exfm_ray.data.arrow_types import is_text
 from exfm_ray.data.labels.corrections import CORRECTION, CORRECTIONS
 from exfm_ray.data.labels.releases import ReleaseManifest, has_release, release, release_folder
 from exfm_ray.data.stream import EventStream, Fragment, Window, domain_counts, window_name
@@ -186,8 +187,14 @@ class _TaskLabels:
 
 
 def _sorted(counts: Counter[int]) -> dict[int, int]:
-    items = sorted(counts.items())
-    return dict(items)
+    """The counts in the order of their windows."""
+    windows = sorted(counts)
+    return {window: counts[window] for window in windows}
+
+
+def _commit_order(manifest: ReleaseManifest) -> tuple[int, int]:
+    """Sorts releases by the time at which they were written."""
+    return manifest.parts, manifest.window
 
 
 class LabelLog:
@@ -245,8 +252,9 @@ class LabelLog:
         """Add all windows, parts and releases on disk, in the order they were added before."""
         for index in self._stream.windows():
             self.add_window(index)
-        releases = sorted(self._releases(), key=lambda manifest: (manifest.parts, manifest.window))
-        for manifest in releases:
+        manifests = list(self._releases())
+        manifests.sort(key=_commit_order)
+        for manifest in manifests:
             while self.parts < manifest.parts:
                 self.add_part()
             self._release(manifest.task)
@@ -255,11 +263,14 @@ class LabelLog:
 
     def _releases(self) -> Iterator[ReleaseManifest]:
         """Manifests of all releases on disk."""
+        stream = self._stream
         for ids in self._windows:
             index = ids.window.index
             for task in self._labels:
-                if has_release(self._stream.root, index, task):
-                    yield release(self._stream, index, task)
+                if not has_release(stream.root, index, task):
+                    continue
+                manifest = release(stream, index, task)
+                yield manifest
 
     def release(self, clock_ms: int | None) -> None:
         """Release every window whose attribution time is over.
@@ -303,7 +314,8 @@ class LabelLog:
             schema_digest=self._stream.schema.digest,
         )
         folder = release_folder(self._stream.root, window.index, task)
-        write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
+        path = folder / "manifest.json"
+        write_json(path, manifest.model_dump(mode="json"))
 
     def _write_labels(
         self,
@@ -404,24 +416,27 @@ def check_labels(
         UserError: names the file and the wrong column, task or value.
     """
     _check_label_columns(table, name)
+    known = ", ".join(tasks)
     for task in table["task"].unique().to_pylist():
         if task not in tasks:
             raise UserError(
                 f"{name}: labels of task '{task}', none of data.attribution_s "
-                f"({', '.join(tasks)}); correct the file or the setting"
+                f"({known}); correct the file or the setting"
             )
-    for value in table["label"].unique().to_pylist():
+    values = table["label"].unique()
+    for value in values.to_pylist():
         if value not in (0, 1):
             raise UserError(f"{name}: column 'label' has the value {value}; labels are 0 or 1")
     return table.select(LOG_SCHEMA.names).cast(LOG_SCHEMA)
 
 
 def _check_label_columns(table: pa.Table, name: str) -> None:
+    expected = ", ".join(LABEL_COLUMNS)
+    actual = ", ".join(table.column_names)
     for column, (meaning, fits) in LABEL_COLUMNS.items():
         if column not in table.column_names:
             raise UserError(
-                f"{name}: no column '{column}'; a label file has {', '.join(LABEL_COLUMNS)}, "
-                f"this one {', '.join(table.column_names)}"
+                f"{name}: no column '{column}'; a label file has {expected}, this one {actual}"
             )
         kind = table[column].type
         missing = table[column].null_count
@@ -433,11 +448,6 @@ def _check_label_columns(table: pa.Table, name: str) -> None:
             )
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    types = pa.types
-    return bool(types.is_string(kind) or types.is_large_string(kind))
-
-
 def _is_zero_or_one(kind: pa.DataType) -> bool:
     types = pa.types
     whole = types.is_integer(kind) or types.is_boolean(kind)
@@ -446,7 +456,7 @@ def _is_zero_or_one(kind: pa.DataType) -> bool:
 
 LABEL_COLUMNS = {
     "example_id": ("an integer", pa.types.is_integer),
-    "task": ("the name of a task", _is_text),
+    "task": ("the name of a task", is_text),
     "label": ("0 or 1", _is_zero_or_one),
     "time_ms": ("milliseconds since the epoch, an integer,", pa.types.is_integer),
 }

@@ -139,10 +139,11 @@ def is_released(
 
     Labels that come with the events are final at once.
     """
-    delayed = attribution(stream.root).keys() & set(tasks)
+    root = stream.root
+    delayed = attribution(root).keys() & set(tasks)
     if not stream.has(window):
         return False
-    return all(has_release(stream.root, window, task) for task in delayed)
+    return all(has_release(root, window, task) for task in delayed)
 
 
 def released_windows(stream: EventStream, tasks: Sequence[str]) -> list[int]:
@@ -174,10 +175,13 @@ def with_released_labels(
 
     with_id = None if columns is None else ["example_id", *columns]
     events = stream.read(window, fragment, with_id)
-    labels_NT = list_values(events["labels"], len(stream.schema.tasks)).copy()
+    ids = events["example_id"]
+    width = len(stream.schema.tasks)
+    labels_NT = list_values(events["labels"], width).copy()
     for task in delayed:
         column = stream.schema.task_index(task)
-        labels_NT[:, column] = _labels(stream, window, fragment, task, events["example_id"])
+        label_N = _labels(stream, window, fragment, task, ids)
+        labels_NT[:, column] = label_N
     return with_labels(events, labels_NT)
 
 

@@ -121,9 +121,10 @@ class _LabeledWindow(WindowWriter):
         root = self._labeled.root
         label_log = self._labeled.label_log
         if not self.committed:
-            part = pa.concat_tables(self._labels)
-            write_part(root, label_log.parts, part)
-        assert part_path(root, label_log.parts).exists()
+            labels = pa.concat_tables(self._labels)
+            write_part(root, label_log.parts, labels)
+        part = part_path(root, label_log.parts)
+        assert part.exists()
 
         super().commit(duplicates)
         label_log.add_window(self.index)

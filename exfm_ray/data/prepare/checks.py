@@ -32,7 +32,8 @@ def check_tasks(config: Config, schema: Schema) -> None:
         if task in schema.tasks:
             continue
         known = ", ".join(schema.tasks)
-        way_out = nearest(task, schema.tasks) or f" There are {known}."
+        suggestion = nearest(task, schema.tasks)
+        way_out = suggestion or f" There are {known}."
         raise UserError(f"setting 'data.attribution_s': unknown task '{task}'.{way_out}")
 
 

@@ -71,8 +71,10 @@ def part_rows(source: RawSource, memory_mb: int) -> list[int]:
     try:
         with duckdb.connect() as connection:
             for part in source.parts:
-                result = connection.sql(f"SELECT count(*) FROM {part}")
-                counts += [int(row[0]) for row in result.fetchall()]
+                query = f"SELECT count(*) FROM {part}"
+                result = connection.sql(query)
+                ((count,),) = result.fetchall()
+                counts.append(int(count))
     except duckdb.Error as error:
         raise explain(error, source, memory_mb) from None
     return counts

@@ -75,7 +75,8 @@ class DuplicateFinder:
     def _remember(self, time_N: Array, hash_N: Array) -> None:
         last = int(time_N[-1])
         begin = np.searchsorted(time_N, last)
-        seen = np.unique(hash_N[begin:])
+        latest = hash_N[begin:]
+        seen = np.unique(latest)
         if last == self._time:
             seen = np.union1d(self._seen, seen)
         self._seen = seen

@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from exfm_ray.data.arrow_types import is_text
 from exfm_ray.data.prepare.hash_collisions import Watch
 from exfm_ray.errors import UserError, nearest
 from exfm_ray.schema import Encoding, Schema, SparseFeature
@@ -56,17 +57,12 @@ def hash_rows(
         rows: rows of the table.
         watch: receives the hashed values.
     """
-    if _is_text(values.type):
+    if is_text(values.type):
         return _hash_text(values, table, rows, watch)
     id_N, row_N = _spread(_bits(values), table, rows)
     if watch:
         watch(table, id_N, row_N, 1)
     return row_N
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    types = pa.types
-    return bool(types.is_string(kind) or types.is_large_string(kind))
 
 
 def _hash_text(
@@ -110,7 +106,8 @@ def _spread(
 ) -> tuple[Array, Array]:
     """Ids, uint64 (N,), and the rows on which they fall, int32 (N,)."""
     id_N = splitmix64(bits_N ^ salt(table))
-    remainder_N = id_N % np.uint64(rows - 1)
+    usable_rows = np.uint64(rows - 1)  # all but row 0
+    remainder_N = id_N % usable_rows
     row_N = remainder_N + np.uint64(1)
     return id_N, row_N.astype(np.int32)
 
@@ -232,10 +229,11 @@ def encode_domains(
     if positions.null_count:
         unknown_N = pc.is_null(positions)
         unknown = names.filter(unknown_N)[0].as_py()
+        known_names = ", ".join(schema.domains)
+        suggestion = nearest(unknown or "", schema.domains)
         raise UserError(
             f"{source}: column 'domain' has the value {unknown!r}; the schema knows "
-            f"{', '.join(schema.domains)}.{nearest(unknown or '', schema.domains)} "
-            "Add it to `domains` or correct the data."
+            f"{known_names}.{suggestion} Add it to `domains` or correct the data."
         )
     position_N = positions.to_numpy(zero_copy_only=False)
     return np.asarray(position_N).astype(np.int32)

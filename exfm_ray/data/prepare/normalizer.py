@@ -115,10 +115,11 @@ class Normalizer:
         """Count, mean and std of each dense feature over the closed windows, for the manifest and
         for serving."""
         mean_D, std_D = self._mean_and_std()
+        count_D = self._closed.count
         state = {}
         for i, name in enumerate(self.names):
             state[name] = {
-                "count": float(self._closed.count[i]),
+                "count": float(count_D[i]),
                 "mean": float(mean_D[i]),
                 "std": float(std_D[i]),
             }

@@ -76,10 +76,12 @@ class Rows:
         first = parts[0]
         bags = {}
         for name in first.bags:
-            bags[name] = pa.concat_arrays([part.bags[name] for part in parts])
+            columns = [part.bags[name] for part in parts]
+            bags[name] = pa.concat_arrays(columns)
         arrays = {}
         for name in first._arrays():
-            arrays[name] = np.concatenate([getattr(part, name) for part in parts])
+            pieces = [getattr(part, name) for part in parts]
+            arrays[name] = np.concatenate(pieces)
         return cls(**arrays, bags=bags)
 
     def packed(self, schema: Schema, dense_ND: Array) -> pa.Table:
@@ -104,9 +106,10 @@ class Rows:
 def _take(bag: pa.Array, selected: Array | slice) -> pa.Array:
     if isinstance(selected, slice):
         return bag[selected]
+    arrow = pa.array(selected)
     if selected.dtype == bool:
-        return bag.filter(pa.array(selected))
-    return bag.take(pa.array(selected))
+        return bag.filter(arrow)
+    return bag.take(arrow)
 
 
 def packed(
@@ -216,11 +219,14 @@ class Packer:
         wrong = np.flatnonzero(times_N < before_N)
         if not len(wrong):
             return
-        i = int(wrong[0])
+        first = int(wrong[0])
+        number = self._read + first
+        time_ms = times_N[first]
+        before_ms = before_N[first]
         raise UserError(
-            f"{self.source.name}: events out of order: event {self._read + i} (counted from 0) "
-            f"has time {times_N[i]} ms after one of {before_N[i]} ms; sort the data by time, or "
-            "set `sort: true` in the schema file of a `table` source"
+            f"{self.source.name}: events out of order: event {number} (counted from 0) has time "
+            f"{time_ms} ms after one of {before_ms} ms; sort the data by time, or set "
+            "`sort: true` in the schema file of a `table` source"
         )
 
     def _ids(self, raw: pa.Table) -> Array:
@@ -228,33 +234,39 @@ class Packer:
         if "example_id" not in raw.column_names:
             return self._numbers(raw)
         column = _column(raw, "example_id")
+        name = self.source.name
         way_out = "leave `example_id` out to number the events"
         if column.null_count:
             number = self._read + _first_null(column)
-            raise UserError(f"{self.source.name}: event {number} has no example id; {way_out}")
+            raise UserError(f"{name}: event {number} has no example id; {way_out}")
         try:
-            ids_N = column.cast(pa.int64()).to_numpy(zero_copy_only=False)
+            integers = column.cast(pa.int64())
         except pa.ArrowInvalid as error:
             raise UserError(
-                f"{self.source.name}: example ids must be integers below 2^63 ({error}); {way_out}"
+                f"{name}: example ids must be integers below 2^63 ({error}); {way_out}"
             ) from None
+        ids_N = integers.to_numpy(zero_copy_only=False)
         return np.asarray(ids_N)
 
     def _domains(self, raw: pa.Table) -> Array:
         """int32 (N,): positions in the schema's domains."""
         if "domain" not in raw.column_names:
-            return np.zeros(len(raw), np.int32)
+            rows = len(raw)
+            return np.zeros(rows, np.int32)
+        name = self.source.name
         column = _column(raw, "domain")
-        return encode_domains(column, self.schema, self.source.name)
+        return encode_domains(column, self.schema, name)
 
     def _labels(self, raw: pa.Table) -> Array:
         """float32 (N, T): NaN for tasks without a column, whose labels come later."""
+        rows = len(raw)
         columns = []
         for task in self.schema.tasks:
             if task in raw.column_names:
-                label_N = encode_labels(_column(raw, task), task, self.source.name)
+                values = _column(raw, task)
+                label_N = encode_labels(values, task, self.source.name)
             else:
-                label_N = np.full(len(raw), np.nan, np.float32)
+                label_N = np.full(rows, np.nan, np.float32)
             columns.append(label_N)
         return np.stack(columns, axis=1)
 
@@ -272,11 +284,13 @@ class Packer:
         """float64 (N, D): transformed dense features."""
         columns = []
         for feature in self.schema.dense:
-            values = _column(raw, feature.name)
-            number_N = encode_dense(values, feature.transform, feature.name, self.source.name)
+            name = feature.name
+            values = _column(raw, name)
+            number_N = encode_dense(values, feature.transform, name, self.source.name)
             columns.append(number_N)
         if not columns:
-            return np.zeros((len(raw), 0))
+            rows = len(raw)
+            return np.zeros((rows, 0))
         return np.stack(columns, axis=1)
 
     def _bags(self, raw: pa.Table) -> dict[str, pa.Array]:
@@ -331,12 +345,14 @@ class Packer:
         An event with an id or key is identified by it, another one by its domain, features and
         labels.
         """
+        count = len(rows)
         if self.source.ordered_only:
-            return np.zeros(len(rows), bool)
-        hash_N = np.zeros(len(rows), np.uint64)
+            return np.zeros(count, bool)
+        hash_N = np.zeros(count, np.uint64)
         if "event_key" in raw.column_names:
             key = _column(raw, "event_key")
-            hash_N = fold(hash_N, key.to_numpy(zero_copy_only=False))
+            key_N = key.to_numpy(zero_copy_only=False)
+            hash_N = fold(hash_N, key_N)
         elif "example_id" in raw.column_names:
             hash_N = fold(hash_N, rows.example_id_N)
         else:
@@ -370,7 +386,8 @@ class Packer:
 def _fold_content(hash_N: Array, rows: Rows) -> Array:
     """Fold the content of events into the row hashes: uint64 (N,)."""
     for column_N in (*rows.sparse_NS.T, *rows.labels_NT.T):
-        hash_N = fold(hash_N, column_N.astype(np.int64))
+        integer_N = column_N.astype(np.int64)
+        hash_N = fold(hash_N, integer_N)
     for column_N in rows.dense_ND.T:
         hash_N = fold(hash_N, column_N)
     for bag in rows.bags.values():

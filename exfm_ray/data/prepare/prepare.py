@@ -137,19 +137,24 @@ def _resolve(config: Config) -> tuple[Schema, RawSource | None]:
     table_rows = config.data.table_rows
     if config.data.source == "synthetic":
         schema = synthetic.schema(config.data.synthetic)
-        return with_table_rows(schema, table_rows), None
+        schema = with_table_rows(schema, table_rows)
+        return schema, None
     source = raw_source(config)
     schema = with_table_rows(source.schema, table_rows)
-    return schema, replace(source, schema=schema)
+    resized = replace(source, schema=schema)
+    return schema, resized
 
 
 def _finished_elsewhere(root: AnyPath, config: Config) -> bool:
     """True when the stream is complete and its raw data are not on this machine. Then the settings
     alone decide whether it is the right stream."""
-    if config.data.source == "synthetic" or config.data.root.is_dir():
+    data = config.data
+    if data.source == "synthetic" or data.root.is_dir():
         return False
     manifest = root / "manifest.json"
-    return manifest.exists() and is_stream_of(root, config)
+    if not manifest.exists():
+        return False
+    return is_stream_of(root, config)
 
 
 def _writer(
@@ -189,7 +194,9 @@ def _write_windows(
     with closing(read(source, data.memory_mb, scratch)) as tables:
         for raw in tables:
             rows = packer.encode(raw)
-            limit = None if data.max_rows is None else data.max_rows - cutter.rows
+            limit = None
+            if data.max_rows is not None:
+                limit = data.max_rows - cutter.rows
             _add_up_to(cutter, packer, rows, limit)
             if cutter.rows == data.max_rows:
                 break

@@ -204,7 +204,6 @@ def gather(
     total = offsets[-1]
     shift = np.repeat(begin_N - offsets[:-1], length_N)
     index = np.arange(total) + shift
-    return pa.ListArray.from_arrays(
-        pa.array(offsets.astype(np.int32)),
-        pa.array(values[index], pa.int64()),
-    )
+    flat = pa.array(values[index], pa.int64())
+    offsets_32 = pa.array(offsets.astype(np.int32))
+    return pa.ListArray.from_arrays(offsets_32, flat)

@@ -54,13 +54,15 @@ def _content(config: Config) -> dict[str, Any]:
         excluded.add("synthetic")
     if not data.delayed:
         excluded |= LATE
-    content = _with_former_names(data.model_dump(mode="json", exclude=excluded))
+    dumped = data.model_dump(mode="json", exclude=excluded)
+    content = _with_former_names(dumped)
     if data.delayed:
         content["attribution_s"] = data.delayed
     if data.follow:
+        kafka = data.follow.kafka
         follow: dict[str, Any] = {"lateness_s": data.follow.lateness_s}
-        if data.follow.kafka:
-            follow["topic"] = data.follow.kafka.topic
+        if kafka:
+            follow["topic"] = kafka.topic
         content["follow"] = follow
     return content
 
@@ -69,8 +71,9 @@ def _with_former_names(content: dict[str, Any]) -> dict[str, Any]:
     """Replace names by those that streams on disk use."""
     renamed = {}
     for key, value in content.items():
-        former = FORMER_NAMES.get(key, key)
-        renamed[former] = value
+        former_key = FORMER_NAMES.get(key, key)
+        renamed[former_key] = value
     source = content["source"]
-    renamed["source"] = FORMER_NAMES.get(source, source)
+    former_source = FORMER_NAMES.get(source, source)
+    renamed["source"] = former_source
     return renamed

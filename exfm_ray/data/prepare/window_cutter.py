@@ -118,7 +118,8 @@ class WindowCutter:
         end_ms = time_ms + 1
         if self._config.by == "time":
             assert self._first is not None
-            start_ms = (self._first + index) * self._length_ms + self._offset_ms
+            number = self._first + index
+            start_ms = number * self._length_ms + self._offset_ms
             end_ms = start_ms + self._length_ms
         window = self._writer.window(index, start_ms, end_ms)
         self._window = window

@@ -73,16 +73,18 @@ class RawSource:
 
 def _digest_of_ends(path: Path) -> str:
     size = path.stat().st_size
+    tail_start = max(0, size - HEAD_BYTES)
     with path.open("rb") as handle:
         head = handle.read(HEAD_BYTES)
-        handle.seek(max(0, size - HEAD_BYTES))
+        handle.seek(tail_start)
         tail = handle.read(HEAD_BYTES)
     return short_hash([head.hex(), tail.hex()])
 
 
 def sql_literal(value: object) -> str:
     """A value as an SQL string literal."""
-    escaped = str(value).replace("'", "''")
+    text = str(value)
+    escaped = text.replace("'", "''")
     return f"'{escaped}'"
 
 
@@ -111,10 +113,10 @@ def require_glob(root: Path, pattern: str) -> tuple[Path, ...]:
     """The files below `root` that match, ordered by name; UserError if there are none."""
     matches = [path for path in root.glob(pattern) if path.is_file()]
     if not matches:
-        raise UserError(
-            f"{root / pattern}: no such file; set data.root to the folder that holds it"
-        )
-    return tuple(sorted(matches))
+        missing = root / pattern
+        raise UserError(f"{missing}: no such file; set data.root to the folder that holds it")
+    matches.sort()
+    return tuple(matches)
 
 
 def header(path: Path, delimiter: str = ",") -> list[str]:
@@ -163,7 +165,8 @@ def read_csv(
     columns = header(files[0], delimiter)
     check_columns(files[0], types, columns)
     for path in files[1:]:
-        if header(path, delimiter) != columns:
+        other = header(path, delimiter)
+        if other != columns:
             raise UserError(
                 f"{path}: its columns differ from those of {files[0]}; "
                 "give all files the same header"
@@ -208,8 +211,10 @@ def with_table_rows(schema: Schema, rows: Mapping[str, int]) -> Schema:
     for feature in schema.features:
         table = feature.table or feature.name
         size = rows.get(table, feature.rows)
-        resized.append(feature.model_copy(update={"rows": size}))
-    return Schema.model_validate(schema.model_dump() | {"features": resized})
+        copy = feature.model_copy(update={"rows": size})
+        resized.append(copy)
+    dumped = schema.model_dump()
+    return Schema.model_validate(dumped | {"features": resized})
 
 
 def _unknown_table(table: str, schema: Schema) -> UserError:
@@ -219,7 +224,8 @@ def _unknown_table(table: str, schema: Schema) -> UserError:
         way_out = f" It shares that of '{owner}'."
     else:
         names = ", ".join(schema.tables)
-        way_out = nearest(table, schema.tables) or f" There are {names}."
+        suggestion = nearest(table, schema.tables)
+        way_out = suggestion or f" There are {names}."
     return UserError(f"setting 'data.table_rows': no embedding table is named '{table}'.{way_out}")
 
 
@@ -227,7 +233,8 @@ def hashed(names: Iterable[str], rows: int) -> list[SparseFeature]:
     """Single-valued features hashed into tables of `rows` rows."""
     features = []
     for name in names:
-        features.append(SparseFeature(name=name, rows=rows))
+        feature = SparseFeature(name=name, rows=rows)
+        features.append(feature)
     return features
 
 

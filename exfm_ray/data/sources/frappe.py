@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from exfm_ray.config.root import Config
-from exfm_ray.data.sources.base import RawSource, indexed, read_csv, require
+from exfm_ray.data.sources.base import RawSource, indexed, read_csv, require, sql_identifier
 from exfm_ray.schema import Schema
 
 COLUMNS = (
@@ -57,9 +57,11 @@ def _files(root: Path) -> tuple[Path, ...]:
 
 def _query(tables: Sequence[str], seed: int) -> str:
     parts = []
-    for part, table in enumerate(tables):
-        parts.append(f"(SELECT *, {part} AS part, row_number() OVER () AS place FROM {table})")
+    for number, table in enumerate(tables):
+        part = f"(SELECT *, {number} AS part, row_number() OVER () AS place FROM {table})"
+        parts.append(part)
     union = " UNION ALL ".join(parts)
-    columns = ", ".join(f'"{column}"' for column in COLUMNS)
+    names = [sql_identifier(column) for column in COLUMNS]
+    columns = ", ".join(names)
     # md5 yields the same order in every version of the database.
     return f"SELECT label, {columns} FROM ({union}) ORDER BY part, md5('{seed}:' || place), place"

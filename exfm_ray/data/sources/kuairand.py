@@ -152,14 +152,17 @@ def _log_table(logs: tuple[Path, ...], label_time_tasks: tuple[str, ...]) -> str
 
 
 def _user_table(users: Path) -> str:
-    types = {"user_id": "BIGINT"}
-    types |= dict.fromkeys((*ONEHOTS, *COUNTS), "DOUBLE")
+    numbers = (*ONEHOTS, *COUNTS)
+    types = dict.fromkeys(numbers, "DOUBLE")
+    types["user_id"] = "BIGINT"
     return read_csv([users], types)
 
 
 def _video_table(videos: Path) -> str:
-    types = dict.fromkeys(("video_id", *VIDEO_NUMBERS, *SIZES), "DOUBLE")
-    types |= {"upload_dt": "DATE", "tag": "VARCHAR"}
+    numbers = ("video_id", *VIDEO_NUMBERS, *SIZES)
+    types = dict.fromkeys(numbers, "DOUBLE")
+    types["upload_dt"] = "DATE"
+    types["tag"] = "VARCHAR"
     return read_csv([videos], types)
 
 

@@ -107,16 +107,19 @@ def _explain(error: Any) -> str:
     if error["type"] != "extra_forbidden":
         message = error["msg"].removeprefix("Value error, ")
         return f"key '{key}': {message}"
-    suggestion = nearest(str(location[-1]), _known_keys())
+    unknown = str(location[-1])
+    suggestion = nearest(unknown, _known_keys())
     return f"unknown key '{key}'.{suggestion} docs/data.md lists the keys."
 
 
 def _known_keys() -> list[str]:
     """All keys of a schema file, whatever their level."""
     tree = TableFile.model_json_schema()
+    nested = tree["$defs"].values()
     keys: set[str] = set()
-    for node in (tree, *tree["$defs"].values()):
-        keys.update(node.get("properties", {}))
+    for node in (tree, *nested):
+        properties = node.get("properties", {})
+        keys.update(properties)
     return sorted(keys)
 
 

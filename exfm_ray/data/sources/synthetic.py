@@ -227,10 +227,12 @@ class Generator:
         """Event times of one chunk: uniform over its part of the window, sorted."""
         count = self.config.events_per_window
         low = WINDOW_MS * start // count
-        high = max(WINDOW_MS * end // count, low + 1)
+        high = WINDOW_MS * end // count
+        high = max(high, low + 1)
         offsets = draw.integers(low, high, size=end - start)
-        window_start = START_MS + self.world.window * WINDOW_MS
-        return np.asarray(window_start + np.sort(offsets))
+        offsets.sort()
+        window_ms = self.world.window * WINDOW_MS
+        return np.asarray(START_MS + window_ms + offsets)
 
     def _ad_rows(self, ad: Array) -> Array:
         """int32 (N,): table rows of ads."""
@@ -271,8 +273,10 @@ class Generator:
             snapshot.ad_AK[events.ad, 0],
         ]
         observed = np.stack(columns, axis=1)
-        noise = DENSE_NOISE * draw.standard_normal(observed.shape, dtype=np.float32)
-        scale = np.float32(np.sqrt(1 + DENSE_NOISE**2))
+        unit_noise = draw.standard_normal(observed.shape, dtype=np.float32)
+        noise = DENSE_NOISE * unit_noise
+        variance = 1 + DENSE_NOISE**2
+        scale = np.float32(np.sqrt(variance))
         values = (observed + noise) / scale
         return np.asarray(np.clip(values, -10, 10))
 
@@ -305,8 +309,9 @@ def known_times(
     draw = latent.random(seed, latent.DELAY, window, number)
     means_s = (CLICK_DELAY_S, CONVERSION_DELAY_S)
     step_N2 = draw.exponential(means_s, (len(times_N), 2))
-    delay_ms_N2 = np.round(step_N2.cumsum(axis=1) * 1000)
-    return np.asarray(times_N[:, None] + delay_ms_N2.astype(np.int64))
+    delay_s_N2 = step_N2.cumsum(axis=1)
+    delay_ms_N2 = np.round(delay_s_N2 * 1000).astype(np.int64)
+    return np.asarray(times_N[:, None] + delay_ms_N2)
 
 
 def write(
@@ -355,11 +360,13 @@ def _write_window(
     with _truth_writer(path, skip=window.committed) as truth:
         for number, (events, probabilities) in enumerate(generator.window()):
             count = min(len(events), limit - rows)
-            times_N = events["event_time"].to_numpy()[:count]
+            events = events.slice(0, count)
+            times_N = events["event_time"].to_numpy()
             known_NT = known_times(seed, window.index, number, times_N)
-            window.append(events.slice(0, count), known_NT)
+            window.append(events, known_NT)
             if truth and count:
-                truth.write_table(probabilities.slice(0, count))
+                probabilities = probabilities.slice(0, count)
+                truth.write_table(probabilities)
             rows += count
     return rows
 

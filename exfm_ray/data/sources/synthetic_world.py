@@ -232,8 +232,10 @@ def _float32(values: Array) -> Array:
 
 
 def _sigmoid(logit: Array) -> Array:
+    """Probabilities of logits: float32."""
     odds_against = np.exp(-logit)
-    probability = 1 / (1 + odds_against)
+    inverse = 1 + odds_against
+    probability = 1 / inverse
     return np.asarray(probability, np.float32)
 
 
@@ -241,5 +243,6 @@ def _zipf(count: int) -> Array:
     """Cumulated probabilities of ranks 1..count."""
     ranks = np.arange(1, count + 1)
     weights = ranks**-ZIPF
+    total = weights.sum()
     cumulated = np.cumsum(weights)
-    return np.asarray(cumulated / weights.sum())
+    return np.asarray(cumulated / total)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from exfm_ray.config.root import Config
+from exfm_ray.data.arrow_types import is_list, is_number, is_text
 from exfm_ray.data.sources.base import (
     RawSource,
     check_columns,
@@ -107,7 +108,7 @@ def _parquet_query(spec: TableFile, files: tuple[Path, ...]) -> str:
 
     def bag(feature: SparseFeature) -> str:
         kind = first.field(feature.name).type
-        if _is_list(kind):
+        if is_list(kind):
             return sql_identifier(feature.name)
         return _split(spec, feature.name)
 
@@ -125,8 +126,9 @@ def _parquet_schema(path: Path) -> pa.Schema:
 
 def _split(spec: TableFile, column: str) -> str:
     """SQL expression of a list held as text."""
+    name = sql_identifier(column)
     delimiter = sql_literal(spec.list_delimiter)
-    return f"string_split({sql_identifier(column)}, {delimiter})"
+    return f"string_split({name}, {delimiter})"
 
 
 def _select_list(
@@ -148,12 +150,15 @@ def _select_list(
         name = sql_identifier(column)
         selected.append(f"{name}::DOUBLE AS {name}" if column in numbers else name)
     for feature in schema.bags:
-        selected.append(f"{bag(feature)} AS {sql_identifier(feature.name)}")
+        name = sql_identifier(feature.name)
+        selected.append(f"{bag(feature)} AS {name}")
     selected += _select_times(spec)
     if spec.domain:
-        selected.append(f"{sql_identifier(spec.domain)}::VARCHAR AS domain")
+        name = sql_identifier(spec.domain)
+        selected.append(f"{name}::VARCHAR AS domain")
     if spec.example_id:
-        selected.append(f"{sql_identifier(spec.example_id)} AS example_id")
+        name = sql_identifier(spec.example_id)
+        selected.append(f"{name} AS example_id")
     if spec.sort:
         selected.append("row_number() OVER () AS place")
     return ", ".join(selected)
@@ -168,7 +173,8 @@ def _select_times(spec: TableFile) -> list[str]:
     selected = [f"{event_time} AS event_time"]
     for task, column in spec.label_time.items():
         known = to_ms.format(sql_identifier(column))
-        selected.append(f"{known} AS {sql_identifier('known:' + task)}")
+        name = sql_identifier(f"known:{task}")
+        selected.append(f"{known} AS {name}")
     return selected
 
 
@@ -200,9 +206,11 @@ def _csv_types(spec: TableFile) -> dict[str, str]:
     if spec.example_id:
         types[spec.example_id] = "BIGINT"
     if spec.event_time:
+        unit = spec.event_time.unit
         time_types = {"s": "DOUBLE", "iso": "TIMESTAMP"}
-        time_type = time_types.get(spec.event_time.unit, "BIGINT")
-        types |= dict.fromkeys(spec.time_columns, time_type)
+        time_type = time_types.get(unit, "BIGINT")
+        for column in spec.time_columns:
+            types[column] = time_type
     return types
 
 
@@ -234,7 +242,7 @@ def _requirements(spec: TableFile) -> list[tuple[str, _Requirement]]:
     singles = [feature for feature in schema.features if feature.kind is Kind.SINGLE]
     requirements = []
     for column in (*schema.tasks, *spec.dense_names):
-        requirements.append((column, _Requirement(_is_number, "a number")))
+        requirements.append((column, _Requirement(is_number, "a number")))
     for feature in schema.bags:
         requirements.append((feature.name, _Requirement(_is_list_or_text, "a list, or text")))
     for feature in singles:
@@ -253,18 +261,7 @@ def _requirements(spec: TableFile) -> list[tuple[str, _Requirement]]:
 def _time_requirement(unit: str) -> _Requirement:
     if unit == "iso":
         return _Requirement(_is_time_or_text, "a timestamp, or ISO 8601 text")
-    return _Requirement(_is_number, f"a number ({unit})")
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    types = pa.types
-    tests = (
-        types.is_integer,
-        types.is_floating,
-        types.is_boolean,
-        types.is_decimal,
-    )
-    return any(test(kind) for test in tests)
+    return _Requirement(is_number, f"a number ({unit})")
 
 
 def _is_flat(kind: pa.DataType) -> bool:
@@ -272,19 +269,9 @@ def _is_flat(kind: pa.DataType) -> bool:
     return not nested
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    types = pa.types
-    return bool(types.is_string(kind) or types.is_large_string(kind))
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    types = pa.types
-    return bool(types.is_list(kind) or types.is_large_list(kind))
-
-
 def _is_list_or_text(kind: pa.DataType) -> bool:
-    return _is_list(kind) or _is_text(kind)
+    return is_list(kind) or is_text(kind)
 
 
 def _is_time_or_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_timestamp(kind)) or _is_text(kind)
+    return bool(pa.types.is_timestamp(kind)) or is_text(kind)
