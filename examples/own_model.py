@@ -14,13 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exfm_ray.config.load import load_config
+from exfm_ray import PipelineRunner, load_config
 from exfm_ray.config.models import BackboneConfig
 from exfm_ray.models.backbone import Backbone
 from exfm_ray.models.layers import linear, relu_mlp, width_out
 from exfm_ray.models.layout import Inputs
 from exfm_ray.pipeline.preflight import prepare_stream
-from exfm_ray.pipeline.runner import PipelineRunner
 
 
 class GatedMLP(Backbone):
@@ -47,10 +46,10 @@ class GatedMLP(Backbone):
 
 
 SETTINGS = [
-    "data.synthetic.windows=3",
-    "data.synthetic.events_per_window=4000",
-    "data.synthetic.users=2000",
-    "fm.batch_size=256",
+    "data.synthetic.windows=4",
+    "data.synthetic.events_per_window=10000",
+    "data.synthetic.users=400",
+    "data.synthetic.ads=100",
     "vm.arms=[labels, ah]",
     "vm.models=[{name: feed, domain: feed, task: click}]",
     "vm.model={type: own_model:GatedMLP, dim: 8, mlp: [32, 16]}",

@@ -1,5 +1,8 @@
-"""A network with the heads that its objective takes (ExFM, arXiv 2502.17494). Only the network is
-served."""
+"""A network with the extra heads of its objective (ExFM, arXiv 2502.17494). Only the network is
+served.
+
+Shape suffixes as in `exfm_ray.models.backbone`; T tasks.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from exfm_ray.models.network import Head, Network
 
 
 class Logits(NamedTuple):
-    """What a student says of a batch, float32, one logit per task.
+    """The outputs of a student for a batch, float32, one logit per task.
 
     Attributes:
-        serving_BT: z_S, learns the labels (in the kd arm the teacher's prediction too).
-        auxiliary_BT: z_D, learns the teacher's prediction; None in the arms without it.
-        adapter_BT: z_D', learns the adapter's target; the same tensor as `auxiliary_BT` without a
-            head of its own.
+        serving_BT: z_S, which learns the labels (in the kd arm the teacher's prediction, too).
+        auxiliary_BT: z_D, which learns the teacher's prediction; None in arms without it.
+        adapter_BT: z_D', which learns the adapter's target; the same tensor as `auxiliary_BT`
+            unless the adapter's target has a separate head.
     """
 
     serving_BT: Tensor
@@ -48,18 +51,21 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (beta,) = ctx.saved_tensors
-        return gradients[0] * beta, None
+        (gradient,) = gradients
+        return gradient * beta, None
 
 
 def scale_gradient(x: Tensor, beta: Tensor) -> Tensor:
-    """x unchanged to the bit; its gradient times `beta`, a tensor of no axes."""
+    """Return x unchanged and multiply its gradient by `beta`, a tensor without axes."""
     scaled: Tensor = _ScaleGradient.apply(x, beta)  # type: ignore[no-untyped-call]
     return scaled
 
 
 class Student(nn.Module):
-    """A network and the extra heads of its objective, each with one output per task. The foundation
-    model is a student of labels alone."""
+    """A network and the extra heads of its objective, each with one output per task.
+
+    The foundation model is a student that learns from labels alone.
+    """
 
     def __init__(
         self,
@@ -68,19 +74,28 @@ class Student(nn.Module):
         config: DistillationConfig,
         seed: int = 0,
     ) -> None:
-        """`seed` makes the extra heads' weights; they depend on nothing else, and the network is
-        taken as it is."""
+        """Add the extra heads to a network, which stays unchanged.
+
+        Args:
+            network: the network.
+            objective: the objective.
+            config: widths of the extra heads, and beta.
+            seed: seed of the extra heads' weights, which depend on nothing else.
+        """
         super().__init__()
         self.network = network
         self.objective = objective
-        self.beta = torch.tensor(config.ah.beta)  # no buffer: bf16 engines would round it
-        separate_head = objective is Objective.AH_SA and config.sa.separate_head
+        self.beta = torch.tensor(config.ah.beta)  # not a buffer: bf16 engines would round it
+
+        has_auxiliary_head = objective in (Objective.AH, Objective.AH_SA)
+        has_adapter_head = objective is Objective.AH_SA and config.sa.separate_head
+        widths = config.ah.mlp
         self.auxiliary_head = (
-            _extra_head(network, config.ah.mlp, seed, 1)
-            if objective in (Objective.AH, Objective.AH_SA)
-            else None
+            _extra_head(network, widths, seed, number=1) if has_auxiliary_head else None
         )
-        self.adapter_head = _extra_head(network, config.ah.mlp, seed, 2) if separate_head else None
+        self.adapter_head = (
+            _extra_head(network, widths, seed, number=2) if has_adapter_head else None
+        )
 
     def forward(
         self,
@@ -88,21 +103,27 @@ class Student(nn.Module):
         dense_BD: Tensor,
         beta: Tensor | None = None,
     ) -> Logits:
-        """Embedded features (B, R, E) and dense ones (B, D) to the logits of all heads. `beta`:
-        instead of the config's, no axes.
+        """Compute the logits of all heads.
 
-        The gradient of the extra heads into the backbone, and through it into the tables, is
-        multiplied by beta.
+        Args:
+            embedded_BRE: embedded rows.
+            dense_BD: dense features.
+            beta: factor of the gradient that the extra heads send into the backbone, and through
+                it into the tables; a tensor without axes, None for the config's.
         """
         x_BH = self.network.features(embedded_BRE, dense_BD)
         serving_BT = self.network.head(x_BH)
         if self.auxiliary_head is None:
             return Logits(serving_BT, None, None)
+
         scaled_BH = scale_gradient(x_BH, self.beta if beta is None else beta)
         auxiliary_BT = self.auxiliary_head(scaled_BH)
         if self.objective is Objective.AH:
             return Logits(serving_BT, auxiliary_BT, None)
-        adapter_BT = auxiliary_BT if self.adapter_head is None else self.adapter_head(scaled_BH)
+        if self.adapter_head is None:
+            return Logits(serving_BT, auxiliary_BT, auxiliary_BT)
+
+        adapter_BT = self.adapter_head(scaled_BH)
         return Logits(serving_BT, auxiliary_BT, adapter_BT)
 
 
@@ -112,9 +133,12 @@ def _extra_head(
     seed: int,
     number: int,
 ) -> Head:
-    """A head for the network's tasks, from a generator state of its own: one head's presence
-    changes no other's weights."""
-    final = network.head.mlp[-1]
-    assert isinstance(final, nn.Linear), "a head ends in a linear layer"
+    """Build a head for the network's tasks from its own generator state.
+
+    So the presence of one head does not change the weights of another.
+    """
+    last = network.head.mlp[-1]
+    assert isinstance(last, nn.Linear), "a head ends in a linear layer"
+    tasks = last.out_features
     with seeded(1_000_003 * (seed + 1) + number):
-        return Head(network.backbone.out_features, widths, final.out_features)
+        return Head(network.backbone.out_features, widths, tasks)

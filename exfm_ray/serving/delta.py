@@ -1,14 +1,17 @@
-"""python -m exfm_ray.serving.delta BASE DELTA TO: what one more window changed in a served student,
-put into the folder served before.
+"""The changes of a served student, and their application to the folder that was served before.
 
-<folder>/delta.safetensors   per table with changes: `rows/<table>` int32 (X,), `values/<table>`
-float32 (X, embeddings times E) <folder>/history.safetensors of an arm with +history: the users
-whose inputs changed, in the form of the whole store
-<folder>/model.onnx          the new graph and dense part whole; a few kB, for its tables lie beside it
-<folder>/schema.json         the new normalisation
-<folder>/manifest.json       hash of the tables it starts from, manifest of the folder that results
+    python -m exfm_ray.serving.delta BASE DELTA TO
 
-That folder has no model.pt2, which would hold the tables once more: a full export has it.
+<folder>/delta.safetensors     per table with changes: `rows/<table>` int32 (X,),
+                               `values/<table>` float32 (X, embeddings times E)
+<folder>/history.safetensors   arms with +history: the users whose inputs changed, in the form of
+                               the whole store
+<folder>/model.onnx            the new graph and dense part; a few kB, because its tables are
+                               beside it
+<folder>/schema.json           the new normalization
+<folder>/manifest.json         hash of the tables it starts from, manifest of the resulting folder
+
+The resulting folder has no model.pt2, which would hold the tables once more. A full export has it.
 """
 
 from __future__ import annotations
@@ -32,9 +35,9 @@ from exfm_ray.serving.folder import (
     check_file,
     hashes,
     new_folder,
-    read_past,
     read_served,
     read_tables,
+    read_user_features,
     write_manifest,
     write_tables,
 )
@@ -46,9 +49,16 @@ DELTA = "delta.safetensors"
 
 
 class Delta(FrozenModel):
-    """The manifest. `since`: hash of the tables that the rows are put into; `since_history`: that
-    of the feature store; `changed`: table to number of rows; `changed_users`: of the feature store;
-    `target`: the result's."""
+    """The manifest of a delta.
+
+    Attributes:
+        since: hash of the tables to which the delta applies.
+        since_history: hash of the feature store to which it applies.
+        changed: table -> number of changed rows.
+        changed_users: number of users whose features changed.
+        target: manifest of the resulting folder.
+        files: name of a file -> its SHA-256.
+    """
 
     since: str
     since_history: str | None = None
@@ -59,35 +69,46 @@ class Delta(FrozenModel):
 
 
 def difference(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows of `new` whose bits are not those of `old`, with their numbers in ascending order.
+    """Find the rows of `new` whose bits differ from those of `old`.
 
     Args:
-        old, new: table name to float32 (rows, width), of equal names and shapes; ValueError for
-            others.
+        old: table -> float32 (rows, width).
+        new: table -> float32 (rows, width).
+
+    Returns:
+        `rows/<table>` -> row numbers in ascending order, `values/<table>` -> the rows.
+
+    Raises:
+        ValueError: the tables have different names or shapes.
     """
-    if {name: table.shape for name, table in old.items()} != {
-        name: table.shape for name, table in new.items()
-    }:
+    old_shapes = {name: table.shape for name, table in old.items()}
+    new_shapes = {name: table.shape for name, table in new.items()}
+    if old_shapes != new_shapes:
         raise ValueError("the tables have other names or shapes")
-    found: dict[str, Tensor] = {}
+
+    delta: dict[str, Tensor] = {}
     for name, table in new.items():
-        # As integers: by value -0 would equal 0, and NaN nothing.
-        changed_X = (
-            (old[name].view(torch.int32) != table.view(torch.int32)).any(dim=1).nonzero().squeeze(1)
-        )
+        # As integers: by value, -0 would equal 0, and NaN would equal nothing.
+        differs = old[name].view(torch.int32) != table.view(torch.int32)
+        changed_X = differs.any(dim=1).nonzero().squeeze(1)
         if len(changed_X):
-            found |= {f"rows/{name}": changed_X.to(torch.int32), f"values/{name}": table[changed_X]}
-    return found
+            delta[f"rows/{name}"] = changed_X.to(torch.int32)
+            delta[f"values/{name}"] = table[changed_X]
+    return delta
 
 
 def apply(tables: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tables with the rows of `difference` put in, bit for bit the new ones; what was given is left
-    as it was."""
+    """Apply the rows of `difference`; the result equals the new tables bit for bit.
+
+    Returns:
+        New tables; `tables` stays unchanged.
+    """
     result = {name: table.clone() for name, table in tables.items()}
     for key, rows_X in delta.items():
         kind, _, name = key.partition("/")
         if kind == "rows":
-            result[name][rows_X.long()] = delta[f"values/{name}"]
+            values_XW = delta[f"values/{name}"]
+            result[name][rows_X.long()] = values_XW
     return result
 
 
@@ -96,13 +117,24 @@ def check_same_student(
     old: ExportManifest,
     new: ExportManifest,
 ) -> None:
-    """UserError where two served folders are not of one student over one schema."""
+    """Check that two served folders are exports of one student over one schema.
+
+    Args:
+        base: the folder of `old`.
+        old: manifest of the folder served before.
+        new: manifest of the folder to be served.
+
+    Raises:
+        UserError: they are not.
+    """
     for key in ("vm", "arm"):
-        if not {key} <= old.student.keys() & new.student.keys():
+        if key not in old.student or key not in new.student:
             raise UserError(
-                f"{base / MANIFEST}, or the manifest to go with it: its `student` has no '{key}'; export the student whole"
+                f"{base / MANIFEST}, or the manifest to go with it: its `student` has no '{key}'; "
+                "make a full export of the student"
             )
-    for said, before, now in (
+
+    for what, before, now in (
         ("vertical model", old.student["vm"], new.student["vm"]),
         ("arm", old.student["arm"], new.student["arm"]),
         ("network", old.network, new.network),
@@ -111,7 +143,8 @@ def check_same_student(
     ):
         if before != now:
             raise UserError(
-                f"{base}: another {said} ({before}, now {now}); a delta needs two exports of one student: export it whole"
+                f"{base}: another {what} ({before}, now {now}); "
+                "a delta needs two exports of one student: make a full export"
             )
 
 
@@ -121,47 +154,61 @@ def write_delta(
     full: Path,
     target: ExportManifest,
 ) -> None:
-    """Fill `folder` with what changed between the served folders `base` and `full`, whose manifest
-    is `target`."""
+    """Fill `folder` with the changes between the served folders `base` and `full`.
+
+    Args:
+        folder: where to write the delta.
+        base: the folder served before.
+        full: the full export.
+        target: manifest of `full`.
+    """
     old = read_served(base)
     check_same_student(base, old, target)
-    before = read_tables(base, old)
-    after = load_file(full / TABLES)
-    delta = difference(before, after)
-    now = apply(before, delta)
-    assert all(
-        torch.equal(now[name].view(torch.int32), table.view(torch.int32))
-        for name, table in after.items()
-    )
+
+    old_tables = read_tables(base, old)
+    new_tables = load_file(full / TABLES)
+    delta = difference(old_tables, new_tables)
+    _assert_equal_bits(apply(old_tables, delta), new_tables)
     save_file({key: tensor.contiguous() for key, tensor in delta.items()}, folder / DELTA)
     for name in (ONNX, SCHEMA):
         shutil.copyfile(full / name, folder / name)
-    changed = {
-        key.partition("/")[2]: len(rows) for key, rows in delta.items() if key.startswith("rows/")
-    }
-    users = _write_users(folder, read_past(base, old), read_past(full, target))
-    files = {
-        name: target.files[name] for name in (ONNX, SCHEMA, TABLES, HISTORY) if name in target.files
-    }
-    result = target.model_copy(
-        update={
-            "files": files,
-            "checked": {**target.checked, "largest_difference": _of(target, files)},
-        }
+
+    old_features = read_user_features(base, old)
+    new_features = read_user_features(full, target)
+    changed_users = _write_changed_users(folder, old_features, new_features)
+    manifest = Delta(
+        since=old.files[TABLES],
+        since_history=old.files.get(HISTORY),
+        changed=_changed_rows(delta),
+        changed_users=changed_users,
+        target=_without_program(target),
+        files=hashes(folder),
     )
-    since = {"since": old.files[TABLES], "since_history": old.files.get(HISTORY)}
-    write_manifest(
-        folder,
-        Delta(**since, changed=changed, changed_users=users, target=result, files=hashes(folder)),
-    )
+    write_manifest(folder, manifest)
 
 
-def _write_users(
+def _assert_equal_bits(tables: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    for name, table in expected.items():
+        bits = table.view(torch.int32)
+        assert torch.equal(tables[name].view(torch.int32), bits), name
+
+
+def _changed_rows(delta: Mapping[str, Tensor]) -> dict[str, int]:
+    """Table -> number of changed rows."""
+    changed = {}
+    for key, tensor in delta.items():
+        kind, _, table = key.partition("/")
+        if kind == "rows":
+            changed[table] = len(tensor)
+    return changed
+
+
+def _write_changed_users(
     folder: Path,
     before: UserFeatures | None,
     after: UserFeatures | None,
 ) -> int:
-    """Write the users whose history has changed; how many they are."""
+    """Write the users whose features changed and return their number."""
     if not (before and after):
         return 0
     changed = after.changed_since(before)
@@ -169,12 +216,16 @@ def _write_users(
     return len(changed.users_U)
 
 
-def _of(target: ExportManifest, files: Mapping[str, str]) -> dict[str, float]:
-    return {
-        name: largest
-        for name, largest in target.checked["largest_difference"].items()
-        if name in files
-    }
+def _without_program(target: ExportManifest) -> ExportManifest:
+    """The manifest of a folder that results from a delta: a full export's without model.pt2."""
+    names = [name for name in (ONNX, SCHEMA, TABLES, HISTORY) if name in target.files]
+    files = {name: target.files[name] for name in names}
+    differences = {}
+    for name, largest in target.checked["largest_difference"].items():
+        if name in files:
+            differences[name] = largest
+    checked = {**target.checked, "largest_difference": differences}
+    return target.model_copy(update={"files": files, "checked": checked})
 
 
 def apply_folder(
@@ -182,38 +233,57 @@ def apply_folder(
     delta: Path,
     folder: Path,
 ) -> None:
-    """Make the served folder that `delta` leads to from `base`.
+    """Make the served folder that results from applying `delta` to `base`.
 
     Raises:
-        UserError: one of the two is damaged or they do not belong together, or `folder` is in the
-            way.
+        UserError: one of the two is damaged, they do not belong together, or `folder` exists.
     """
     manifest = read_manifest(delta / MANIFEST, Delta, "the manifest of a delta")
     old = read_served(base)
     check_same_student(base, old, manifest.target)
-    if (old.files.get(TABLES), old.files.get(HISTORY)) != (manifest.since, manifest.since_history):
-        raise UserError(
-            f"{delta}: starts from other tables than those of {base}; apply the deltas in between first, or take a full export"
-        )
-    past = read_past(base, old)
-    for name in (DELTA, ONNX, SCHEMA, *([HISTORY] if past else [])):
+    _check_starts_from(base, old, delta, manifest)
+
+    old_features = read_user_features(base, old)
+    history = [HISTORY] if old_features else []
+    for name in (DELTA, ONNX, SCHEMA, *history):
         check_file(delta, name, manifest.files)
+
     with new_folder(folder) as new:
-        write_tables(new, apply(read_tables(base, old), load_file(delta / DELTA)))
-        if past:
-            past.updated(UserFeatures.read(delta)).write(new)
+        tables = apply(read_tables(base, old), load_file(delta / DELTA))
+        write_tables(new, tables)
+        if old_features:
+            changed_features = UserFeatures.read(delta)
+            old_features.updated(changed_features).write(new)
         for name in (ONNX, SCHEMA):
             shutil.copyfile(delta / name, new / name)
-        for name in (TABLES, *([HISTORY] if past else [])):
+
+        for name in (TABLES, *history):
             if sha256(new / name) != manifest.target.files.get(name):
                 raise UserError(
-                    f"{delta}: the rows put into {base} do not give the {name} that its manifest promises; take a full export"
+                    f"{delta}: its rows applied to {base} do not give the {name} that its "
+                    "manifest promises; make a full export"
                 )
         write_manifest(new, manifest.target)
 
 
+def _check_starts_from(
+    base: Path,
+    old: ExportManifest,
+    delta: Path,
+    manifest: Delta,
+) -> None:
+    """Check that a delta starts from the tables and the feature store of `base`."""
+    tables_fit = old.files.get(TABLES) == manifest.since
+    features_fit = old.files.get(HISTORY) == manifest.since_history
+    if not (tables_fit and features_fit):
+        raise UserError(
+            f"{delta}: starts from other tables than those of {base}; "
+            "apply the deltas in between first, or make a full export"
+        )
+
+
 def main(arguments: Sequence[str]) -> int:
-    """The command line; 2 for a mistake, told in one line."""
+    """Run the command line; returns 2 after a one-line message for a user's mistake."""
     try:
         if len(arguments) != 3:
             raise UserError("give three folders: BASE DELTA TO")

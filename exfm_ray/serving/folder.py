@@ -1,11 +1,11 @@
-"""A served folder: whole or absent, hashed, described by the manifest.
+"""A served folder: complete or absent, hashed, described by the manifest.
 
-<folder>/model.pt2            torch.export program, weights inside
+<folder>/model.pt2            torch.export program with its weights
 <folder>/model.onnx           ONNX model; its tables are those of the next file
 <folder>/tables.safetensors   every table by name, float32 (rows, embeddings times E)
 <folder>/schema.json          how raw values become inputs
-<folder>/history.safetensors  of an arm with +history: what it reads of each user (`models.past`)
-<folder>/manifest.json        student, inputs, hashes of the files, what was checked
+<folder>/history.safetensors  arms with +history: features of each user (`models.user_features`)
+<folder>/manifest.json        student, inputs, hashes of the files, results of the check
 """
 
 from __future__ import annotations
@@ -33,8 +33,13 @@ SCHEMA = "schema.json"
 
 
 class TensorSpec(FrozenModel):
-    """An input or the output: sizes are numbers, or the letter of an axis whose size a call
-    chooses."""
+    """An input or the output of the graph.
+
+    Attributes:
+        name: name of the tensor.
+        dtype: `int64` or `float32`.
+        shape: sizes as numbers, or the letter of an axis whose size a call chooses.
+    """
 
     name: str
     dtype: str
@@ -42,8 +47,20 @@ class TensorSpec(FrozenModel):
 
 
 class ExportManifest(FrozenModel):
-    """The manifest. `student`: VM, arm, windows learnt and seed; `checked`: rows compared, and file
-    to largest difference."""
+    """The manifest.
+
+    Attributes:
+        run: name of the run.
+        student: VM, arm, windows learned and seed.
+        network: settings of the interaction model.
+        schema_digest: digest of the schema of the model's inputs.
+        tasks: the tasks, in the order of the outputs.
+        inputs: the inputs of the graph.
+        output: the output of the graph.
+        checked: number of rows compared, and file -> largest difference of a probability.
+        versions: package -> version that wrote the files.
+        files: name of a file -> its SHA-256.
+    """
 
     run: str
     student: dict[str, Any]
@@ -59,20 +76,21 @@ class ExportManifest(FrozenModel):
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`; it takes that name when the block ends without an
-    error and is removed otherwise.
+    """Yield an empty folder that becomes `folder` at the end of the block.
+
+    If the block raises an error, the folder is removed.
 
     Raises:
-        UserError: something is there already, or nothing can be made there.
+        UserError: `folder` exists already, or it cannot be created.
     """
     if folder.exists():
-        raise UserError(f"{folder}: is in the way; remove it or choose another folder")
+        raise UserError(f"{folder}: exists already; remove it or choose another folder")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be made there ({error.strerror}); choose another folder"
+            f"{folder}: cannot be created ({error.strerror}); choose another folder"
         ) from None
     try:
         yield temporary
@@ -82,20 +100,28 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_tables(folder: Path, tables: Mapping[str, Tensor]) -> None:
-    """Write tables.safetensors: equal tables, equal bytes."""
-    save_file({name: table.contiguous() for name, table in tables.items()}, folder / TABLES)
+    """Write tables.safetensors; equal tables give equal bytes."""
+    contiguous = {name: table.contiguous() for name, table in tables.items()}
+    save_file(contiguous, folder / TABLES)
 
 
 def read_tables(folder: Path, manifest: ExportManifest) -> dict[str, Tensor]:
-    """The tables of a served folder; UserError where the file is not the manifest's."""
+    """Read the tables of a served folder.
+
+    Raises:
+        UserError: the file is not the one that the manifest describes.
+    """
     check_file(folder, TABLES, manifest.files)
     tables: dict[str, Tensor] = load_file(folder / TABLES)
     return tables
 
 
-def read_past(folder: Path, manifest: ExportManifest) -> UserFeatures | None:
-    """The feature store of a served folder, where its arm has one; UserError where the file is not
-    the manifest's."""
+def read_user_features(folder: Path, manifest: ExportManifest) -> UserFeatures | None:
+    """Read the feature store of a served folder; None if its arm has none.
+
+    Raises:
+        UserError: the file is not the one that the manifest describes.
+    """
     if HISTORY not in manifest.files:
         return None
     check_file(folder, HISTORY, manifest.files)
@@ -107,23 +133,39 @@ def check_file(
     name: str,
     files: Mapping[str, str],
 ) -> None:
-    """UserError where a file is missing or has another hash than the manifest says."""
-    if not (folder / name).is_file() or sha256(folder / name) != files.get(name):
+    """Check a file against the hash in the manifest.
+
+    Args:
+        folder: the served folder.
+        name: name of the file.
+        files: name of a file -> hash, from the manifest.
+
+    Raises:
+        UserError: the file is missing or has another hash.
+    """
+    path = folder / name
+    if not path.is_file() or sha256(path) != files.get(name):
         raise UserError(
-            f"{folder / name}: missing or not the file that {MANIFEST} describes; this folder is damaged"
+            f"{path}: missing or not the file that {MANIFEST} describes; this folder is damaged"
         )
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Name to hash of what lies in a folder."""
-    return {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    """Hash the files of a folder: name -> SHA-256."""
+    paths = sorted(folder.iterdir())
+    return {path.name: sha256(path) for path in paths}
 
 
 def write_manifest(folder: Path, manifest: FrozenModel) -> None:
-    """Write the manifest."""
-    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+    """Write the manifest of a served folder or of a delta."""
+    content = manifest.model_dump(mode="json")
+    write_json(folder / MANIFEST, content)
 
 
 def read_served(folder: Path) -> ExportManifest:
-    """The manifest of a served folder; UserError where there is none or it is no such manifest."""
+    """Read the manifest of a served folder.
+
+    Raises:
+        UserError: there is no manifest, or it is the manifest of something else.
+    """
     return read_manifest(folder / MANIFEST, ExportManifest, "the manifest of a served student")

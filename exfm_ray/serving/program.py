@@ -1,9 +1,9 @@
-"""The served graph as files: a torch.export program, an ONNX model, a library compiled by
-AOTInductor; and how each is run.
+"""The served graph as files, and how each is run.
 
-The ONNX model's tables lie in tables.safetensors beside it (ONNX external data is a file, an offset
-and a length): new rows in that file are new rows in the model, and the 2 GB that an ONNX file may
-have do not bound them.
+The files are a torch.export program, an ONNX model and a library compiled by AOTInductor. The ONNX
+model's tables are in tables.safetensors beside it (ONNX external data is a file, an offset and a
+length): new rows in that file are new rows in the model, and the 2 GB limit of an ONNX file does
+not apply to them.
 """
 
 from __future__ import annotations
@@ -40,39 +40,53 @@ AXES = {
 """The axes of each input whose size a call chooses."""
 
 Predict = Callable[[Mapping[str, Tensor]], Tensor]
+"""Runs a written model: inputs by name -> probabilities_BT."""
 
 
 def check_tools(aot: bool) -> None:
-    """UserError where a package of the extra `serving` is not installed, or with `aot` no C++
-    compiler, which AOTInductor needs."""
+    """Check that the packages of the extra `serving` are installed.
+
+    Args:
+        aot: check for the C++ compiler that AOTInductor needs, too.
+
+    Raises:
+        UserError: something is missing.
+    """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if not find_spec(package):
             raise UserError(
-                f"package '{package}' is not installed; install the extra `serving`: pip install -e '.[serving]'"
+                f"package '{package}' is not installed; "
+                "install the extra `serving`: pip install -e '.[serving]'"
             )
     compiler = os.environ.get("CXX", "g++")
     if aot and not shutil.which(compiler):
         raise UserError(
-            f"--aot needs a C++ compiler, and there is no '{compiler}' on this machine; install one, set CXX or leave --aot out"
+            f"--aot needs a C++ compiler, and there is no '{compiler}' on this machine; "
+            "install one, set CXX or leave --aot out"
         )
 
 
 def trace(graph: ServedGraph, example: Mapping[str, Tensor]) -> ExportedProgram:
-    """The graph as a program for any number of rows and of bag values.
+    """Trace the graph as a program for any number of rows and of bag values.
 
     Args:
-        example: inputs by name, of two rows and two bag values or more: torch.export takes sizes 0
-            and 1 for constants.
+        graph: the graph.
+        example: inputs by name, of at least two rows and two bag values: torch.export takes sizes
+            0 and 1 for constants.
     """
-    dims = {"B": Dim("B"), "V": Dim("V")}
-    axes = {name: {axis: dims[size] for axis, size in AXES[name].items()} for name in example}
-    return torch.export.export(graph, (), kwargs=dict(example), dynamic_shapes=axes)
+    sizes = {"B": Dim("B"), "V": Dim("V")}
+    dynamic_shapes = {}
+    for name in example:
+        axes = AXES[name].items()
+        dynamic_shapes[name] = {axis: sizes[size] for axis, size in axes}
+    return torch.export.export(graph, (), kwargs=dict(example), dynamic_shapes=dynamic_shapes)
 
 
 def write_program(program: ExportedProgram, folder: Path) -> Predict:
-    """Write the torch.export program; what the file predicts."""
-    torch.export.save(program, folder / PROGRAM)
-    module: Any = torch.export.load(folder / PROGRAM).module()
+    """Write the torch.export program, and return how to run the file."""
+    path = folder / PROGRAM
+    torch.export.save(program, path)
+    module: Any = torch.export.load(path).module()
     return lambda inputs: module(**inputs)
 
 
@@ -81,8 +95,11 @@ def write_onnx(
     example: Mapping[str, Tensor],
     folder: Path,
 ) -> Predict:
-    """Write the ONNX model to a folder that holds the tables already; what ONNX Runtime predicts
-    with it."""
+    """Write the ONNX model to a folder that holds the tables already.
+
+    Returns:
+        How to run the file with ONNX Runtime.
+    """
     import onnx_ir as ir
 
     onnx = torch.onnx.export(
@@ -91,36 +108,51 @@ def write_onnx(
         verbose=False,
         input_names=list(example),
         output_names=[OUTPUT],
-        dynamic_shapes={n: AXES[n] for n in example},
+        dynamic_shapes={name: AXES[name] for name in example},
     )
     assert onnx is not None
-    for part in (
-        *onnx.model.graph.all_nodes(),
-        *(value for node in onnx.model.graph.all_nodes() for value in node.outputs),
-    ):
-        # Stack traces: they name files of the machine that wrote the model
-        part.metadata_props.clear()
-    weight = onnx.model.graph.initializers["tables.weight"]
+    _remove_stack_traces(onnx)
+
     tables = folder / TABLES
-    with tables.open("rb") as handle:
-        begin = 8 + int(
-            struct.unpack("<Q", handle.read(8))[0]
-        )  # safetensors: length of the header, header, values
-    size = tables.stat().st_size - begin
+    offset = _values_offset(tables)
+    size = tables.stat().st_size - offset
+    weight = onnx.model.graph.initializers["tables.weight"]
     assert weight.const_value.nbytes == size, "the stacked tables are the values of the file"
     weight.const_value = ir.ExternalTensor(
-        TABLES, begin, size, weight.dtype, shape=weight.shape, name="tables.weight", base_dir=folder
+        TABLES,
+        offset,
+        size,
+        weight.dtype,
+        shape=weight.shape,
+        name="tables.weight",
+        base_dir=folder,
     )
     onnx.save(folder / ONNX)
     return _open_onnx(folder / ONNX)
 
 
+def _remove_stack_traces(onnx: Any) -> None:
+    """Remove metadata that names files of the machine that wrote the model."""
+    for node in onnx.model.graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+
+
+def _values_offset(safetensors: Path) -> int:
+    """Where the values begin in a safetensors file: length of the header, header, values."""
+    with safetensors.open("rb") as file:
+        (header_bytes,) = struct.unpack("<Q", file.read(8))
+    return 8 + int(header_bytes)
+
+
 def onnx_session(path: Path) -> Any:
-    """ONNX Runtime with a model, on one thread of the CPU."""
+    """Open a model with ONNX Runtime, on one thread of the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
@@ -128,15 +160,15 @@ def _open_onnx(path: Path) -> Predict:
     session = onnx_session(path)
 
     def predict(inputs: Mapping[str, Tensor]) -> Tensor:
-        (found,) = session.run([OUTPUT], {name: tensor.numpy() for name, tensor in inputs.items()})
-        return torch.from_numpy(found)
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        (probabilities_BT,) = session.run([OUTPUT], arrays)
+        return torch.from_numpy(probabilities_BT)
 
     return predict
 
 
 def write_compiled(program: ExportedProgram, folder: Path) -> Predict:
-    """Write the program compiled by AOTInductor, weights inside; what the compiled library
-    predicts."""
+    """Write the program compiled by AOTInductor with its weights, and return how to run it."""
     path = str(folder / COMPILED)
     torch._inductor.aoti_compile_and_package(program, package_path=path)
     compiled: Any = torch._inductor.aoti_load_package(path)
@@ -145,7 +177,7 @@ def write_compiled(program: ExportedProgram, folder: Path) -> Predict:
 
 @contextmanager
 def silence_output() -> Iterator[None]:
-    """Keep what torch's exporters say of other packages and of their own future off the screen."""
+    """Hide warnings of torch's exporters about other packages and about their own future."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)

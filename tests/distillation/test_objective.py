@@ -69,18 +69,23 @@ def some(
 
 
 @pytest.mark.parametrize("arm", list(Objective))
-def test_a_correction_takes_back_the_negative_that_was_learnt(arm: Objective) -> None:
-    """Wrong: an example learnt as a 0 and corrected to a 1 is not what one learnt as a 1 at once
-    is, or the label of another task moves."""
+def test_a_correction_takes_back_the_negative_that_was_learned(arm: Objective) -> None:
+    """Wrong: an example learned as a 0 and corrected to a 1 differs from one learned as a 1 at
+    once, or the label of another task moves."""
     logits, labels, teacher, target = some(40, 2, seed=3)
     wrong = labels.clone()
     correction = torch.full_like(labels, math.nan)
     wrong[:, 1], correction[:, 1], labels[:, 1] = 0, CORRECTED, 1
 
-    def gradient(told: Tensor) -> Tensor:
+    def gradient(labels_BT: Tensor) -> Tensor:
         z = logits.serving_BT.clone().requires_grad_()
         objective_B(
-            arm, WEIGHTS._replace(kd_w=0.0), logits._replace(serving_BT=z), told, teacher, target
+            arm,
+            WEIGHTS._replace(kd_w=0.0),
+            logits._replace(serving_BT=z),
+            labels_BT,
+            teacher,
+            target,
         ).sum().backward()
         assert z.grad is not None
         return z.grad
@@ -176,15 +181,15 @@ def test_the_adapter_arm_needs_its_target() -> None:
 
 
 @pytest.mark.parametrize("objective", list(Objective))
-def test_a_label_that_is_not_told_teaches_nothing(objective: Objective) -> None:
+def test_a_missing_label_teaches_nothing(objective: Objective) -> None:
     """Wrong: a correction, which tells one task's label, moves the others, or makes the loss or its
     gradient NaN."""
     logits, labels, teacher, target = some(40, 2, seed=3)
-    told = labels.clone()
-    told[::2, 1] = float("nan")
+    partial = labels.clone()
+    partial[::2, 1] = float("nan")
     serving = logits.serving_BT.clone().requires_grad_()
     loss_B = objective_B(
-        objective, WEIGHTS, logits._replace(serving_BT=serving), told, teacher, target
+        objective, WEIGHTS, logits._replace(serving_BT=serving), partial, teacher, target
     )
     hidden_B = (
         F.binary_cross_entropy_with_logits(logits.serving_BT[:, 1], labels[:, 1], reduction="none")

@@ -56,7 +56,7 @@ def test_heads_of_each_arm(
     separate_head: bool,
     heads: int,
 ) -> None:
-    """Wrong: an arm carries a head that nothing trains, or lacks one."""
+    """Wrong: an arm carries a head that nothing trains, or misses one."""
     student = make(arm, separate_head=separate_head)
     logits = student(embedded(), DENSE)
     names = {name.split(".")[0] for name, _ in student.named_parameters()} - {"network"}

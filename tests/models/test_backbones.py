@@ -231,7 +231,7 @@ def test_finalmlp(dense: int, gate_mlp: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dense", [0, 3])
 def test_din(dense: int) -> None:
     """Wrong: absent positions count, a value is weighed against another target, weights are
-    normalised, or a row is lost."""
+    normalized, or a row is lost."""
     model = DIN(
         DINConfig(dim=4, attention_mlp=(6,), mlp=(7, 5)), Inputs(12, dense, SEQUENCES)
     ).double()

@@ -129,7 +129,7 @@ def test_training_costs_three_times_the_forward_pass(config: ModelConfig, dense:
     assert total == pytest.approx(4 * training_flops(config, inputs), rel=0.02 if dense else 0)
 
 
-def test_sizes_that_do_not_fit_are_told() -> None:
+def test_sizes_that_do_not_fit_are_reported() -> None:
     """Wrong: a model that cannot be built has a price."""
     with pytest.raises(ValueError, match="model.k is 21, above the 20 rows"):
         forward_flops(WukongConfig(k=21), Inputs(20, 0))

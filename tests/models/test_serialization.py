@@ -1,5 +1,5 @@
-"""A model at rest: the same model after loading, however many workers wrote it; damage told by
-name."""
+"""A stored model: the same model after loading, however many workers wrote it; damage is reported
+by name."""
 
 from __future__ import annotations
 
@@ -100,12 +100,12 @@ def test_refuses_what_is_no_model(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def test_a_manifest_that_lacks_a_file_is_told(tmp_path: Path) -> None:
+def test_a_manifest_with_a_missing_file_is_reported(tmp_path: Path) -> None:
     """Wrong: a file that is lost from the manifest ends in a traceback, or a holder of a part of
     the tables gets too few rows."""
     store(tmp_path, MODELS[0], 2)
     manifest = read_json(tmp_path / MANIFEST)
-    for file, told in (
+    for file, message in (
         ("dense.safetensors", "model.json: names no dense.safetensors; this model is damaged"),
         (
             "tables.0001.safetensors",
@@ -121,7 +121,7 @@ def test_a_manifest_that_lacks_a_file_is_told(tmp_path: Path) -> None:
                 }
             },
         )
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             load_model(tmp_path)
     rows = {name: range(1, count) for name, count in SCHEMA.tables.items()}
     with pytest.raises(
@@ -163,7 +163,7 @@ def test_a_model_that_was_begun_leaves_nothing_in_the_next_one(tmp_path: Path) -
         ) == ["dense.safetensors", "tables.0000.safetensors"]
 
 
-def test_a_manifest_of_another_network_is_told(tmp_path: Path) -> None:
+def test_a_manifest_of_another_network_is_reported(tmp_path: Path) -> None:
     """Wrong: a setting that is lost from the manifest, so that its default counts, ends in torch's
     traceback."""
     store(tmp_path, MODELS[-1], 1)

@@ -42,7 +42,7 @@ def test_changes_lead_to_the_new_store(
 ) -> None:
     """Wrong: a changed or new user is left out, an unchanged one is carried along, or users are no
     longer in order."""
-    new = {**old, **new}  # nobody leaves a store
+    new = {**old, **new}  # a store never loses users
     changed = past(new).changed_since(past(old))
     assert as_dict(changed) == {
         user: inputs for user, inputs in new.items() if old.get(user) != inputs
@@ -62,7 +62,7 @@ def test_unknown_users_have_zeros(store: dict[int, tuple[int, ...]], asked: list
 
 
 def test_files_hold_what_was_written(tmp_path: Path) -> None:
-    """Wrong: a store is another one when it is read, or one of nobody cannot be written."""
+    """Wrong: a store changes when it is written and read, or an empty one cannot be written."""
     for store in ({}, {3: (1, 2), 7: (0, 5)}):
         past(store).write(tmp_path)
         assert as_dict(UserFeatures.read(tmp_path)) == store

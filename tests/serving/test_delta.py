@@ -67,7 +67,7 @@ def test_other_tables_are_refused() -> None:
 
 
 @pytest.mark.parametrize("lost", ["vm", "arm"])
-def test_a_manifest_without_its_student_is_told(lost: str) -> None:
+def test_a_manifest_without_its_student_is_reported(lost: str) -> None:
     """Wrong: a served folder whose manifest has lost the student's name ends in a traceback."""
     student = {"vm": "feed", "arm": "labels"}
     whole = ExportManifest.model_construct(student=student)
@@ -77,6 +77,7 @@ def test_a_manifest_without_its_student_is_told(lost: str) -> None:
     for old, new in ((damaged, whole), (whole, damaged)):
         with pytest.raises(
             UserError,
-            match=f"served/manifest.json, or the manifest to go with it: its `student` has no '{lost}'; export",
+            match="served/manifest.json, or the manifest to go with it: its `student` has no "
+            f"'{lost}'; make a full export",
         ):
             check_same_student(Path("served"), old, new)

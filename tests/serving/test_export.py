@@ -264,9 +264,9 @@ def test_a_delta_since_something_else_is_refused(
     """Wrong: rows are put into tables that they do not belong to."""
     base = shutil.copytree(trained.earlier, tmp_path / "base")
     spoil(base)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         export_student(trained.run, "feed", "ah_sa", tmp_path / "delta", since=base)
-    assert SPOILT[spoil] in str(told.value) and [path.name for path in tmp_path.iterdir()] == [
+    assert SPOILT[spoil] in str(error.value) and [path.name for path in tmp_path.iterdir()] == [
         "base"
     ]
 
@@ -289,7 +289,7 @@ def test_a_delta_is_not_applied_to_something_else(
         return capsys.readouterr().err
 
     assert "starts from other tables" in refused(trained.served, delta, tmp_path / "now")
-    assert "is in the way" in refused(trained.earlier, delta, trained.earlier)
+    assert "exists already" in refused(trained.earlier, delta, trained.earlier)
     assert "not the manifest of a delta" in refused(
         trained.earlier, trained.served, tmp_path / "now"
     )
@@ -305,11 +305,14 @@ def test_a_delta_is_not_applied_to_something_else(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--vm", "fed"], "no vertical model 'fed': there are feed, stories. Did you mean 'feed'?"),
         (["--vm", "feed", "--arm", "kd"], "'feed' has no arm 'kd': there are ah_sa, labels."),
-        (["--vm", "feed"], "serving/feed-ah_sa: is in the way; remove it or choose another folder"),
+        (
+            ["--vm", "feed"],
+            "serving/feed-ah_sa: exists already; remove it or choose another folder",
+        ),
         (
             ["--vm", "feed", "--to", "x", "--since", "y", "--aot"],
             "--aot and --since do not go together",
@@ -321,20 +324,20 @@ def test_mistakes_on_the_command_line(
     trained: Trained,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
-    told: str,
+    message: str,
 ) -> None:
     """Wrong: a mistake ends in a traceback, does not say what there is, or overwrites a folder that
     is being served."""
     before = {path: path.stat().st_mtime_ns for path in trained.run.rglob("*")}
     assert main(["export", str(trained.run), *arguments]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in trained.run.rglob("*")} == before
 
 
 def test_a_folder_without_students(tmp_path: Path) -> None:
-    """Wrong: the user is told of a missing file inside a folder that never was a run."""
+    """Wrong: the message is about a missing file inside a folder that never was a run."""
     with pytest.raises(
-        UserError, match="no exported vertical model there; give the folder of a run"
+        UserError, match="it has no exported vertical model; give the folder of a run"
     ):
         export_student(tmp_path, "feed", "ah_sa")
 
@@ -369,7 +372,8 @@ def test_a_model_that_predicts_otherwise_is_refused(
     monkeypatch.setattr(export, "write_onnx", faulty)
     with pytest.raises(
         UserError,
-        match=r"model.onnx: its probabilities differ .* by up to 2.0e-05 in a batch of 3, where 1e-05 is allowed",
+        match=r"model.onnx: its probabilities differ .* by up to 2.0e-05 in a batch of 3, "
+        "where 1e-05 is allowed",
     ):
         export_student(trained.run, "feed", "labels", tmp_path / "served")
     assert not list(tmp_path.iterdir())
@@ -393,6 +397,7 @@ def test_aot_without_a_compiler(
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(
         UserError,
-        match="there is no 'no-such-compiler' on this machine; install one, set CXX or leave --aot out",
+        match="there is no 'no-such-compiler' on this machine; install one, set CXX or leave "
+        "--aot out",
     ):
         export_student(trained.run, "feed", "ah_sa", tmp_path / "served", aot=True)

@@ -60,7 +60,7 @@ def mix(z: int) -> int:
     return z ^ z >> 31
 
 
-def row(value: str | int | float, told: dict[str, object]) -> int:
+def row(value: str | int | float, content: dict[str, object]) -> int:
     """The row of a raw value by the words of schema.json."""
     if isinstance(value, str):
         bits = mix(siphash(value.encode(), b"0123456789123456"))
@@ -69,8 +69,8 @@ def row(value: str | int | float, told: dict[str, object]) -> int:
             struct.pack("<d" if isinstance(value, float) else "<q", value), "little"
         )
     return (
-        mix(((bits ^ int(str(told["salt"]), 16)) + 0x9E3779B97F4A7C15) & MASK)
-        % (int(str(told["rows"])) - 1)
+        mix(((bits ^ int(str(content["salt"]), 16)) + 0x9E3779B97F4A7C15) & MASK)
+        % (int(str(content["rows"])) - 1)
         + 1
     )
 
@@ -98,10 +98,10 @@ def test_siphash_is_siphash() -> None:
     ]
 
 
-def test_rows_can_be_computed_from_what_is_told(stream: EventStream) -> None:
+def test_rows_can_be_computed_from_the_file(stream: EventStream) -> None:
     """Wrong: a server in another language looks an id up in another row than training did."""
-    told = served_schema(SCHEMA, stream)
-    table = told["tables"]["user"]
+    content = served_schema(SCHEMA, stream)
+    table = content["tables"]["user"]
     assert [[kind, value, row(value, table)] for kind, value, _ in table["examples"]] == table[
         "examples"
     ]
@@ -113,21 +113,26 @@ def test_rows_can_be_computed_from_what_is_told(stream: EventStream) -> None:
 
 
 def test_columns_are_in_the_graphs_order(stream: EventStream) -> None:
-    """Wrong: a server puts a feature into another's column, or normalises by another's mean."""
-    told = served_schema(SCHEMA, stream)
-    assert [column["name"] for column in told["sparse_BS"]] == ["user", "ad", "hour", "domain"]
-    assert [(bag["name"], bag["table"], bag["max_length"]) for bag in told["bags"]] == [
+    """Wrong: a server puts a feature into another's column, or normalizes by another's mean."""
+    content = served_schema(SCHEMA, stream)
+    assert [column["name"] for column in content["sparse_BS"]] == ["user", "ad", "hour", "domain"]
+    assert [(bag["name"], bag["table"], bag["max_length"]) for bag in content["bags"]] == [
         ("keywords", "keywords", 3),
         ("clicked_ads", "ad", 5),
     ]
-    assert told["dense_BD"][1] == {"name": "price", "transform": "log1p", "mean": 1.0, "std": 0.5}
-    assert told["domains"] == {"feed": 1, "search": 2, "stories": 3} and told["tables"][
+    assert content["dense_BD"][1] == {
+        "name": "price",
+        "transform": "log1p",
+        "mean": 1.0,
+        "std": 0.5,
+    }
+    assert content["domains"] == {"feed": 1, "search": 2, "stories": 3} and content["tables"][
         "domain"
     ] == {"rows": 4, "encoding": "index"}
 
 
 def test_a_stream_without_moments_is_refused(stream: EventStream) -> None:
-    """Wrong: a student is served with dense features that nobody can normalise."""
+    """Wrong: a student is served with dense features that no server can normalize."""
     write_json(stream.root / "manifest.json", {"windows": [0]})
     with pytest.raises(
         UserError, match="has no mean and std of dense feature 'age'; prepare the stream again"

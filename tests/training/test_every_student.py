@@ -22,7 +22,7 @@ from exfm_ray.models.serialization import load_model
 from exfm_ray.models.user_features import UserFeatures
 from exfm_ray.pipeline.preflight import prepare_stream
 from exfm_ray.pipeline.schedule import vm_jobs
-from exfm_ray.serving.export import export_student, remembered
+from exfm_ray.serving.export import export_student, with_user_features
 from exfm_ray.training.job import Job
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -89,7 +89,7 @@ def test_rows_and_histories_reach_every_model(trained: Config, kind: str) -> Non
             past = UserFeatures.read(folder)
             nobody = UserFeatures(past.users_U[:0], past.inputs_UF[:0])
             with_it, without = (
-                model.score(remembered(plain, stored, known)) for known in (past, nobody)
+                model.score(with_user_features(plain, stored, known)) for known in (past, nobody)
             )
             assert (with_it - without).abs().max() > 1e-4, arm
     ne = {
@@ -112,7 +112,7 @@ def test_a_model_that_reads_sequences_is_served_with_its_history(
     served = export_student(trained.folder, "din", "ah_sa+share+history", tmp_path / "served")
     model, stored = load_model(trained.folder / "exported" / "din-ah_sa+share+history")
     stream = EventStream.open(trained.folder / "stream")
-    batch = remembered(
+    batch = with_user_features(
         to_batch(stream.read(1, stream.window(1).fragments[0]), stream.schema),
         stored,
         UserFeatures.read(served),
