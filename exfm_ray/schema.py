@@ -76,7 +76,7 @@ class SparseFeature(FrozenModel):
 
 
 class DenseFeature(FrozenModel):
-    """A numeric feature."""
+    """A numeric feature and its transform."""
 
     name: Name = Field(description="Name of the feature, and the raw column that it is read from.")
     transform: str = Field(
@@ -181,10 +181,13 @@ class Schema(FrozenModel):
             if feature.name not in others:
                 return f"it has no feature '{feature.name}'"
 
-            theirs = _id_mapping(others[feature.name])
-            ours = _id_mapping(feature)
-            if theirs != ours:
-                return f"it maps the ids of '{feature.name}' differently ({theirs}, here {ours})"
+            other_mapping = _id_mapping(others[feature.name])
+            mapping = _id_mapping(feature)
+            if other_mapping != mapping:
+                return (
+                    f"it maps the ids of '{feature.name}' differently "
+                    f"({other_mapping}, here {mapping})"
+                )
         return "its lists of features, dense features, tasks or domains differ"
 
     def domain_index(self, name: str) -> int:

@@ -107,9 +107,9 @@ def run_with_config(
 
 def fail(error: UserError) -> int:
     """Print an error as one line on stderr and return the exit code."""
-    lines = str(error).splitlines()
-    message = " ".join(line.strip() for line in lines)
-    print("error:", message, file=sys.stderr)
+    lines = [line.strip() for line in str(error).splitlines()]
+    message = " ".join(lines)
+    print(f"error: {message}", file=sys.stderr)
     return USER_ERROR
 
 

@@ -54,9 +54,12 @@ def _run(arguments: Sequence[str], prog: str) -> int:
     parser, names = _parser(prog)
     if arguments:
         _check_command(arguments[0], names, prog)
+
     options = parser.parse_args(arguments)
     exit_code: int | None = options.run(options)
-    return exit_code or 0
+    if exit_code is None:
+        return 0
+    return exit_code
 
 
 def _parser(prog: str) -> tuple[argparse.ArgumentParser, Collection[str]]:

@@ -109,11 +109,8 @@ def summary_table(config: Config, summary: Mapping[str, Any]) -> Table:
         columns = {"pass": "best pass", "window": "window"} | columns
         metrics = STATIC_METRICS
 
-    title = config.name
-    windows = summary["windows"]
-    if windows:
-        title = f"{config.name}: windows {windows[0]} to {windows[-1]}"
     headings = [metric.heading for metric in metrics]
+    title = _summary_title(config.name, summary["windows"])
     table = _table(title, list(columns.values()), headings)
 
     domains = {student.domain for student in config.vm.models} | {ALL_DOMAINS}
@@ -123,6 +120,14 @@ def summary_table(config: Config, summary: Mapping[str, Any]) -> Table:
         cells = [metric.cell(row) for metric in metrics]
         table.add_row(*identity, *cells)
     return table
+
+
+def _summary_title(name: str, windows: Sequence[int]) -> str:
+    if not windows:
+        return name
+    first = windows[0]
+    last = windows[-1]
+    return f"{name}: windows {first} to {last}"
 
 
 def _domain_then_task(row: Row) -> tuple[bool, str, str]:
@@ -164,13 +169,18 @@ def _changed_s(folder: Path) -> float:
 
 
 def _run_line(folder: Path) -> tuple[str, ...]:
-    changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(_changed_s(folder)))
+    name = folder.name
+    changed_at = time.localtime(_changed_s(folder))
+    changed = time.strftime("%Y-%m-%d %H:%M", changed_at)
     try:
         run = RunFiles.open(folder)
+        state = run.state
+        done = _progress(run)
+        ne = _fm_ne(run)
         best = "\n".join(_best_arms(run))
-        return folder.name, run.state, changed, _progress(run), _fm_ne(run), best
     except UserError as error:  # One damaged run does not hide the others.
-        return folder.name, "damaged", changed, str(error), "", ""
+        return name, "damaged", changed, str(error), "", ""
+    return name, state, changed, done, ne, best
 
 
 def _progress(run: RunFiles) -> str:
@@ -180,7 +190,10 @@ def _progress(run: RunFiles) -> str:
         return f"{max(counts)} passes"
     if len(counts) == 1:
         return f"{max(counts)} of {run.windows} windows"
-    lines = [f"{name} {done} of {run.windows}" for name, done in run.done.items()]
+
+    lines = []
+    for name, done in run.done.items():
+        lines.append(f"{name} {done} of {run.windows}")
     return "\n".join(lines)
 
 
@@ -269,7 +282,8 @@ def compare_tables(first: RunFiles, second: RunFiles) -> list[Table]:
 def _identity(row: Row) -> tuple[Any, ...]:
     """Return what identifies a row: its key, and the window of a row of a static set."""
     key = [row[column] for column in KEY]
-    return (*key, row.get("window"))
+    window = row.get("window")
+    return (*key, window)
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

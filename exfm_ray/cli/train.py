@@ -51,21 +51,25 @@ def prepare(config: Config) -> None:
     make_stream = follow_stream if config.data.follow else prepare_stream
     stream = make_stream(config)
 
-    windows = [stream.window(window) for window in stream.windows()]
-    events = sum(window.rows for window in windows)
-    duplicates = sum(window.duplicates for window in windows)
-    print(f"{stream.root}: {len(windows)} windows, {events:,} events, {duplicates:,} duplicates")
+    events = 0
+    duplicates = 0
+    numbers = stream.windows()
+    for number in numbers:
+        window = stream.window(number)
+        events += window.rows
+        duplicates += window.duplicates
+    print(f"{stream.root}: {len(numbers)} windows, {events:,} events, {duplicates:,} duplicates")
     manifest = read_json(stream.root / "manifest.json")
     _print_collisions(manifest.get("tables", {}))
 
 
 def _print_collisions(tables: dict[str, Any]) -> None:
     """Print the fraction of values in rows of several ids for each such table, highest first."""
-    fractions = {
-        name: table["values_in_shared_rows"] / table["values"]
-        for name, table in tables.items()
-        if table["shared"]
-    }
+    fractions = {}
+    for name, table in tables.items():
+        if table["shared"]:
+            fractions[name] = table["values_in_shared_rows"] / table["values"]
+
     for name, fraction in sorted(fractions.items(), key=lambda item: -item[1]):
         used = tables[name]["used"]
         rows = tables[name]["rows"] - 1
@@ -140,12 +144,14 @@ def show(config: Config) -> None:
     from exfm_ray.tracking.missing_supervision import missing_supervision
 
     summary = read_json(config.folder / "summary.json")
-    roles = [
-        f"{role} {figures['examples']:,} examples in {figures['seconds']:.0f} s"
-        for role, figures in summary["roles"].items()
-        if figures["examples"]
-    ]
-    memory = f"peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB"
     console().print(summary_table(config, summary))
     print_lines(missing_supervision(summary))
-    print_lines([f"{', '.join(roles)}; {memory}. Everything is in {config.folder}"])
+
+    speeds = []
+    for role, figures in summary["roles"].items():
+        examples = figures["examples"]
+        if examples:
+            speeds.append(f"{role} {examples:,} examples in {figures['seconds']:.0f} s")
+    roles = ", ".join(speeds)
+    memory_gib = summary["peak_memory_bytes"] / 2**30
+    print_lines([f"{roles}; peak memory {memory_gib:.1f} GiB. Everything is in {config.folder}"])

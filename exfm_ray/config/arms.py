@@ -60,13 +60,15 @@ class Arm(str):
             ValueError: an unknown objective or option, or an option that is named twice.
         """
         objective, *options = text.split("+")
-        _check_known(text, "objective", objective, list(Objective))
+        known_objectives = list(Objective)
+        known_options = list(Option)
+        _check_known(text, "objective", objective, known_objectives)
         for option in options:
-            _check_known(text, "option", option, list(Option))
+            _check_known(text, "option", option, known_options)
             if options.count(option) > 1:
                 raise ValueError(f"'{text}' names option '{option}' twice")
 
-        ordered = [option for option in Option if option in options]
+        ordered = [option for option in known_options if option in options]
         name = "+".join([objective, *ordered])
         arm = super().__new__(cls, name)
         arm.objective = Objective(objective)

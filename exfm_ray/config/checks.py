@@ -25,7 +25,10 @@ def with_settings(config: Config, settings: Mapping[str, object]) -> Config:
     Raises:
         ValidationError: a value is not allowed.
     """
-    tree = config.model_dump(mode="json", exclude={"tune"})
+    tree = config.model_dump(
+        mode="json",
+        exclude={"tune"},
+    )
     for setting, value in settings.items():
         set_dotted(tree, setting, value)
     config_class = type(config)
@@ -41,14 +44,15 @@ def check_sweep(config: Config, tune: TuneConfig) -> None:
     students = [student.name for student in config.vm.models]
     for name in tune.students:
         if name not in students:
-            raise ValueError(
-                f"tune.students names '{name}', which is not in vm.models.{nearest(name, students)}"
-            )
+            hint = nearest(name, students)
+            raise ValueError(f"tune.students names '{name}', which is not in vm.models.{hint}")
 
     for setting, distribution in tune.space.items():
         _check_searchable(config, setting)
         _check_values(config, setting, distribution)
-    _check_shared_tables(config.distillation.share.tables, tune.space.get(SHARED_TABLES))
+    published = config.distillation.share.tables
+    searched = tune.space.get(SHARED_TABLES)
+    _check_shared_tables(published, searched)
 
 
 def _check_searchable(config: Config, setting: str) -> None:
@@ -58,20 +62,30 @@ def _check_searchable(config: Config, setting: str) -> None:
     if reason and setting in known:
         raise ValueError(f"tune.space: '{setting}' cannot be searched: {reason}")
 
-    searchable = [name for name in known if not _why_unsearchable(name)]
-    searchable += [f"vm.optimizer.{key}" for key in OptimizerConfig.model_fields]
-    searchable.append("vm.batch_size")
+    searchable = _searchable_settings(known)
     if setting not in searchable:
         listed = f" A sweep may search {', '.join(searchable)}."
         hint = nearest(setting, searchable) or listed
         raise ValueError(f"tune.space: unknown setting '{setting}'.{hint}")
 
 
+def _searchable_settings(distillation: Sequence[str]) -> list[str]:
+    searchable = []
+    for name in distillation:
+        if not _why_unsearchable(name):
+            searchable.append(name)
+    for key in OptimizerConfig.model_fields:
+        searchable.append(f"vm.optimizer.{key}")
+    searchable.append("vm.batch_size")
+    return searchable
+
+
 def _distillation_settings(config: Config) -> list[str]:
     settings = []
     for name, section in config.distillation:
-        keys = type(section).model_fields
-        settings += [f"distillation.{name}.{key}" for key in keys]
+        section_class = type(section)
+        for key in section_class.model_fields:
+            settings.append(f"distillation.{name}.{key}")
     return settings
 
 
@@ -137,7 +151,7 @@ def _check_names(
     names: Sequence[str],
     publishing: Mapping[str, StudentConfig],
 ) -> None:
-    """Refuse two teachers of one name, and teachers that nobody trains."""
+    """Refuse two teachers of one name, and teachers that do not exist."""
     for teacher in config.teachers:
         if names.count(teacher.name) > 1:
             raise ValueError(

@@ -94,7 +94,9 @@ class KafkaConfig(FrozenModel):
     ) -> dict[str, str | int | float | bool]:
         """Refuse secrets: the run's folder holds a copy of the config."""
         for name, value in options.items():
-            if SECRET.search(name) and not VARIABLE.fullmatch(str(value)):
+            is_secret = SECRET.search(name) is not None
+            is_reference = VARIABLE.fullmatch(str(value)) is not None
+            if is_secret and not is_reference:
                 raise ValueError(
                     f"option {name} would be written into the run's config; put it into the "
                     f"environment and write {name}: ${{NAME}}"
@@ -253,7 +255,11 @@ class DataConfig(FrozenModel):
     @property
     def delayed(self) -> dict[str, int]:
         """Return the tasks whose labels arrive after their events, with `attribution_s` of each."""
-        return {task: seconds for task, seconds in self.attribution_s.items() if seconds > 0}
+        delayed = {}
+        for task, seconds in self.attribution_s.items():
+            if seconds > 0:
+                delayed[task] = seconds
+        return delayed
 
     @model_validator(mode="after")
     def _check_follow(self) -> Self:

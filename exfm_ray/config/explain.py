@@ -83,8 +83,8 @@ def _step(
         items: JSONSchema = node.get("items", {})
         return items
     if part in node.get("properties", {}):
-        found: JSONSchema = node["properties"][part]
-        return found
+        property_schema: JSONSchema = node["properties"][part]
+        return property_schema
 
     # A tagged union: pydantic puts the tag into the path.
     for option in _options(schema, node):

@@ -32,6 +32,10 @@ def store_identity_settings(config: Config) -> str:
 
     The run's folder is not among them: it may differ between machines.
     """
-    run = config.run.model_copy(update={"dir": Path()})
-    without_folder = config.model_copy(update={"run": run})
+    run = config.run.model_copy(
+        update={"dir": Path()},
+    )
+    without_folder = config.model_copy(
+        update={"run": run},
+    )
     return identity_settings(without_folder)

@@ -21,19 +21,21 @@ READY_CONFIGS = Path(__file__).parents[1] / "configs"
 def find_config(file: Path) -> Path:
     """Return the path of a config file: `file` itself, or a ready config of that name.
 
-    If `file` is not there, `demo`, `demo.yaml` and `configs/demo.yaml` all name the ready config
-    `demo`. A name without such a file or ready config is returned as it is.
+    If `file` does not exist, `demo`, `demo.yaml` and `configs/demo.yaml` all name the ready config
+    `demo`. A path that is neither is returned unchanged.
     """
     if file.is_file() or file.is_absolute() or ".." in file.parts:
         return file
 
     parts = list(file.parts)
-    if parts[:1] == [READY_CONFIGS.name]:
+    if parts and parts[0] == READY_CONFIGS.name:
         parts.pop(0)
     ready = READY_CONFIGS.joinpath(*parts)
     if not ready.suffix:
         ready = ready.with_suffix(".yaml")
-    return ready if ready.is_file() else file
+    if ready.is_file():
+        return ready
+    return file
 
 
 def load_config(
@@ -107,4 +109,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 def dump_config(config: Config) -> str:
     """Return the resolved config as YAML."""
     tree = config.model_dump(mode="json")
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(
+        tree,
+        sort_keys=False,
+        allow_unicode=True,
+    )

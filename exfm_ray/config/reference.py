@@ -20,6 +20,7 @@ from exfm_ray.base import FrozenModel
 from exfm_ray.config.arms import Arm
 from exfm_ray.config.models import BackboneConfig
 from exfm_ray.config.root import Config
+from exfm_ray.config.trainer import FMConfig
 
 INTRODUCTION = """\
 # Configuration
@@ -72,9 +73,15 @@ class Setting:
 
     def row(self) -> str:
         """Return the row of a Markdown table."""
-        cells = (f"`{self.name}`", self.type, self.default, self.description)
+        cells = (
+            f"`{self.name}`",
+            self.type,
+            self.default,
+            self.description,
+        )
         escaped = [cell.replace("|", "\\|") for cell in cells]
-        return f"| {' | '.join(escaped)} |"
+        row = " | ".join(escaped)
+        return f"| {row} |"
 
 
 @dataclass(frozen=True)
@@ -108,8 +115,10 @@ class Section:
             classes = _config_classes(field.annotation)
             if not classes or issubclass(classes[0], BackboneConfig):
                 continue
+
             path = self._path_below(name, field.annotation)
-            section = Section(path, classes[0], _notes(self.config, name, field))
+            notes = _notes(self.config, name, field)
+            section = Section(path, classes[0], notes)
             yield section
             yield from section.subsections()
 
@@ -131,18 +140,23 @@ def sections() -> list[Section]:
 
 def models() -> list[Section]:
     """Return a section for each built-in interaction model."""
-    annotation = Config.model_fields["fm"].annotation
-    assert isinstance(annotation, type) and issubclass(annotation, FrozenModel)
-    classes = _config_classes(annotation.model_fields["model"].annotation)
-    return [Section(str(config.model_fields["type"].default), config) for config in classes]
+    model_field = FMConfig.model_fields["model"]
+    model_sections = []
+    for config in _config_classes(model_field.annotation):
+        type_field = config.model_fields["type"]
+        model_sections.append(Section(type_field.default, config))
+    return model_sections
 
 
 def reference() -> str:
-    """Return docs/configuration.md."""
+    """Return the text of docs/configuration.md."""
     parts = [INTRODUCTION]
     for section in sections():
-        title = f"`{section.path}`" if section.path else "Top level"
-        parts += _section_lines(f"## {title}", section, section.settings())
+        title = "## Top level"
+        if section.path:
+            title = f"## `{section.path}`"
+        settings = section.settings()
+        parts += _section_lines(title, section, settings)
 
     parts += [f"## {MODEL_SECTION}", MODEL_INTRODUCTION]
     common = Section("", BackboneConfig).settings()
@@ -184,13 +198,19 @@ def _notes(
 
 
 def _former_names(config: type[FrozenModel], name: str) -> str:
-    names = [f"`{old}`" for old, new in config.old_names.items() if new == name]
-    return ", ".join(names)
+    former_names = []
+    for former_name, current_name in config.old_names.items():
+        if current_name == name:
+            former_names.append(f"`{former_name}`")
+    return ", ".join(former_names)
 
 
 def _table(settings: Sequence[Setting]) -> str:
-    lines = ["| setting | type | default | description |", "|---|---|---|---|"]
-    lines += [setting.row() for setting in settings]
+    lines = [
+        "| setting | type | default | description |",
+        "|---|---|---|---|",
+        *(setting.row() for setting in settings),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -230,8 +250,7 @@ def _type_in_words(annotation: object, metadata: Sequence[object] = ()) -> str:
     origin = get_origin(annotation)
     arguments = get_args(annotation)
     if origin is Annotated:
-        base, *more = arguments
-        return _type_in_words(base, more)
+        return _annotated_in_words(arguments)
     if origin is Literal:
         return " or ".join(f"`{choice}`" for choice in arguments)
     if origin in (Union, types.UnionType):
@@ -242,6 +261,18 @@ def _type_in_words(annotation: object, metadata: Sequence[object] = ()) -> str:
         items = [_type_in_words(item) for item in arguments]
         return f"[{', '.join(items)}]"
     return PLAIN_TYPES.get(annotation, "text") + _bounds(metadata)
+
+
+def _annotated_in_words(arguments: Sequence[Any]) -> str:
+    """Describe an annotated type, whose constraints may be those of a field."""
+    base, *annotations = arguments
+    metadata: list[object] = []
+    for annotation in annotations:
+        if isinstance(annotation, FieldInfo):
+            metadata += annotation.metadata
+        else:
+            metadata.append(annotation)
+    return _type_in_words(base, metadata)
 
 
 def _union_in_words(alternatives: Sequence[object], metadata: Sequence[object]) -> str:
@@ -258,15 +289,16 @@ def _union_in_words(alternatives: Sequence[object], metadata: Sequence[object]) 
 
 def _bounds(metadata: Sequence[object]) -> str:
     """Describe the bounds of a number, such as ` >= 1`."""
-    bounds: list[str] = []
+    bounds = []
     for constraint in metadata:
-        if isinstance(constraint, FieldInfo):
-            bounds += _bounds(constraint.metadata).split(", ")
-        elif type(constraint) in BOUNDS:
-            sign, attribute = BOUNDS[type(constraint)]
-            bounds.append(f"{sign} {getattr(constraint, attribute)}")
-    text = ", ".join(bound.strip() for bound in bounds if bound)
-    return f" {text}" if text else ""
+        constraint_type = type(constraint)
+        if constraint_type in BOUNDS:
+            sign, attribute = BOUNDS[constraint_type]
+            limit = getattr(constraint, attribute)
+            bounds.append(f"{sign} {limit}")
+    if not bounds:
+        return ""
+    return " " + ", ".join(bounds)
 
 
 def _config_classes(annotation: Any) -> list[type[FrozenModel]]:

@@ -62,7 +62,7 @@ class WandbConfig(FrozenModel):
 
 
 class Config(FrozenModel):
-    """A whole run."""
+    """All settings of a run."""
 
     name: Name = Field(
         "run", description="Name of the run; by default the stem of the config file."
@@ -117,9 +117,10 @@ class Config(FrozenModel):
     @property
     def arms(self) -> tuple[Arm, ...]:
         """Return all arms of the vertical models, in a run or in its sweep."""
-        if self.tune is None:
-            return self.vm.arms
-        return self.vm.arms + self.tune.arms
+        arms = self.vm.arms
+        if self.tune is not None:
+            arms += self.tune.arms
+        return arms
 
     @property
     def folder(self) -> Path:

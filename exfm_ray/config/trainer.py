@@ -159,7 +159,7 @@ def _check_distinct(tasks: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class StudentConfig(FrozenModel):
-    """A vertical model."""
+    """A vertical model: its domain, tasks, teacher and network."""
 
     old_names: ClassVar[Mapping[str, str]] = {"publishes": "published_arm"}
 
@@ -184,7 +184,7 @@ class StudentConfig(FrozenModel):
 
 
 class VMConfig(TrainerConfig):
-    """The vertical models."""
+    """The vertical models, and how they are trained."""
 
     old_names: ClassVar[Mapping[str, str]] = {
         **TrainerConfig.old_names,
@@ -215,7 +215,9 @@ class VMConfig(TrainerConfig):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two vertical models are named '{name}'")
-        if len(set(self.arms)) != len(self.arms):
+
+        distinct_arms = set(self.arms)
+        if len(distinct_arms) < len(self.arms):
             raise ValueError("an arm is named twice in vm.arms")
         return self
 

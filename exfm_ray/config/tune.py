@@ -72,7 +72,12 @@ def current_names(settings: object) -> object:
     """Return a mapping over dotted settings with former names replaced by current ones."""
     if not isinstance(settings, Mapping):
         return settings
-    return {RENAMED.get(setting, setting): value for setting, value in settings.items()}
+
+    renamed = {}
+    for setting, value in settings.items():
+        name = RENAMED.get(setting, setting)
+        renamed[name] = value
+    return renamed
 
 
 def as_text(value: Value) -> str:
@@ -108,8 +113,9 @@ class Distribution(FrozenModel):
         return self
 
     def _check_choice(self) -> None:
-        is_range = self.low is not None or self.high is not None
-        if is_range or self.log or self.integer:
+        ends = (self.low, self.high)
+        has_range_settings = ends != (None, None) or self.log or self.integer
+        if has_range_settings:
             raise ValueError("set low and high, or a choice, not both")
         distinct = {as_text(value) for value in self.choice}
         if len(distinct) < len(self.choice):
@@ -132,10 +138,12 @@ class Distribution(FrozenModel):
         """Return values that represent all others: the ends of a range, or every choice."""
         if self.choice:
             return self.choice
-        assert self.low is not None and self.high is not None
+        low = self.low
+        high = self.high
+        assert low is not None and high is not None
         if self.integer:
-            return int(self.low), int(self.high)
-        return self.low, self.high
+            return int(low), int(high)
+        return low, high
 
     def match(self, value: Value) -> Value | None:
         """Return the value in the distribution's own form, or None if it is outside."""
@@ -145,8 +153,12 @@ class Distribution(FrozenModel):
         if self.choice or not isinstance(value, int | float):
             return None
 
-        assert self.low is not None and self.high is not None
-        return value if self.low <= value <= self.high else None
+        low = self.low
+        high = self.high
+        assert low is not None and high is not None
+        if low <= value <= high:
+            return value
+        return None
 
 
 def default_space() -> dict[str, Distribution]:
@@ -278,8 +290,10 @@ class TuneConfig(FrozenModel):
     def _check_names(self) -> Self:
         if LABELS not in self.arms:
             raise ValueError("tune.arms does not contain labels, the baseline of all gains; add it")
-        for setting, names in (("arms", self.arms), ("students", self.students)):
-            if len(set(names)) < len(names):
+        lists = {"arms": self.arms, "students": self.students}
+        for setting, names in lists.items():
+            distinct = set(names)
+            if len(distinct) < len(names):
                 raise ValueError(f"tune.{setting} contains a name twice")
         return self
 
@@ -288,7 +302,12 @@ class TuneConfig(FrozenModel):
         listed_before: dict[str, Distribution] = {}
         for setting, distribution in self.space.items():
             for condition, value in distribution.when.items():
-                problem = self._wrong_condition(setting, condition, value, listed_before)
+                problem = self._wrong_condition(
+                    setting,
+                    condition,
+                    value,
+                    listed_before,
+                )
                 if problem:
                     raise ValueError(f"tune.space '{setting}': {problem}")
             listed_before[setting] = distribution

@@ -326,15 +326,15 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown_help(capsys)
     for command in COMMANDS:
         assert f" {command} " in text
-        own = shown_help(capsys, command)
-        assert own.startswith(f"usage: run.py {command} ")
+        command_help = shown_help(capsys, command)
+        assert command_help.startswith(f"usage: run.py {command} ")
 
 
 @pytest.mark.parametrize("words", ["prepare", "pipeline", "das", "das start", "das status", "plan"])
 def test_help_of_a_command_shows_its_options(
     capsys: pytest.CaptureFixture[str], words: str
 ) -> None:
-    """Wrong: a command's help is that of the program, or lacks the options of its config."""
+    """Wrong: a command's help is that of the program, or misses the options of its config."""
     text = shown_help(capsys, *words.split())
     for option in ("--config FILE", "--set section.key=value", "--name NAME"):
         assert option in text
