@@ -1,5 +1,5 @@
-"""The ablation study: teachers that cannot know what they teach, controls that are what they say,
-rows that line up, figures."""
+"""The ablation study: teachers obey rule 2, controls know nothing, rows line up, figures are
+right."""
 
 from __future__ import annotations
 
@@ -73,9 +73,8 @@ def own_rows(
 def test_the_base_teacher_says_what_the_das_writes(
     config: Config, groups: dict[int, Workers]
 ) -> None:
-    """Wrong: the study's teacher is not that of a run, or its predictions stand beside other
-    rows."""
-    (said,) = groups[1].run(
+    """Wrong: the study's teacher is not that of a run, or its predictions belong to other rows."""
+    (predictions,) = groups[1].run(
         teach, config, Teacher(FM, {}, config.vm.models, LAGS), config.seed, WINDOWS
     )
     store = SupervisionStore(config.folder / "supervision", config.fm.name)
@@ -83,15 +82,15 @@ def test_the_base_teacher_says_what_the_das_writes(
         reader = AugmentedReader(
             config.folder / "stream", store, SnapshotPolicy(1), (number,), student.tasks
         )
-        assert sorted(said[student.name, "lag 1"]) == [1, 2, 3] and sorted(
-            said[student.name, "lag 2"]
+        assert sorted(predictions[student.name, "lag 1"]) == [1, 2, 3] and sorted(
+            predictions[student.name, "lag 2"]
         ) == [2, 3]
-        for window, p_N in said[student.name, "lag 1"].items():
-            work = WindowPass(window, "learn")
+        for window, p_N in predictions[student.name, "lag 1"].items():
+            window_pass = WindowPass(window, "learn")
             written_N = np.concatenate(
                 [
-                    list_values(reader.read(work, f)[TEACHER_COLUMN], 1)[:, 0]
-                    for f in reader.fragments(work)
+                    list_values(reader.read(window_pass, f)[TEACHER_COLUMN], 1)[:, 0]
+                    for f in reader.fragments(window_pass)
                 ]
             )
             np.testing.assert_allclose(
@@ -108,8 +107,8 @@ def test_teachers_keep_rule_2(
     tmp_path: Path,
     domain: str | None,
 ) -> None:
-    """Wrong: a prediction at lag L knows labels of its own window, or of later ones than L windows
-    before."""
+    """Wrong: a prediction at lag L depends on labels of its own window, or of windows later than
+    L before."""
     config = small_config(tmp_path, "flipped", vm={"models": MODELS})
     stream = prepare(config)
     teacher = Teacher(FM, {}, config.vm.models[: 1 if domain else 2], LAGS, domain)
@@ -118,15 +117,15 @@ def test_teachers_keep_rule_2(
         rewrite(stream, window, flip_labels)
     (after,) = groups[1].run(teach, config, teacher, 3, WINDOWS)
     assert before.keys() == after.keys() and len(before) == len(LAGS) * len(teacher.students)
-    for (student, column), said in before.items():
+    for (student, column), predictions in before.items():
         lag = int(column.removeprefix("lag "))
-        for window, p_N in said.items():
+        for window, p_N in predictions.items():
             same = bool(np.array_equal(p_N, after[student, column][window]))
             assert same == (window < FLIPPED + lag), (student, column, window)
 
 
 def test_one_domains_teacher_has_seen_no_other(groups: dict[int, Workers], tmp_path: Path) -> None:
-    """Wrong: what is called one domain's FM knows other domains, so that the two do not differ."""
+    """Wrong: the FM of one domain has learned other domains."""
     config = small_config(tmp_path, "domains")
     stream = prepare(config)
     feed = next(t for t in teachers(config, (1,)) if t.domain == "feed")
@@ -149,31 +148,35 @@ def test_one_domains_teacher_has_seen_no_other(groups: dict[int, Workers], tmp_p
 
 
 def test_controls_are_what_they_say() -> None:
-    """Wrong: the shuffled teacher still matches its examples or has other values, or the constant
-    one knows its own window."""
+    """Wrong: the shuffled teacher still matches its examples or has other values, or the
+    constant one knows its own window."""
     rng = np.random.default_rng(0)
     labels = {
         window: (rng.random(rows) < 0.3).astype(np.float32)
         for window, rows in enumerate((50, 200, 80))
     }
-    said = {window: rng.random(len(labels[window]), np.float32) for window in (1, 2)}
-    found = controls(labels, said, seed=4)
+    predictions = {window: rng.random(len(labels[window]), np.float32) for window in (1, 2)}
+    found = controls(labels, predictions, seed=4)
     assert tuple(found) == CONTROL_TEACHERS and all(sorted(by) == [1, 2] for by in found.values())
-    for window in said:
-        np.testing.assert_array_equal(np.sort(found["shuffled"][window]), np.sort(said[window]))
-        assert (found["shuffled"][window] == said[window]).mean() < 0.1
+    for window in predictions:
+        np.testing.assert_array_equal(
+            np.sort(found["shuffled"][window]), np.sort(predictions[window])
+        )
+        assert (found["shuffled"][window] == predictions[window]).mean() < 0.1
         np.testing.assert_array_equal(found["own_label"][window], labels[window])
-    assert not np.array_equal(controls(labels, said, seed=5)["shuffled"][1], found["shuffled"][1])
+    assert not np.array_equal(
+        controls(labels, predictions, seed=5)["shuffled"][1], found["shuffled"][1]
+    )
     np.testing.assert_allclose(found["constant"][1], labels[0].sum() / 50, rtol=1e-6)
     np.testing.assert_allclose(
         found["constant"][2], (labels[0].sum() + labels[1].sum()) / 250, rtol=1e-6
     )
-    other = controls({**labels, 2: 1 - labels[2]}, said, seed=4)
+    other = controls({**labels, 2: 1 - labels[2]}, predictions, seed=4)
     np.testing.assert_array_equal(other["constant"][2], found["constant"][2])
 
 
 def test_rows_line_up_with_the_stream(config: Config) -> None:
-    """Wrong: a prediction stands beside another example, or a teacher supervises windows for which
+    """Wrong: a prediction belongs to another example, or a teacher supervises windows for which
     it has no version."""
     student = config.vm.models[1]
     parts = {window: own_rows(config, student, window) for window in range(WINDOWS)}
@@ -181,11 +184,11 @@ def test_rows_line_up_with_the_stream(config: Config) -> None:
         w: (table["example_id"].to_numpy() % 997 / 1000).astype(np.float32)
         for w, table in parts.items()
     }
-    given = {
+    by_seed = {
         seed: {f"lag {lag}": {w: marks[w] + seed for w in range(lag, WINDOWS)} for lag in LAGS}
         for seed in (0, 1)
     }
-    rows, columns = student_rows(config, student, WINDOWS, given)
+    rows, columns = student_rows(config, student, WINDOWS, by_seed)
     names = ("lag 1", "lag 2", *CONTROL_TEACHERS)
     assert columns == [(seed, name) for seed in (0, 1) for name in names]
     for window, part in parts.items():
@@ -230,13 +233,16 @@ def test_teachers_ne(config: Config) -> None:
     windows = range(1, WINDOWS)
     labels = [list_values(own_rows(config, student, w)["labels"], 2)[:, 0] for w in range(WINDOWS)]
     rng = np.random.default_rng(1)
-    said = {w: rng.uniform(0.05, 0.6, len(labels[w])).astype(np.float32) for w in windows}
+    predictions = {w: rng.uniform(0.05, 0.6, len(labels[w])).astype(np.float32) for w in windows}
     rows, columns = student_rows(
-        config, student, WINDOWS, {7: {"lag 1": said, "lag 2": {w: said[w] for w in (2, 3)}}}
+        config,
+        student,
+        WINDOWS,
+        {7: {"lag 1": predictions, "lag 2": {w: predictions[w] for w in (2, 3)}}},
     )
     told = teacher_nes(config, student, rows, columns, windows)
     y_N = np.concatenate(labels[1:]).astype(np.float64)
-    p_N = np.concatenate([said[w] for w in windows]).astype(np.float64)
+    p_N = np.concatenate([predictions[w] for w in windows]).astype(np.float64)
     rate = y_N.mean()
     loss = -np.where(y_N == 1, np.log(p_N), np.log(1 - p_N)).mean()
     assert told[7, "lag 1"] == pytest.approx(
@@ -287,8 +293,8 @@ def test_calls_hold_every_training_once(config: Config, windows: int) -> None:
 
 
 def test_figures_and_what_they_say(config: Config, tmp_path: Path) -> None:
-    """Wrong: gains are over another seed's labels, an interval is too narrow, or a verdict is not
-    what its interval says."""
+    """Wrong: gains are over another seed's labels, an interval is too narrow, or a verdict
+    contradicts its interval."""
     wanted = variants(6)
     seeds = (0, 1, 2)
     shift = {"ah": 0.02, "ah_sa": 0.022, "kd": -0.01, "ah, small FM": 0.02}

@@ -1,5 +1,4 @@
-"""The benchmark of shared rows and histories: it goes on after a kill, and its controls are what
-they say."""
+"""The study of shared tables: it can be resumed after a kill, and its controls are right."""
 
 from __future__ import annotations
 
@@ -35,8 +34,8 @@ from studies.shared_tables.trainings import (
 def test_parts_that_are_kept_are_not_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Wrong: a benchmark that was killed begins anew, gives a part another's result, or ends at the
-    first part that fails."""
+    """Wrong: a killed study starts over, a part gets another's result, or the first failed part
+    ends it."""
     started: list[int] = []
 
     def doubled(number: int) -> list[int]:
@@ -71,8 +70,8 @@ def test_permuted_rows_are_anothers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wrong: the control keeps most ids' own rows, gives an id now this one's and now that one's,
-    or rows of no snapshot that may be given."""
+    """Wrong: the control keeps most ids' own rows, an id's source changes between windows, or
+    rows are of a snapshot that may not be used."""
     config = small_config(
         tmp_path, "run", vm={"arms": ["labels", "labels+share"]}, das={"keep_snapshots": True}
     )
@@ -108,8 +107,8 @@ def test_mixed_users_have_anothers_past(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wrong: users keep their own past, it is another's in each window, or more or fewer users are
-    known than without the control."""
+    """Wrong: users keep their own past, its source changes between windows, or more or fewer
+    users are known than without the control."""
     config = small_config(
         tmp_path,
         "run",
@@ -162,8 +161,8 @@ def rows(ne: float, windows: range) -> list[dict[str, float]]:
 
 
 def test_settings_are_chosen_and_judged_on_other_windows() -> None:
-    """Wrong: what is judged was chosen on the windows that judge, controls choose for themselves,
-    or a failed variant takes all with it."""
+    """Wrong: settings are chosen on the holdout windows, controls choose their own, or a failed
+    variant takes the others with it."""
     better_late = [[*rows(0.95, VALIDATION), *rows(0.5, HOLDOUT)] for _ in GRID]
     better_late[3] = [*rows(0.9, VALIDATION), *rows(0.99, HOLDOUT)]
     labels = [

@@ -1,4 +1,4 @@
-"""Analysis: confidence intervals, gains, what counts as best, the figures of pooled windows."""
+"""Analysis: confidence intervals, gains, the best trial, importance, the best config."""
 
 from __future__ import annotations
 
@@ -21,29 +21,33 @@ TUNE = TuneConfig(score_windows=(3, 4), judge_windows=(5, 6))
 
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=12))
 def test_confidence_interval(values: list[float]) -> None:
-    """Wrong: the interval is too narrow (normal instead of t, spread of the population) and luck
+    """Wrong: the interval is too narrow (normal instead of t, population spread), so chance
     passes for a gain."""
-    told = estimate(values)
-    assert told is not None and told.low is not None and told.seeds == len(values)
+    interval = estimate(values)
+    assert interval is not None and interval.low is not None
+    assert interval.seeds == len(values)
     low, high = (
         scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
         if np.ptp(values)
         else (values[0], values[0])
     )
     np.testing.assert_allclose(
-        [told.mean, told.low, told.high], [np.mean(values), low, high], rtol=1e-7, atol=1e-9
+        [interval.mean, interval.low, interval.high],
+        [np.mean(values), low, high],
+        rtol=1e-7,
+        atol=1e-9,
     )
 
 
 def test_confidence_interval_by_hand() -> None:
-    """Wrong: as above; t of 2 degrees of freedom at 97.5 % is 4.302653, the standard error of 1, 2,
-    3 is 1 / sqrt 3."""
-    told = estimate([1.0, 2.0, 3.0])
-    assert told is not None and told.high == pytest.approx(2 + 4.302653 / 3**0.5, abs=1e-6)
+    """Wrong: as above. t of 2 degrees of freedom at 97.5 % is 4.302653, the standard error of 1,
+    2, 3 is 1 / sqrt 3."""
+    interval = estimate([1.0, 2.0, 3.0])
+    assert interval is not None and interval.high == pytest.approx(2 + 4.302653 / 3**0.5, abs=1e-6)
     assert estimate([]) is None and estimate([0.5]) == (0.5, None, None, 1)
 
 
-def judged(arm: str, nes: list[float | None]) -> list[HoldoutResult]:
+def results(arm: str, nes: list[float | None]) -> list[HoldoutResult]:
     return [
         HoldoutResult(
             "s", arm, "tuned", seed, {}, ne, None if ne is None else 1.0, None if ne else "diverged"
@@ -55,21 +59,21 @@ def judged(arm: str, nes: list[float | None]) -> list[HoldoutResult]:
 def test_gains_are_of_the_same_seed() -> None:
     """Wrong: an arm is compared with the labels arm of another seed, or a failed training
     counts."""
-    told = arm_figures(judged("ah", [0.72, 0.54, None]), {0: 0.8, 1: 0.6, 2: 0.7}, 0.5)
-    assert told["ne_gain"]["mean"] == pytest.approx(0.1) and told["ne_gain"][
+    figures = arm_figures(results("ah", [0.72, 0.54, None]), {0: 0.8, 1: 0.6, 2: 0.7}, 0.5)
+    assert figures["ne_gain"]["mean"] == pytest.approx(0.1) and figures["ne_gain"][
         "high"
     ] == pytest.approx(0.1)
-    assert told["failed"] == 1 and told["ne"]["seeds"] == 2
+    assert figures["failed"] == 1 and figures["ne"]["seeds"] == 2
     ratios = [0.1 / ((0.8 - 0.5) / 0.8), 0.1 / ((0.6 - 0.5) / 0.6)]
-    assert told["transfer_ratio"]["mean"] == pytest.approx(np.mean(ratios))
+    assert figures["transfer_ratio"]["mean"] == pytest.approx(np.mean(ratios))
 
 
 @pytest.mark.parametrize("fm", [0.7, 0.705, None])
 def test_no_transfer_ratio_without_a_gain_of_the_fm(fm: float | None) -> None:
-    """Wrong: a ratio to a gain of the FM that is none, or lies within its spread over seeds, is
-    told as if it said something."""
+    """Wrong: a ratio is reported although the FM gains nothing, or less than its spread over
+    seeds."""
     assert (
-        arm_figures(judged("ah", [0.69, 0.69, 0.69]), {0: 0.69, 1: 0.70, 2: 0.72}, fm)[
+        arm_figures(results("ah", [0.69, 0.69, 0.69]), {0: 0.69, 1: 0.70, 2: 0.72}, fm)[
             "transfer_ratio"
         ]
         is None
@@ -123,14 +127,13 @@ def test_importance() -> None:
     drawn = rng.random((40, 2))
     trials = [finished(i, 0.8 + w**2, w=w, beta=beta) for i, (w, beta) in enumerate(drawn)]
     trials += [finished(40 + i, beta - 9, "stopped", w, beta) for i, (w, beta) in enumerate(drawn)]
-    told = importance(trials, space, TUNE)
-    assert told["distillation.ah.w"] > 0.8 and sum(told.values()) == pytest.approx(1)
+    importances = importance(trials, space, TUNE)
+    assert importances["distillation.ah.w"] > 0.8 and sum(importances.values()) == pytest.approx(1)
     assert importance(trials[:1], space, TUNE) == {}
 
 
 def test_best_config() -> None:
-    """Wrong: the config that is handed on trains another student, arm or setting than the one that
-    won."""
+    """Wrong: the config trains another student, arm or setting than the one that won."""
     models = [{"name": name, "domain": name, "task": "click"} for name in ("a", "b")]
     config = Config.model_validate(
         {

@@ -1,4 +1,4 @@
-"""plots.html: every trial at its place, under its arm's mark; nothing fetched from elsewhere."""
+"""plots.html: every trial at its value with its arm's symbol; nothing fetched from elsewhere."""
 
 from __future__ import annotations
 
@@ -95,11 +95,11 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.texts: list[str] = []
         self.scripts: list[str] = []
-        self.local_copy: list[str] = []
+        self.references: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.local_copy += [value or "" for key, value in attrs if key in ("src", "href")]
+        self.references += [value or "" for key, value in attrs if key in ("src", "href")]
         if tag != "meta":
             self.open.append(tag)
 
@@ -120,16 +120,16 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 @pytest.fixture(scope="module")
 def figures(page: Page) -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
-    """Place on the page -> (traces, layout), as the page hands them to plotly."""
-    found = {}
+    """Position on the page -> (traces, layout), as the page passes them to plotly."""
+    by_position = {}
     decoder = json.JSONDecoder()
     for script in page.scripts:
         call = re.search(r'Plotly\.newPlot\(\s*"([\w-]+)",\s*', script)
         if call and len(script) < 100_000:  # not plotly.js itself
             data, end = decoder.raw_decode(script, call.end())
             start = script.index("{", end)
-            found[call[1]] = (data, decoder.raw_decode(script, start)[0])
-    return found
+            by_position[call[1]] = (data, decoder.raw_decode(script, start)[0])
+    return by_position
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +154,8 @@ def points(traces: list[dict[str, Any]], ring: bool = False) -> dict[str, list[t
 
 
 def test_every_trial_is_at_its_value(against: dict[str, Any]) -> None:
-    """Wrong: trials are missing or stand at another setting's value, another window's NE or under
-    another arm."""
+    """Wrong: trials are missing, or drawn at another setting's value, another window's NE or
+    under another arm."""
     assert list(against) == [LR, W, SIZE, MLP, HEAD]  # kd is not among the arms
     for setting, (traces, _) in against.items():
         expected: dict[str, list[tuple[Any, float]]] = {}
@@ -194,8 +194,8 @@ def test_axes(against: dict[str, Any]) -> None:
 
 
 def test_marks(against: dict[str, Any]) -> None:
-    """Wrong: arms cannot be told apart without colour, or a trial that ranks behind looks like the
-    others."""
+    """Wrong: arms cannot be distinguished without color, or a trial that ranks behind looks like
+    the others."""
     traces = {
         one["name"]: one["marker"]
         for one in against[LR][0]
@@ -223,8 +223,8 @@ def test_marks(against: dict[str, Any]) -> None:
 
 
 def test_rings(against: dict[str, Any]) -> None:
-    """Wrong: the ring is around a trial that was stopped, is out of bounds, or is the best only of
-    those that were asked for a setting."""
+    """Wrong: the ring is around a trial that was stopped or is out of bounds, or around the best
+    of the trials that have a setting."""
     assert points(against[LR][0], ring=True) == {
         "labels": [(0.001, 0.9)],
         "ah": [(0.01, 0.85)],
@@ -234,8 +234,8 @@ def test_rings(against: dict[str, Any]) -> None:
 
 
 def test_importance_and_gains(figures: dict[str, Any]) -> None:
-    """Wrong: a share or gain stands under another arm or setting, or an interval is of another
-    length than the summary's."""
+    """Wrong: an importance or gain is drawn for another arm or setting, or an interval has
+    another length than the summary's."""
     bars = {
         one["name"]: dict(zip(one["y"], one["x"], strict=True))
         for one in figures["importance-0"][0]
@@ -252,14 +252,14 @@ def test_importance_and_gains(figures: dict[str, Any]) -> None:
 
 
 def test_the_page_stands_alone(page: Page) -> None:
-    """Wrong: the page is empty without a network, a name breaks it, or a student without trials
-    does."""
+    """Wrong: the page is empty without a network, or a name or a student without trials breaks
+    it."""
     assert (
         not page.open
-        and not page.local_copy
+        and not page.references
         and max(len(script) for script in page.scripts) > 1_000_000
     )
     texts = " ".join(page.texts)
     assert "<sweep>: trials scored on windows 2 to 5, gains on windows 6 to 9" in texts
-    for told in ("No trial has an NE.", "Too few complete trials.", "Nothing to compare."):
-        assert texts.count(told) == 1  # of the student without trials
+    for text in ("No trial has an NE.", "Too few complete trials.", "Nothing to compare."):
+        assert texts.count(text) == 1  # of the student without trials

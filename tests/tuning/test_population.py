@@ -1,4 +1,4 @@
-"""Population-based training: who is replaced by whom, and how settings change."""
+"""Population-based training: which members copy which, and how settings change."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SPACE = Space(
     seed=st.integers(0, 2**31),
 )
 def test_who_is_replaced(scores: list[float], seed: int) -> None:
-    """Wrong: a good member is overwritten, a failed one is copied or left failed, or a copy is
-    copied on."""
+    """Wrong: a good member is overwritten, a failed one is copied or stays failed, or a copy is
+    copied."""
     moves = exploit(scores, np.random.default_rng(seed))
     quarter = len(scores) // 4
     failed = scores.count(math.inf)
@@ -39,8 +39,8 @@ def test_who_is_replaced(scores: list[float], seed: int) -> None:
     sources = {source for source, _ in moves}
     targets = [target for _, target in moves]
     assert len(set(targets)) == len(targets) == max(quarter, failed) and not sources & set(targets)
-    kept = [score for member, score in enumerate(scores) if member not in targets]
-    assert min(scores[member] for member in targets) >= max(kept)
+    surviving = [score for member, score in enumerate(scores) if member not in targets]
+    assert min(scores[member] for member in targets) >= max(surviving)
     assert all(sum(score < scores[source] for score in scores) < quarter for source in sources)
 
 
@@ -55,7 +55,7 @@ def test_sources_are_drawn() -> None:
 
 
 def test_settings_that_are_explored() -> None:
-    """Wrong: the structure of a model changes while it learns, a factor is another one, or always
+    """Wrong: the structure of a model changes while it learns, or the factor is wrong or always
     the same."""
     settings: Settings = {
         "distillation.kd.w": 1.0,
@@ -63,21 +63,20 @@ def test_settings_that_are_explored() -> None:
         "vm.batch_size": 32,
         "distillation.ah.mlp": (16,),
     }
-    found = [explore(settings, SPACE, np.random.default_rng(seed)) for seed in range(40)]
-    assert {one["distillation.kd.w"] for one in found} == {0.8, 1.25}
-    assert all({**one, "distillation.kd.w": 1.0} == settings for one in found) and list(
-        found[0]
+    explored = [explore(settings, SPACE, np.random.default_rng(seed)) for seed in range(40)]
+    assert {one["distillation.kd.w"] for one in explored} == {0.8, 1.25}
+    assert all({**one, "distillation.kd.w": 1.0} == settings for one in explored) and list(
+        explored[0]
     ) == list(settings)
 
 
-@pytest.mark.parametrize(("value", "told"), [(0.1, {0.1, 0.125}), (4.0, {3.2, 4.0})])
-def test_settings_stay_in_their_space(value: float, told: set[float]) -> None:
-    """Wrong: a population leaves the space, and a sweep that goes on cannot read its own
-    results."""
-    found = {
+@pytest.mark.parametrize(("value", "expected"), [(0.1, {0.1, 0.125}), (4.0, {3.2, 4.0})])
+def test_settings_stay_in_their_space(value: float, expected: set[float]) -> None:
+    """Wrong: a population leaves the space, and a resumed sweep cannot read its own results."""
+    explored = {
         explore({"distillation.kd.w": value}, SPACE, np.random.default_rng(seed))[
             "distillation.kd.w"
         ]
         for seed in range(20)
     }
-    assert found == told
+    assert explored == expected

@@ -1,4 +1,4 @@
-"""The results file: every trial with its settings and curve, back as it was."""
+"""The results file: every trial comes back with its settings and curve."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TRIALS = [
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    """Wrong: a resumed sweep tells its search other settings or scores than those that were
+    """Wrong: a resumed sweep gives its search other settings or scores than those that were
     tried."""
     path = tmp_path / "tune" / "trials.parquet"
     assert read_trials(path, SPACE) == []
@@ -58,7 +58,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_columns(tmp_path: Path) -> None:
-    """Wrong: the file cannot be read by others as its documentation says."""
+    """Wrong: other programs cannot read the file as its documentation says."""
     write_trials(tmp_path / "trials.parquet", TRIALS, SPACE)
     frame = (
         pq.read_table(tmp_path / "trials.parquet")
@@ -83,8 +83,8 @@ def test_columns(tmp_path: Path) -> None:
 
 
 def test_damaged(tmp_path: Path) -> None:
-    """Wrong: a damaged file, or one of another space, ends in a traceback or is overwritten without
-    a word."""
+    """Wrong: a damaged file, or one of another space, ends in a traceback or is overwritten
+    silently."""
     path = tmp_path / "trials.parquet"
     path.write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match=r"trials.parquet: not the trials of this sweep"):

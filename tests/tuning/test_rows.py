@@ -1,4 +1,4 @@
-"""The rows that trials read from memory: those that the run's own readers give."""
+"""The rows that trials read from memory equal those of the run's own readers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from exfm_ray.training.job import Job
 from tuning.rows import StudentRows
 
 
-def test_corrections_are_learnt_and_not_evaluated(tmp_path: Path) -> None:
-    """Wrong: a trial's figures are also of corrections, or it learns without them."""
+def test_corrections_are_learned_and_not_evaluated(tmp_path: Path) -> None:
+    """Wrong: a trial's figures include corrections, or it learns without them."""
     late = {"attribution_s": {"click": 1}, "late_labels": "correct"}
     config = small_config(tmp_path, "late", data=late, vm={"arms": ["labels", "kd"]})
     stream = prepare(config)
@@ -31,14 +31,14 @@ def test_corrections_are_learnt_and_not_evaluated(tmp_path: Path) -> None:
         store.commit(stream.window(window), window, ("click",), SnapshotPolicy(1))
     rows = StudentRows.read_from(config, student, stream.windows())
     reader = Job("vm-feed", config, (student,)).reader(stream.schema)
-    more = 0
+    corrections = 0
     for window in stream.windows():
         for purpose in ("evaluate", "learn"):
-            work = WindowPass(window, purpose)  # type: ignore[arg-type]
-            assert list(rows.fragments(work)) == list(reader.fragments(work))
-            for fragment in rows.fragments(work):
-                found = rows.read(work, fragment)
-                expected = reader.read(work, fragment)
-                assert found["example_id"].equals(expected["example_id"])
-                more += found.num_rows if purpose == "learn" else -found.num_rows
-    assert more > 3
+            window_pass = WindowPass(window, purpose)  # type: ignore[arg-type]
+            assert list(rows.fragments(window_pass)) == list(reader.fragments(window_pass))
+            for fragment in rows.fragments(window_pass):
+                table = rows.read(window_pass, fragment)
+                expected = reader.read(window_pass, fragment)
+                assert table["example_id"].equals(expected["example_id"])
+                corrections += table.num_rows if purpose == "learn" else -table.num_rows
+    assert corrections > 3

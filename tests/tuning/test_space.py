@@ -1,5 +1,4 @@
-"""Search spaces: what is drawn lies within, conditions hold, values survive their way through
-Optuna."""
+"""Search spaces: draws lie within, conditions hold, values survive the conversion for Optuna."""
 
 from __future__ import annotations
 
@@ -32,8 +31,8 @@ def drawn(
     tpe: bool,
     trials: int = 12,
 ) -> list[dict[str, object]]:
-    """Settings of some trials, scored by a number that depends on them, so that TPE has something
-    to follow."""
+    """Settings of some trials, scored by a number that depends on them, so that TPE has
+    something to follow."""
     sampler = (
         optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
         if tpe
@@ -41,16 +40,17 @@ def drawn(
     )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=sampler)
-    found = []
+    drawn_settings = []
     for _ in range(trials):
-        asked = study.ask()
-        settings = space.suggest(asked)
+        optuna_trial = study.ask()
+        settings = space.suggest(optuna_trial)
         assert (
-            space.params(settings) == asked.params and space.known(settings) == asked.distributions
+            space.params(settings) == optuna_trial.params
+            and space.known(settings) == optuna_trial.distributions
         )
-        found.append(settings)
-        study.tell(asked, float(len(str(settings))))
-    return found
+        drawn_settings.append(settings)
+        study.tell(optuna_trial, float(len(str(settings))))
+    return drawn_settings
 
 
 @given(
@@ -67,8 +67,8 @@ def test_ranges(
     seed: int,
     tpe: bool,
 ) -> None:
-    """Wrong: a trial gets a value outside its range, or a fraction where whole numbers were asked
-    for."""
+    """Wrong: a trial gets a value outside its range, or a fraction where a whole number is
+    required."""
     space = Space(
         {
             "a": Distribution(low=low, high=low * factor, log=log),
@@ -85,15 +85,15 @@ def test_ranges(
 @pytest.mark.parametrize("tpe", [False, True], ids=["random", "tpe"])
 @pytest.mark.parametrize("seed", range(3))
 def test_conditions(tpe: bool, seed: int) -> None:
-    """Wrong: a setting is asked where its condition does not hold (the search learns from noise),
-    or left out where it does."""
-    found = drawn(CONDITIONAL, seed, tpe, 40)
-    for settings in found:
+    """Wrong: a setting is drawn where its condition does not hold (the search learns from
+    noise), or left out where it does."""
+    drawn_settings = drawn(CONDITIONAL, seed, tpe, 40)
+    for settings in drawn_settings:
         assert ("distillation.sa.mlp" in settings) == (
             settings["distillation.sa.separate_head"] is True
         )
         assert ("distillation.sa.lr" in settings) == (settings.get("distillation.sa.mlp") == (8, 4))
-    assert {len(settings) for settings in found} == {2, 3, 4}
+    assert {len(settings) for settings in drawn_settings} == {2, 3, 4}
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_conditions(tpe: bool, seed: int) -> None:
     [("labels", set()), ("kd", {"kd"}), ("ah", {"ah"}), ("ah_sa", {"ah", "sa"})],
 )
 def test_default_space(arm: str, sections: set[str]) -> None:
-    """Wrong: an arm searches settings that it does not read, or not the optimizer, or its trial 0
-    is not the config as it stands."""
+    """Wrong: an arm searches settings that it does not read, or not the optimizer, or its trial
+    0 is not the config."""
     config = Config.model_validate(
         {
             "tune": {"validation_windows": [1, 2], "holdout_windows": [3, 4]},
@@ -131,7 +131,7 @@ def test_default_space(arm: str, sections: set[str]) -> None:
 
 
 def test_a_config_outside_the_space_stands_for_nothing() -> None:
-    """Wrong: trial 0 is said to be the config as it stands, but Optuna drew something else."""
+    """Wrong: trial 0 is called the config, but Optuna drew something else."""
     space = Space({"vm.optimizer.table_lr": Distribution(low=0.2, high=0.3)})
     assert space.current_params(Config()) is None
     assert Space({"distillation.kd.w": Distribution(choice=(1, 2))}).current_params(Config()) == {

@@ -1,4 +1,4 @@
-"""Models that learn trials_per_process: each learns what it would alone, none disturbs another."""
+"""Models that learn together: each learns what it would alone, none disturbs another."""
 
 from __future__ import annotations
 
@@ -46,22 +46,26 @@ def together(
     members: Sequence[Settings],
     moves: Sequence[Any] = (),
 ) -> list[list[Outcome]]:
-    """Outcomes of each window of the members, with seeds 0, 1, ...; `moves`: (window, source,
-    target, settings)."""
-    found = next(s for s in config.vm.models if s.name == student)
+    """Outcomes of each window of the members, with seeds 0, 1, ...
+
+    Args:
+        moves: (window, source, target, settings).
+    """
+    student_config = next(s for s in config.vm.models if s.name == student)
     jobs = [
-        trial_job(config, found, arm, settings, 1, seed) for seed, settings in enumerate(members)
+        trial_job(config, student_config, arm, settings, 1, seed)
+        for seed, settings in enumerate(members)
     ]
-    learning = learn(jobs, StudentRows.read_from(config, found, WINDOWS), WINDOWS)
-    told = [next(learning)]
+    learning = learn(jobs, StudentRows.read_from(config, student_config, WINDOWS), WINDOWS)
+    outcomes = [next(learning)]
     for window in WINDOWS[:-1]:
-        ready_tasks = [
-            (source, target, trial_job(config, found, arm, settings, 1, 0))
+        exploits = [
+            (source, target, trial_job(config, student_config, arm, settings, 1, 0))
             for at, source, target, settings in moves
             if at == window
         ]
-        told.append(learning.send(ready_tasks))
-    return told
+        outcomes.append(learning.send(exploits))
+    return outcomes
 
 
 def alone(
@@ -70,13 +74,15 @@ def alone(
     arm: str,
     members: Sequence[Settings],
 ) -> list[list[Outcome]]:
-    """The same, one training after the other."""
-    found = next(s for s in config.vm.models if s.name == student)
+    """The outcomes of the same trainings, one after the other."""
+    student_config = next(s for s in config.vm.models if s.name == student)
     jobs = [
-        trial_job(config, found, arm, settings, 1, seed) for seed, settings in enumerate(members)
+        trial_job(config, student_config, arm, settings, 1, seed)
+        for seed, settings in enumerate(members)
     ]
     each = [
-        list(learn([job], StudentRows.read_from(config, found, WINDOWS), WINDOWS)) for job in jobs
+        list(learn([job], StudentRows.read_from(config, student_config, WINDOWS), WINDOWS))
+        for job in jobs
     ]
     return [[outcome for (outcome,) in window] for window in zip(*each, strict=True)]
 
@@ -107,8 +113,8 @@ def test_together_as_alone(
     groups: dict[int, Workers],
     arm: str,
 ) -> None:
-    """Wrong: a setting does not reach its model, one model's step touches another, or the stacked
-    optimizers are not the engines'."""
+    """Wrong: a setting does not reach its model, one model's step touches another, or the
+    stacked optimizers differ from the engines'."""
     (expected,) = groups[1].run(alone, base, "feed", arm, MEMBERS)
     (found,) = groups[1].run(together, base, "feed", arm, MEMBERS)
     assert_same(found, expected)
@@ -123,8 +129,8 @@ def test_a_trial_shares_the_tables_that_it_names(
     groups: dict[int, Workers],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Wrong: a trial is given rows of tables that it does not share, because the DAS has published
-    them for others."""
+    """Wrong: a trial receives rows of tables that it does not share, because the DAS has
+    published them for others."""
     only = taught(
         groups,
         tmp_path_factory.mktemp("only"),
@@ -165,8 +171,8 @@ def test_models_together_as_alone(
     groups: dict[int, Workers],
     model: dict[str, Any],
 ) -> None:
-    """Wrong: several embeddings of an id, sequences, attention or norms go wrong in a stack; the
-    momentum is not the id's."""
+    """Wrong: several embeddings of an id, sequences, attention or norms go wrong in a stack, or
+    the momentum is not the id's."""
     config = with_settings(base, {"vm.model": model})
     (expected,) = groups[1].run(alone, config, "feed", "ah", MEMBERS[:2])
     (found,) = groups[1].run(together, config, "feed", "ah", MEMBERS[:2])
@@ -188,8 +194,7 @@ def test_a_diverged_model_stays_alone_with_it(base: Config, groups: dict[int, Wo
 
 
 def test_all_may_diverge(base: Config, groups: dict[int, Workers]) -> None:
-    """Wrong: a stack without a model that counts ends in an error of its own, which hides what went
-    wrong."""
+    """Wrong: a stack without a good model ends in an error of its own, which hides the cause."""
     (found,) = groups[1].run(
         together, base, "feed", "labels", [{"vm.optimizer.dense_lr": 1e30}] * 2
     )
@@ -197,8 +202,8 @@ def test_all_may_diverge(base: Config, groups: dict[int, Workers]) -> None:
 
 
 def test_a_moved_model_goes_on_as_its_source(base: Config, groups: dict[int, Workers]) -> None:
-    """Wrong: a model that is replaced keeps something of its own: weights, optimizer state,
-    momentum, rates, figures, adapter, its failure."""
+    """Wrong: a replaced model keeps something of its own: weights, optimizer state, momentum,
+    rates, figures, adapter, its failure."""
     diverging: Settings = {**MEMBERS[1], "vm.optimizer.dense_lr": 1e30}
     (found,) = groups[1].run(
         together,
@@ -215,8 +220,8 @@ def test_a_moved_model_goes_on_as_its_source(base: Config, groups: dict[int, Wor
 
 
 def test_what_cannot_learn_together(base: Config) -> None:
-    """Wrong: settings that belong to all are taken from one model and silently dropped from the
-    others."""
+    """Wrong: settings that apply to all are taken from one model, and those of the others are
+    ignored silently."""
     student = base.vm.models[0]
 
     def jobs(*settings: dict[str, Any]) -> list[Job]:
@@ -229,7 +234,7 @@ def test_what_cannot_learn_together(base: Config) -> None:
         check_alike(jobs({"vm.optimizer.ema": 0.9}))
     config = with_settings(
         base, {"vm.model": {"type": "mlp", "dropout": 0.1}}
-    )  # drawn for all at once, it is no model's alone
+    )  # one draw for all models
     with pytest.raises(UserError, match=r"dropout"):
         check_alike([trial_job(config, config.vm.models[0], "labels", {}, 1)])
 
@@ -246,6 +251,6 @@ def stacks_left(config: Config) -> int:
 
 
 def test_a_stack_ends_with_its_training(base: Config, groups: dict[int, Workers]) -> None:
-    """Wrong: each block of a sweep leaves its tables in the process, which lives on, until the
-    machine has no memory left."""
+    """Wrong: each trial group of a sweep leaves its tables in the process, until the machine has
+    no memory left."""
     assert groups[1].run(stacks_left, base) == [0]

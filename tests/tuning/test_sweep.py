@@ -1,4 +1,4 @@
-"""A whole sweep under Ray: killed, taken up again, judged; what it leaves behind."""
+"""A whole sweep under Ray: killed, resumed, evaluated on the holdout windows; and its files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tuning.wandb_trials import run_id
 W = "distillation.ah.w"
 
 DIES_AFTER = 3
-"""Blocks."""
+"""Trial groups that are written before the driver is killed."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ def swept(
     groups: dict[int, Workers],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Swept:
-    """A sweep on labelled nodes whose driver dies after some trials, and the same command once
+    """A sweep on labeled nodes whose driver dies after some trials, and the same command once
     more."""
     placement = {"vm": {"exfm-group": "tests"}}
     config = taught(
@@ -95,19 +95,19 @@ def dying(write: Callable[..., None]) -> Callable[..., None]:
 
 
 def test_a_killed_sweep_goes_on(swept: Swept) -> None:
-    """Wrong: finished trials run again, or some are missing, or an arm gets more trials than
+    """Wrong: finished trials run again, some are missing, or an arm gets more trials than
     another."""
     assert DIES_AFTER < len(swept.before) < len(swept.trials)
-    kept = [
+    unchanged = [
         trial for trial in swept.trials if trial in swept.before
     ]  # their seconds too: they did not run again
-    assert len(kept) == len(swept.before)
+    assert len(unchanged) == len(swept.before)
     searches = sorted((trial.search.arm, trial.number) for trial in swept.trials)
     assert searches == [(arm, number) for arm in ("ah", "kd", "labels") for number in (0, 1, 2)]
 
 
 def test_failing_trials_are_recorded(swept: Swept) -> None:
-    """Wrong: a trial that diverges ends the sweep, or is counted, or nobody learns why."""
+    """Wrong: a trial that diverges ends the sweep or counts, or its error is lost."""
     for one in swept.trials:
         if one.search.arm == "kd":
             assert (
@@ -122,7 +122,7 @@ def test_failing_trials_are_recorded(swept: Swept) -> None:
 
 
 def test_the_first_trial_is_the_config(swept: Swept) -> None:
-    """Wrong: the tuned arm can be worse than the untuned one on the windows that chose."""
+    """Wrong: the tuned arm can be worse than the untuned one on the validation windows."""
     (first,) = (one for one in swept.trials if one.search.arm == "ah" and one.number == 0)
     assert first.settings == {
         "vm.optimizer.table_lr": 0.05,
@@ -132,8 +132,8 @@ def test_the_first_trial_is_the_config(swept: Swept) -> None:
 
 
 def test_trials_under_ray_are_trials(swept: Swept, groups: dict[int, Workers]) -> None:
-    """Wrong: rows in shared memory, a warm process or another block in it before change the
-    figures; or a member is given a sibling's."""
+    """Wrong: rows in shared memory, a warm process or an earlier trial group in it change the
+    figures, or a member gets a sibling's."""
     assert swept.config.tune is not None
     for arm, numbers in (("ah", (0, 1)), ("ah", (2,)), ("labels", (0, 1))):
         members = [
@@ -157,7 +157,7 @@ def test_trials_under_ray_are_trials(swept: Swept, groups: dict[int, Workers]) -
 
 
 def test_judged_on_later_windows(swept: Swept, groups: dict[int, Workers]) -> None:
-    """Wrong: the gain is told of windows that chose the settings, of one seed, or of other settings
+    """Wrong: the gain is of windows that chose the settings, of one seed, or of other settings
     than the best ones."""
     best = best_trial(swept.trials, Search("feed", "ah"))
     assert best is not None
@@ -182,8 +182,7 @@ def test_population(
     groups: dict[int, Workers],
     tmp_path: Path,
 ) -> None:
-    """Wrong: a population ends in an error, leaves its space, or nobody takes after a better
-    one."""
+    """Wrong: a population ends in an error, leaves its space, or no member copies a better one."""
     population = {
         **SWEEP,
         "search": "pbt",
@@ -211,18 +210,18 @@ def test_population(
 
 
 def recorded(path: Path) -> tuple[TrialRecorder, SimpleNamespace, list[dict[str, Any]]]:
-    """A recorder, a block of two members, and the reports of it: the second one diverges in its
-    second window."""
+    """A recorder, a trial group of two members, and its reports: the second member diverges in
+    its second window."""
     tune = TuneConfig(
         score_windows=(1, 2), judge_windows=(3, 3), space={W: Distribution(low=0, high=2)}, trials=2
     )
     members = [{"number": number, "settings": {W: w}} for number, w in enumerate((0.5, 1.0))]
-    block = SimpleNamespace(
+    trial_group = SimpleNamespace(
         trial_id="x",
         config={"student": "s", "arm": "ah", "members": members},
         error_file=path.parent / "error.txt",
     )
-    block.error_file.write_text("Traceback\nThe actor is dead.\n")
+    trial_group.error_file.write_text("Traceback\nThe actor is dead.\n")
     entries = [
         [
             {**Figures(1, ne, 1.0, 40.0)._asdict(), "score": ne, "settings": {W: w}}
@@ -235,16 +234,20 @@ def recorded(path: Path) -> tuple[TrialRecorder, SimpleNamespace, list[dict[str,
     ]
     reports = [{"members": one, "time_total_s": 3.0 * i} for i, one in enumerate(entries, 1)]
     runs: Any = SimpleNamespace(add=lambda trial: None)
-    return TrialRecorder(path, tune, {Search("s", "ah"): Space(tune.space)}, runs), block, reports
+    return (
+        TrialRecorder(path, tune, {Search("s", "ah"): Space(tune.space)}, runs),
+        trial_group,
+        reports,
+    )
 
 
 def test_each_member_is_written(tmp_path: Path) -> None:
-    """Wrong: a member is written with a sibling's curve, with the settings of an earlier window, or
-    one that failed as complete."""
-    recorder, block, reports = recorded(tmp_path / "trials.parquet")
+    """Wrong: a member is written with a sibling's curve or the settings of an earlier window, or
+    a failed one as complete."""
+    recorder, trial_group, reports = recorded(tmp_path / "trials.parquet")
     for report in reports:
-        recorder.on_trial_result(0, [], block, report)
-    recorder.on_trial_complete(0, [], block)
+        recorder.on_trial_result(0, [], trial_group, report)
+    recorder.on_trial_complete(0, [], trial_group)
     whole, failed = read_trials(tmp_path / "trials.parquet", {W: Distribution(low=0, high=2)})
     assert (whole.number, whole.state, whole.settings, whole.seconds, whole.error) == (
         0,
@@ -269,12 +272,12 @@ def test_each_member_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reported", [0, 1])
 def test_a_dead_process_fails_all_its_members(tmp_path: Path, reported: int) -> None:
-    """Wrong: a member whose process died counts as stopped by a rule, is lost, or is trained again
-    for ever."""
-    recorder, block, reports = recorded(tmp_path / "trials.parquet")
+    """Wrong: a member whose process died counts as stopped early, is lost, or is trained again
+    forever."""
+    recorder, trial_group, reports = recorded(tmp_path / "trials.parquet")
     for report in reports[:reported]:
-        recorder.on_trial_result(0, [], block, report)
-    recorder.on_trial_error(0, [], block)
+        recorder.on_trial_result(0, [], trial_group, report)
+    recorder.on_trial_error(0, [], trial_group)
     found = [
         (one.number, one.state, one.error, one.score, len(one.curve)) for one in recorder.trials
     ]
@@ -297,7 +300,7 @@ def test_figures_of_the_fm(swept: Swept) -> None:
 
 
 def test_best_config_is_a_config(swept: Swept) -> None:
-    """Wrong: what the sweep hands on is refused by `run.py pipeline`, or is not what won."""
+    """Wrong: `run.py pipeline` refuses the sweep's config, or it is not the one that won."""
     best = best_trial(swept.trials, Search("feed", "ah"))
     assert best is not None
     config = load_config(swept.config.folder / "tune" / "best" / "feed.yaml")
@@ -323,8 +326,8 @@ def test_nothing_left_to_do(swept: Swept) -> None:
 
 
 def test_runs_and_plots(swept: Swept) -> None:
-    """Wrong: trials that finished before a kill, or after it, are missing in wandb, or are there
-    twice, nothing is drawn, or the dashboard asks for what no trial has."""
+    """Wrong: trials that finished before or after a kill are missing in wandb or written twice,
+    nothing is drawn, or the dashboard shows what no trial has."""
     found = run_files(swept.config.folder)
     assert found.keys() == {run_id(swept.config, one) for one in swept.trials}
     (part,) = [
@@ -351,7 +354,7 @@ def test_runs_and_plots(swept: Swept) -> None:
 
 
 def test_another_config_is_refused(swept: Swept) -> None:
-    """Wrong: trials of two spaces or of two students' settings stand in one file."""
+    """Wrong: trials of two spaces or of two students' settings are in one file."""
     assert swept.config.tune is not None
     other = swept.config.model_copy(
         update={"tune": swept.config.tune.model_copy(update={"trials": 5})}
@@ -377,7 +380,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes(tmp_path: Path, name: str) -> None:
     """Wrong: hours of FM training pass before a sweep that cannot run is refused."""
-    changes, told = MISTAKES[name]
-    with pytest.raises(UserError, match=told):
+    changes, message = MISTAKES[name]
+    with pytest.raises(UserError, match=message):
         tuning.sweep.tune(small_config(tmp_path, "bad", **changes))
     assert not list((tmp_path / "bad").glob("checkpoints"))

@@ -43,8 +43,8 @@ def test_score(
     one: float,
     other: float,
 ) -> None:
-    """Wrong: a trial further out of the bounds ranks before one nearer, or one outside before one
-    within."""
+    """Wrong: a trial farther out of the bounds ranks before a nearer one, or one outside before
+    one within."""
     distance = [max(BOUNDS[0] - c, c - BOUNDS[1], 0) for c in (one, other)]
     scores = [
         score(Figures(0, ne, c, 1e18), BOUNDS) for c in (one, other)
@@ -58,8 +58,8 @@ def test_score(
 
 
 def test_score_with_few_labels() -> None:
-    """Wrong: calibration that is off by chance costs a trial its rank, or true bias is excused; by
-    hand: 1.1 * 1.96 / sqrt(600) = 0.0880."""
+    """Wrong: calibration that is off by chance costs a trial its rank, or true bias is excused.
+    By hand: 1.1 * 1.96 / sqrt(600) = 0.0880."""
     assert (
         score(Figures(0, 0.9, 1.1, 600.0), BOUNDS)
         == 0.9
@@ -74,7 +74,7 @@ def test_score_with_few_labels() -> None:
 
 
 def test_chance_excuses_an_unbiased_model() -> None:
-    """Wrong: of models without bias, on domains of few clicks, more than 1 in 20 is called
+    """Wrong: of unbiased models, on domains of few clicks, more than 1 in 20 is called
     uncalibrated even with bounds of no width."""
     rng, rate, examples = np.random.default_rng(0), 0.03, 20_000  # 600 labels
     labels = rng.binomial(examples, rate, 4000)
@@ -99,7 +99,7 @@ def test_figures_are_those_of_a_plain_job(
     student: str,
     arm: str,
 ) -> None:
-    """Wrong: what a sweep chooses does not do in a pipeline what it did in its trial."""
+    """Wrong: the choice of a sweep performs differently in a pipeline than in its trial."""
     (outcomes,) = groups[1].run(trials, base, student, arm, [SETTINGS], 1, 3)
     figures = [told for (told,) in outcomes]
     (found,) = (s for s in base.vm.models if s.name == student)
@@ -112,7 +112,7 @@ def test_figures_are_those_of_a_plain_job(
     groups[1].run(train, Job("vm", plain, (found,)), range(4), None)
     written = read_metrics(plain.folder / "metrics.jsonl")
     assert len(written) == 4
-    # Over the counted windows trials_per_process: log loss and predictions add up.
+    # Over the counted windows together: log loss and predictions add up.
     for told in figures:
         counted = [row for row in written if 1 <= row["window"] <= told.window]
         n = np.array([row["examples"] for row in counted])
@@ -132,7 +132,7 @@ def test_figures_are_those_of_a_plain_job(
 
 
 def test_settings_reach_the_job(base: Config) -> None:
-    """Wrong: a trial learns under other settings than those that are written down for it."""
+    """Wrong: a trial learns under other settings than those that are recorded for it."""
     job = trial_job(base, base.vm.models[1], "ah", SETTINGS, 2, seed=9)
     assert (
         job.config.distillation.ah.w,
@@ -163,7 +163,7 @@ def test_undefined_figures_are_refused() -> None:
 
 
 def test_several_tasks_count_alike() -> None:
-    """Wrong: a task hides behind another one's calibration, or NE is one task's only."""
+    """Wrong: a task hides behind another one's calibration, or NE is of one task only."""
     one, other = (
         MetricState.from_logits(np.full(4, z), np.array([1.0, 0.0, 0.0, 0.0])) for z in (-1.0, 0.0)
     )

@@ -1,4 +1,4 @@
-"""Blocks: members and seeds in one training, what is reported of them, populations."""
+"""Trial groups: members and seeds in one training, the reports on them, populations."""
 
 from __future__ import annotations
 
@@ -36,17 +36,19 @@ def config(**changes: Any) -> Config:
     )
 
 
-def told(
+def reports_of(
     base: Config,
     monkeypatch: pytest.MonkeyPatch,
     weights: Sequence[float],
     fails: Collection[tuple[int, int]] = (),
 ) -> tuple[list[Any], list[Any]]:
-    """A block's reports, and the moves that it sent, with a training in which NE is the weight plus
-    a hundredth of the seed.
+    """A trial group's reports and the exploits that it sent.
 
-    `fails`: (window, position among the trainings) that fail there, and go on once they are
-    replaced.
+    The training is fake: NE is the weight plus a hundredth of the seed.
+
+    Args:
+        fails: (window, position among the trainings) of failures; a training continues once it
+            is replaced.
     """
     sent: list[Any] = []
 
@@ -63,12 +65,12 @@ def told(
                 Figures(window, job.config.distillation.ah.w + job.config.seed / 100, 1.0, 50.0)
                 for job in jobs
             ]
-            moves = yield [
+            exploits = yield [
                 "diverged" if i in failed else one if window >= FIRST else None
                 for i, one in enumerate(figures)
             ]
-            sent.append(moves)
-            for _, target, job in moves or ():
+            sent.append(exploits)
+            for _, target, job in exploits or ():
                 jobs[target] = job
                 failed.discard(target)
 
@@ -83,10 +85,10 @@ def told(
 
 
 def test_members_with_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: a member gets a sibling's figures, or those of one seed only; or is not failed
-    although one of its trainings is."""
+    """Wrong: a member gets a sibling's figures or those of one seed only, or does not fail
+    although one of its trainings does."""
     base = config(trials_per_process=2, seeds=3)
-    reports, sent = told(base, monkeypatch, [0.3, 0.7], {(2, 4)})
+    reports, sent = reports_of(base, monkeypatch, [0.3, 0.7], {(2, 4)})
     assert [len(report) for report in reports] == [2, 2, 2] and sent == [None] * 3
     for window, (one, _) in enumerate(reports, FIRST):
         ne = pytest.approx((0.30 + 0.31 + 0.32) / 3, abs=1e-12)
@@ -105,8 +107,8 @@ def test_members_with_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mean_of_seeds() -> None:
-    """Wrong: the spread that chance gives calibration is thought to shrink with seeds, which all
-    see the same labels; or a mean is wrong."""
+    """Wrong: the chance in calibration shrinks with seeds, although all see the same labels, or
+    a mean is wrong."""
     outcomes = [Figures(3, 0.8, 1.2, 100.0), Figures(3, 0.6, 0.9, 100.0)]
     assert mean(outcomes) == pytest.approx(Figures(3, 0.7, 1.05, 100.0))
     assert (
@@ -117,29 +119,31 @@ def test_mean_of_seeds() -> None:
     assert mean([outcomes[0], "NaN", "more"]) == "NaN" == mean([None, "NaN"])
 
 
-def test_a_block_ends_with_its_last_member(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: a process trains on what is all broken, or ends without saying so because no window
-    has counted yet."""
-    reports, sent = told(config(trials_per_process=2), monkeypatch, [0.3, 0.7], {(0, 0), (0, 1)})
+def test_a_trial_group_ends_with_its_last_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: a process trains on although all members have failed, or ends silently because no
+    window has counted yet."""
+    reports, sent = reports_of(
+        config(trials_per_process=2), monkeypatch, [0.3, 0.7], {(0, 0), (0, 1)}
+    )
     assert reports == [[{"failed": "diverged"}] * 2] and sent == []
-    reports, _ = told(config(trials_per_process=2), monkeypatch, [0.3, 0.7], {(0, 0), (3, 1)})
+    reports, _ = reports_of(config(trials_per_process=2), monkeypatch, [0.3, 0.7], {(0, 0), (3, 1)})
     assert len(reports) == 3 and reports[-1] == [{"failed": "diverged"}] * 2
 
 
 def test_population(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: members are replaced before any window has counted or after the last one, by others
-    than the best, or are said to have learnt under other settings than they did."""
+    """Wrong: members are replaced before a window has counted or after the last one, or by
+    others than the best, or reported with other settings than they learned with."""
     base = config(trials_per_process=4, search="pbt")
-    reports, sent = told(base, monkeypatch, [0.3, 2.0, 0.5, 0.6])
+    reports, sent = reports_of(base, monkeypatch, [0.3, 2.0, 0.5, 0.6])
     assert base.tune is not None
-    assert [len(moves or ()) for moves in sent] == [0, 1, 1]
+    assert [len(exploits or ()) for exploits in sent] == [0, 1, 1]
     weights = [[entry["settings"][W] for entry in report] for report in reports]
     assert weights[0] == [0.3, 2.0, 0.5, 0.6] and weights[1][1] in (
         pytest.approx(0.24),
         pytest.approx(0.375),
     )
-    for before, after, moves in zip(weights[:-1], weights[1:], sent[1:], strict=True):
-        ((source, target, job),) = moves
+    for before, after, exploits in zip(weights[:-1], weights[1:], sent[1:], strict=True):
+        ((source, target, job),) = exploits
         assert (source, target) == (before.index(min(before)), before.index(max(before)))
         assert (
             after[target] == job.config.distillation.ah.w
@@ -156,12 +160,12 @@ def test_population(monkeypatch: pytest.MonkeyPatch) -> None:
             == score(Figures(entry["window"], entry["ne"], 1.0, 50.0), base.tune.calibration)
             for entry in report
         )
-    assert told(base, monkeypatch, [0.3, 2.0, 0.5, 0.6])[0] == reports
+    assert reports_of(base, monkeypatch, [0.3, 2.0, 0.5, 0.6])[0] == reports
 
 
 def test_a_failed_member_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong: a population shrinks with every member that diverges."""
-    reports, sent = told(
+    reports, sent = reports_of(
         config(trials_per_process=4, search="pbt"),
         monkeypatch,
         [0.3, 2.0, 0.5, 0.6],

@@ -53,8 +53,8 @@ def names(config: Config) -> dict[str, OfflineRun]:
 
 
 def test_a_trial_is_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Wrong: trials cannot be found, compared or drawn over windows in wandb, or a failed one looks
-    like a good one."""
+    """Wrong: trials cannot be found, compared or drawn over windows in wandb, or a failed one
+    looks like a good one."""
     config = config_of(tmp_path)
     write(config, trial(7), trial(11, "failed"))
     found = names(config)
@@ -95,8 +95,8 @@ def test_a_trial_is_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_resumed_sweep_writes_what_is_missing(tmp_path: Path) -> None:
-    """Wrong: a sweep that goes on has the runs of its first part twice, or lacks those that a kill
-    has cut off."""
+    """Wrong: a resumed sweep has the runs of its first part twice, or not those that a kill has
+    cut off."""
     config = config_of(tmp_path)
     write(config, trial(0), trial(1))
     before = run_files(config.folder)
@@ -126,7 +126,7 @@ def test_ids_are_of_the_trial(tmp_path: Path) -> None:
 
 
 def test_disabled(tmp_path: Path) -> None:
-    """Wrong: a user who wants nothing of wandb gets its files."""
+    """Wrong: wandb writes files although it is disabled."""
     config = config_of(tmp_path, "disabled")
     write(config, trial(0))
     assert not list(tmp_path.rglob("*"))
@@ -137,18 +137,18 @@ def test_failure_of_wandb(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Wrong: a full disk or a dead server ends the sweep or fills the screen, or nobody learns that
-    runs are missing, or they stay missing."""
+    """Wrong: a full disk or a dead server ends the sweep or fills the screen, or the missing
+    runs are not reported or never written."""
     config = config_of(tmp_path)
     write_run = tuning.wandb_trials.write_run
-    asked = []
+    requested = []
 
     def failing(
         config: Config,
         one: Trial,
         identity: str,
     ) -> None:
-        asked.append(one.number)
+        requested.append(one.number)
         if one.number == 1:
             raise OSError("no space left on device")
         write_run(config, one, identity)
@@ -156,13 +156,13 @@ def test_failure_of_wandb(
     with monkeypatch.context() as patch:
         patch.setattr(tuning.wandb_trials, "write_run", failing)
         write(config, *(trial(number) for number in range(5)))
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
-        told.count("wandb") >= 1
-        and len(told.splitlines()) == 1
-        and "no space left" in told
-        and "write the runs that are missing" in told
+        message.count("wandb") >= 1
+        and len(message.splitlines()) == 1
+        and "no space left" in message
+        and "write the runs that are missing" in message
     )
-    assert asked == [0, 1] and len(run_files(config.folder)) == 1
+    assert requested == [0, 1] and len(run_files(config.folder)) == 1
     write(config, *(trial(number) for number in range(5)))
     assert names(config).keys() == {f"feed ah 00{number}" for number in range(5)}
