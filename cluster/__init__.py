@@ -1,1 +1,1 @@
-"""Runs on clusters: the client of Ray's job server, and the files that start a cluster."""
+"""Runs on clusters: a client of Ray's job server, and the files that start a cluster."""

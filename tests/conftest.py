@@ -1,5 +1,4 @@
-"""Fixtures shared by all tests: a small stream, one Ray cluster for the session, groups of
-processes for the engine."""
+"""Fixtures for all tests: a small stream, one Ray cluster for the session, engine workers."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from workers import Workers
 
 from exfm_ray.data.stream import EventStream
 
-settings.register_profile("shared", deadline=None)  # a busy machine is no fault of a property
+settings.register_profile("shared", deadline=None)  # a busy machine must not fail a property
 settings.load_profile("shared")
 
 
@@ -40,8 +39,10 @@ def stream(tmp_path: Path) -> EventStream:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """One Ray on this machine for all tests that need it: its start costs 10 s. Workers inherit the
-    environment."""
+    """One Ray on this machine for all tests that need it, because its start takes 10 s.
+
+    Its workers inherit the environment.
+    """
     import ray
 
     os.environ |= RAY_ENVIRONMENT
@@ -58,7 +59,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Workers]]:
-    """World size -> engine workers, started once."""
+    """World size -> engine workers, which are started once."""
     folder = tmp_path_factory.mktemp("groups")
     groups = {world: Workers(world, str(folder / f"store{world}")) for world in (1, 2)}
     yield groups
@@ -68,7 +69,6 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Worke
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    """An S3 server. Ray's processes and the engine workers have its credentials, as this one
-    has."""
+    """An S3 server, whose credentials this process, Ray's processes and engine workers have."""
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "exfm_ray"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# What each room may import of exfm_ray, beside itself. FLOOR is the floor on which all stand.
+# What each folder of exfm_ray may import from the others. All may import FLOOR.
 FLOOR = {"errors", "base", "storage"}
 BELOW = {
     "errors": set[str](),
@@ -84,17 +84,17 @@ def rooms(names: set[str]) -> set[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_downwards(path: Path) -> None:
-    """Wrong: a lower room knows an upper one: it cannot be tested, replaced or understood alone any
-    more."""
+    """Wrong: a lower folder depends on an upper one, so it cannot be tested, replaced or understood
+    alone."""
     here = room(path)
     if here not in TOP:
-        assert here in BELOW, f"{here} is new: say in BELOW what it may import"
+        assert here in BELOW, f"{here} is new: add what it may import to BELOW"
         above = rooms(imports(path)) - BELOW[here] - FLOOR - {here}
         assert not above, f"{path.relative_to(PACKAGE)} imports {sorted(above)}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_frameworks_stay_in_their_rooms(path: Path) -> None:
+def test_frameworks_stay_in_their_folders(path: Path) -> None:
     """Wrong: models cannot run under plain torch on one device, or deepspeed and torchrec are
     spread over the project."""
     here = room(path)

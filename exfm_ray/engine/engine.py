@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,7 +22,7 @@ from exfm_ray.engine.dense_state import local_dense_state, restore_dense_state
 from exfm_ray.engine.ema import EMA
 from exfm_ray.engine.row_weight_decay import RowDecay
 from exfm_ray.engine.tables import Shard, ShardedTables
-from exfm_ray.engine.tensor_store import RowUpdate, ShardedTensors, cpu_copy
+from exfm_ray.engine.tensor_store import RowNumbers, RowUpdate, ShardedTensors, cpu_copy
 from exfm_ray.models.layout import Layout
 from exfm_ray.schema import Schema
 
@@ -110,11 +109,11 @@ class Engine:
         if self._average:
             self._average.step()
 
-    def reset_rows(self, rows: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    def reset_rows(self, rows: Mapping[str, RowNumbers]) -> None:
         """Reset table rows to their initial values, with optimizer state and moving average.
 
         Args:
-            rows: table -> row numbers, int64 ascending.
+            rows: table -> row numbers.
         """
         written = self.tables.reset(rows)
         self._reset_ema_rows(written)

@@ -248,8 +248,10 @@ def dense_rates(config: TrainerConfig) -> Rates:
 
 
 class StackedStudents(StackedModule):
-    """The dense parts of K students, each with its own beta, with the interface of DeepSpeed's
-    engine."""
+    """The dense parts of K students, each with its own beta.
+
+    The interface is that of DeepSpeed's engine.
+    """
 
     def __init__(self, students: Sequence[Student], configs: Sequence[TrainerConfig]) -> None:
         rates = [dense_rates(config) for config in configs]

@@ -26,7 +26,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingEnv
 from exfm_ray.config.models import ModelConfig
 from exfm_ray.config.trainer import TrainerConfig
 from exfm_ray.data.batch import Batch
-from exfm_ray.engine.tensor_store import RowUpdate
+from exfm_ray.engine.tensor_store import RowNumbers, RowUpdate
 from exfm_ray.models.embeddings import initial_rows, initial_table
 from exfm_ray.models.layout import POOLED, Layout, Slot, expand_bags
 from exfm_ray.planner.table_placement import place_tables
@@ -187,13 +187,13 @@ class ShardedTables(nn.Module):
                     yield module
 
     @torch.no_grad()
-    def reset(self, rows: Mapping[str, np.ndarray[Any, Any]]) -> list[tuple[Shard, Tensor]]:
+    def reset(self, rows: Mapping[str, RowNumbers]) -> list[tuple[Shard, Tensor]]:
         """Reset rows to their initial values and zero optimizer state.
 
         Rows on other workers are ignored.
 
         Args:
-            rows: table -> row numbers, int64 ascending.
+            rows: table -> row numbers.
 
         Returns:
             All shards in the order of `shards`, each with the rows that were reset in it, counted

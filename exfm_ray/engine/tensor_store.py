@@ -19,6 +19,9 @@ from torch import Tensor
 
 from exfm_ray.errors import UserError
 
+RowNumbers = np.ndarray[Any, np.dtype[np.int64]]
+"""Row numbers of a table, ascending."""
+
 
 class _Chunk(NamedTuple):
     first: int
@@ -124,11 +127,11 @@ class RowUpdate(NamedTuple):
     """Rows to write into a table.
 
     Attributes:
-        id_X: row numbers, int64, ascending.
+        id_X: row numbers.
         row_XW: the rows, float32.
         momentum_X: their Adagrad state, None to keep the table's.
     """
 
-    id_X: np.ndarray[Any, np.dtype[np.int64]]
+    id_X: RowNumbers
     row_XW: Tensor
     momentum_X: Tensor | None

@@ -40,7 +40,7 @@ def local_copy(path: AnyPath, expected: str) -> Path:
     """Return the file's path on this machine; download a remote file.
 
     Args:
-        path: a local file is returned as it is, without a check.
+        path: a local file is returned unchanged and unchecked.
         expected: SHA-256 that a downloaded file must have.
 
     Raises:

@@ -331,7 +331,7 @@ class RemotePath:
             system.move(temporary, path)
 
     def unlink(self, missing_ok: bool = False) -> None:
-        """Delete the file."""
+        """Delete the file; raise FileNotFoundError if it is missing, unless `missing_ok`."""
         try:
             with self._open() as (system, path):
                 system.delete_file(path)

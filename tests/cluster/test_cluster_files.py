@@ -1,5 +1,4 @@
-"""The launcher's files against Ray's own schema, the Kubernetes files against KubeRay's fields, and
-what both must not do."""
+"""The launcher's files fit Ray's schema, and the Kubernetes files fit KubeRay's fields."""
 
 from __future__ import annotations
 
@@ -28,13 +27,13 @@ def read(name: str) -> Any:
 
 
 def cluster_of(name: str) -> Any:
-    """The RayCluster's spec in a Kubernetes file."""
+    """Return the RayCluster's spec in a Kubernetes file."""
     spec = read(name)["spec"]
     return spec["rayClusterSpec"] if name == "rayjob.yaml" else spec
 
 
 def pods(name: str) -> Iterator[Any]:
-    """All pod templates of a Kubernetes file."""
+    """Yield all pod templates of a Kubernetes file."""
     cluster = cluster_of(name)
     yield cluster["headGroupSpec"]["template"]
     yield from (group["template"] for group in cluster["workerGroupSpecs"])
@@ -55,8 +54,9 @@ def test_launcher_files_fit_rays_schema(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
-def test_launched_clusters_ask_for_the_token_and_show_no_dashboard(name: str) -> None:
-    """Wrong: whoever reaches the head runs code on it, or others on a machine read the token."""
+def test_launched_clusters_require_the_token_and_show_no_dashboard(name: str) -> None:
+    """Wrong: anyone who reaches the head can run code on it, or others on a machine can read the
+    token."""
     config = read(name)
     assert config["file_mounts"] == {TOKEN: "~/.ray/auth_token"}
     assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
@@ -68,8 +68,8 @@ def test_launched_clusters_ask_for_the_token_and_show_no_dashboard(name: str) ->
 
 @pytest.mark.parametrize("name", LAUNCHER)
 def test_launched_clusters_have_bounds_a_shared_folder_and_a_gpu_group(name: str) -> None:
-    """Wrong: the cluster grows without end, its nodes do not see the run's folder, or the FM finds
-    no GPU or not its group."""
+    """Wrong: the cluster grows without limit, its nodes do not see the run's folder, or the FM
+    finds no GPU or not its group."""
     config = read(name)
     types = config["available_node_types"]
     workers = {key: value for key, value in types.items() if key != config["head_node_type"]}
@@ -94,7 +94,7 @@ def test_launched_clusters_have_bounds_a_shared_folder_and_a_gpu_group(name: str
 
 @pytest.mark.parametrize("name", RAY)
 def test_kubernetes_files_fit_kuberays_fields(name: str) -> None:
-    """Wrong: KubeRay refuses the file, or drops a misspelt field without a word."""
+    """Wrong: KubeRay refuses the file, or silently drops a misspelled field."""
     schemas = yaml.safe_load((Path(__file__).parent / "kuberay.yaml").read_text())
     document = read(name)
     assert document["apiVersion"] == "ray.io/v1"
@@ -106,8 +106,8 @@ def test_kubernetes_files_fit_kuberays_fields(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RAY)
-def test_kubernetes_clusters_ask_for_the_token_and_stay_inside(name: str) -> None:
-    """Wrong: a cluster without authentication, with a port that is reached from beyond, or outside
+def test_kubernetes_clusters_require_the_token_and_open_no_port(name: str) -> None:
+    """Wrong: a cluster has no authentication, a port that is open to the outside, or pods outside
     the NetworkPolicy."""
     cluster = cluster_of(name)
     assert cluster["authOptions"] == {"mode": "token", "secretName": "exfm-ray-token"}
@@ -121,11 +121,11 @@ def test_kubernetes_clusters_ask_for_the_token_and_stay_inside(name: str) -> Non
         r"hostPort|hostNetwork|NodePort|LoadBalancer|[iI]ngress|RAY_AUTH_TOKEN|privileged: true",
         text,
     )
-    policy, initialize_run_dir = yaml.safe_load_all((CLUSTER / "base.yaml").read_text())
+    policy, volume_claim = yaml.safe_load_all((CLUSTER / "base.yaml").read_text())
     label = policy["spec"]["podSelector"]["matchLabels"]
     assert policy["spec"]["policyTypes"] == ["Ingress"] and label
-    among, operator = policy["spec"]["ingress"]
-    assert among == {"from": [{"podSelector": {"matchLabels": label}}]}
+    members, operator = policy["spec"]["ingress"]
+    assert members == {"from": [{"podSelector": {"matchLabels": label}}]}
     assert (
         operator["ports"] == [{"protocol": "TCP", "port": 8265}]
         and {"namespaceSelector", "podSelector"} == operator["from"][0].keys()
@@ -138,20 +138,17 @@ def test_kubernetes_clusters_ask_for_the_token_and_stay_inside(name: str) -> Non
             for container in pod["spec"]["containers"]
         )
         for volume in pod["spec"].get("volumes", []):
-            assert (
-                volume["persistentVolumeClaim"]["claimName"]
-                == initialize_run_dir["metadata"]["name"]
-            )
-    assert initialize_run_dir["spec"]["accessModes"] == ["ReadWriteMany"]
+            assert volume["persistentVolumeClaim"]["claimName"] == volume_claim["metadata"]["name"]
+    assert volume_claim["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
 @pytest.mark.parametrize("name", RAY)
 def test_kubernetes_clusters_have_bounds_resources_and_a_gpu_group(name: str) -> None:
-    """Wrong: the cluster grows without end, a pod's Ray counts more than its limits, or the FM
+    """Wrong: the cluster grows without limit, a pod's Ray counts more than its limits, or the FM
     finds no GPU."""
     cluster = cluster_of(name)
     assert cluster["enableInTreeAutoscaling"] is True
-    assert cluster["autoscalerOptions"]["version"] == "v2", "the first version does not heed labels"
+    assert cluster["autoscalerOptions"]["version"] == "v2", "the first version ignores labels"
     groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
     assert groups.keys() == {"cpu", "fm"}
     for group in groups.values():
@@ -174,11 +171,12 @@ def test_kubernetes_clusters_have_bounds_resources_and_a_gpu_group(name: str) ->
 
 
 def test_the_image_has_all_code_and_no_root() -> None:
-    """Wrong: the image lacks a package or uploads a virtual environment to docker, runs as root or
-    without authentication."""
+    """Wrong: a package is missing in the image, a virtual environment is sent to docker, or the
+    image runs as root or without authentication."""
     lines = (CLUSTER / "Dockerfile").read_text().splitlines()
     copied = {word for line in lines if line.startswith("COPY") for word in line.split()[2:-1]}
-    packages = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {"benchmarks", "studies"}
+    packages = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")}
+    packages -= {"benchmarks", "studies"}
     assert copied == packages | {"configs", "pyproject.toml", "README.md", "run.py"}
     ignored = (CLUSTER / "Dockerfile.dockerignore").read_text().split()
     assert ignored[0] == "*" and {line[1:] for line in ignored if line.startswith("!")} == copied
@@ -189,8 +187,8 @@ def test_the_image_has_all_code_and_no_root() -> None:
     assert "ARG EXTRA=cpu" in lines and "FROM python:3.11-slim-bookworm" in lines
 
 
-def test_what_is_to_fill_in_is_refused_as_it_stands() -> None:
-    """Wrong: a name to fill in is overlooked and means something."""
+def test_placeholders_are_no_valid_names() -> None:
+    """Wrong: a placeholder that was not replaced is a valid name."""
     for name in [*LAUNCHER, *RAY, "base.yaml"]:
         text = (CLUSTER / name).read_text()
         assert (
@@ -200,11 +198,11 @@ def test_what_is_to_fill_in_is_refused_as_it_stands() -> None:
         )
 
 
-def test_the_page_places_roles_on_groups_that_there_are() -> None:
-    """Wrong: who copies the page's placement waits for a label that no group has."""
+def test_the_docs_place_roles_on_existing_groups() -> None:
+    """Wrong: a run with the placement in docs/cluster.md waits for a label that no group has."""
     page = (REPOSITORY / "docs" / "cluster.md").read_text()
-    told = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
-    placement = Config.model_validate(told).placement
+    settings = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+    placement = Config.model_validate(settings).placement
     groups = [{"exfm-group": name} for name in ("cpu", "fm")]
     assert {role: groups.index(labels) for role, labels in placement} == {
         "fm": 1,

@@ -1,5 +1,7 @@
-"""`run.py submit` against a real head with a token: exit codes, resuming, stopping, what listens
-where."""
+"""`run.py submit` against a real head with a token.
+
+The tests cover exit codes, resuming, stopping, and which ports listen where.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ from exfm_ray.tracking.recorder import read_metrics
 
 SUBMIT_S = 180
 ATTEMPTS = 3
-KEYS = "from ray._raylet import GcsClient; print('read', GcsClient(address='127.0.0.1:{}').internal_kv_keys(b'', None, 5))"
+READ_KEYS = """
+from ray._raylet import GcsClient
+client = GcsClient(address='127.0.0.1:{}')
+print('read', client.internal_kv_keys(b'', None, 5))
+"""
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 TINY = [
     "data.synthetic={windows: 3, events_per_window: 600, users: 150, ads: 80, advertisers: 10}",
@@ -44,42 +50,45 @@ PIPELINE = ["pipeline", "--config", "configs/demo.yaml", *(f"--set={setting}" fo
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A head with 3 logical CPUs, labelled for the DAS."""
+    """A head with 3 logical CPUs, labeled for the DAS."""
     head = Head(cpus=3, labels="exfm-group=das")
     yield head
     head.stop()
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a submission."""
+    """Wait for a submission; return its exit code, stdout and stderr."""
     out, errors = process.communicate(timeout=SUBMIT_S)
     return process.returncode, out, errors
 
 
 def until_logged(process: subprocess.Popen[str], text: str) -> None:
-    """Read a submission's stdout up to a line with `text`."""
+    """Read a submission's stdout up to a line that contains `text`."""
     assert process.stdout is not None
     assert any(text in line for line in process.stdout), f"never printed: {text}"
 
 
 def where(head: Head, labels: dict[str, str]) -> dict[str, set[str]]:
-    """Labels (by the nodes' ids) of the nodes on which the workers of both jobs, the DAS, the feeds
-    and Ray Data's read tasks ran."""
-    ran = [(actor["class_name"], actor["node_id"]) for actor in head.told("actors")]
-    ran += [(task["name"], task["node_id"]) for task in head.told("tasks")]
+    """Return the labels of the nodes on which each kind of actor and task ran.
+
+    Args:
+        labels: label of each node, by the node's id.
+    """
+    ran = [(actor["class_name"], actor["node_id"]) for actor in head.list_all("actors")]
+    ran += [(task["name"], task["node_id"]) for task in head.list_all("tasks")]
     roles = ("RayTrainWorker", "Scorer", "Feed", "ReadFragments")
     return {role: {labels[node] for name, node in ran if name == role} for role in roles}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(head: Head) -> Path:
-    """The folder of a run by three nodes, each with roles of its own."""
-    found = dict.fromkeys(head.alive(), "das")
+    """The folder of a run on three nodes, each with its own roles."""
+    labels = dict.fromkeys(head.alive(), "das")
     nodes = []
     for label in ("fm", "vm"):
         nodes.append(head.join(2, f"exfm-group={label}"))
-        found |= dict.fromkeys(head.alive() - found.keys(), label)
-    assert len(found) == 3
+        labels |= dict.fromkeys(head.alive() - labels.keys(), label)
+    assert len(labels) == 3
     code, out, errors = ended(
         head.submit(
             "--id", "tiny", "--", *PIPELINE, "--name", "tiny", "--set", f"placement={PLACEMENT}"
@@ -88,7 +97,7 @@ def undisturbed(head: Head) -> Path:
     assert code == 0, out + errors
     run = head.home / "runs" / "tiny"
     assert "setting 'placement" not in out and f"this run: {run}" in out and "NE gain" in out
-    assert where(head, found) == {
+    assert where(head, labels) == {
         "RayTrainWorker": {"fm", "vm"},
         "Scorer": {"das"},
         "Feed": {"fm"},
@@ -100,8 +109,8 @@ def undisturbed(head: Head) -> Path:
 
 
 def test_a_pipeline_ends_with_its_figures(undisturbed: Path) -> None:
-    """Wrong: a cluster's run lacks figures, its folder is lost with the job, or a role runs on
-    other nodes than the setting `placement` says."""
+    """Wrong: figures of a run on a cluster are missing, its folder is lost with the job, or a role
+    runs on other nodes than the setting `placement` names."""
     summary = read_json(undisturbed / "summary.json")
     assert {(row["model"], row["arm"]) for row in summary["figures"]} == {
         ("fm", "fm"),
@@ -132,20 +141,19 @@ def test_no_file_of_a_run_holds_a_secret(head: Head, undisturbed: Path) -> None:
 
 
 def rows(run: Path) -> list[dict[str, object]]:
-    """The run's rows without its speed, in one order."""
-    found = [
-        {key: value for key, value in row.items() if key != "examples_per_s"}
-        for row in read_metrics(run / "metrics.jsonl")
-    ]
-    return sorted(found, key=lambda row: str(sorted(row.items())))
+    """The rows of a run's metrics without its speed, sorted."""
+    rows = read_metrics(run / "metrics.jsonl")
+    for row in rows:
+        row.pop("examples_per_s", None)
+    return sorted(rows, key=lambda row: str(sorted(row.items())))
 
 
 def test_a_run_survives_the_loss_of_a_node(head: Head, undisturbed: Path) -> None:
-    """Wrong: after a node's death, with another in its place, a run on two nodes hangs, cannot go
-    on, or has other figures; or Ray's own client, which uploads the working folder as it stands,
-    cannot send it."""
+    """Wrong: after a node was replaced by another one, a run on two nodes hangs, cannot be resumed,
+    or has other figures; or Ray's own client, which uploads the whole working folder, cannot send
+    it."""
     command = [*PIPELINE, "--name", "lost"]
-    node = head.join(cpus=3)  # the run asks for 5 CPUs: the head alone does not do
+    node = head.join(cpus=3)  # the run asks for 5 CPUs, more than the head has
     first = head.submit("--id", "lost", "--", *command)
     figures = head.home / "runs" / "lost" / "metrics.jsonl"
     while not (figures.exists() and figures.read_text()):
@@ -189,8 +197,8 @@ def test_a_run_survives_the_loss_of_a_node(head: Head, undisturbed: Path) -> Non
 
 
 def test_a_mistake_in_the_config_is_one_line_and_exit_code_2(head: Head, tmp_path: Path) -> None:
-    """Wrong: a failed job ends as if it had succeeded, or its error is not told; or a config of the
-    user's own does not go up."""
+    """Wrong: a failed job looks like a success, its error is not printed, or a user's config is not
+    uploaded."""
     own = tmp_path / "own.yaml"
     own.write_text("fm: {batchsize: 3}\n")
     command = ["submit", "--address", head.url, "--", "pipeline", "--config", "own.yaml"]
@@ -203,13 +211,15 @@ def test_a_mistake_in_the_config_is_one_line_and_exit_code_2(head: Head, tmp_pat
         timeout=SUBMIT_S,
     )
     assert process.returncode == 2, process.stdout + process.stderr
-    told = [line for line in process.stdout.splitlines() if "error:" in line]
-    assert told == ["error: own.yaml: unknown setting 'fm.batchsize'. Did you mean 'batch_size'?"]
+    messages = [line for line in process.stdout.splitlines() if "error:" in line]
+    assert messages == [
+        "error: own.yaml: unknown setting 'fm.batchsize'. Did you mean 'batch_size'?"
+    ]
     assert "Traceback" not in process.stdout
 
 
 def waiting(name: str) -> list[str]:
-    """A run whose FM asks for a node that never comes, and so waits for ever."""
+    """The command of a run whose FM waits for ever, for a node that never comes."""
     settings = [
         "data.synthetic={windows: 2, events_per_window: 600, users: 150, ads: 80, advertisers: 10}",
         "placement.fm={exfm-group: nowhere}",
@@ -226,13 +236,14 @@ def waiting(name: str) -> list[str]:
 
 @pytest.mark.slow
 def test_a_job_is_left_refused_stopped_and_resubmitted(head: Head) -> None:
-    """Wrong: Ctrl-C ends the job, or does not say how to stop it; a run waits for a node without
-    saying which; two jobs write one run; --stop leaves a job running; an id cannot be used again; a
-    stopped job ends with 0."""
+    """Wrong: Ctrl-C ends the job, or does not print how to stop it; a run waits for a node without
+    naming it; two jobs write one run; --stop leaves a job running; an id cannot be used a second
+    time; a stopped job ends with 0."""
     first = head.submit("--id", "waiting", "--", *waiting("waiting"))
     until_logged(
         first,
-        "setting 'placement.fm': no node has exfm-group=nowhere, 1 CPU is asked for; what is to run there waits until ",
+        "setting 'placement.fm': no node has exfm-group=nowhere, 1 CPU is asked for; "
+        "what is to run there waits until ",
     )
     code, out, errors = ended(head.submit("--id", "waiting", "--", *waiting("waiting")))
     assert (
@@ -246,8 +257,8 @@ def test_a_job_is_left_refused_stopped_and_resubmitted(head: Head) -> None:
     code, out, errors = ended(first)
     assert code == 130, out + errors
     assert (
-        "job waiting goes on; `ray job logs --follow waiting` follows it, `run.py submit --stop waiting` stops it\n"
-        in errors
+        "job waiting continues; `ray job logs --follow waiting` follows it, "
+        "`run.py submit --stop waiting` stops it\n" in errors
     )
     assert head.get("/api/jobs/waiting", head.token.read_text()).json()["status"] == "RUNNING"
     assert ended(head.submit("--stop", "waiting")) == (0, "job waiting: stopped\n", "")
@@ -268,7 +279,7 @@ def test_a_job_is_left_refused_stopped_and_resubmitted(head: Head) -> None:
 
 
 def test_nobody_gets_in_without_the_token(head: Head) -> None:
-    """Wrong: whoever reaches a port runs code on the cluster."""
+    """Wrong: anyone who reaches a port can run code on the cluster."""
     assert head.token.stat().st_mode & 0o777 == 0o600
     assert head.get("/api/jobs/", head.token.read_text()).status_code == 200
     assert head.get("/api/jobs/").status_code == 401
@@ -282,26 +293,24 @@ def test_nobody_gets_in_without_the_token(head: Head) -> None:
         )
     )
     assert errors.count("\n") == 1
-    spied = subprocess.run(
-        [sys.executable, "-c", KEYS.format(head.port)],
+    intruder = subprocess.run(
+        [sys.executable, "-c", READ_KEYS.format(head.port)],
         env=head.environment | {"RAY_AUTH_MODE": "disabled"},
         capture_output=True,
         text=True,
     )
-    assert spied.returncode != 0 and "uthent" in spied.stderr and "read" not in spied.stdout, (
-        spied.stderr
-    )
+    assert intruder.returncode != 0, intruder.stdout
+    assert "uthent" in intruder.stderr and "read" not in intruder.stdout, intruder.stderr
 
 
 def test_only_loopback_leads_to_the_job_server(head: Head) -> None:
-    """Wrong: the job server listens beyond this machine, or another of Ray's ports takes jobs
+    """Wrong: the job server can be reached from other machines, or another port of Ray accepts jobs
     without the token."""
-    listening = [
-        (place.laddr.ip, place.laddr.port)
-        for process in head.processes()
-        for place in process.net_connections("tcp")
-        if place.status == psutil.CONN_LISTEN
-    ]
+    listening = []
+    for process in head.processes():
+        for connection in process.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN:
+                listening.append((connection.laddr.ip, connection.laddr.port))
     assert {ip for ip, port in listening if port == head.dashboard_port} == {"127.0.0.1"}
     beyond = {port: ip for ip, port in listening if ip not in LOOPBACK}
     assert beyond, "Ray's own ports were not found"
@@ -319,7 +328,7 @@ def test_only_loopback_leads_to_the_job_server(head: Head) -> None:
 
 def test_mistakes_before_anything_is_sent(head: Head) -> None:
     """Wrong: a mistake is found only by the cluster, or a wrong address ends in a traceback."""
-    for arguments, told in [
+    for arguments, message in [
         (["--id", "a/b", "--", *PIPELINE], "--id a/b: letters, digits"),
         (
             ["--", "pipeline", "--config", "../x.yaml"],
@@ -334,12 +343,12 @@ def test_mistakes_before_anything_is_sent(head: Head) -> None:
     ]:
         code, out, errors = ended(head.submit(*arguments))
         assert (code, out, errors.count("\n")) == (2, "", 1) and errors.startswith(
-            f"error: {told}"
+            f"error: {message}"
         ), (arguments, errors)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--", "pipelin"], "unknown command 'pipelin'"),
         (["--", "submit", "--stop", "x"], "submit cannot submit itself"),
@@ -348,12 +357,12 @@ def test_mistakes_before_anything_is_sent(head: Head) -> None:
 )
 def test_mistakes_on_the_command_line(
     arguments: list[str],
-    told: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Wrong: what is no command goes to a cluster."""
+    """Wrong: a word that is not a command is sent to a cluster."""
     assert main(["submit", "--address", "http://127.0.0.1:1", *arguments]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {told}")
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""Elastic training on two nodes of which one dies: the job goes on by itself on the CPU that is
-left."""
+"""Elastic training on two nodes, one of which dies: the job continues on the remaining CPU."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from ray_head import Head
@@ -16,12 +17,15 @@ from exfm_ray.training.checkpoint import Checkpoints
 
 WINDOWS = 4
 EVENTS = 3000
+SYNTHETIC = (
+    f"{{windows: {WINDOWS}, events_per_window: {EVENTS}, users: 150, ads: 80, advertisers: 10}}"
+)
 TRAIN = [
     "train-fm",
     "--config",
     "configs/demo.yaml",
     *(f"--set={setting}" for setting in TINY),
-    f"--set=data.synthetic={{windows: {WINDOWS}, events_per_window: {EVENTS}, users: 150, ads: 80, advertisers: 10}}",
+    f"--set=data.synthetic={SYNTHETIC}",
     "--set=fm.batch_size=64",
     "--set=checkpoint.every_examples=300",
 ]
@@ -31,16 +35,22 @@ TOLERANCE = 1e-2
 
 @pytest.fixture
 def head() -> Iterator[Head]:
-    """A head with a single CPU: what is left of the job there takes it, and Ray Data has none."""
+    """A head with a single CPU, which the remaining worker takes; Ray Data has none."""
     head = Head(cpus=1)
     yield head
     head.stop()
 
 
+def rows_by_curve(run: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The rows of a run's metrics.jsonl by window, domain and task."""
+    rows = read_metrics(run / "metrics.jsonl")
+    return {(row["window"], row["domain"], row["task"]): row for row in rows}
+
+
 @pytest.mark.slow
 def test_an_elastic_job_outlives_a_node(head: Head) -> None:
-    """Wrong: a node's death ends an elastic job, or it waits for CPUs that are gone, or goes on at
-    another place in the data."""
+    """Wrong: a node's death ends an elastic job, or the job waits for CPUs that are gone, or
+    resumes at another position in the data."""
     node = head.join(cpus=2)
     assert ended(head.submit("--id", "alone", "--", *TRAIN, "--name", "alone"))[0] == 0
     job = head.submit("--id", "elastic", "--", *TRAIN, *ELASTIC, "--name", "elastic")
@@ -56,15 +66,10 @@ def test_an_elastic_job_outlives_a_node(head: Head) -> None:
         EVENTS
     ] * WINDOWS
     alone = head.home / "runs" / "alone"
-    found, expected = (
-        {
-            (row["window"], row["domain"], row["task"]): row
-            for row in read_metrics(r / "metrics.jsonl")
-        }
-        for r in (run, alone)
-    )
-    assert found.keys() == expected.keys() and len(found) > WINDOWS
+    actual = rows_by_curve(run)
+    expected = rows_by_curve(alone)
+    assert actual.keys() == expected.keys() and len(actual) > WINDOWS
     for key, row in expected.items():
-        assert found[key]["examples"] == row["examples"]
-        assert found[key]["log_loss"] == pytest.approx(row["log_loss"], rel=TOLERANCE), key
+        assert actual[key]["examples"] == row["examples"]
+        assert actual[key]["log_loss"] == pytest.approx(row["log_loss"], rel=TOLERANCE), key
     assert read_json(run / "summary.json")["roles"]["fm"]["examples"] == WINDOWS * EVENTS

@@ -1,5 +1,5 @@
-"""Following a job without a cluster: connections lost and opened again, each character of the log
-once."""
+"""Following a job without a cluster: lost connections are opened again, and each character of the
+log is printed once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ LOG = "".join(f"line {i}\n" for i in range(50))
 
 
 class Server:
-    """A job server that drops the log after so many characters, and ends the job when the log has
-    once been read to its end."""
+    """A job server that closes the connection after so many characters of the log, and ends the job
+    when the log has been read to its end once."""
 
     def __init__(self, drops: list[int]) -> None:
         self.drops = drops
@@ -41,7 +41,7 @@ class Server:
 def test_each_character_is_printed_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wrong: after a lost connection the log begins anew, has a gap, or the job is given up."""
+    """Wrong: after a lost connection the log starts again or has a gap, or the client gives up."""
     monkeypatch.setattr(jobs, "POLL_S", 0.0)
     server = Server([100, 20, 0, 203])
     details = jobs.follow(server, "x")
@@ -49,17 +49,19 @@ def test_each_character_is_printed_once(
     assert details.status == JobStatus.SUCCEEDED and server.drops == []
 
 
-def test_a_head_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: a client waits for ever for a cluster that is gone, or gives up a job whose log was
-    silent for long."""
+def test_gives_up_when_the_head_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: a client waits for ever for a cluster that is gone, or gives up on a job whose log was
+    silent for a long time."""
     monkeypatch.setattr(jobs, "POLL_S", 0.0)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head")
     now = [0.0]
     monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
 
     class Gone(Server):
-        """Away for a moment, then silent for long, then away for good: seconds and whether it
-        answers, call by call."""
+        """A server that is away for a moment, then silent for long, then away for good.
+
+        `calls` has the seconds and whether it answers, call by call.
+        """
 
         calls = iter([(1, True), (1, False), (1, True), (10_000, False)])
 

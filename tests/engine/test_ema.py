@@ -1,4 +1,4 @@
-"""The moving average of weights against its formula."""
+"""The moving average of weights equals its formula."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from exfm_ray.engine.tensor_store import ShardedTensors
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_follows_its_formula(dtype: torch.dtype) -> None:
-    """Wrong: the average forgets at another speed, or is kept in the weights' own coarse dtype."""
+    """Wrong: the average forgets at another speed, or has the weights' coarse dtype."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.zeros(5, dtype=dtype)
     decay = 0.98
@@ -25,14 +25,14 @@ def test_follows_its_formula(dtype: torch.dtype) -> None:
         weight.copy_(torch.randn(5, generator=generator))
         average.step()
         if step % EVERY == 0:
-            kept = min(decay**EVERY, 1 - EVERY / step)
-            expected = kept * expected + (1 - kept) * weight.double().numpy()
+            old_part = min(decay**EVERY, 1 - EVERY / step)
+            expected = old_part * expected + (1 - old_part) * weight.double().numpy()
     np.testing.assert_allclose(average.averages[0].numpy(), expected, rtol=1e-5, atol=1e-6)
     assert average.averages[0].dtype == torch.float32
 
 
-def test_stands_in_and_goes_again() -> None:
-    """Wrong: evaluating with the average changes what is trained, also after an error."""
+def test_replaces_the_weights_inside_the_block_only() -> None:
+    """Wrong: evaluating with the average changes what is trained, or does so after an error."""
     weight = torch.ones(3)
     average = EMA({"w@0": weight}, 0.5)
     weight.fill_(2.0)
@@ -42,8 +42,8 @@ def test_stands_in_and_goes_again() -> None:
     assert weight.tolist() == [2.0] * 3 and average.averages[0].tolist() == [1.0] * 3
 
 
-def test_goes_through_a_checkpoint(tmp_path: Path) -> None:
-    """Wrong: after a resume the average starts anew."""
+def test_is_restored_from_a_checkpoint(tmp_path: Path) -> None:
+    """Wrong: after a resume the average starts again."""
     weight = torch.ones(3)
     one = EMA({"w@0": weight}, 0.9)
     other = EMA({"w@0": weight}, 0.9)

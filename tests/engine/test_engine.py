@@ -1,4 +1,4 @@
-"""Training spread over workers: equal to one worker's, to plain torch's, and to itself after a
+"""Training on several workers equals training on one, training in plain torch, and itself after a
 checkpoint."""
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from exfm_ray.models.network import build_network
 from exfm_ray.stores.supervision import TEACHER_COLUMN
 
 ZERO = [0, 1, 2, 3]
-# float32 sums in another order; Adam's division by the root of a tiny second moment enlarges them
-# to some 1e-5 in 7 steps
+# float32 sums in another order differ; Adam's division by the root of a tiny second moment enlarges
+# the differences to about 1e-5 in 7 steps.
 TOLERANCE = {"rtol": 1e-3, "atol": 2e-5}
 
 
 def assert_close(
-    found: dict[str, np.ndarray],
+    actual: dict[str, np.ndarray],
     expected: dict[str, np.ndarray],
     **tolerance: float,
 ) -> None:
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name in expected:
-        np.testing.assert_allclose(found[name], expected[name], err_msg=name, **tolerance)
+        np.testing.assert_allclose(actual[name], expected[name], err_msg=name, **tolerance)
 
 
-def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
+def assert_equal(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert actual.keys() == expected.keys()
     for name in expected:
-        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
 
 
 @pytest.mark.parametrize("stage", ZERO)
@@ -73,16 +73,16 @@ def test_two_workers_equal_one(
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_table_wise_equals_row_wise(groups: dict[int, Workers], world: int) -> None:
-    """Wrong: the way to shard changes what is learnt."""
+    """Wrong: the sharding changes what is learned."""
     row, table = (
-        groups[world].run(steps.train, Case(trainer={"sharding": way}))[0]
-        for way in ("row_wise", "table_wise")
+        groups[world].run(steps.train, Case(trainer={"sharding": sharding}))[0]
+        for sharding in ("row_wise", "table_wise")
     )
     assert_close(table, row, **TOLERANCE)
 
 
 Loss = Callable[[Logits, Tensor, Tensor], Tensor]
-"""Of the logits, the labels and the teacher's predictions of all of the stream's tasks."""
+"""Loss of the logits, the labels and the teacher's predictions for all tasks of the stream."""
 
 
 def plain_torch(
@@ -90,7 +90,7 @@ def plain_torch(
     loss: Loss,
     adapter: nn.Module,
 ) -> dict[str, np.ndarray]:
-    """The same training written down anew: autograd, AdamW, row-wise Adagrad by its formula."""
+    """Do the same training with autograd, AdamW and the formula of row-wise Adagrad."""
     tables = LocalTables(SCHEMA, case.model, steps.SEED)
     network = build_network(case.model, SCHEMA, 2, steps.SEED)
     student = Student(network, case.arm or Objective.LABELS, DistillationConfig(), steps.SEED)
@@ -115,39 +115,39 @@ def plain_torch(
         with torch.no_grad():
             tables.weight -= 0.05 * gradient / (momentum.sqrt() + ADAGRAD_EPS)[:, None]
     first = tables.first_row
-    found = {
+    actual = {
         f"dense/{name}": tensor.detach().numpy() for name, tensor in student.state_dict().items()
     }
-    found |= {f"adapter/{name}": tensor.numpy() for name, tensor in adapter.state_dict().items()}
+    actual |= {f"adapter/{name}": tensor.numpy() for name, tensor in adapter.state_dict().items()}
     for name, table in tables.tables().items():
-        found[f"tables/{name}"] = table.numpy()
-        found[f"momentum/{name}"] = momentum[first[name] : first[name] + tables.rows[name]].numpy()
-    return found
+        actual[f"tables/{name}"] = table.numpy()
+        actual[f"momentum/{name}"] = momentum[first[name] : first[name] + tables.rows[name]].numpy()
+    return actual
 
 
 OPTIMIZER = {"optimizer": {"table_lr": 0.05, "dense_lr": 1e-3, "dense_weight_decay": 0.01}}
 
 
 def test_learns_what_plain_torch_learns(groups: dict[int, Workers]) -> None:
-    """Wrong: the tables stay as they are, or the optimizers are not row-wise Adagrad and AdamW at
-    the set rates."""
+    """Wrong: the tables do not change, or the optimizers are not row-wise Adagrad and AdamW at the
+    configured rates."""
     case = Case(trainer=OPTIMIZER, arm=None, batches=(64, 64, 64), model=steps.MLP)
-    found = groups[1].run(steps.train, case)[0]
+    actual = groups[1].run(steps.train, case)[0]
     fresh = LocalTables(SCHEMA, case.model, steps.SEED).tables()
     for name in SCHEMA.tables:
-        assert (found[f"momentum/{name}"] > 0).any(), name
-        assert not np.array_equal(found[f"tables/{name}"], fresh[name].numpy()), name
+        assert (actual[f"momentum/{name}"] > 0).any(), name
+        assert not np.array_equal(actual[f"tables/{name}"], fresh[name].numpy()), name
     expected = plain_torch(
         case,
         lambda logits, labels, _: labels_objective_B(logits.serving_BT, labels).mean(),
         nn.Module(),
     )
-    assert_close(found, expected, **TOLERANCE)
+    assert_close(actual, expected, **TOLERANCE)
 
 
 def test_two_tasks_learn_what_plain_torch_learns(groups: dict[int, Workers]) -> None:
-    """Wrong: a task learns labels, predictions or an adapter's targets of another, or the adapter's
-    target contains its labels."""
+    """Wrong: a task learns the labels, predictions or adapter targets of another task, or the
+    adapter's target contains its labels."""
     case = Case(trainer=OPTIMIZER, arm=Objective.AH_SA, batches=(64, 64, 64), tasks=(1, 0))
     mlps = Adapter(SAConfig(), 2, steps.SEED).mlps
 
@@ -175,15 +175,15 @@ def test_two_tasks_learn_what_plain_torch_learns(groups: dict[int, Workers]) -> 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("world", "stage"), [(1, 0), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)])
-def test_goes_on_from_a_checkpoint_to_the_bit(
+def test_resumes_from_a_checkpoint_bit_by_bit(
     groups: dict[int, Workers],
     tmp_path: Path,
     world: int,
     stage: int,
     precision: str,
 ) -> None:
-    """Wrong: a checkpoint lacks a part of the state (a moment, bf16's float32 weights, the tables'
-    momentum, the adapter, its optimizer, the moving average)."""
+    """Wrong: a part of the state is missing in a checkpoint (a moment, bf16's float32 weights, the
+    tables' momentum, the adapter, its optimizer, the moving average)."""
     optimizer = {} if stage == 3 else {"ema": 0.9}
     case = Case(
         trainer={"zero_stage": stage, "precision": precision, "optimizer": optimizer},
@@ -206,14 +206,14 @@ LAYOUTS = [
     ("saved", "precision"),
     [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")],
 )
-def test_goes_on_with_other_workers_stages_and_sharding(
+def test_resumes_with_other_workers_stages_and_sharding(
     groups: dict[int, Workers],
     tmp_path: Path,
     saved: int,
     precision: str,
 ) -> None:
-    """Wrong: a table, a moment or a weight is read from the wrong place when it was cut otherwise,
-    or a part of it is lost."""
+    """Wrong: a table, a moment or a weight that was split in another way is read from the wrong
+    position, or a part of it is lost."""
     cases = [
         Case(trainer={**trainer, "precision": precision}, arm=Objective.AH_SA, tasks=(1, 0))
         for _, trainer in LAYOUTS
@@ -235,24 +235,24 @@ def test_heads_without_a_gradient(
     stage: int,
     arm: Objective,
 ) -> None:
-    """Wrong: the first windows, which have no supervision, fail or move the heads that nothing
-    teaches yet; or the stages of ZeRO disagree once supervision comes."""
+    """Wrong: the first windows, which have no supervision, fail or change the heads that have no
+    targets yet; or the ZeRO stages disagree after supervision begins."""
     untaught = Case(trainer={"zero_stage": stage}, arm=arm, supervised_from=99)
     fresh = groups[1].run(steps.train, Case(arm=arm, batches=()))[0]
-    found = groups[2].run(steps.train, untaught)[0]
+    actual = groups[2].run(steps.train, untaught)[0]
     heads = [name for name in fresh if "auxiliary_head" in name or "adapter" in name]
     assert heads
     for name in heads:
-        np.testing.assert_array_equal(found[name], fresh[name], err_msg=name)
+        np.testing.assert_array_equal(actual[name], fresh[name], err_msg=name)
     later = Case(trainer={"zero_stage": stage}, arm=arm, supervised_from=4)
     one = groups[1].run(steps.train, Case(arm=arm, supervised_from=4))[0]
     assert_close(groups[2].run(steps.train, later)[0], one, **TOLERANCE)
 
 
 @pytest.mark.parametrize("rows", [1, 101])
-def test_evaluation_is_whole_on_rank_0(groups: dict[int, Workers], rows: int) -> None:
-    """Wrong: evaluation drops or repeats rows when they do not divide, or a worker's padding gets
-    in."""
+def test_evaluation_is_complete_on_rank_0(groups: dict[int, Workers], rows: int) -> None:
+    """Wrong: evaluation drops or repeats rows if they cannot be divided evenly, or includes a
+    worker's padding."""
     one = groups[1].run(steps.evaluate, Case(), rows)[0]
     two, nothing = groups[2].run(steps.evaluate, Case(), rows)
     assert nothing is None
@@ -261,7 +261,7 @@ def test_evaluation_is_whole_on_rank_0(groups: dict[int, Workers], rows: int) ->
 
 
 def test_bf16_learns(groups: dict[int, Workers]) -> None:
-    """Wrong: bf16 fails, or is so coarse that training goes another way."""
+    """Wrong: bf16 fails, or is so coarse that training takes another course."""
     case = Case(arm=Objective.AH)
     exact, coarse = (
         groups[1].run(steps.train, Case(trainer={"precision": p}, arm=Objective.AH))[0]
@@ -269,15 +269,15 @@ def test_bf16_learns(groups: dict[int, Workers]) -> None:
     )
     assert case.batches
     for name in exact:
-        # bf16 holds 8 bits: 0.4% of a value; gradients of one sign make Adam and Adagrad step by lr
-        # all the same
+        # bf16 has 8 bits: 0.4% of a value. Gradients of one sign make Adam and Adagrad step by lr
+        # in any precision.
         np.testing.assert_allclose(coarse[name], exact[name], atol=0.05, rtol=0.1, err_msg=name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
 def test_compiled_learns_the_same(groups: dict[int, Workers], stage: int) -> None:
-    """Wrong: torch.compile, under DeepSpeed, changes what is learnt, or stops learning. Slow: it
+    """Wrong: torch.compile changes what is learned under DeepSpeed, or stops learning. Slow: it
     compiles C++."""
     eager = Case(trainer={"zero_stage": stage}, arm=None, model=steps.WUKONG, batches=(64, 64, 64))
     compiled = Case(

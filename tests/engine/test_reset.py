@@ -1,5 +1,4 @@
-"""Table rows made fresh again: to the bit, with their momentum and moving average, and no
-others."""
+"""Reset table rows equal new ones bit by bit, with momentum and average; other rows are kept."""
 
 from __future__ import annotations
 
@@ -17,16 +16,15 @@ from exfm_ray.models.embeddings import initial_table
 
 MODEL = MLPConfig(dim=4, mlp=(8,), embeddings={"ad": 2})
 ROWS = {
-    "user": np.array(
-        [1, 7, 49, 50, 51, 52, 99, 100]
-    ),  # on both workers; shards of 101 rows on two begin at 0 and 51
+    # On both workers: with two of them the shards of 101 rows begin at 0 and 51.
+    "user": np.array([1, 7, 49, 50, 51, 52, 99, 100]),
     "ad": np.array([0, 3, 25, 26, 27]),
     "keywords": np.arange(18),
 }
 
 
 def reset(case: Case) -> list[dict[str, np.ndarray]]:
-    """The state before and after the reset of ROWS, and the tables that are evaluated after it."""
+    """Return the state before and after the reset of ROWS, and the state evaluated afterwards."""
     group = steps.make_group(case)
     for rows in steps.global_batches(case):
         group.learn(rows)
@@ -41,15 +39,15 @@ def reset(case: Case) -> list[dict[str, np.ndarray]]:
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_reset_rows_are_fresh_and_others_as_they_were(
+def test_resets_the_given_rows_and_no_others(
     groups: dict[int, Workers],
     world: int,
     sharding: str,
     ema: float,
 ) -> None:
-    """Wrong: a shard resets another one's rows, or counts them from its own first; a row keeps its
-    old momentum, and so hardly learns for its new owner; or its old average is what is evaluated
-    and published."""
+    """Wrong: a shard resets rows of another one, or counts them from its own first row; a row keeps
+    its old momentum, so it hardly learns for its new id; or its old average is evaluated and
+    published."""
     trainer: dict[str, Any] = {"sharding": sharding, "optimizer": {"ema": ema}}
     for before, after, evaluated in groups[world].run(
         reset, Case(trainer=trainer, arm=None, model=MODEL, batches=(64,) * 17)
@@ -74,7 +72,7 @@ def test_reset_rows_are_fresh_and_others_as_they_were(
 
 
 def learn_again(case: Case) -> dict[str, np.ndarray]:
-    """The state after learning, a reset, and learning again."""
+    """Return the state after learning, a reset, and learning again."""
     group = steps.make_group(case)
     for rows in steps.global_batches(case):
         group.learn(rows)
@@ -84,9 +82,9 @@ def learn_again(case: Case) -> dict[str, np.ndarray]:
     return steps.state(group)
 
 
-def test_learning_goes_on_after_a_reset(groups: dict[int, Workers]) -> None:
-    """Wrong: the kernels keep a copy of the rows, or of their momentum, that a reset does not
-    reach, or workers reset differently."""
+def test_learning_continues_after_a_reset(groups: dict[int, Workers]) -> None:
+    """Wrong: the kernels have a copy of the rows or of their momentum that a reset does not reach,
+    or workers reset differently."""
     case = Case(arm=None, model=MODEL, batches=(64, 33))
     one = groups[1].run(learn_again, case)[0]
     two = groups[2].run(learn_again, case)

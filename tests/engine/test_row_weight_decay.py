@@ -1,4 +1,4 @@
-"""L2 on the rows that a step uses, against a count by hand."""
+"""L2 on the rows that a step uses equals a direct count."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from exfm_ray.models.layout import Layout
 
 
 def test_repeats_count_rows_of_tables() -> None:
-    """Wrong: equal ids of different tables are taken for one row, or features that share a table
-    for two."""
+    """Wrong: equal ids of different tables count as one row, or an id of features that share a
+    table counts as two."""
     sparse_NS = list_values(make_rows(50, seed=3)["sparse"], len(SCHEMA.single))
     tables = [f.table or f.name for f in SCHEMA.single]
     count = Counter(
@@ -35,14 +35,12 @@ def test_repeats_count_rows_of_tables() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_adds_the_decay_once_for_each_row(workers: int) -> None:
-    """Wrong: a row that many examples read decays more, a bag's row decays, or rows that only fill
-    up a share do."""
+    """Wrong: a row that many examples read decays more, or a bag's row or padding decays."""
     layout = Layout.from_config(MLPConfig(dim=4, embeddings={SCHEMA.single[0].name: 2}), SCHEMA)
     singles = sum(slot.width for slot in layout.single)
     rows_RE = torch.randn(layout.rows, 4, generator=torch.Generator().manual_seed(0))
-    embedded_BRE = (
-        rows_RE.expand(6, -1, -1).clone().requires_grad_()
-    )  # five examples that read the same rows, and one to fill up
+    # Five examples that read the same rows, and one as padding.
+    embedded_BRE = rows_RE.expand(6, -1, -1).clone().requires_grad_()
     repeats_BS = torch.full((6, len(SCHEMA.single)), 5)
     repeats_BS[5] = 0
     decayed_BRE = RowDecay(layout, 0.3, workers)(embedded_BRE, repeats_BS)
@@ -61,8 +59,8 @@ def test_adds_the_decay_once_for_each_row(workers: int) -> None:
 def test_a_step_with_decay_is_adagrad_on_the_decayed_gradient(
     groups: dict[int, Workers], world: int
 ) -> None:
-    """Wrong: fbgemm's optimizer gets another gradient than g + weight_decay * row, or workers each
-    add the whole decay."""
+    """Wrong: fbgemm's optimizer gets another gradient than g + weight_decay * row, or each worker
+    adds the whole decay."""
     weight_decay = 0.5
     lr = 0.05
     case = steps.Case(trainer={"optimizer": {"table_lr": lr}}, arm=None, batches=(63,))

@@ -1,4 +1,4 @@
-"""TorchRec's sharded tables against the plain tables of one device."""
+"""TorchRec's sharded tables equal the local tables of one device."""
 
 from __future__ import annotations
 
@@ -32,28 +32,29 @@ def test_sharded_tables_equal_plain_tables(
     sharding: str,
     model: ModelConfig,
 ) -> None:
-    """Wrong: what is trained and what is exported or scores with the same weights see different
-    embeddings, or a gradient goes to another row."""
+    """Wrong: the training and an exported model or a scorer with the same weights see different
+    embeddings, or a gradient changes another row."""
     sizes = (1, 5, 64)
     plain = LocalTables(SCHEMA, model, seed=steps.SEED)
     singles = sum(slot.width for slot in Layout.from_config(model, SCHEMA).single)
-    for rank, (found, learnt) in enumerate(groups[world].run(steps.embed, sharding, model, sizes)):
-        for size, embedded in zip(sizes, found, strict=True):
+    results = groups[world].run(steps.embed, sharding, model, sizes)
+    for rank, (batches, learned) in enumerate(results):
+        for size, embedded in zip(sizes, batches, strict=True):
             expected = plain(to_batch(make_rows(size, seed=size + rank), SCHEMA)).detach().numpy()
             np.testing.assert_array_equal(
                 embedded[:, :singles],
                 expected[:, :singles],
-                err_msg="a row is what is stored, to the bit",
+                err_msg="a row differs from the stored one",
             )
             # sums of at most 5 float32 values of size 0.05, in another order
             np.testing.assert_allclose(embedded, expected, rtol=1e-5, atol=1e-7)
         for name, (weight, momentum) in after_a_step(model, world, sizes[-1]).items():
             # one step of float32, whose sums over a batch are in another order
             np.testing.assert_allclose(
-                learnt[f"tables/{name}"], weight, rtol=1e-4, atol=1e-6, err_msg=name
+                learned[f"tables/{name}"], weight, rtol=1e-4, atol=1e-6, err_msg=name
             )
             np.testing.assert_allclose(
-                learnt[f"momentum/{name}"], momentum, rtol=1e-4, atol=1e-9, err_msg=name
+                learned[f"momentum/{name}"], momentum, rtol=1e-4, atol=1e-9, err_msg=name
             )
 
 
@@ -62,8 +63,8 @@ def after_a_step(
     world: int,
     size: int,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Plain tables and momentum after a step of row-wise Adagrad on the mean of the workers'
-    losses."""
+    """Return local tables and momentum after a step of row-wise Adagrad on the workers' mean
+    loss."""
     plain = LocalTables(SCHEMA, model, seed=None)
     fresh = LocalTables(SCHEMA, model, seed=steps.SEED)
     for rank in range(world):
@@ -72,9 +73,9 @@ def after_a_step(
         ).backward()
     assert fresh.weight.grad is not None
     plain.weight.data.copy_(fresh.weight.grad)
-    found = {}
+    tables = {}
     for name, gradient in plain.tables().items():
         momentum = gradient.square().mean(dim=1)  # of all embeddings of an id together
         step = OptimizerConfig().table_lr * gradient / (momentum.sqrt() + ADAGRAD_EPS)[:, None]
-        found[name] = ((fresh.tables()[name] - step).numpy(), momentum.numpy())
-    return found
+        tables[name] = ((fresh.tables()[name] - step).numpy(), momentum.numpy())
+    return tables

@@ -1,5 +1,5 @@
-"""Rows given to sharded tables: to the bit, on every worker its own, with their momentum and moving
-average, and no others."""
+"""Rows written into sharded tables: bit by bit on the worker that holds them, with their momentum
+and moving average, and no other rows."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ IDS = {
 WIDTHS = {"user": 4, "ad": 8, "keywords": 4, "hour": 4}
 
 
-def given() -> dict[str, np.ndarray]:
-    """float32 rows for IDS."""
+def new_rows() -> dict[str, np.ndarray]:
+    """Return float32 rows for IDS."""
     rng = np.random.default_rng(5)
     return {
         name: rng.normal(size=(len(ids), WIDTHS[name])).astype(np.float32)
@@ -39,7 +39,7 @@ def write_rows(
     weight: float,
     momentum: bool,
 ) -> list[dict[str, np.ndarray]]:
-    """The state before and after rows are given, and the tables that are evaluated after it."""
+    """Return the state before and after rows are written, and the state evaluated afterwards."""
     from exfm_ray.engine.tensor_store import RowUpdate
 
     group = steps.make_group(case)
@@ -54,7 +54,7 @@ def write_rows(
     engine.write_rows(
         {
             n: RowUpdate(np.array(IDS[n], np.int64), torch.from_numpy(r), state[n])
-            for n, r in given().items()
+            for n, r in new_rows().items()
         },
         weight,
     )
@@ -73,7 +73,7 @@ def write_rows(
         ("table_wise", 0.0, 0.25, False),
     ],
 )
-def test_given_rows_are_written_and_no_others(
+def test_writes_the_given_rows_and_no_others(
     groups: dict[int, Workers],
     world: int,
     sharding: str,
@@ -81,8 +81,8 @@ def test_given_rows_are_written_and_no_others(
     weight: float,
     momentum: bool,
 ) -> None:
-    """Wrong: a shard takes another one's rows, or counts them from its own first; momentum is lost
-    or not taken over; or the rows' old average is what is evaluated."""
+    """Wrong: a shard writes rows of another one, or counts them from its own first row; momentum is
+    lost or not written; or the rows' old average is evaluated."""
     trainer: dict[str, Any] = {"sharding": sharding, "optimizer": {"ema": ema}}
     case = Case(trainer=trainer, arm=None, model=MODEL, batches=(64,) * 9)
     for before, after, evaluated in groups[world].run(write_rows, case, weight, momentum):
@@ -92,10 +92,9 @@ def test_given_rows_are_written_and_no_others(
             if kind == "momentum" and table in IDS and momentum:
                 expected[IDS[table]] = np.arange(len(IDS[table]))
             if kind == "tables" and table in IDS:
-                own = array[IDS[table]].astype(np.float64)
-                expected[IDS[table]] = (
-                    given()[table] if weight == 1 else own + weight * (given()[table] - own)
-                )
+                old = array[IDS[table]].astype(np.float64)
+                new = new_rows()[table]
+                expected[IDS[table]] = new if weight == 1 else old + weight * (new - old)
                 np.testing.assert_array_equal(
                     evaluated[name][IDS[table]], after[name][IDS[table]], err_msg=name
                 )
@@ -109,13 +108,13 @@ def test_given_rows_are_written_and_no_others(
 
 
 def write_stacked(weight: float, momentum: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Weights and momentum of three models' tables side by side before and after rows are given."""
+    """Return weights and momentum of three models' stacked tables before and after writing rows."""
     from exfm_ray.engine.stacked import StackedTables
     from exfm_ray.engine.tensor_store import RowUpdate
 
     tables = StackedTables(SCHEMA, MODEL, [1, 2, 3], [0.1] * 3)
     tables.momentum_K += 0.5
-    found = [(tables.weight_XKE.numpy().copy(), tables.momentum_K.numpy().copy())]
+    before = (tables.weight_XKE.numpy().copy(), tables.momentum_K.numpy().copy())
     state = {
         name: torch.arange(len(ids), dtype=torch.float32) if momentum else None
         for name, ids in IDS.items()
@@ -123,21 +122,21 @@ def write_stacked(weight: float, momentum: bool) -> list[tuple[np.ndarray, np.nd
     tables.write_rows(
         {
             n: RowUpdate(np.array(IDS[n], np.int64), torch.from_numpy(r), state[n])
-            for n, r in given().items()
+            for n, r in new_rows().items()
         },
         weight,
     )
-    return [*found, (tables.weight_XKE.numpy(), tables.momentum_K.numpy())]
+    return [before, (tables.weight_XKE.numpy(), tables.momentum_K.numpy())]
 
 
 @pytest.mark.parametrize(("weight", "momentum"), [(1.0, False), (0.25, True)])
-def test_models_side_by_side_are_all_given_the_rows(
+def test_rows_are_written_into_all_stacked_models(
     groups: dict[int, Workers],
     weight: float,
     momentum: bool,
 ) -> None:
-    """Wrong: a model of a stack is left out, or rows of tables with several embeddings for an id
-    are misplaced."""
+    """Wrong: a model of a stack is left out, or rows of tables with several embeddings per id are
+    misplaced."""
     (before, state), (after, state_after) = groups[1].run(write_stacked, weight, momentum)[0]
     expected = before.astype(np.float64)
     expected_state = state.copy()
@@ -148,7 +147,7 @@ def test_models_side_by_side_are_all_given_the_rows(
         for position, number in enumerate(IDS.get(name, [])):
             for embedding in range(several):
                 place = first + number * several + embedding
-                new = given()[name][position, embedding * 4 :][:4]
+                new = new_rows()[name][position, embedding * 4 :][:4]
                 expected[place] += weight * (new - expected[place])
             if momentum:
                 expected_state[first_id + number] = position

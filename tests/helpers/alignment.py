@@ -1,4 +1,4 @@
-"""Ridge regression by hand."""
+"""Ridge regression, written down directly."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from exfm_ray.stores.feature_store import Array
 
 
 def aligned_slowly(old_ND: Array, new_ND: Array) -> Array:
-    """Least squares with a pseudo-example for each dimension, which stays as it is: as large as an
-    example's value is."""
-    size = np.sqrt(np.mean(np.square(old_ND.astype(np.float64)))) * np.eye(old_ND.shape[1])
-    found: Array = np.linalg.lstsq(
-        np.concatenate([old_ND, size]), np.concatenate([new_ND, size]), rcond=None
-    )[0]
-    return found
+    """Return the least-squares map from old to new values.
+
+    One pseudo-example per dimension, as large as a typical value, maps to itself.
+    """
+    mean_square = np.mean(np.square(old_ND.astype(np.float64)))
+    pseudo_DD = np.sqrt(mean_square) * np.eye(old_ND.shape[1])
+    inputs = np.concatenate([old_ND, pseudo_DD])
+    outputs = np.concatenate([new_ND, pseudo_DD])
+    solution: Array = np.linalg.lstsq(inputs, outputs, rcond=None)[0]
+    return solution

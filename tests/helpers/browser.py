@@ -1,5 +1,4 @@
-"""A headless Chromium, spoken to over its DevTools protocol with aiohttp, which Ray brings
-along."""
+"""A headless Chromium, controlled over its DevTools protocol with aiohttp, a dependency of Ray."""
 
 from __future__ import annotations
 
@@ -17,17 +16,31 @@ import aiohttp
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 WAIT_S = 60.0
+DRAWN = """
+document.readyState === 'complete' &&
+[...document.querySelectorAll('.js-plotly-plot')].every(e => e.querySelector('.main-svg'))
+"""
+"""True when plotly has drawn all figures."""
 
 
 def browser_path() -> str | None:
-    """An installed browser."""
-    return next((found for name in NAMES if (found := shutil.which(name))), None)
+    """Return the path of an installed browser."""
+    for name in NAMES:
+        path = shutil.which(name)
+        if path:
+            return path
+    return None
 
 
 @dataclass
 class Seen:
-    """What a page did: what the script that was asked gave, its errors and warnings, what it asked
-    the network for."""
+    """What a page did.
+
+    Attributes:
+        value: result of the script.
+        complaints: errors and warnings.
+        requests: URLs that the page requested.
+    """
 
     value: Any = None
     complaints: list[str] = field(default_factory=list)
@@ -43,11 +56,16 @@ def look(
     dark: bool = False,
     picture: Path | None = None,
 ) -> Seen:
-    """Open a page of this width, wait until plotly has drawn, and evaluate a script in it.
+    """Open a page, wait until plotly has drawn, and evaluate a script in it.
 
     Args:
+        page: the HTML file.
+        script: in JavaScript.
         folder: for the browser's files.
-        picture: where to put a picture of what a window of `height` shows.
+        width: of the window.
+        height: of the window.
+        dark: whether the page is shown in dark mode.
+        picture: path for a screenshot, None for no screenshot.
     """
     path = browser_path()
     assert path
@@ -91,45 +109,39 @@ async def _look(
     port = port_file.read_text().splitlines()[0]
     async with aiohttp.ClientSession() as session:
         async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-            tab = next(one for one in await answer.json() if one["type"] == "page")
+            tab = next(target for target in await answer.json() if target["type"] == "page")
         async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-            talk = _Talk(socket)
+            tools = _DevTools(socket)
             for domain in ("Page", "Runtime", "Log", "Network"):
-                await talk.ask(f"{domain}.enable")
+                await tools.ask(f"{domain}.enable")
             metrics = {
                 "width": size[0],
                 "height": size[1],
                 "deviceScaleFactor": 1,
                 "mobile": size[0] < 600,
             }
-            await talk.ask("Emulation.setDeviceMetricsOverride", **metrics)
-            await talk.ask(
+            await tools.ask("Emulation.setDeviceMetricsOverride", **metrics)
+            await tools.ask(
                 "Emulation.setEmulatedMedia",
                 features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
             )
-            await talk.ask("Page.navigate", url=page.resolve().as_uri())
-            drawn = "document.readyState === 'complete' && [...document.querySelectorAll('.js-plotly-plot')].every(e => e.querySelector('.main-svg'))"
-            while not await talk.value(drawn):
+            await tools.ask("Page.navigate", url=page.resolve().as_uri())
+            while not await tools.value(DRAWN):
                 await asyncio.sleep(0.1)
-            await asyncio.sleep(
-                0.3
-            )  # plotly fits figures to the page once more after it has drawn them
+            await asyncio.sleep(0.3)  # plotly resizes the figures once more after drawing
             seen = Seen(
-                await talk.value(script),
-                talk.complaints,
-                [url for url in talk.requests if url != page.resolve().as_uri()],
+                await tools.value(script),
+                tools.complaints,
+                [url for url in tools.requests if url != page.resolve().as_uri()],
             )
             if picture:
-                picture.write_bytes(
-                    base64.b64decode(
-                        (await talk.ask("Page.captureScreenshot", format="png"))["data"]
-                    )
-                )
+                screenshot = await tools.ask("Page.captureScreenshot", format="png")
+                picture.write_bytes(base64.b64decode(screenshot["data"]))
             return seen
 
 
-class _Talk:
-    """Questions to a tab, and what it says meanwhile."""
+class _DevTools:
+    """Requests to a tab, and the events that it sends meanwhile."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket = socket
@@ -141,20 +153,20 @@ class _Talk:
         self._number += 1
         await self._socket.send_json({"id": self._number, "method": method, "params": parameters})
         while True:
-            told = await self._socket.receive_json()
-            if told.get("id") == self._number:
-                assert "error" not in told, told
-                return dict(told["result"])
-            self._hear(told)
+            message = await self._socket.receive_json()
+            if message.get("id") == self._number:
+                assert "error" not in message, message
+                return dict(message["result"])
+            self._record(message)
 
     async def value(self, script: str) -> Any:
         answer = await self.ask("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def _hear(self, told: dict[str, Any]) -> None:
-        method = told.get("method")
-        parameters = told.get("params", {})
+    def _record(self, event: dict[str, Any]) -> None:
+        method = event.get("method")
+        parameters = event.get("params", {})
         if method == "Network.requestWillBeSent":
             url = parameters["request"]["url"]
             if not url.startswith("data:"):

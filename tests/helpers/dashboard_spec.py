@@ -1,4 +1,4 @@
-"""What a dashboard asks of the runs, read from what wandb would be sent."""
+"""The metrics and settings that a dashboard requests, read from what would be sent to wandb."""
 
 from __future__ import annotations
 
@@ -8,53 +8,69 @@ from typing import Any
 
 from wandb_files import OfflineRun
 
-ASK = ("metrics", "xAxis", "yAxis", "targetKey", "accessor")
+REQUEST_KEYS = ("metrics", "xAxis", "yAxis", "targetKey", "accessor")
 
 
 def spec(view: Any) -> Any:
-    """A workspace or report as the JSON that `save` sends."""
+    """Return a workspace or report as the JSON that `save` sends."""
     return json.loads(view._to_model().model_dump_json(by_alias=True, exclude_none=True))
 
 
 def panels(node: Any) -> list[Any]:
-    """All panels below a node of a spec."""
-    found = [node] if isinstance(node, dict) and "viewType" in node and "config" in node else []
-    below = node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
-    return found + [panel for child in below for panel in panels(child)]
+    """Return all panels at and below a node of a spec."""
+    matches = []
+    children: Iterable[Any] = ()
+    if isinstance(node, dict):
+        children = node.values()
+        if "viewType" in node and "config" in node:
+            matches.append(node)
+    elif isinstance(node, list):
+        children = node
+    for child in children:
+        matches += panels(child)
+    return matches
 
 
 def named(node: Any) -> set[str]:
-    """Metrics, and settings with `config:` or `summary:` before them, that a panel asks for."""
-    found: set[str] = set()
-    for key, value in node.items() if isinstance(node, dict) else ():
-        if key in ASK and isinstance(value, str | list):
-            found |= {value} if isinstance(value, str) else set(value)
-        else:
-            found |= named(value)
-    for child in node if isinstance(node, list) else ():
-        found |= named(child)
-    return found
+    """Return what a panel requests: metrics, and settings prefixed with `config:` or `summary:`."""
+    names: set[str] = set()
+    if isinstance(node, list):
+        for child in node:
+            names |= named(child)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if key in REQUEST_KEYS and isinstance(value, str):
+                names.add(value)
+            elif key in REQUEST_KEYS and isinstance(value, list):
+                names.update(value)
+            else:
+                names |= named(value)
+    return names
 
 
 def logged(runs: Iterable[OfflineRun]) -> set[str]:
-    """Everything that panels may ask of these runs, in a spec's words."""
-    found: set[str] = set()
+    """Return everything that panels can request from these runs, in the notation of a spec."""
+    names: set[str] = set()
     for run in runs:
-        found |= {key for point in run.history for key in point} | run.summary.keys()
-        found |= {f"summary:{key}" for key in run.summary} | {
-            f"config:{path}" for path in _paths(run.config)
-        }
-    return found
+        for point in run.history:
+            names.update(point)
+        names.update(run.summary)
+        names.update(f"summary:{key}" for key in run.summary)
+        names.update(f"config:{path}" for path in _paths(run.config))
+    return names
 
 
 def _paths(config: Any) -> set[str]:
-    """Settings as wandb keeps them: below each one of the first level stands `value`."""
-    return {
-        f"{first}.value{rest}" for first, section in config.items() for rest in _relative(section)
-    }
+    """Return the settings as wandb stores them: `value` is below each one of the first level."""
+    paths = set()
+    for first, section in config.items():
+        paths |= {f"{first}.value{rest}" for rest in _relative(section)}
+    return paths
 
 
 def _relative(node: Any) -> set[str]:
-    if not isinstance(node, dict):
-        return {""}
-    return {""} | {f".{key}{rest}" for key, child in node.items() for rest in _relative(child)}
+    paths = {""}
+    if isinstance(node, dict):
+        for key, child in node.items():
+            paths |= {f".{key}{rest}" for rest in _relative(child)}
+    return paths

@@ -1,5 +1,7 @@
-"""A driver that has a stream labelled on a Ray of its own: `python tests/das/drive.py FOLDER`,
-killed and started again by test_faults."""
+"""A driver that labels a stream on its own Ray: `python tests/helpers/drive_service.py FOLDER`.
+
+test_faults kills it and starts it again.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from exfm_ray.data.stream import EventStream
 
 
 def order_in(folder: Path) -> LabelingSpec:
-    """Two actors; no fragment is parked for deaths that it has not brought about."""
+    """Return a spec with two actors; kills that a fragment did not cause do not make it fail."""
     return make_order(folder, min_actors=2, max_actors=2, tries=50)
 
 

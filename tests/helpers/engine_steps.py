@@ -1,5 +1,4 @@
-"""What the engine's workers run: a trainer of one arm that learns global batches, and what its state
-is afterwards."""
+"""Functions for the engine's workers: a trainer of one arm that learns global batches."""
 
 from __future__ import annotations
 
@@ -28,8 +27,16 @@ SEED = 3
 
 @dataclass(frozen=True)
 class Case:
-    """One training: settings, sizes of the global batches, which of them have supervision (all, or
-    from one on), a VM's tasks."""
+    """One training.
+
+    Attributes:
+        trainer: its settings.
+        arm: None for the FM.
+        batches: sizes of the global batches.
+        supervised_from: the first batch that has supervision.
+        model: the student's model.
+        tasks: of a VM.
+    """
 
     trainer: dict[str, Any] = field(default_factory=dict)
     arm: Objective | None = Objective.LABELS
@@ -40,7 +47,7 @@ class Case:
 
 
 def global_batches(case: Case) -> list[pa.Table]:
-    """The case's batches; teacher's predictions, for both tasks, are noisy labels."""
+    """Return the case's batches; the teacher's predictions for both tasks are noisy labels."""
     rows = make_rows(sum(case.batches), seed=7)
     labels = list_values(rows["labels"], len(SCHEMA.tasks))
     p = (0.2 + 0.5 * labels + 0.1 * np.random.default_rng(1).random(labels.shape)).astype(
@@ -58,7 +65,7 @@ def global_batches(case: Case) -> list[pa.Table]:
 
 
 def make_group(case: Case) -> Any:
-    """A group of one trainer: the FM (arm None, both tasks) or a vertical model in one arm."""
+    """Return a group of one trainer: the FM (arm None, both tasks) or a vertical model."""
     from exfm_ray.distillation.adapter import Adapter
     from exfm_ray.distillation.objective import Weights
     from exfm_ray.distillation.student import Student
@@ -96,38 +103,38 @@ def make_group(case: Case) -> Any:
 
 
 def state(group: Any) -> dict[str, np.ndarray]:
-    """All weights of the trainer, and the tables' momentum, whole: gathered from all workers."""
+    """Return all weights and the tables' momentum, gathered from all workers."""
     trainer = group.trainers[0]
-    found = {f"dense/{name}": tensor.numpy() for name, tensor in trainer.engine.dense_state().items()}
+    weights = {}
+    for name, tensor in trainer.engine.dense_state().items():
+        weights[f"dense/{name}"] = tensor.numpy()
     if trainer.adapter:
-        found |= {
-            f"adapter/{name}": tensor.numpy().copy()
-            for name, tensor in trainer.adapter.module.state_dict().items()
-        }
-    return found | whole(trainer.engine.tables)
+        for name, tensor in trainer.adapter.module.state_dict().items():
+            weights[f"adapter/{name}"] = tensor.numpy().copy()
+    return weights | whole(trainer.engine.tables)
 
 
 def whole(tables: Any) -> dict[str, np.ndarray]:
-    """All tables and their momentum, gathered from all workers."""
-    mine = [
+    """Return all tables and their momentum, gathered from all workers."""
+    local = [
         (s.table, s.first_row, s.weight_RW.numpy().copy(), s.momentum_R.numpy().copy())
         for s in tables.shards()
     ]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    shards = sorted((shard for part in everyone for shard in part), key=lambda shard: shard[:2])
-    found = {}
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, local)
+    shards = sorted((shard for part in gathered for shard in part), key=lambda shard: shard[:2])
+    arrays = {}
     for table in SCHEMA.tables:
-        own = [shard for shard in shards if shard[0] == table]
-        found[f"tables/{table}"] = np.concatenate([weight for _, _, weight, _ in own])
-        found[f"momentum/{table}"] = np.concatenate(
-            [momentum.reshape(-1) for _, _, _, momentum in own]
-        )
-    return found
+        of_table = [shard for shard in shards if shard[0] == table]
+        weights = [weight for _, _, weight, _ in of_table]
+        momenta = [momentum.reshape(-1) for _, _, _, momentum in of_table]
+        arrays[f"tables/{table}"] = np.concatenate(weights)
+        arrays[f"momentum/{table}"] = np.concatenate(momenta)
+    return arrays
 
 
 def train(case: Case) -> dict[str, np.ndarray]:
-    """Learn all batches; the state afterwards."""
+    """Learn all batches; return the state afterwards."""
     group = make_group(case)
     for rows in global_batches(case):
         group.learn(rows)
@@ -135,8 +142,7 @@ def train(case: Case) -> dict[str, np.ndarray]:
 
 
 def evaluate(case: Case, rows: int) -> dict[str, np.ndarray] | None:
-    """Train, then predict rows not learnt: ids in the order they come back, and their logits; None
-    but on rank 0."""
+    """Train, then predict new rows; return their groups and logits on rank 0, elsewhere None."""
     group = make_group(case)
     for batch in global_batches(case):
         group.learn(batch)
@@ -149,7 +155,7 @@ def evaluate(case: Case, rows: int) -> dict[str, np.ndarray] | None:
 
 
 def write_state(group: Any, folder: Path) -> None:
-    """Every worker's part of the trainer's state into a file of its own."""
+    """Write each worker's part of the trainer's state into a file."""
     from exfm_ray.training.async_checkpoint import write_part
 
     write_part(folder, dist.get_rank(), group.trainers[0].state())
@@ -157,7 +163,7 @@ def write_state(group: Any, folder: Path) -> None:
 
 
 def saved_parts(folder: Path) -> Any:
-    """What `write_state` wrote, of however many workers."""
+    """Open what `write_state` wrote with any number of workers."""
     from exfm_ray.engine.tensor_store import ShardedTensors
 
     return ShardedTensors.open(sorted(folder.glob("*.safetensors")))
@@ -168,8 +174,8 @@ def resume(
     folder: Path,
     cut: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The state after learning straight on, and after saving at `cut` and going on in a fresh
-    trainer."""
+    """Return the state after learning without a break, and after a checkpoint at batch `cut` that a
+    new trainer resumes."""
     batches = global_batches(case)
     straight = make_group(case)
     fresh = make_group(case)
@@ -188,7 +194,7 @@ def save_at(
     folder: Path,
     cut: int,
 ) -> dict[str, np.ndarray]:
-    """Learn `cut` batches, save; the state."""
+    """Learn `cut` batches and save; return the state."""
     group = make_group(case)
     for rows in global_batches(case)[:cut]:
         group.learn(rows)
@@ -202,11 +208,12 @@ def go_on(
     cut: int,
     restored: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The state after going on from what `save_at` wrote; or, `restored`, as it was read."""
+    """Resume what `save_at` wrote; return the final state, or the restored one if `restored`."""
     group = make_group(case)
     group.trainers[0].restore(saved_parts(folder))
-    for rows in global_batches(case)[cut:] if not restored else []:
-        group.learn(rows)
+    if not restored:
+        for rows in global_batches(case)[cut:]:
+            group.learn(rows)
     return state(group)
 
 
@@ -215,8 +222,8 @@ def embed(
     model: ModelConfig,
     sizes: Sequence[int],
 ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-    """Embedded rows of batches of equal length on every worker, sharded; the tables after a step on
-    `some_loss` of the last."""
+    """Return the embedded rows of sharded tables for batches of equal length on every worker, and
+    the tables after a step on `some_loss` of the last batch."""
     from exfm_ray.data.batch import to_batch
     from exfm_ray.engine.tables import ShardedTables
 
@@ -229,5 +236,5 @@ def embed(
 
 
 def some_loss(embedded_BRE: torch.Tensor) -> torch.Tensor:
-    """A weighted sum whose gradient differs at every place."""
+    """Return a weighted sum whose gradient differs at every position."""
     return (embedded_BRE * torch.arange(embedded_BRE.numel()).cos().view_as(embedded_BRE)).sum()

@@ -30,7 +30,7 @@ def make_rows(
     first_id: int = 0,
     schema: Schema = SCHEMA,
 ) -> pa.Table:
-    """Random packed rows of SCHEMA in which user, ad, hour and age say something of the labels."""
+    """Return random packed rows of SCHEMA; the labels depend on user, ad, hour, domain and age."""
     rng = np.random.default_rng(seed)
     ids = np.stack([rng.integers(0, f.rows, rows) for f in schema.single], axis=1)
     ids[:, -1] = 1 + rng.choice(len(schema.domains), rows, p=[0.6, 0.3, 0.1])
@@ -68,7 +68,7 @@ def make_stream(
     rows: int = 1000,
     fragment_rows: int = 400,
 ) -> EventStream:
-    """A committed stream of random rows."""
+    """Write and open a complete stream of random rows."""
     writer = StreamWriter(root, SCHEMA, {"made": "by the tests"}, fragment_rows)
     for window in range(windows):
         table = make_rows(rows, seed=window, first_id=window * rows)

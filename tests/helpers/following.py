@@ -1,4 +1,4 @@
-"""Event and label files for tests of followed streams, and what a follower makes of them."""
+"""Event and label files for tests of followed streams, and the labels that a follower delivers."""
 
 from __future__ import annotations
 
@@ -41,12 +41,14 @@ def make_log(
     rows: int,
     seed: int,
 ) -> tuple[pa.Table, pa.Table]:
-    """Events over `windows` hours and their labels: of a click after minutes, of a purchase after
-    hours."""
+    """Return events over `windows` hours and their labels.
+
+    Clicks follow after minutes, purchases after hours.
+    """
     rng = np.random.default_rng(seed)
     count = windows * rows
     at = np.sort(rng.integers(0, windows * HOUR_MS, count))
-    at[:: max(1, rows)] = np.arange(windows) * HOUR_MS  # none is empty
+    at[:: max(1, rows)] = np.arange(windows) * HOUR_MS  # no window is empty
     at.sort()
     ids = rng.permutation(count) + 1000
     events = pa.table(
@@ -59,8 +61,8 @@ def make_log(
         }
     )
     labels = []
-    for task, share, mean_ms in (("click", 0.4, 400_000), ("buy", 0.2, HOUR_MS * 2)):
-        chosen = rng.random(count) < share
+    for task, fraction, mean_ms in (("click", 0.4, 400_000), ("buy", 0.2, HOUR_MS * 2)):
+        chosen = rng.random(count) < fraction
         times = at[chosen] + rng.exponential(mean_ms, int(chosen.sum())).astype(np.int64)
         labels.append(
             pa.table(
@@ -81,19 +83,24 @@ def expected(
     windows: int,
     attribution_s: dict[str, int],
 ) -> dict[str, list[dict[int, int]]]:
-    """task -> for each window the ids it delivers, each with the window it is of: by the rule,
-    label by label."""
+    """Return task -> for each window the delivered ids, each with the window of its event.
+
+    The rule is applied label by label.
+    """
     at = dict(zip(events["id"].to_pylist(), events["at"].to_pylist(), strict=True))
-    found: dict[str, list[dict[int, int]]] = {
+    delivered: dict[str, list[dict[int, int]]] = {
         task: [{} for _ in range(windows)] for task in attribution_s
     }
     for row in labels.to_pylist():
-        own = at[row["example_id"]] // HOUR_MS
-        for window in range(own, windows):
-            if row["time_ms"] < (window + 1) * HOUR_MS + attribution_s[row["task"]] * 1000:
-                found[row["task"]][window][row["example_id"]] = own
+        task = row["task"]
+        example = row["example_id"]
+        event_window = at[example] // HOUR_MS
+        for window in range(event_window, windows):
+            deadline_ms = (window + 1) * HOUR_MS + attribution_s[task] * 1000
+            if row["time_ms"] < deadline_ms:
+                delivered[task][window][example] = event_window
                 break
-    return found
+    return delivered
 
 
 def put(
@@ -101,7 +108,7 @@ def put(
     name: str,
     table: pa.Table,
 ) -> None:
-    """As a producer does: another name first."""
+    """Write a file under another name and rename it, as a producer does."""
     folder.mkdir(exist_ok=True, parents=True)
     pq.write_table(table, folder / ".coming")
     (folder / ".coming").rename(folder / name)
@@ -113,7 +120,7 @@ def lay_out(
     labels: pa.Table,
     pieces: int,
 ) -> None:
-    """Everything in the folder, the end too."""
+    """Put all events and labels into the folder, in several files each, and the end marker."""
     for kind, table in (("events", events), ("labels", labels)):
         size = -(-table.num_rows // pieces)
         for i in range(pieces):
@@ -127,7 +134,7 @@ def followed(
     storage: str | None = None,
     **data: Any,
 ) -> Config:
-    """A config that follows `folder`/raw."""
+    """Return a config that follows `folder`/raw."""
     spec = folder / "schema.yaml"
     spec.write_text(yaml.safe_dump(SPEC))
     settings = {**DATA, "root": folder / "raw", "schema_file": spec, **data}
@@ -137,6 +144,6 @@ def followed(
 
 
 def contents(root: AnyPath) -> dict[str, bytes]:
-    """All files of a stream."""
+    """Return the bytes of all files of a stream, by relative path."""
     files = [path for path in root.rglob("*") if not isinstance(path, Path) or path.is_file()]
     return {"/".join(path.parts[len(root.parts) :]): path.read_bytes() for path in files}

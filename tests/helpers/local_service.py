@@ -1,5 +1,7 @@
-"""The service in this process, without Ray: the pool's place is taken by one scorer, so that tests
-of what it decides take no seconds."""
+"""The labeling service in this process, without Ray.
+
+One scorer replaces the pool of actors, so tests of the service's decisions are fast.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from exfm_ray.das import scheduler as scheduler
-from exfm_ray.das import snapshot_selector as snapshot_selector
+from exfm_ray.das import scheduler, snapshot_selector
 from exfm_ray.das.client import failure_message
 from exfm_ray.das.pool import Completion
 from exfm_ray.das.queue import ScoreTask
@@ -26,52 +27,52 @@ Local = Callable[..., Service]
 
 
 class LocalPool:
-    """One scorer that has done what it is given at once."""
+    """A pool of one scorer that finishes each task at once."""
 
-    def __init__(self, order: LabelingSpec) -> None:
-        self._scorer = Scorer(order)
-        self._came = []
-        self.members = []
+    def __init__(self, spec: LabelingSpec) -> None:
+        self._scorer = Scorer(spec)
+        self._completions: list[Completion] = []
+        self.slots = []
 
     def resize(self, fragments: int) -> None:
-        """There is one."""
+        """Keep the one scorer."""
 
-    def submit(self, work: ScoreTask) -> bool:
-        """Score it here; errors come back as they do from an actor."""
+    def submit(self, task: ScoreTask) -> bool:
+        """Score the task here; errors come back as they do from an actor."""
         try:
-            self._came.append(
-                Completion(work, self._scorer.score(work.window, work.fragment, work.version))
-            )
+            result = self._scorer.score(task.window, task.fragment, task.version)
+            completion = Completion(task, result)
         except Exception as error:
-            self._came.append(Completion(work, error=error))
+            completion = Completion(task, error=error)
+        self._completions.append(completion)
         return True
 
     def has(self, window: int) -> bool:
-        """Nothing is in hand."""
+        """Return False, because no task is pending."""
         return False
 
     def wait(self, timeout_s: float) -> list[Any]:
-        """Nothing takes long."""
-        time.sleep(0.0 if self._came else 0.01)
+        """Return no references, because all tasks are finished."""
+        time.sleep(0.0 if self._completions else 0.01)
         return []
 
     def collect(self, ready: Sequence[Any]) -> list[Completion]:
-        """All that is done."""
-        came = self._came
-        self._came = []
-        return came
+        """Return all completions since the last call."""
+        completions = self._completions
+        self._completions = []
+        return completions
 
 
 @contextmanager
 def local_services(patch: pytest.MonkeyPatch) -> Iterator[Local]:
-    """Starts services whose threads run in this process, looking often; they end with the block."""
+    """Start services whose threads run in this process and poll often; they end with the block."""
     started: list[Service] = []
     patch.setattr(snapshot_selector, "DEBOUNCE_S", 0.0)
-    patch.setattr(scheduler, "LOOK_S", 0.02)
+    patch.setattr(scheduler, "SCAN_S", 0.02)
 
-    def start(order: LabelingSpec, **options: bool) -> Service:
-        patch.setattr(scheduler, "Pool", lambda *arguments: LocalPool(order))
-        started.append(Service(order, **options))
+    def start(spec: LabelingSpec, **options: bool) -> Service:
+        patch.setattr(scheduler, "Pool", lambda *arguments: LocalPool(spec))
+        started.append(Service(spec, **options))
         return started[-1]
 
     yield start
@@ -80,42 +81,37 @@ def local_services(patch: pytest.MonkeyPatch) -> Iterator[Local]:
 
 
 def until(holds: Callable[[], Any]) -> Any:
-    """Wait for a condition."""
-    started = time.monotonic()
+    """Wait until a condition holds, and return its value."""
+    deadline = time.monotonic() + WAIT_S
     while not (value := holds()):
-        assert time.monotonic() - started < WAIT_S, "it did not come to hold"
+        assert time.monotonic() < deadline, "the condition never became true"
         time.sleep(0.01)
     return value
 
 
 def finish(
-    asked: Service,
-    order: LabelingSpec,
+    service: Service,
+    spec: LabelingSpec,
     windows: Sequence[int],
 ) -> dict[int, int]:
-    """Ask for windows and wait for them as a client does; the rows that were scored of each."""
-    before = (asked.progress(CLIENT) or {"rows": {}})["rows"]
-    asked.ask(CLIENT, windows)
+    """Request windows and wait for them as a client does; return the rows scored in each."""
+    before = (service.progress(CLIENT) or {"rows": {}})["rows"]
+    service.ask(CLIENT, windows)
 
-    def left() -> set[int]:
-        told = asked.progress(CLIENT)
-        assert told
-        return set(windows) - told["committed"]
+    def progress() -> Any:
+        report = service.progress(CLIENT)
+        assert report
+        return report
 
-    def over() -> bool:
-        told = asked.progress(CLIENT)
-        assert told
-        return left() <= told["parked"].keys()
+    def unfinished() -> set[int]:
+        return set(windows) - progress()["committed"]
 
-    until(over)
-    told = asked.progress(CLIENT)
-    assert told
-    if left():
-        raise UserError(
-            failure_message(order, {window: told["parked"][window] for window in left()})
-        )
+    until(lambda: unfinished() <= progress()["failed"].keys())
+    if unfinished():
+        failed = progress()["failed"]
+        raise UserError(failure_message(spec, {window: failed[window] for window in unfinished()}))
     return {
         window: rows - before.get(window, 0)
-        for window, rows in told["rows"].items()
+        for window, rows in progress()["rows"].items()
         if rows > before.get(window, 0)
     }

@@ -1,5 +1,4 @@
-"""What the engine's workers measure for the test of plans: the bytes of the tensors that a real
-training holds."""
+"""Measurements by the engine's workers: the bytes of the tensors that a real training holds."""
 
 from __future__ import annotations
 
@@ -17,17 +16,19 @@ from exfm_ray.config.trainer import FMConfig
 from exfm_ray.schema import Schema
 
 
-def nbytes(tensors: Iterable[Tensor], but: Iterable[Tensor] = ()) -> int:
-    """Of the storages under tensors, each counted once, but for those under others."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
-    }
-    others = {tensor.untyped_storage().data_ptr() for tensor in but}
-    return sum(size for address, size in storages.items() if address not in others)
+def nbytes(tensors: Iterable[Tensor], excluded: Iterable[Tensor] = ()) -> int:
+    """Return the bytes of the tensors' storages, each counted once, without the excluded ones."""
+    sizes = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+    for tensor in excluded:
+        sizes.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
 
 
 def measure(fm: FMConfig, schema: Schema) -> dict[str, Any]:
-    """Build the FM, learn one batch; bytes by kind on this worker, and the rows of its shards."""
+    """Train the FM on one batch; return this worker's bytes by kind and the rows of its shards."""
     from exfm_ray.data.batch import to_batch
     from exfm_ray.distillation.student import Student
     from exfm_ray.engine.engine import Engine
@@ -56,7 +57,7 @@ def measure(fm: FMConfig, schema: Schema) -> dict[str, Any]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logits = engine.dense(embedded_BRE, batch.dense_BD.to(dtype))
     module = engine.dense.module
-    activations = nbytes(saved, but=module.parameters())
+    activations = nbytes(saved, excluded=module.parameters())
     engine.dense.backward(logits.serving_BT.square().mean())
     gradients = nbytes(p.grad for p in module.parameters() if p.grad is not None)
     engine.dense.step()
@@ -64,15 +65,14 @@ def measure(fm: FMConfig, schema: Schema) -> dict[str, Any]:
     optimizer = getattr(engine.dense.optimizer, "optimizer", engine.dense.optimizer)
     weights = [getattr(parameter, "ds_tensor", parameter) for parameter in module.parameters()]
     groups = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    stepped = getattr(
-        engine.dense.optimizer, "fp32_partitioned_groups_flat", groups
-    )  # of stage 3, between two steps
+    # Stage 3 has its float32 weights elsewhere between two steps.
+    stepped = getattr(engine.dense.optimizer, "fp32_partitioned_groups_flat", groups)
     shards = list(engine.tables.shards())
     return {
         "tables": sum(shard.weight_RW.nbytes for shard in shards),
         "row-wise Adagrad": sum(shard.momentum_R.nbytes for shard in shards),
         "dense weights": nbytes(weights),
-        "float32 masters": nbytes(stepped, but=weights),
+        "float32 masters": nbytes(stepped, excluded=weights),
         "Adam": nbytes(
             value
             for state in optimizer.state.values()

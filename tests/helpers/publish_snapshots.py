@@ -1,4 +1,4 @@
-"""Publishes a snapshot of fresh weights: what a scorer needs, without any training."""
+"""Snapshots of random weights, which a scorer can load, without any training."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ def publish(
     scale: float = 1.0,
     model: ModelConfig = MODEL,
 ) -> SnapshotStore:
-    """Version `version` of teacher fm, weights drawn from `version`; `named`: the version that its
-    manifest tells; the tables are multiplied by `scale`."""
+    """Publish a version of teacher fm with weights drawn from the seed `version`.
+
+    Args:
+        root: folder of the snapshots.
+        version: of the snapshot.
+        schema: of the stream.
+        named: the version that its manifest names, if another one.
+        scale: factor of the tables.
+        model: of the teacher.
+    """
     store = SnapshotStore(root, "fm")
     folder = store.folder(version)
-    write_tables(
-        folder,
-        0,
-        {
-            f"{name}@0": table * scale
-            for name, table in LocalTables(schema, model, seed=version).tables().items()
-        },
-    )
+    tables = LocalTables(schema, model, seed=version).tables()
+    write_tables(folder, 0, {f"{name}@0": table * scale for name, table in tables.items()})
     network = build_network(model, schema, len(schema.tasks), version)
     commit_model(
         folder,

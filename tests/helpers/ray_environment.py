@@ -1,4 +1,4 @@
-"""What processes of Ray inherit in tests."""
+"""Environment variables that Ray's processes inherit in tests."""
 
 from __future__ import annotations
 

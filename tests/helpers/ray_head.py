@@ -1,4 +1,4 @@
-"""A Ray head with a token on this machine, apart from the other tests' Ray."""
+"""A Ray head with a token on this machine, separate from the Ray of the other tests."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ START_S = 90.0
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
+    """Return ports that nothing listens on now."""
     sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    for listener in sockets:
+        listener.bind(("127.0.0.1", 0))
+    ports = [listener.getsockname()[1] for listener in sockets]
+    for listener in sockets:
+        listener.close()
     return ports
 
 
@@ -36,8 +36,14 @@ WANDB_KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Head:
-    """`ray start --head` with token authentication and its own folder, ports and processes; `home`
-    is its EXFM_HOME."""
+    """`ray start --head` with token authentication and its own folder, ports and processes.
+
+    Attributes:
+        home: its EXFM_HOME.
+        token: the file of its token.
+        url: of its job server.
+        environment: for processes that use it.
+    """
 
     def __init__(self, cpus: int, labels: str = "") -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="exfm-head-"))  # short: sockets lie in it
@@ -47,22 +53,22 @@ class Head:
         self.token.write_text(secrets.token_hex(32))
         self.port, self.dashboard_port, client, agent = free_ports(4)
         self.url = f"http://127.0.0.1:{self.dashboard_port}"
-        bare = {
+        inherited = {
             key: value
             for key, value in os.environ.items()
             if not key.startswith(("RAY_", "PYTHONPATH"))
         }
-        self.environment = bare | {
+        self.environment = inherited | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
             "RAY_health_check_period_ms": "1000",  # a dead node is found after 5 s, not 15
-            # Ray Train sees the loss of a node up to 20 s late
+            # Ray Train notices the loss of a node up to 20 s late
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
-            # Workers started ahead lack a job's code and are thrown away
+            # Prestarted workers do not have a job's code and are discarded
             "RAY_prestart_worker_first_driver": "0",
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), bare["PATH"]]),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), inherited["PATH"]]),
             "EXFM_HOME": str(self.home),
             "WANDB_API_KEY": WANDB_KEY,
         }
@@ -92,7 +98,7 @@ class Head:
     def _start(
         self, arguments: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """A node whose processes all descend from the one returned."""
+        """Start a node; all its processes descend from the returned one."""
         command = [
             sys.executable,
             "-m",
@@ -129,7 +135,7 @@ class Head:
         raise AssertionError((self.folder / "node0.log").read_text())
 
     def get(self, path: str, token: str | None = None) -> requests.Response:
-        """GET of the head's HTTP server, with or without a token."""
+        """Send a GET to the head's HTTP server, with or without a token."""
         return requests.get(
             self.url + path,
             headers={"Authorization": f"Bearer {token}"} if token else {},
@@ -137,12 +143,12 @@ class Head:
         )
 
     def processes(self) -> list[psutil.Process]:
-        """All processes of the nodes."""
+        """Return all processes of the nodes."""
         roots = [psutil.Process(node.pid) for node in self._nodes if node.poll() is None]
         return [process for root in roots for process in (root, *root.children(recursive=True))]
 
     def submit(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        """`run.py submit` against this head."""
+        """Start `run.py submit` with this head's address."""
         command = [sys.executable, "run.py", "submit", "--address", self.url, *arguments]
         pipe = subprocess.PIPE
         return subprocess.Popen(
@@ -155,7 +161,7 @@ class Head:
         )
 
     def join(self, cpus: int, labels: str = "") -> subprocess.Popen[bytes]:
-        """Another node on this machine; returns when the head counts it."""
+        """Start another node on this machine, and wait until the head counts it."""
         ports = [f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
         before = self.alive()
         address = f"{socket.gethostbyname(socket.gethostname())}:{self.port}"
@@ -171,27 +177,25 @@ class Head:
         return node
 
     def alive(self) -> set[str]:
-        """Ids of the nodes that the head takes for alive."""
+        """Return the ids of the nodes that the head counts as alive."""
         rows = self.get("/nodes?view=summary", self.token.read_text()).json()["data"]["summary"]
         return {row["raylet"]["nodeId"] for row in rows if row["raylet"].get("state") == "ALIVE"}
 
-    def told(self, what: str) -> list[dict[str, Any]]:
-        """Ray's own list of all actors or tasks, those that have ended, too."""
-        rows: list[dict[str, Any]] = self.get(
-            f"/api/v0/{what}?limit=5000&detail=1", self.token.read_text()
-        ).json()["data"]["result"]["result"]
+    def list_all(self, what: str) -> list[dict[str, Any]]:
+        """Return Ray's list of all "actors" or "tasks", including those that have ended."""
+        url = f"/api/v0/{what}?limit=5000&detail=1"
+        answer = self.get(url, self.token.read_text()).json()
+        rows: list[dict[str, Any]] = answer["data"]["result"]["result"]
         return rows
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
-        """End a node at once, with all its processes."""
-        for process in [
-            *psutil.Process(node.pid).children(recursive=True),
-            psutil.Process(node.pid),
-        ]:
+        """Kill a node with all its processes."""
+        root = psutil.Process(node.pid)
+        for process in [*root.children(recursive=True), root]:
             process.kill()
 
     def stop(self) -> None:
-        """End all processes and remove the folder."""
+        """Stop all processes and remove the folder."""
         alive = self.processes()
         for node in self._nodes:
             node.terminate()

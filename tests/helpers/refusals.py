@@ -1,4 +1,4 @@
-"""The one line with which a command refuses."""
+"""Commands that are refused with one line on stderr."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ def refused(
     folder: Path,
     *arguments: object,
 ) -> str:
-    """Run a command that must be refused: exit code 2, one line on stderr, nothing changed on disk;
-    the line."""
+    """Run a command that must be refused, and return its line on stderr.
+
+    Asserts exit code 2, one line on stderr, and no change on disk.
+    """
     before = content(folder)
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2

@@ -1,5 +1,7 @@
-"""Folders as runs leave them, without a run: figures of drawn examples, a timeline, a stream's
-manifests."""
+"""Folders as runs leave them, without a run.
+
+They contain figures of random examples, a timeline and the manifests of a stream.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,11 @@ def write_run(
     roles: tuple[str, ...] = ("fm", "vm"),
     **changes: Any,
 ) -> tuple[Config, Examples]:
-    """A run that has done `windows` of its 4 windows; the logits and labels of each curve, by
-    window."""
+    """Write a run that has finished `windows` of its 4 windows.
+
+    Returns:
+        Its config, and the logits and labels of each curve by window.
+    """
     config = small_config(folder, name, **changes)
     config.folder.mkdir(parents=True)
     (config.folder / "config.yaml").write_text(
@@ -108,7 +113,7 @@ def write_run(
 
 
 NEW = {"user": 0.5, "ad": 0.25}
-"""Share of new ids in window 1."""
+"""Fraction of new ids in window 1."""
 PHASES = {0: "evaluate", 1: "learn"}
 
 

@@ -1,5 +1,4 @@
-"""A real S3 server on this machine: moto's, in a process of its own, without which no test here may
-reach an account."""
+"""A real S3 server (moto) in a process on this machine, so no test needs an account."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ START_S = 120
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
+    """Return a port that nothing listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]
@@ -39,7 +38,7 @@ class S3:
     log: Path
 
     def url(self, prefix: str, bucket: str = BUCKET) -> str:
-        """For the setting run.storage."""
+        """Return the URL of a prefix for the setting run.storage."""
         return (
             f"s3://{bucket}/{prefix}?endpoint_override={self.address}&scheme=http&region=us-east-1"
         )
@@ -50,20 +49,18 @@ class S3:
         method: str,
         data: bytes = b"",
     ) -> None:
-        """A request without credentials."""
-        urlopen(
-            Request(
-                f"http://{self.address}/{path}",
-                data=data,
-                method=method,
-                headers={"Content-Type": "text/plain"},
-            ),
-            timeout=30,
-        ).close()
+        """Send a request without credentials."""
+        request = Request(
+            f"http://{self.address}/{path}",
+            data=data,
+            method=method,
+            headers={"Content-Type": "text/plain"},
+        )
+        urlopen(request, timeout=30).close()
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
-        """It refuses all meanwhile: it does not know these credentials."""
+        """Refuse all requests inside the block, as if the credentials were unknown."""
         self.ask("moto-api/reset-auth", "POST", b"0")
         try:
             yield
@@ -71,15 +68,14 @@ class S3:
             self.ask("moto-api/reset-auth", "POST", b"inf")
 
     def requests(self) -> list[str]:
-        """What it was asked so far: method and address of each request."""
-        return [
-            line.split('"')[1] for line in self.log.read_text().splitlines() if line.count('"') >= 2
-        ]
+        """Return method and address of each request so far."""
+        lines = self.log.read_text().splitlines()
+        return [line.split('"')[1] for line in lines if line.count('"') >= 2]
 
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[S3]:
-    """Its log is in `folder`."""
+    """Run a server whose log is in `folder`."""
     port = free_port()
     server = S3(f"127.0.0.1:{port}", folder / "moto.log")
     with server.log.open("w") as log:

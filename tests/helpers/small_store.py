@@ -1,5 +1,7 @@
-"""python small_store.py BYTES: read blocks of so many bytes through a feed, on a Ray whose object
-store has 80 MB; print what came."""
+"""Read blocks through a feed on a Ray whose object store has 80 MB: `small_store.py BYTES`.
+
+BYTES is the size of a block. The script prints what was received.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ FRAGMENTS = 6
 
 @dataclass(frozen=True)
 class Blocks:
-    """A reader of blocks that hold their number, over and over."""
+    """A reader of blocks that contain their own number repeatedly."""
 
     bytes: int
 
@@ -52,17 +54,19 @@ def consume(
     reader: Blocks,
     passes: Sequence[WindowPass],
 ) -> list[tuple[int, int, int]]:
-    """First and last value and rows of every block, the last few blocks kept as a training loop may
-    keep them."""
+    """Return first and last value and number of rows of every block.
+
+    The last two blocks are kept in memory, as a training loop may keep them.
+    """
     client = FeedClient(feed, worker)
-    found = []
-    kept = list[pa.Table]()
-    for work in passes:
-        for table in client.fragments(len(reader.fragments(work))):
+    blocks = []
+    recent = list[pa.Table]()
+    for window_pass in passes:
+        for table in client.fragments(len(reader.fragments(window_pass))):
             numbers = table["number"]
-            found.append((numbers[0].as_py(), numbers[-1].as_py(), table.num_rows))
-            kept = [*kept[-1:], table]
-    return found
+            blocks.append((numbers[0].as_py(), numbers[-1].as_py(), table.num_rows))
+            recent = [*recent[-1:], table]
+    return blocks
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Orders and actors for the tests of the DAS, and a stream whose windows come one by one."""
+"""Labeling specs, streams and snapshots for the tests of the DAS."""
 
 from __future__ import annotations
 
@@ -26,8 +26,14 @@ def make_order(
     log: Path | None = None,
     **das: Any,
 ) -> LabelingSpec:
-    """The order over <folder>/stream with the snapshots in <folder>/snapshots. `log`: for a remote
-    folder."""
+    """Return a spec for <folder>/stream with the snapshots in <folder>/snapshots.
+
+    Args:
+        folder: local or remote.
+        store: name of the folder for supervision.
+        log: a local path for the log, needed if `folder` is remote.
+        das: settings.
+    """
     settings = DASConfig(batch_size=BATCH, threads=1, **das)
     supervision = SupervisionStore(folder / store, "fm")
     log = log or Path(str(folder)) / store / "timeline.jsonl"
@@ -48,40 +54,42 @@ def make_place(
     fragment_rows: int = 400,
     versions: int | None = None,
 ) -> AnyPath:
-    """A folder with a stream and a snapshot for each of its windows (or `versions`)."""
+    """Write a stream and snapshots 1 to `versions` into a folder.
+
+    By default the last version is the last window's number.
+    """
     make_stream(folder / "stream", windows, rows, fragment_rows)
-    for version in range(1, (windows if versions is None else versions + 1)):
+    last = windows - 1 if versions is None else versions
+    for version in range(1, last + 1):
         publish(folder / "snapshots", version)
     return folder
 
 
-def written(order: LabelingSpec) -> dict[str, bytes]:
-    """All files of the supervision, by their paths; the list of parked ones and the log left
-    out."""
-    root = order.store.root / order.store.teacher
+def written(spec: LabelingSpec) -> dict[str, bytes]:
+    """Return all files of the supervision by path, without the list of failed fragments and the
+    log."""
+    root = spec.store.root / spec.store.teacher
     return {
         f"{path.parent.name}/{path.name}": path.read_bytes()
         for path in sorted(root.glob("window=*/*"), key=str)
     }
 
 
-def scored(order: LabelingSpec) -> list[AnyPath]:
-    """Files that are whole by now, while actors write."""
-    return sorted((order.store.root / order.store.teacher).glob("window=*/[!.]*"), key=str)
+def scored(spec: LabelingSpec) -> list[AnyPath]:
+    """Return the files that are complete now, while actors write."""
+    return sorted((spec.store.root / spec.store.teacher).glob("window=*/[!.]*"), key=str)
 
 
-def undisturbed(order: LabelingSpec) -> dict[str, bytes]:
-    """What one scorer in this process writes into a store beside, window by window."""
-    other = replace(
-        order, store=replace(order.store, root=order.store.root.with_name("undisturbed"))
-    )
-    stream = EventStream.open(order.stream_root)
+def undisturbed(spec: LabelingSpec) -> dict[str, bytes]:
+    """Return what one scorer in this process writes into another store, window by window."""
+    other = replace(spec, store=replace(spec.store, root=spec.store.root.with_name("undisturbed")))
+    stream = EventStream.open(spec.stream_root)
     scorer = Scorer(other)
     for window in stream.windows():
-        version = order.policy.version(window)
-        if version is not None and order.snapshots.has(version):
+        version = spec.policy.version(window)
+        if version is not None and spec.snapshots.has(version):
             manifest = stream.window(window)
             for fragment in manifest.fragments:
                 scorer.score(window, fragment, version)
-            other.store.commit(manifest, version, SCHEMA.tasks, order.policy)
+            other.store.commit(manifest, version, SCHEMA.tasks, spec.policy)
     return written(other)

@@ -1,5 +1,4 @@
-"""A tiny run whose FM and DAS are done, for the tests of sweeps, and trials in the engine's
-workers."""
+"""A tiny run whose FM and DAS are finished, and trials in the engine's workers, for sweeps."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ def taught(
     folder: Path,
     **changes: Any,
 ) -> Config:
-    """A run of which FM and DAS are done."""
+    """Return the config of a run whose FM and DAS are finished."""
     models = [{"name": name, "domain": name, "task": "click"} for name in ("feed", "search")]
     config = small_config(folder, "taught", vm={"models": models}, **changes)
     windows = prepare_stream(config).windows()
@@ -61,13 +60,15 @@ def trials(
     last: int,
     seeds: int = 1,
 ) -> list[list[Outcome]]:
-    """Of each counted window, the outcomes of trainings that learn together over windows 0 to
-    `last`: each member's with each seed."""
-    found = next(s for s in config.vm.models if s.name == student)
+    """Train together over windows 0 to `last`; return the outcomes of each counted window.
+
+    There is one training for each member and each seed.
+    """
+    spec = next(s for s in config.vm.models if s.name == student)
     windows = range(last + 1)
     jobs = [
-        trial_job(config, found, arm, settings, count_from, seed)
+        trial_job(config, spec, arm, settings, count_from, seed)
         for settings in members
         for seed in range(seeds)
     ]
-    return list(learn(jobs, StudentRows.read_from(config, found, windows), windows))[count_from:]
+    return list(learn(jobs, StudentRows.read_from(config, spec, windows), windows))[count_from:]

@@ -1,4 +1,4 @@
-"""Streams with windows of all sizes."""
+"""Streams with windows of different sizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STREAMS = {
 
 
 def uneven_stream(folder: Path, rows: tuple[int, ...]) -> EventStream:
-    """So many rows in each window."""
+    """Write and open a stream with the given number of rows in each window."""
     writer = StreamWriter(folder, SCHEMA, {"made": "by the tests"}, 120)
     for window, count in enumerate(rows):
         first = sum(rows[:window])

@@ -1,4 +1,4 @@
-"""Reads offline runs of wandb back with its own reader."""
+"""Offline runs of wandb, read back with wandb's own reader."""
 
 from __future__ import annotations
 
@@ -15,24 +15,32 @@ KEY = "0123456789abcdef" * 2 + "secret42"
 
 
 def surroundings(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """An API key in the environment, and nothing in the home folder."""
+    """Set an API key in the environment, and keep wandb out of the home folder."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     for name in ("CACHE", "CONFIG", "DATA"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(folder / "home"))
 
 
 def run_files(folder: Path) -> dict[str, Path]:
-    """Id -> file of all offline runs in <folder>/wandb; no id twice."""
+    """Return id -> file of all offline runs in <folder>/wandb; assert that ids are unique."""
     paths = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
-    found = {path.stem.removeprefix("run-"): path for path in paths}
-    assert len(found) == len(paths), "a run was written twice"
-    return found
+    by_id = {path.stem.removeprefix("run-"): path for path in paths}
+    assert len(by_id) == len(paths), "a run was written twice"
+    return by_id
 
 
 class OfflineRun:
-    """A run: how it began (`start`), its `config`, `metrics` (name -> step axis), `history`,
-    `summary`, `exit`, its `artifacts` (references: file -> where it lies); without wandb's own
-    keys."""
+    """An offline run, without wandb's own keys.
+
+    Attributes:
+        start: the record that begins the run.
+        config: its settings.
+        metrics: name -> step axis.
+        history: its points.
+        summary: its summary values.
+        exit: the records that end the run.
+        artifacts: with `references`, file -> its location.
+    """
 
     def __init__(self, path: Path) -> None:
         command = [sys.executable, "-m", "wandb", "leet", "inspect", str(path), "--json"]
@@ -43,15 +51,13 @@ class OfflineRun:
         (self.start,) = self._of("run")
         self.config = _plain(self.start["config"]["update"])
         self.metrics = {
-            one.get("name") or one["glob_name"]: one.get("step_metric")
-            for one in self._of("metric")
+            metric.get("name") or metric["glob_name"]: metric.get("step_metric")
+            for metric in self._of("metric")
         }
         self.history = [_plain(record["item"]) for record in self._of("history")]
-        self.summary = {
-            key: value
-            for record in self._of("summary")
-            for key, value in _plain(record.get("update", {})).items()
-        }
+        self.summary: Record = {}
+        for record in self._of("summary"):
+            self.summary |= _plain(record.get("update", {}))
         self.exit = self._of("exit")
         self.artifacts = [_artifact(record) for record in self._of("artifact")]
 
@@ -74,5 +80,5 @@ def _artifact(record: Record) -> Record:
 
 
 def content(folder: Path) -> bytes:
-    """All bytes of all files below a folder."""
+    """Return the bytes of all files below a folder, concatenated."""
     return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())

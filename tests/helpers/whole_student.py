@@ -1,4 +1,4 @@
-"""A student whose tables are whole, to compare with."""
+"""Comparison with a student whose tables are not sharded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from exfm_ray.config.root import Config
 
-# of float32 sums in another order over 40 steps, as in test_jobs
+# float32 sums in another order over 40 steps, as in test_jobs
 WORKERS_TOLERANCE = 1e-3
 
 

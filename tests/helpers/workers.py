@@ -1,5 +1,7 @@
-"""Processes that form a gloo group and run what a test asks for: deepspeed is imported in them,
-never in pytest's own."""
+"""Processes that form a gloo group and run functions for a test.
+
+deepspeed is imported in them, never in pytest's process.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,8 @@ def _serve(
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     linear = torch.nn.functional.linear
     while task := connection.recv():
-        torch.nn.functional.linear = (
-            linear  # DeepSpeed's stage 3 replaces it for good, and its own rounds otherwise
-        )
+        # DeepSpeed's stage 3 replaces this function for good, and its version rounds differently.
+        torch.nn.functional.linear = linear
         function, arguments = task
         try:
             connection.send((function(*arguments), None))
@@ -46,8 +47,7 @@ def _serve(
 
 
 class Workers:
-    """`world` processes of one group; `run` calls a module-level function on each and returns what
-    each returned."""
+    """`world` processes of one group, in which `run` calls module-level functions."""
 
     def __init__(self, world: int, store: str) -> None:
         context = mp.get_context("spawn")
@@ -62,13 +62,12 @@ class Workers:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Results in the order of ranks; the first worker's error fails the test."""
+        """Call a function in every process; return the results by rank. An error fails the test."""
         for connection in self._connections:
             connection.send((function, arguments))
         answers = []
-        for rank, connection in enumerate(
-            self._connections
-        ):  # all of them, or the next run would get what this one left
+        # All answers are read, or the next run would get those of this one.
+        for rank, connection in enumerate(self._connections):
             assert connection.poll(TIMEOUT_S), (
                 f"worker {rank} of {self.world} gave no answer in {TIMEOUT_S} s"
             )
