@@ -1,2 +1,1 @@
-"""The Data Augmentation System: FM snapshots in, supervision beside the training data out, once per
-example."""
+"""The Data Augmentation System: labels a stream's windows with a teacher's predictions, once."""

@@ -1,11 +1,13 @@
-"""The clients' end of the service: it is found by its name, or started; a service that dies is
-started again and asked again."""
+"""The clients' side of the service: find it by its name, start it, and ask it to label windows.
+
+A service that dies is started and asked again.
+"""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
@@ -23,158 +25,215 @@ RPC_TIMEOUT_S = 60.0
 
 
 class LabelingFailedError(UserError):
-    """Windows that could not be labelled; all others are."""
+    """Some windows could not be labeled; all others are."""
 
 
 def connect(
-    order: LabelingSpec,
+    spec: LabelingSpec,
     detached: bool = False,
     follow: bool = False,
 ) -> Any:
-    """The service that carries out `order`: the one that runs, or a new one; `detached`: it
-    outlives the process that starts it.
+    """Return the service that carries out `spec`: the running one, or a new one.
 
-    UserError where one runs that labels the same store otherwise.
+    Args:
+        spec: what the service labels.
+        detached: a new service outlives the process that starts it.
+        follow: a new service also labels windows that appear later.
+
+    Raises:
+        UserError: a service with other settings is running on the same store.
     """
-    service = _found(order, detached, follow)
-    check_compatible(service, order, detached)
+    service = _get_or_start(spec, detached, follow)
+    check_compatible(service, spec, detached)
     return service
 
 
-def _found(
-    order: LabelingSpec,
+def _get_or_start(
+    spec: LabelingSpec,
     detached: bool = False,
     follow: bool = False,
 ) -> Any:
-    """A handle, at once: the service may be starting still. Without a handle to it a service that
-    is not lasting ends."""
-    options = {
-        "name": order.name,
-        "namespace": NAMESPACE,
-        "get_if_exists": True,
-        "lifetime": "detached" if detached else None,
-    }
-    return ServiceActor.options(**options).remote(order, detached, follow)
+    """Return a handle at once, maybe before the service is up.
+
+    A service that is not detached ends when the last handle to it is gone.
+    """
+    actor = ServiceActor.options(
+        name=spec.name,
+        namespace=NAMESPACE,
+        get_if_exists=True,
+        lifetime="detached" if detached else None,
+    )
+    return actor.remote(spec, detached, follow)
 
 
 def check_compatible(
     service: Any,
-    order: LabelingSpec,
+    spec: LabelingSpec,
     detached: bool = False,
 ) -> None:
-    """UserError where a service labels otherwise."""
-    found, lasts = ray.get(service.order.remote(), timeout=RPC_TIMEOUT_S)
-    if difference := order.first_difference(found):
+    """Raise a UserError if a service labels with other settings, or ends with a pipeline."""
+    running, is_detached = ray.get(service.spec.remote(), timeout=RPC_TIMEOUT_S)
+    root = spec.store.root
+    difference = spec.first_difference(running)
+    if difference:
         raise UserError(
-            f"a DAS with other settings is at work on {order.store.root} ({difference}); end it with `run.py das stop`"
+            f"a DAS with other settings is at work on {root} ({difference}); "
+            "end it with `run.py das stop`"
         )
-    if detached and not lasts:
+    if detached and not is_detached:
         raise UserError(
-            f"a pipeline's own DAS is at work on {order.store.root}; start the service when that has ended"
+            f"a pipeline's own DAS is at work on {root}; start the service when that has ended"
         )
 
 
 def services() -> dict[str, Any]:
-    """Name -> handle of all services that run in this cluster."""
-    listed = ray.util.list_named_actors(all_namespaces=True)
-    names = sorted(
-        row["name"]
-        for row in listed
-        if row["namespace"] == NAMESPACE and row["name"].startswith("das ")
-    )
-    return {name: ray.get_actor(name, NAMESPACE) for name in names}
+    """Return the handles of all services in this cluster, by name."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+    service_names = sorted(name for name in names if name.startswith("das "))
+    return {name: ray.get_actor(name, NAMESPACE) for name in service_names}
 
 
 def end(service: Any) -> None:
-    """End a service with its actors, at once; nothing is lost."""
+    """End a service and its actors at once. Nothing is lost."""
     ray.kill(service, no_restart=True)
 
 
 def label(
-    order: LabelingSpec,
+    spec: LabelingSpec,
     windows: Sequence[int],
     progress: Callable[[int, int], None],
     watch: Callable[[], None],
 ) -> None:
-    """Have windows labelled and wait for all of them.
+    """Have windows labeled and wait for all of them.
 
     Args:
-        progress: told of rows that were scored: window, rows.
-        watch: called all the time; it raises to end the wait.
+        spec: what the service labels.
+        windows: the windows.
+        progress: called with a window and the number of its rows that were scored since the last
+            call.
+        watch: called all the time; raises an error to end the wait.
 
     Raises:
-        LabelingFailedError: some windows could not be labelled; all others are, but for those that
-            wait for readers of these.
+        LabelingFailedError: some windows could not be labeled. All others are, except those that
+            wait for readers of the failed ones.
     """
-    client = uuid.uuid4().hex
-    left = set(windows)
-    seen = dict.fromkeys(windows, 0)
-    service = None
-    agreed = False
+    session = _Session(spec, windows)
     try:
-        while left:
-            try:
-                if service is None:
-                    service = _found(order)
-                    agreed = False
-                if not agreed:
-                    check_compatible(service, order)
-                    agreed = True
-                told = ray.get(service.progress.remote(client), timeout=RPC_TIMEOUT_S)
-                if told is None:
-                    ray.get(service.ask.remote(client, left), timeout=RPC_TIMEOUT_S)
-                    seen = dict.fromkeys(windows, 0)
-                    continue
-            except (
-                GetTimeoutError
-            ):  # it is slow to start or to answer: to let go of it would end it
-                watch()
-                continue
-            except RayActorError as error:  # killed, or its owner has ended: it is asked anew
-                if getattr(error, "actor_init_failed", False):
-                    raise
-                service = None
-                watch()
-                time.sleep(POLL_S)
-                continue
-            for window, rows in told["rows"].items():
-                if rows > seen.get(window, rows):  # another client's windows are not counted
-                    progress(window, rows - seen[window])
-                    seen[window] = rows
-            left -= told["committed"]
-            lost = told["parked"].keys() & left
-            if left and left <= lost | out_of_reach(order, left, lost):
-                raise LabelingFailedError(
-                    failure_message(order, {window: told["parked"][window] for window in lost})
-                )
+        while session.remaining:
+            status = session.poll()
+            if status is not None:
+                session.report(status["rows"], progress)
+                session.remaining -= status["committed"]
+                session.check_failed(status["failed"])
             watch()
-            time.sleep(POLL_S if left else 0)
+            if session.remaining:
+                time.sleep(POLL_S)
     finally:
-        if service is not None and agreed:
-            _leave(service, client)
+        session.leave()
+
+
+class _Session:
+    """One client's request: the windows that are left of it, and the service that has it.
+
+    Attributes:
+        remaining: windows that are not labeled yet.
+    """
+
+    def __init__(self, spec: LabelingSpec, windows: Sequence[int]) -> None:
+        self.remaining = set(windows)
+        self._spec = spec
+        self._client = uuid.uuid4().hex
+        self._windows = tuple(windows)
+        self._reported = dict.fromkeys(windows, 0)
+        self._service: Any = None
+        self._is_compatible = False
+
+    def poll(self) -> dict[str, Any] | None:
+        """Ask the service for its progress (see `Scheduler.progress`).
+
+        Returns None if the service does not answer yet, has died, or has just got the request.
+        """
+        try:
+            return self._request_progress()
+        except GetTimeoutError:
+            # It is slow to start or to answer. Keep the handle: without it the service would end.
+            return None
+        except RayActorError as error:  # killed, or its owner has ended: start and ask it again
+            if getattr(error, "actor_init_failed", False):
+                raise
+            self._service = None
+            return None
+
+    def _request_progress(self) -> dict[str, Any] | None:
+        if self._service is None:
+            self._service = _get_or_start(self._spec)
+            self._is_compatible = False
+        service = self._service
+        if not self._is_compatible:
+            check_compatible(service, self._spec)
+            self._is_compatible = True
+
+        status: dict[str, Any] | None = ray.get(
+            service.progress.remote(self._client), timeout=RPC_TIMEOUT_S
+        )
+        if status is None:  # this process of the service does not know the request
+            ray.get(service.ask.remote(self._client, self.remaining), timeout=RPC_TIMEOUT_S)
+            self._reported = dict.fromkeys(self._windows, 0)
+        return status
+
+    def report(self, rows: Mapping[int, int], progress: Callable[[int, int], None]) -> None:
+        """Report the rows scored since the last call; other clients' windows are not reported."""
+        for window, scored in rows.items():
+            reported = self._reported.get(window)
+            if reported is not None and scored > reported:
+                progress(window, scored - reported)
+                self._reported[window] = scored
+
+    def check_failed(self, causes: Mapping[int, str]) -> None:
+        """Raise a `LabelingFailedError` if nothing of the request can be labeled any more.
+
+        Args:
+            causes: the windows that have failed for good, and why.
+        """
+        failed = causes.keys() & self.remaining
+        hopeless = failed | out_of_reach(self._spec, self.remaining, failed)
+        if self.remaining and self.remaining <= hopeless:
+            failed_causes = {window: causes[window] for window in failed}
+            raise LabelingFailedError(failure_message(self._spec, failed_causes))
+
+    def leave(self) -> None:
+        """Withdraw the request. The last client to leave ends a service that is not detached."""
+        service = self._service
+        if service is None or not self._is_compatible:
+            return
+        with suppress(RayActorError, GetTimeoutError):
+            is_idle = ray.get(service.leave.remote(self._client), timeout=RPC_TIMEOUT_S)
+            if is_idle:
+                end(service)
 
 
 def out_of_reach(
-    order: LabelingSpec,
+    spec: LabelingSpec,
     windows: Set[int],
-    parked: Set[int],
+    failed: Set[int],
 ) -> set[int]:
-    """Of these windows those that will never be labelled: with das.max_windows_ahead a window waits
-    for readers, which learn none from a parked one on."""
-    if order.das.max_windows_ahead is None or not order.readers or not parked:
+    """Return those of `windows` that will never be labeled because others have failed.
+
+    With das.max_windows_ahead a window waits for readers, and these stop at a failed window.
+    """
+    ahead = spec.das.max_windows_ahead
+    if ahead is None or not spec.readers or not failed:
         return set()
-    return {window for window in windows if window >= min(parked) + order.das.max_windows_ahead}
+    first_blocked = min(failed) + ahead
+    return {window for window in windows if window >= first_blocked}
 
 
-def failure_message(order: LabelingSpec, causes: dict[int, str]) -> str:
-    """Which windows have no supervision, and why the first has none."""
-    first = min(causes)
-    numbers = ", ".join(map(str, sorted(causes)))
-    return f"{causes[first]}; no supervision of window(s) {numbers} by '{order.store.teacher}'; run the same command again when it is repaired"
-
-
-def _leave(service: Any, client: str) -> None:
-    """The last one to leave a service that is not lasting ends it."""
-    with suppress(RayActorError, GetTimeoutError):
-        if ray.get(service.leave.remote(client), timeout=RPC_TIMEOUT_S):
-            end(service)
+def failure_message(spec: LabelingSpec, causes: Mapping[int, str]) -> str:
+    """Say which windows have no supervision, and why the first has none."""
+    windows = sorted(causes)
+    numbers = ", ".join(map(str, windows))
+    return (
+        f"{causes[windows[0]]}; no supervision of window(s) {numbers} by '{spec.store.teacher}'; "
+        "rerun the same command when it is repaired"
+    )

@@ -1,5 +1,8 @@
-"""The pool of scorer actors: grows and shrinks with the backlog, outlives the death of an actor,
-rolls over a few at a time."""
+"""The pool of scorer actors.
+
+It grows and shrinks with the backlog, replaces actors that die, and limits how many actors load
+the next snapshot at once.
+"""
 
 from __future__ import annotations
 
@@ -15,141 +18,188 @@ from exfm_ray.das.queue import ScoreTask
 from exfm_ray.das.scorer import MAX_IN_FLIGHT, MAX_LOADED, ScoreResult
 
 SHRINK_S = 20.0
-"""An actor is given up when the backlog has been too small for it for so long; to start one takes
-seconds."""
+"""An actor is ended after the backlog was too small for it for so long; a start takes seconds."""
 START_TRIES = 3
-CALL_S = 3600.0
-"""Longest that an actor may take for a fragment, a snapshot's loading included; then it is
-killed."""
+CALL_TIMEOUT_S = 3600.0
+"""Longest time for one fragment, with loading a snapshot; then the actor is killed."""
 
 
 @dataclass
 class ActorSlot:
-    """An actor: not `up` before its process runs. `held`: the versions that it has scored with, the
-    latest last."""
+    """One actor of the pool.
+
+    Attributes:
+        actor: handle of the actor.
+        number: counts the actors that the pool has started, from 1.
+        up: True once the actor's process runs.
+        process: its process id, 0 before it runs.
+        running: Ray reference -> the task that the actor has.
+        loaded: versions that it has scored with, the latest last.
+    """
 
     actor: Any
     number: int
     up: bool = False
     process: int = 0
     running: dict[Any, ScoreTask] = field(default_factory=dict)
-    held: list[int] = field(default_factory=list)
+    loaded: list[int] = field(default_factory=list)
 
     @property
     def oldest_task_age_s(self) -> float:
-        """For how long its oldest fragment is in hand."""
+        """Seconds since the actor got the oldest of its tasks; 0 without tasks."""
         now = time.monotonic()
-        return now - min((work.given_s for work in self.running.values()), default=now)
+        dispatched = [task.dispatched_s for task in self.running.values()]
+        return now - min(dispatched, default=now)
 
     @property
     def loading_versions(self) -> set[int]:
-        """Versions that it takes up now."""
-        return {work.version for work in self.running.values()} - set(self.held)
+        """Versions that the actor has tasks for but has not scored with yet."""
+        versions = {task.version for task in self.running.values()}
+        return versions - set(self.loaded)
 
     @property
     def is_loading(self) -> bool:
-        """True while it exchanges a snapshot that it holds for another; a fresh actor takes up its
-        first without holding up any other."""
-        return bool(self.held and self.loading_versions)
+        """True while the actor replaces a snapshot; the first one of a new actor does not count."""
+        return bool(self.loaded and self.loading_versions)
+
+    def must_reload_for(self, version: int) -> bool:
+        """Return True if the actor would have to start replacing a snapshot for this version."""
+        is_known = version in self.loaded or version in self.loading_versions
+        return bool(self.loaded) and not is_known
 
     def status(self) -> dict[str, Any]:
-        """What `das status` shows of it."""
+        """Return what `das status` shows about the actor."""
         return {
             "number": self.number,
             "process": self.process,
             "up": self.up,
-            "snapshots": list(self.held),
-            "coming": sorted(self.loading_versions),
+            "snapshots": list(self.loaded),
+            "loading": sorted(self.loading_versions),
             "fragments": len(self.running),
         }
 
-    def has_capacity(self, work: ScoreTask) -> bool:
-        """Whether it can have one more."""
-        if work.isolate or any(other.isolate for other in self.running.values()):
-            return self.up and not self.running
-        return self.up and len(self.running) < MAX_IN_FLIGHT
+    def has_capacity(self, task: ScoreTask) -> bool:
+        """Return True if the actor can take another task now."""
+        if not self.up:
+            return False
+        is_isolated = any(other.isolate for other in self.running.values())
+        if task.isolate or is_isolated:
+            return not self.running
+        return len(self.running) < MAX_IN_FLIGHT
 
 
 @dataclass
 class Completion:
-    """What came back for a work: what it took, or the error. `died`: its actor did, `beside` so
-    many other works."""
+    """The end of a task.
 
-    work: ScoreTask
-    scored: ScoreResult | None = None
+    Attributes:
+        task: the task.
+        result: what it took; None if it failed.
+        error: why it failed; None if it succeeded.
+        died: True if its actor died.
+        other_tasks: how many other tasks the dead actor had.
+    """
+
+    task: ScoreTask
+    result: ScoreResult | None = None
     error: BaseException | None = None
     died: bool = False
-    beside: int = 0
+    other_tasks: int = 0
 
 
 @dataclass
 class Pool:
-    """`min_actors` to `max_actors` actors that `start` makes; at most `rollover` of them load a
-    next snapshot at once."""
+    """The scorer actors.
+
+    Attributes:
+        start: starts an actor and returns its handle.
+        min_actors: the pool never has fewer actors.
+        max_actors: the pool never has more actors.
+        max_reloads: how many actors may load a next snapshot at once.
+        slots: the actors.
+    """
 
     start: Callable[[], Any]
     min_actors: int
     max_actors: int
-    rollover: int
-    members: list[ActorSlot] = field(default_factory=list)
-    _number: int = 0
-    _enough_since: float = field(default_factory=time.monotonic)
+    max_reloads: int
+    slots: list[ActorSlot] = field(default_factory=list)
+    _last_number: int = 0
+    _busy_s: float = field(default_factory=time.monotonic)
     _starting: dict[Any, ActorSlot] = field(default_factory=dict)
     _failed_starts: int = 0
 
     def resize(self, fragments: int) -> None:
-        """An actor for each fragment that is left, within the bounds: grows at once, shrinks by one
-        after a while."""
-        wanted = min(max(fragments, self.min_actors), self.max_actors)
-        while len(self.members) < wanted:
+        """Adapt the number of actors to the number of fragments left, within the bounds.
+
+        The pool grows at once, and shrinks by one actor after a while.
+        """
+        size = min(max(fragments, self.min_actors), self.max_actors)
+        while len(self.slots) < size:
             self._start()
-        if len(self.members) <= wanted:
-            self._enough_since = time.monotonic()
-        elif time.monotonic() - self._enough_since > SHRINK_S:
-            idle = [member for member in self.members if not member.running]
-            for member in idle[-1:]:
-                self._remove(member)
-                ray.kill(member.actor)
-            self._enough_since = time.monotonic()
+
+        now = time.monotonic()
+        if len(self.slots) <= size:
+            self._busy_s = now
+        elif now - self._busy_s > SHRINK_S:
+            idle = [slot for slot in self.slots if not slot.running]
+            if idle:
+                self._remove(idle[-1])
+                ray.kill(idle[-1].actor)
+            self._busy_s = now
 
     def _start(self) -> None:
-        self._number += 1
-        member = ActorSlot(self.start(), self._number)
-        self.members.append(member)
-        self._starting[member.actor.ready.remote()] = member
+        self._last_number += 1
+        slot = ActorSlot(self.start(), self._last_number)
+        self.slots.append(slot)
+        self._starting[slot.actor.ready.remote()] = slot
 
-    def _remove(self, member: ActorSlot) -> None:
-        self.members = [other for other in self.members if other is not member]
-        self._starting = {
-            ref: other for ref, other in self._starting.items() if other is not member
-        }
+    def _remove(self, slot: ActorSlot) -> None:
+        self.slots = [other for other in self.slots if other is not slot]
+        starting = self._starting.items()
+        self._starting = {ref: other for ref, other in starting if other is not slot}
 
-    def submit(self, work: ScoreTask) -> bool:
-        """Hand a work to the actor that has least in hand; False when none can have it now."""
-        free = [member for member in self.members if member.has_capacity(work)]
-        fit = [member for member in free if work.version in member.held]
-        if not fit and sum(member.is_loading for member in self.members) < self.rollover:
-            fit = free
-        fit = fit or [
-            member for member in free if not member.held or work.version in member.loading_versions
-        ]
-        if not fit:
+    def submit(self, task: ScoreTask) -> bool:
+        """Give a task to the actor that has the fewest; return False if no actor can take it."""
+        candidates = self._candidates(task)
+        if not candidates:
             return False
-        member = min(fit, key=lambda member: len(member.running))
-        work.given_s = time.monotonic()
-        member.running[member.actor.score.remote(work.window, work.fragment, work.version)] = work
+        slot = min(candidates, key=lambda slot: len(slot.running))
+        task.dispatched_s = time.monotonic()
+        ref = slot.actor.score.remote(task.window, task.fragment, task.version)
+        slot.running[ref] = task
         return True
 
+    def _candidates(self, task: ScoreTask) -> list[ActorSlot]:
+        """Return the actors that may take a task: those with its snapshot, if there are any."""
+        version = task.version
+        free = [slot for slot in self.slots if slot.has_capacity(task)]
+        ready = [slot for slot in free if version in slot.loaded]
+        if ready:
+            return ready
+
+        reloads = sum(slot.is_loading for slot in self.slots)
+        if reloads < self.max_reloads:
+            return free
+        return [slot for slot in free if not slot.must_reload_for(version)]
+
     def has(self, window: int) -> bool:
-        """True while an actor has a fragment of a window in hand, be it by a version that is no
-        longer wanted: it may still write."""
-        return any(
-            work.window == window for member in self.members for work in member.running.values()
-        )
+        """Return True while an actor has a fragment of the window, of whatever version.
+
+        Such an actor may still write.
+        """
+        for slot in self.slots:
+            windows = {task.window for task in slot.running.values()}
+            if window in windows:
+                return True
+        return False
 
     def wait(self, timeout_s: float) -> list[Any]:
-        """References that are ready, after waiting for the first."""
-        refs = [*(ref for member in self.members for ref in member.running), *self._starting]
+        """Wait for a result and return the Ray references that are ready."""
+        refs: list[Any] = []
+        for slot in self.slots:
+            refs += slot.running
+        refs += self._starting
         if not refs:
             time.sleep(timeout_s)
             return []
@@ -158,59 +208,68 @@ class Pool:
         return ready
 
     def collect(self, ready: Sequence[Any]) -> list[Completion]:
-        """What has come back by these references; an actor that has died, or does not answer, is
-        replaced."""
-        running = {ref: member for member in self.members for ref in member.running}
-        came: list[Completion] = []
+        """Collect the tasks that have ended. Actors that died or do not answer are replaced."""
+        slots: dict[Any, ActorSlot] = {}
+        for slot in self.slots:
+            slots |= dict.fromkeys(slot.running, slot)
+
+        completions: list[Completion] = []
         for ref in ready:
             if ref in self._starting:
                 self._started(ref)
-            elif ref in running and ref in running[ref].running:
-                came += self._returned(running[ref], ref)
-        for member in [member for member in self.members if member.oldest_task_age_s > CALL_S]:
-            told = f"actor {member.number} (process {member.process}) has not answered for {member.oldest_task_age_s:.0f} s and was killed"
-            ray.kill(member.actor)
-            came += self._lost(member, TimeoutError(told))
-        return came
+            elif ref in slots and ref in slots[ref].running:
+                completions += self._ended(slots[ref], ref)
+
+        late = [slot for slot in self.slots if slot.oldest_task_age_s > CALL_TIMEOUT_S]
+        for slot in late:
+            error = TimeoutError(
+                f"actor {slot.number} (process {slot.process}) has not answered for "
+                f"{slot.oldest_task_age_s:.0f} s and was killed"
+            )
+            ray.kill(slot.actor)
+            completions += self._replace(slot, error)
+        return completions
 
     def _started(self, ref: Any) -> None:
-        member = self._starting.pop(ref)
+        slot = self._starting.pop(ref)
         try:
-            member.process = ray.get(ref)
-            member.up = True
+            slot.process = ray.get(ref)
+            slot.up = True
             self._failed_starts = 0
         except RayActorError:
-            self._remove(member)
+            self._remove(slot)
             self._failed_starts += 1
             if self._failed_starts >= START_TRIES:
                 raise
             self._start()
 
-    def _returned(self, member: ActorSlot, ref: Any) -> list[Completion]:
+    def _ended(self, slot: ActorSlot, ref: Any) -> list[Completion]:
         try:
-            scored: ScoreResult = ray.get(ref)
+            result: ScoreResult = ray.get(ref)
+        except RayTaskError as error:  # raised by the call; the actor lives
+            return [Completion(slot.running.pop(ref), error=error)]
+        except RayActorError as error:
+            return self._replace(slot, error)
         except RayError as error:
-            if isinstance(error, RayTaskError) or not isinstance(
-                error, RayActorError
-            ):  # raised by the call; the actor lives
-                return [Completion(member.running.pop(ref), error=error)]
-            return self._lost(member, error)
-        work = member.running.pop(ref)
-        if scored.rows:  # otherwise it was on disk, and no snapshot was taken up
-            others = [version for version in member.held if version != work.version]
-            member.held = [*others[1 - MAX_LOADED :], work.version]
-        return [Completion(work, scored)]
+            return [Completion(slot.running.pop(ref), error=error)]
 
-    def _lost(self, member: ActorSlot, error: BaseException) -> list[Completion]:
-        """Replace an actor; what it had in hand."""
-        lost = list(member.running.values())
-        self._remove(member)
+        task = slot.running.pop(ref)
+        if result.rows:  # otherwise the fragment was on disk, and the actor loaded no snapshot
+            others = [version for version in slot.loaded if version != task.version]
+            slot.loaded = [*others[1 - MAX_LOADED :], task.version]
+        return [Completion(task, result)]
+
+    def _replace(self, slot: ActorSlot, error: BaseException) -> list[Completion]:
+        """Replace a dead actor and return its tasks, which have failed."""
+        tasks = list(slot.running.values())
+        self._remove(slot)
         self._start()
-        return [Completion(work, error=error, died=True, beside=len(lost) - 1) for work in lost]
+        other_tasks = len(tasks) - 1
+        return [Completion(task, error=error, died=True, other_tasks=other_tasks) for task in tasks]
 
     def stop(self) -> None:
         """End all actors."""
-        for member in self.members:
-            ray.kill(member.actor)
-        self.members = []
+        for slot in self.slots:
+            ray.kill(slot.actor)
+        self.slots = []
         self._starting = {}

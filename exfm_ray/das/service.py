@@ -1,9 +1,8 @@
-"""The DAS as a service: an actor that labels a stream's windows by one teacher for all who ask,
-with a pool of scorer actors.
+"""The DAS as a service: an actor that labels a stream's windows by one teacher for all clients.
 
-Everything that lasts lies on disk: the supervision, the list of what is parked, and that a service
-which did not follow the stream at its start does now. So the service can be killed at any moment;
-whoever asks starts it again, and it scores what is missing.
+It has a pool of scorer actors. Everything that must survive it is on disk: the supervision, the
+list of what has failed, and that it follows the stream if it was asked to after its start. So the
+service can be killed at any moment. A client starts it again, and it scores what is missing.
 """
 
 from __future__ import annotations
@@ -21,142 +20,161 @@ from exfm_ray.das.spec import LabelingSpec
 from exfm_ray.data.stream import EventStream
 from exfm_ray.storage.atomic import read_json, write_json
 
-OWN = "own"
-"""The client that stands for what a lasting service does by itself."""
-SILENT_S = 600.0
-"""A client asks for its progress ten times a second; one that has not for so long was killed. If it
-was only stopped, it asks anew."""
+OWN_CLIENT = "own"
+"""The client that stands for what a detached service does by itself."""
+CLIENT_TIMEOUT_S = 600.0
+"""A client asks for its progress ten times a second. After so long without, it was killed.
+
+If it was only stopped, it asks for its windows again."""
+FOLLOW_FILE = "follows.json"
 
 
 class Service:
-    """Scores what its clients ask for. A `detached` one scores all windows of the stream and stays
-    when its clients have left; with `follow` those that appear later, too."""
+    """Scores what its clients ask for.
+
+    A detached service scores all windows of the stream and stays when its clients have left. With
+    `follow` it also scores the windows that appear later.
+    """
 
     def __init__(
         self,
-        order: LabelingSpec,
+        spec: LabelingSpec,
         detached: bool = False,
         follow: bool = False,
     ) -> None:
-        self._order = order
-        self._lasting = detached
-        self._told = order.failed_list.with_name("follows.json")
-        self._follow = follow or self._was_told()
-        self._stream = EventStream.open(order.stream_root)
-        self._scheduler = Scheduler(order, self._wanted)
-        self._asked: dict[str, dict[int, float]] = {}
-        self._heard: dict[str, float] = {}
+        self._spec = spec
+        self._detached = detached
+        self._follow_flag = spec.failed_list.with_name(FOLLOW_FILE)
+        self._follow = follow or self._followed_before()
+        self._stream = EventStream.open(spec.stream_root)
+        self._scheduler = Scheduler(spec, self._requested)
+        # Client -> window -> when it asked, in seconds since the epoch.
+        self._requests: dict[str, dict[int, float]] = {}
+        # Client -> its last call, by the monotonic clock.
+        self._last_calls: dict[str, float] = {}
         self._error = ""
         self._lock = threading.Lock()
-        self._over = threading.Event()
+        self._closed = threading.Event()
         if detached:
-            self.ask(OWN, self._stream.windows())
+            self.ask(OWN_CLIENT, self._stream.windows())
         threading.Thread(target=self._run, daemon=True, name="das").start()
 
-    def order(self) -> tuple[LabelingSpec, bool]:
-        """What it carries out, and whether it is lasting."""
-        return self._order, self._lasting
+    def spec(self) -> tuple[LabelingSpec, bool]:
+        """Return what the service labels, and whether it is detached."""
+        return self._spec, self._detached
 
     def ask(self, client: str, windows: Iterable[int]) -> None:
-        """Score these windows; what of them is parked is tried again."""
+        """Score these windows; what has failed of them is tried again."""
         with self._lock:
-            self._check()
+            self._check_alive()
             now = time.time()
-            self._heard[client] = time.monotonic()
-            self._asked.setdefault(client, {}).update(dict.fromkeys(windows, now))
+            self._last_calls[client] = time.monotonic()
+            requests = self._requests.setdefault(client, {})
+            requests.update(dict.fromkeys(windows, now))
             self._scheduler.retry(windows)
 
     def follow(self, follow: bool) -> None:
-        """Score all windows that are there; what is parked is tried again. With `follow` later
-        ones, too, also when Ray has started this actor again, which it does with the arguments of
-        its first start."""
+        """Score all windows of the stream; what has failed is tried again.
+
+        With `follow` the service also scores the windows that appear later. It writes this down,
+        because Ray restarts an actor with the arguments of its first start.
+        """
         if follow and not self._follow:
-            write_json(self._told, {"actor": _me()})
+            write_json(self._follow_flag, {"actor": _actor_id()})
             self._follow = True
-        self.ask(OWN, self._stream.windows())
+        self.ask(OWN_CLIENT, self._stream.windows())
 
     def leave(self, client: str) -> bool:
-        """A client wants nothing more; True when the service is needed no longer."""
+        """Forget a client's requests; return True if nobody needs the service any more."""
         with self._lock:
             self._forget(client)
-            return not self._asked
+            return not self._requests
 
     def progress(self, client: str) -> dict[str, Any] | None:
-        """See `Scheduler.progress`; rows are those of this process. None for a client that has not
-        asked: this process may have been started after another one was killed."""
+        """Return `Scheduler.progress`, whose rows are those scored by this process.
+
+        None for an unknown client: this process may have been started after another was killed.
+        """
         with self._lock:
-            self._check()
-            if client not in self._asked:
+            self._check_alive()
+            if client not in self._requests:
                 return None
-            self._heard[client] = time.monotonic()
+            self._last_calls[client] = time.monotonic()
             return self._scheduler.progress()
 
     def state(self) -> dict[str, Any]:
-        """All that `das status` shows."""
+        """Return everything that `das status` shows."""
         with self._lock:
             return {
-                "name": self._order.name,
-                "teacher": self._order.store.teacher,
-                "store": str(self._order.store.root),
-                "clients": len(self._asked.keys() - {OWN}),
-                "lasting": self._lasting,
+                "name": self._spec.name,
+                "teacher": self._spec.store.teacher,
+                "store": str(self._spec.store.root),
+                "clients": len(self._requests.keys() - {OWN_CLIENT}),
+                "detached": self._detached,
                 "follow": self._follow,
                 "error": self._error,
                 **self._scheduler.status(),
             }
 
     def close(self) -> None:
-        """Do nothing more."""
-        self._over.set()
+        """Stop working."""
+        self._closed.set()
 
-    def _check(self) -> None:
-        """The error that has ended the work, for all who ask for more."""
-        if self._error:
-            way_out = "; end it with `run.py das stop` and start it again" if self._lasting else ""
-            raise RuntimeError(f"the DAS has failed{way_out}:\n{self._error}")
+    def _check_alive(self) -> None:
+        """Raise the error that has ended the service's work, if any."""
+        if not self._error:
+            return
+        way_out = "; end it with `run.py das stop` and start it again" if self._detached else ""
+        raise RuntimeError(f"the DAS has failed{way_out}:\n{self._error}")
 
-    def _was_told(self) -> bool:
-        """True when `follow` was called before this actor was started again."""
-        me = _me()
-        return me is not None and self._told.exists() and read_json(self._told) == {"actor": me}
+    def _followed_before(self) -> bool:
+        """Return True if `follow` was called before Ray restarted this actor."""
+        actor = _actor_id()
+        if actor is None or not self._follow_flag.exists():
+            return False
+        flag: dict[str, Any] = read_json(self._follow_flag)
+        return flag == {"actor": actor}
 
     def _forget(self, client: str) -> None:
-        """Score no more for a client."""
-        self._asked.pop(client, None)
-        self._heard.pop(client, None)
-        if not self._follow:  # which wants all that is there
-            self._scheduler.drop_unwanted()
+        """Score nothing more for a client."""
+        self._requests.pop(client, None)
+        self._last_calls.pop(client, None)
+        if not self._follow:  # following scores all windows anyway
+            self._scheduler.drop_unrequested()
 
-    def _wanted(self) -> dict[int, float]:
-        """Window -> since when it is asked for; 0 for those that a service that follows scores of
-        itself."""
-        wanted = dict.fromkeys(self._stream.windows(), 0.0) if self._follow else {}
-        for windows in self._asked.values():
+    def _forget_silent(self) -> None:
+        """Forget the clients that have not called for too long: they were killed."""
+        oldest_s = time.monotonic() - CLIENT_TIMEOUT_S
+        silent = [client for client, called_s in self._last_calls.items() if called_s < oldest_s]
+        for client in silent:
+            if client != OWN_CLIENT:
+                self._forget(client)
+
+    def _requested(self) -> dict[int, float]:
+        """Return window -> since when it is requested; 0 for a window that is only followed."""
+        requested = dict.fromkeys(self._stream.windows(), 0.0) if self._follow else {}
+        for windows in self._requests.values():
             for window, asked_s in windows.items():
-                wanted[window] = min(asked_s, wanted.get(window) or asked_s)
-        return wanted
+                earliest_s = requested.get(window) or asked_s
+                requested[window] = min(asked_s, earliest_s)
+        return requested
 
     def _run(self) -> None:
-        """The one thread that works."""
+        """Work, in a thread of its own, until the service is closed or fails."""
         try:
-            while not self._over.is_set():
+            while not self._closed.is_set():
                 with self._lock:
-                    for client in [
-                        c
-                        for c, heard_s in self._heard.items()
-                        if c != OWN and heard_s < time.monotonic() - SILENT_S
-                    ]:
-                        self._forget(client)
+                    self._forget_silent()
                     self._scheduler.dispatch()
                 refs = self._scheduler.wait()
                 with self._lock:
                     self._scheduler.collect(refs)
-        except BaseException:  # a thread's error must reach the clients, whatever it is
+        except BaseException:  # whatever it is, the clients must get it
             self._error = traceback.format_exc()
 
 
-def _me() -> str | None:
-    """The number of this actor, which it keeps when it is started again; None outside of one."""
+def _actor_id() -> str | None:
+    """Return the id of this actor, which survives restarts; None outside an actor."""
     return ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None
 
 

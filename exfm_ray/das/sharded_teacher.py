@@ -1,8 +1,7 @@
-"""A teacher larger than one actor: its tables lie, cut by rows, in processes of their own, and a
-scorer asks them for the rows it needs.
+"""A teacher larger than one actor: its tables are cut by rows and lie in processes of their own.
 
-All rows that a fragment reads come in one answer from each holder; the scorer then computes as if
-it held the tables, on the same numbers in the same order, so its predictions are the same to the
+A scorer asks every table shard once for all rows that a fragment reads. It then computes as if it
+held the tables, with the same numbers in the same order, so its predictions are the same to the
 bit.
 """
 
@@ -19,7 +18,6 @@ from ray.exceptions import GetTimeoutError
 from torch import Tensor
 
 from exfm_ray.data.batch import Batch
-from exfm_ray.errors import UserError
 from exfm_ray.models.embeddings import LocalTables
 from exfm_ray.models.network import Network
 from exfm_ray.models.serialization import (
@@ -29,13 +27,13 @@ from exfm_ray.models.serialization import (
     load_rows,
     read_stored_model,
 )
-from exfm_ray.storage.remote import AnyPath, StorageError
-from exfm_ray.stores.snapshots import SnapshotError, SnapshotStore
+from exfm_ray.stores.snapshots import SnapshotStore, snapshot_errors
 
-HELD = 2
+MAX_LOADED = 2
+"""Versions that a table shard holds."""
 RPC_TIMEOUT_S = 1800.0
-"""Longest that a holder may take for the rows of a fragment, a snapshot's loading included; then it
-is started again."""
+"""Longest time that a table shard may take for a fragment's rows, with loading a snapshot; then
+it is restarted."""
 Array = np.ndarray[Any, Any]
 
 
@@ -44,13 +42,15 @@ def row_range(
     shard: int,
     shards: int,
 ) -> range:
-    """The rows of a table that a holder holds: all but the last ones hold equally many."""
+    """Return the rows of a table that a shard holds: equally many, except in the last ones."""
     size = -(-rows // shards)
-    return range(min(shard * size, rows), min((shard + 1) * size, rows))
+    start = min(shard * size, rows)
+    end = min(start + size, rows)
+    return range(start, end)
 
 
 class TableShard:
-    """The rows of one share of every table, of up to two versions."""
+    """A range of rows of every table, for up to `MAX_LOADED` versions."""
 
     def __init__(
         self,
@@ -62,139 +62,161 @@ class TableShard:
         self._shard = shard
         self._shards = shards
         self._weights: dict[int, Array] = {}
-        self._loading = threading.Lock()
-        here = ray.get_runtime_context() if ray.is_initialized() else None
-        self._restarted = bool(
-            here and here.get_actor_id() and here.was_current_actor_reconstructed
-        )
+        self._load_lock = threading.Lock()
+        self._restarted = _is_restarted_actor()
 
     def rows(self, version: int, row_X: Array) -> Array:
-        """Rows (X, E) by their numbers among the rows held here, tables one after the other. Loads
-        the version where it is new."""
-        with self._loading:
+        """Return some of the rows of a version, float32 (X, E). Loads the version if it is new.
+
+        Args:
+            version: the snapshot.
+            row_X: numbers among this shard's rows, which lie one table after the other.
+        """
+        with self._load_lock:
             if version not in self._weights:
                 loaded = self._load(version)
-                for old in list(self._weights)[: 1 - HELD]:
+                oldest = list(self._weights)[: 1 - MAX_LOADED]
+                for old in oldest:
                     del self._weights[old]
                 self._weights[version] = loaded
             weight = self._weights[version]
         return weight[row_X]
 
     def _load(self, version: int) -> Array:
-        folder = self._snapshots.folder(version)
-        manifest = (
-            self._checked(folder) if self._restarted else read_stored_model(folder)
-        )  # whoever asks has just checked the hashes
+        manifest = self._manifest(version)
         tables = manifest.example.tables
-        parts = load_rows(
-            folder,
-            manifest,
-            {name: row_range(rows, self._shard, self._shards) for name, rows in tables.items()},
-        )
-        weight: Array = torch.cat(
-            [parts[name].reshape(-1, manifest.network.dim) for name in tables]
-        ).numpy()
+        ranges = {name: row_range(rows, self._shard, self._shards) for name, rows in tables.items()}
+        parts = load_rows(self._snapshots.folder(version), manifest, ranges)
+        dim = manifest.network.dim
+        weights = [parts[name].reshape(-1, dim) for name in tables]
+        weight: Array = torch.cat(weights).numpy()
         return weight
 
-    @staticmethod
-    def _checked(folder: AnyPath) -> StoredModel:
-        """For one that was started again: whoever asks may have checked the hashes long ago."""
-        try:
+    def _manifest(self, version: int) -> StoredModel:
+        """Read a version's manifest; a restarted shard also checks the hashes of its files.
+
+        Otherwise the scorer has just checked them. Before a restart that may be long ago.
+        """
+        folder = self._snapshots.folder(version)
+        if not self._restarted:
+            return read_stored_model(folder)
+        with snapshot_errors():
             return checked_manifest(folder)
-        except StorageError:
-            raise
-        except UserError as error:
-            raise SnapshotError(str(error)) from None
 
 
-HolderActor = ray.remote(TableShard)
+def _is_restarted_actor() -> bool:
+    if not ray.is_initialized():
+        return False
+    context = ray.get_runtime_context()
+    return bool(context.get_actor_id()) and bool(context.was_current_actor_reconstructed)
 
 
-def start_holders(
+TableShardActor = ray.remote(TableShard)
+
+
+def start_shards(
     snapshots: SnapshotStore,
     shards: int,
     labels: Mapping[str, str],
 ) -> list[Any]:
-    """The holders of one replica, on different nodes, with these labels. One that dies is started
-    again, and asked again, by Ray."""
-    detached = {"max_restarts": -1, "max_task_retries": -1, "max_concurrency": 4}
-    actor = HolderActor.options(
-        num_cpus=0, scheduling_strategy="SPREAD", label_selector=labels, **detached
+    """Start the table shards of one replica, spread over the nodes with these labels.
+
+    Ray restarts a shard that dies and repeats the calls that it had.
+    """
+    actor = TableShardActor.options(
+        num_cpus=0,
+        scheduling_strategy="SPREAD",
+        label_selector=labels,
+        max_restarts=-1,
+        max_task_retries=-1,
+        max_concurrency=4,
     )
     return [actor.remote(snapshots, shard, shards) for shard in range(shards)]
 
 
 class ShardedModel:
-    """The network of one version, whose tables `holders` hold."""
+    """The network of one version, whose tables lie in shards."""
 
     def __init__(
         self,
         network: Network,
         manifest: StoredModel,
         version: int,
-        holders: Sequence[Any],
+        shards: Sequence[Any],
     ) -> None:
         self._network = network
         self._version = version
-        self._holders = holders
+        self._shards = shards
         self._tables = LocalTables(manifest.example, manifest.network, seed=None, held=False)
-        pieces = []  # (first number among all rows, holder, first number among the holder's rows)
-        held = [0] * len(holders)
+
+        # P: pieces of tables, in the order of the rows of all tables. A piece is (number of its
+        # first row among all rows, its shard, number of its first row among the shard's rows).
+        pieces = []
+        shard_sizes = [0] * len(shards)
         for name, rows in manifest.example.tables.items():
             width = self._tables.embeddings[name]
-            for shard in range(len(holders)):
-                mine = row_range(rows, shard, len(holders))
-                if mine:
-                    pieces.append(
-                        (self._tables.first_row[name] + mine.start * width, shard, held[shard])
-                    )
-                held[shard] += len(mine) * width
-        self._start_P, self._holder_P, self._held_P = torch.tensor(
-            pieces, dtype=torch.int64
-        ).T.contiguous()
+            first_row = self._tables.first_row[name]
+            for shard in range(len(shards)):
+                local_rows = row_range(rows, shard, len(shards))
+                if local_rows:
+                    start = first_row + local_rows.start * width
+                    pieces.append((start, shard, shard_sizes[shard]))
+                shard_sizes[shard] += len(local_rows) * width
+        columns = torch.tensor(pieces, dtype=torch.int64).T.contiguous()
+        self._start_P, self._shard_P, self._local_start_P = columns
 
     def with_rows_of(self, batch: Batch) -> LocalModel:
-        """A model that scores any part of `batch`: it has all rows that these examples read."""
+        """Return a model that can score any part of `batch`: it has all rows that these read."""
         ids_BS, rows_V, _ = self._tables.numbers(
             batch.sparse_BS, batch.bag_values_V, batch.bag_lengths_MB
         )
         row_U = torch.unique(torch.cat([ids_BS.flatten(), rows_V]))
-        return LocalModel(
-            GatheredRows(self._tables, row_U, self._gather(row_U)), self._network
-        ).eval()
+        tables = GatheredRows(self._tables, row_U, self._gather(row_U))
+        return LocalModel(tables, self._network).eval()
 
     def _gather(self, row_U: Tensor) -> Tensor:
-        """Rows by their numbers, ascending: (U, E)."""
+        """Return rows, float32 (U, E), by their numbers among all rows, ascending."""
         piece_U = torch.bucketize(row_U, self._start_P, right=True) - 1
-        local_U = row_U - self._start_P[piece_U] + self._held_P[piece_U]
-        holder_U = self._holder_P[piece_U]
-        mine = [holder_U == shard for shard in range(len(self._holders))]
-        answers = self._answers(
-            [
-                h.rows.remote(self._version, local_U[m].numpy())
-                for h, m in zip(self._holders, mine, strict=True)
-            ]
-        )
+        local_U = row_U - self._start_P[piece_U] + self._local_start_P[piece_U]
+        shard_U = self._shard_P[piece_U]
+
+        masks = [shard_U == number for number in range(len(self._shards))]
+        refs = []
+        for shard, is_local_U in zip(self._shards, masks, strict=True):
+            row_X = local_U[is_local_U].numpy()
+            refs.append(shard.rows.remote(self._version, row_X))
+        answers = self._answers(refs)
+
         weight_UE = torch.empty(len(row_U), answers[0].shape[1])
-        for chosen, rows in zip(mine, answers, strict=True):
-            weight_UE[chosen] = torch.from_numpy(rows.copy())  # Ray's arrays are read-only
+        for is_local_U, rows in zip(masks, answers, strict=True):
+            writable = rows.copy()  # Ray's arrays are read-only
+            weight_UE[is_local_U] = torch.from_numpy(writable)
         return weight_UE
 
     def _answers(self, refs: Sequence[Any]) -> list[Array]:
-        """What the holders say; those that do not answer are started again."""
+        """Wait for the shards' rows; restart the shards that do not answer."""
         try:
             answers: list[Array] = ray.get(list(refs), timeout=RPC_TIMEOUT_S)
             return answers
         except GetTimeoutError:
-            late = set(ray.wait(list(refs), num_returns=len(refs), timeout=0)[1])
-            for shard in (shard for shard, ref in enumerate(refs) if ref in late):
-                ray.kill(self._holders[shard], no_restart=False)
-            told = f"{len(late)} of {len(refs)} holders of tables have not answered for {RPC_TIMEOUT_S:.0f} s and were started again"
-            raise TimeoutError(told) from None
+            _, late = ray.wait(list(refs), num_returns=len(refs), timeout=0)
+            for shard, ref in zip(self._shards, refs, strict=True):
+                if ref in late:
+                    ray.kill(shard, no_restart=False)
+            raise TimeoutError(
+                f"{len(late)} of {len(refs)} table shards have not answered for "
+                f"{RPC_TIMEOUT_S:.0f} s and were restarted"
+            ) from None
 
 
 class GatheredRows(LocalTables):
-    """Tables of which only the rows `row_U` (ascending) are here."""
+    """Tables of which only some rows are here.
+
+    Args:
+        tables: the tables.
+        row_U: numbers of the rows among all rows, ascending.
+        weight_UE: the rows.
+    """
 
     def __init__(
         self,
@@ -213,8 +235,8 @@ class GatheredRows(LocalTables):
         bag_values_V: Tensor,
         bag_lengths_MB: Tensor,
     ) -> Tensor:
-        """As `LocalTables.embed`, of examples that read no other rows."""
+        """Embed like `LocalTables.embed`; the examples must not read other rows."""
         ids_BS, rows_V, lengths_OB = self._tables.numbers(sparse_BS, bag_values_V, bag_lengths_MB)
-        ids_BS = torch.searchsorted(self._row_U, ids_BS)
-        rows_V = torch.searchsorted(self._row_U, rows_V)
-        return self._tables.pool(ids_BS, rows_V, lengths_OB, self._weight_UE)
+        local_BS = torch.searchsorted(self._row_U, ids_BS)
+        local_V = torch.searchsorted(self._row_U, rows_V)
+        return self._tables.pool(local_BS, local_V, lengths_OB, self._weight_UE)

@@ -1,4 +1,4 @@
-"""What a DAS is to do: which stream it labels, by which teacher, and how."""
+"""What a DAS does: which stream it labels, by which teacher, and how."""
 
 from __future__ import annotations
 
@@ -12,25 +12,31 @@ from exfm_ray.config.root import Config
 from exfm_ray.das.student_data import StudentData
 from exfm_ray.data.stream import EventStream
 from exfm_ray.storage.atomic import read_json, short_hash
-from exfm_ray.storage.paths import store_root_of_run
 from exfm_ray.storage.remote import AnyPath
 from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.stores.supervision import SupervisionStore
 
+FAILED_LIST = "parked.json"
+"""The list of failed items. The name is what runs in progress have on disk."""
+
 
 @dataclass(frozen=True)
 class LabelingSpec:
-    """Supervision of one stream by one teacher into one store: the unit that clients share.
+    """Supervision of one stream by one teacher in one store: the unit that clients share.
 
     Attributes:
-        log: file of JSON lines; one is added for each window that was scored (see docs/das.md).
-        owns_snapshots: snapshots that no window needs any more are removed.
-        role: what the log calls this DAS.
-        labels: of the nodes that its actors run on.
-        gifts: what the windows' students are given beside predictions; None: nothing.
-        readers: folders in which each reader of the supervision leaves `windows=<n>/manifest.json`
-            when it has learnt n windows.
+        stream_root: folder of the stream.
+        snapshots: the teacher's snapshots.
+        store: where the supervision is written.
+        das: settings of the DAS.
+        log: file of JSON lines with one line for each scored window (see docs/das.md).
+        owns_snapshots: True removes snapshots that no window needs any more.
+        readers: a folder for each reader of the supervision, in which the reader writes
+            `windows=<n>/manifest.json` when it has learned n windows.
+        role: name of this DAS in the log.
+        labels: labels of the nodes that its actors run on.
+        student_data: what students get beside predictions, None for nothing.
     """
 
     stream_root: AnyPath
@@ -42,7 +48,7 @@ class LabelingSpec:
     readers: tuple[Path, ...] = ()
     role: str = "das"
     labels: Mapping[str, str] = field(default_factory=dict)
-    gifts: StudentData | None = None
+    student_data: StudentData | None = None
 
     @classmethod
     def from_config(
@@ -51,21 +57,21 @@ class LabelingSpec:
         readers: Sequence[Path] = (),
         teacher: TeacherConfig | None = None,
     ) -> LabelingSpec:
-        """The order of a run: by its FM, or by another teacher."""
+        """Return the spec of a run, for its FM or for another teacher."""
         stores = config.stores
         name = teacher.name if teacher else config.fm.name
-        elsewhere = store_root_of_run(teacher.run) if teacher and teacher.run else None
+        is_other_runs = teacher is not None and teacher.run is not None
         return cls(
             stream_root=stores / "stream",
             snapshots=SnapshotStore.from_config(config, name),
             store=SupervisionStore(stores / "supervision", name),
             das=config.das,
             log=config.folder / "timeline.jsonl",
-            owns_snapshots=not config.das.keep_snapshots and elsewhere is None,
+            owns_snapshots=not config.das.keep_snapshots and not is_other_runs,
             readers=tuple(readers) if config.das.max_windows_ahead else (),
             role=f"das-{name}" if teacher else "das",
             labels=config.placement.das,
-            gifts=StudentData.from_config(config, name),
+            student_data=StudentData.from_config(config, name),
         )
 
     @property
@@ -75,44 +81,55 @@ class LabelingSpec:
 
     @property
     def failed_list(self) -> AnyPath:
-        """Where what has failed too often is listed."""
-        return self.store.root / self.store.teacher / "parked.json"
+        """The file that lists what has failed for good."""
+        return self.store.root / self.store.teacher / FAILED_LIST
 
     @property
     def name(self) -> str:
-        """Names the service that carries the order out: the same for all who want this supervision
-        in this store."""
-        return f"das {self.store.root.parent.name} {self.store.teacher} {short_hash([str(self.store.root), self.store.teacher])}"
+        """The name of the service: equal for all clients of this supervision in this store."""
+        root = self.store.root
+        teacher = self.store.teacher
+        digest = short_hash([str(root), teacher])
+        return f"das {root.parent.name} {teacher} {digest}"
 
     def has(self, window: int) -> bool:
-        """True when all that is to be made of a window is committed."""
-        return self.store.has(window) and (self.gifts is None or self.gifts.has(window))
+        """Return True if everything that is made for a window is committed."""
+        if not self.store.has(window):
+            return False
+        return self.student_data is None or self.student_data.has(window)
 
     def first_difference(self, other: LabelingSpec) -> str | None:
-        """The first thing in which two orders differ; None where they are the same but for who
-        reads."""
-        for name in ("stream_root", "snapshots", "store", "das", "labels", "gifts"):
-            if getattr(self, name) != getattr(other, name):
-                return f"{name}: {getattr(self, name)} is not {getattr(other, name)}"
+        """Describe the first setting in which two specs differ.
+
+        None if they are equal. Readers, log and role may differ.
+        """
+        for name in ("stream_root", "snapshots", "store", "das", "labels", "student_data"):
+            value = getattr(self, name)
+            other_value = getattr(other, name)
+            if value != other_value:
+                return f"{name}: {value} is not {other_value}"
         return None
 
 
-def failed_items(order: LabelingSpec) -> list[dict[str, Any]]:
-    """What has failed too often and is not done, see `backlog.FailedItem`; with the teacher's
-    name."""
-    rows = read_json(order.failed_list) if order.failed_list.exists() else []
-    return [{"teacher": order.store.teacher, **row} for row in rows if not order.has(row["window"])]
+def failed_items(spec: LabelingSpec) -> list[dict[str, Any]]:
+    """Return the failed items whose windows are not committed yet, with the teacher's name.
+
+    For the fields see `das.queue.FailedItem`.
+    """
+    path = spec.failed_list
+    rows = read_json(path) if path.exists() else []
+    pending = [row for row in rows if not spec.has(row["window"])]
+    return [{"teacher": spec.store.teacher, **row} for row in pending]
 
 
-def fallback_windows(order: LabelingSpec) -> list[dict[str, Any]]:
-    """The windows that an older snapshot has scored, in the place of one that is left out."""
-    done = [
-        order.store.manifest(window)
-        for window in EventStream.open(order.stream_root).windows()
-        if order.store.has(window)
-    ]
-    return [
-        m.model_dump(include={"teacher", "window", "asked", "snapshot"})
-        for m in done
-        if m.asked is not None
-    ]
+def fallback_windows(spec: LabelingSpec) -> list[dict[str, Any]]:
+    """Return the windows that an older snapshot has scored in place of a damaged one."""
+    rows = []
+    for window in EventStream.open(spec.stream_root).windows():
+        if not spec.store.has(window):
+            continue
+        manifest = spec.store.manifest(window)
+        if manifest.asked is not None:
+            fields = {"teacher", "window", "asked", "snapshot"}
+            rows.append(manifest.model_dump(include=fields))
+    return rows

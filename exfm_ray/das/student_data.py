@@ -1,5 +1,4 @@
-"""What the DAS gives a run's vertical models beside predictions, where their arms ask for it: rows
-of tables, representations."""
+"""What the DAS gives vertical models beside predictions: table rows and user histories."""
 
 from __future__ import annotations
 
@@ -17,12 +16,16 @@ from exfm_ray.stores.user_history import HistoryStore, history_store
 
 @dataclass(frozen=True)
 class StudentData:
-    """Published with a window's supervision, by the same snapshot.
+    """Data published together with a window's supervision, by the same snapshot.
 
     Attributes:
-        domains: whose examples' rows are given: those of the teacher's students.
-        tables: of which rows are given; none: all tables.
-        seed: of the representations' projection.
+        shared: rows of the teacher's tables, None if no arm uses them.
+        history: user histories, None if no arm uses them.
+        domains: names of the domains whose examples' rows are published: those of the teacher's
+            students.
+        tables: names of the tables whose rows are published; empty for all tables.
+        seed: seed of the representations' projection.
+        policy: decides which windows have a teacher.
     """
 
     shared: SharedStore | None
@@ -34,49 +37,50 @@ class StudentData:
 
     @classmethod
     def from_config(cls, config: Config, teacher: str | None = None) -> Self:
-        """What the arms of a config ask of the FM, or of another teacher. Histories are the FM's,
-        whoever teaches."""
-        name = teacher or config.fm.name
-        domains = tuple(
-            sorted(
-                {
-                    student.domain
-                    for student in config.vm.models
-                    if (student.teacher or config.fm.name) == name
-                }
-            )
-        )
-        shared = shared_store(config, name) if domains else None
-        history = history_store(config) if name == config.fm.name else None
+        """Return what the arms of a config need from the FM, or from another teacher.
+
+        User histories come from the FM only.
+        """
+        fm = config.fm.name
+        name = teacher or fm
+        students = [model for model in config.vm.models if (model.teacher or fm) == name]
+        domains = tuple(sorted({student.domain for student in students}))
         return cls(
-            shared,
-            history,
-            domains,
-            config.distillation.share.tables,
-            config.seed,
-            SnapshotPolicy.from_config(config.das),
+            shared=shared_store(config, name) if domains else None,
+            history=history_store(config) if name == fm else None,
+            domains=domains,
+            tables=config.distillation.share.tables,
+            seed=config.seed,
+            policy=SnapshotPolicy.from_config(config.das),
         )
 
     def has(self, window: int) -> bool:
-        """True when all that is given with a window is committed."""
-        return all(store.has(window) for store in (self.shared, self.history) if store)
+        """Return True if all data of a window is committed."""
+        stores = (self.shared, self.history)
+        return all(store.has(window) for store in stores if store)
 
     def ready(self, window: int) -> bool:
-        """True when a window's gifts can be made: histories are made in order."""
+        """Return True if a window's data can be made: user histories are made in order."""
         return self.history is None or self.history.ready(window)
 
-    def extra_versions(self, windows: Sequence[int], learnt: int) -> list[int]:
-        """Versions that must stay beside those that supervise these windows, while the teacher has
-        learnt so many.
+    def extra_versions(self, windows: Sequence[int], learned: int) -> list[int]:
+        """Return the snapshot versions to keep in addition to those that supervise `windows`.
 
-        An aligned history is mapped out of the space of an earlier one. A model with shared rows is
-        stored with those of the snapshot for the next window; students learn as many windows as
-        their teacher at least, but of a followed stream the DAS goes further: it scores windows
-        whose labels are still to come.
+        An aligned history is mapped out of the space of an earlier version. A model with shared
+        rows is stored with the rows of the snapshot for its next window. Students learn at least
+        as many windows as their teacher. In a stream that is followed, though, the DAS runs ahead:
+        it scores windows whose labels are still to come.
+
+        Args:
+            windows: windows that are still to be scored.
+            learned: number of windows that the teacher has learned.
         """
-        spaces = [self.history.space_before(window) for window in windows] if self.history else []
-        served = [self.policy.version(learnt)] if self.shared else []
-        return [version for version in (*spaces, *served) if version is not None]
+        versions = []
+        if self.history:
+            versions += [self.history.space_before(window) for window in windows]
+        if self.shared:
+            versions.append(self.policy.version(learned))
+        return [version for version in versions if version is not None]
 
     def publish(
         self,
@@ -85,10 +89,16 @@ class StudentData:
         window: Window,
         version: int,
     ) -> None:
-        """Make what is not there yet."""
+        """Make the data of a window that is not committed yet."""
         if self.shared and not self.shared.has(window.index):
             self.shared.publish(
-                stream, window, snapshots, version, self.domains, self.tables, self.policy
+                stream=stream,
+                window=window,
+                snapshots=snapshots,
+                version=version,
+                domains=self.domains,
+                tables=self.tables,
+                policy=self.policy,
             )
         if self.history and not self.history.has(window.index):
             self.history.publish(stream, window, snapshots, version, self.seed)

@@ -1,4 +1,4 @@
-"""A window's student data is written in a thread, beside the scoring."""
+"""Publishes student data in a thread, while fragments are scored."""
 
 from __future__ import annotations
 
@@ -11,35 +11,45 @@ from exfm_ray.data.stream import EventStream
 
 
 class StudentDataPublisher:
-    """One thread, for histories are made in order."""
+    """Publishes one window after the other, because user histories are made in order."""
 
-    def __init__(self, order: LabelingSpec, stream: EventStream) -> None:
-        self._order = order
+    def __init__(self, spec: LabelingSpec, stream: EventStream) -> None:
+        self._spec = spec
         self._stream = stream
-        self._thread = ThreadPoolExecutor(1, "gifts")
-        self._making: dict[int, Future[None]] = {}
+        self._thread = ThreadPoolExecutor(1, "student-data")
+        self._running: dict[int, Future[None]] = {}
 
-    def ensure_published(self, window: OpenWindow, comes: Callable[[int], bool]) -> bool:
-        """True when students have what they are given; otherwise it is being made, or waits for the
-        window before.
+    def ensure_published(
+        self,
+        window: OpenWindow,
+        will_be_scored: Callable[[int], bool],
+    ) -> bool:
+        """Return True once a window's student data is committed; until then see to it.
 
         Args:
-            comes: whether a window is still to be made. One that is not is not waited for: to make
-                this one fails, and says why.
+            window: the window.
+            will_be_scored: says whether another window is still to be scored. The window before
+                is waited for only if it will be. Otherwise this one is tried and fails with the
+                reason.
 
         Raises:
-            Exception: it could not be made.
+            Exception: the data could not be made.
         """
-        gifts = self._order.gifts
+        data = self._spec.student_data
         index = window.manifest.index
-        if gifts is None or gifts.has(index):
-            self._making.pop(index, None)
+        if data is None or data.has(index):
+            self._running.pop(index, None)
             return True
-        if index in self._making:
-            if self._making[index].done():
-                self._making.pop(index).result()
-        elif gifts.ready(index) or not comes(index - 1):
-            self._making[index] = self._thread.submit(
-                gifts.publish, self._stream, self._order.snapshots, window.manifest, window.version
+
+        if index in self._running:
+            if self._running[index].done():
+                self._running.pop(index).result()
+        elif data.ready(index) or not will_be_scored(index - 1):
+            self._running[index] = self._thread.submit(
+                data.publish,
+                stream=self._stream,
+                snapshots=self._spec.snapshots,
+                window=window.manifest,
+                version=window.version,
             )
         return False

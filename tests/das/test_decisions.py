@@ -43,7 +43,7 @@ def test_follows_a_stream_that_grows(local: Local, tmp_path: Path) -> None:
     until(lambda: order.store.has(1))
     writer = StreamWriter(order.stream_root, SCHEMA, {"made": "by the tests"}, 400)
     writer.write_window(2, 2000, 3000, 0, [make_rows(1000, seed=2, first_id=2000)])
-    until(lambda: "snapshot 2" in service.state()["held_back"])
+    until(lambda: "snapshot 2" in service.state()["throttled"])
     assert not order.store.has(2)
     publish(tmp_path / "snapshots", 2)
     until(lambda: order.store.has(2))
@@ -184,13 +184,13 @@ def test_holds_back_when_readers_fall_behind(local: Local, tmp_path: Path) -> No
 
     until(
         lambda: (
-            "window 2 is das.max_windows_ahead = 2 windows ahead" in service.state()["held_back"]
+            "window 2 is das.max_windows_ahead = 2 windows ahead" in service.state()["throttled"]
         )
     )
     until(lambda: order.store.has(1))
     learnt(readers[0], 6, inside="")
     learnt(readers[1], 2)
-    until(lambda: "window 4" in service.state()["held_back"])
+    until(lambda: "window 4" in service.state()["throttled"])
     until(lambda: order.store.has(3))
     assert not order.store.has(4) and not order.store.has(5)
     learnt(readers[1], 6)
@@ -243,7 +243,7 @@ def test_a_parked_window_holds_back_those_that_wait_for_its_readers(
     service = local(order, detached=True)
     until(
         lambda: (
-            "window 4 is das.max_windows_ahead = 2 windows ahead" in service.state()["held_back"]
+            "window 4 is das.max_windows_ahead = 2 windows ahead" in service.state()["throttled"]
         )
     )
     until(lambda: order.store.has(3))

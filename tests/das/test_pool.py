@@ -42,20 +42,20 @@ def work(
 def make_pool(
     actors: int,
     rollover: int = 1,
-    held: tuple[int, ...] = (),
+    loaded: tuple[int, ...] = (),
 ) -> Pool:
     """A pool whose actors are up and hold some versions."""
     pool = Pool(start, actors, actors, rollover)
     pool.resize(0)
-    for member in pool.members:
-        member.up = True
-        member.held = list(held)
+    for slot in pool.slots:
+        slot.up = True
+        slot.loaded = list(loaded)
     return pool
 
 
 def in_hand(pool: Pool) -> list[list[int]]:
     """The versions of what each actor has in hand."""
-    return [[work.version for work in member.running.values()] for member in pool.members]
+    return [[work.version for work in slot.running.values()] for slot in pool.slots]
 
 
 def test_spreads_work_and_keeps_no_more_than_calls_in_hand() -> None:
@@ -70,13 +70,13 @@ def test_spreads_work_and_keeps_no_more_than_calls_in_hand() -> None:
 @pytest.mark.parametrize("rollover", [1, 2])
 def test_rolls_over_a_few_at_a_time(rollover: int) -> None:
     """Wrong: all actors load the next snapshot at once and none scores; or none may ever begin."""
-    pool = make_pool(3, rollover, held=(1,))
+    pool = make_pool(3, rollover, loaded=(1,))
     while pool.submit(work(2)):
         pass
     assert sum(bool(versions) for versions in in_hand(pool)) == rollover
     assert pool.submit(work(1)), "the others go on with the snapshot that they hold"
-    for member in pool.members:  # the first ones have it now
-        member.held += [2] if 2 in member.loading_versions else []
+    for slot in pool.slots:  # the first ones have it now
+        slot.loaded += [2] if 2 in slot.loading_versions else []
     assert pool.submit(work(2))
     assert sum(2 in versions for versions in in_hand(pool)) == min(rollover + 1, 3)
 
@@ -92,9 +92,9 @@ def test_fresh_actors_hold_up_nobody() -> None:
 def test_a_suspect_gets_an_actor_by_itself() -> None:
     """Wrong: a fragment that kills its actor takes innocent ones with it again and again, until
     they are parked, too."""
-    pool = make_pool(1, held=(1,))
+    pool = make_pool(1, loaded=(1,))
     assert pool.submit(work(1)) and not pool.submit(work(1, isolate=True))
-    pool.members[0].running.clear()
+    pool.slots[0].running.clear()
     assert pool.submit(work(1, isolate=True)) and not pool.submit(work(1))
 
 
@@ -102,7 +102,7 @@ def test_an_actor_that_is_not_up_gets_nothing() -> None:
     """Wrong: on a cluster with too few CPUs, fragments wait for actors that cannot start while
     others are idle."""
     pool = make_pool(2)
-    pool.members[1].up = False
+    pool.slots[1].up = False
     assert [pool.submit(work(1)) for _ in range(MAX_IN_FLIGHT + 1)] == [True] * MAX_IN_FLIGHT + [
         False
     ]
@@ -120,14 +120,14 @@ def test_grows_and_shrinks_within_its_bounds(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(pool_module, "SHRINK_S", patience)
         time.sleep(0.001)
         pool.resize(fragments)
-        sizes.append(len(pool.members))
+        sizes.append(len(pool.slots))
     assert sizes == [1, 2, 3, 3, 2, 1, 1] and len(killed) == 2
-    busy = pool.members[0]
+    busy = pool.slots[0]
     pool.resize(3)
-    for member in pool.members:
-        member.running[object()] = work(1)
+    for slot in pool.slots:
+        slot.running[object()] = work(1)
     pool.resize(0)
-    assert len(pool.members) == 3 and pool.members[0] is busy
+    assert len(pool.slots) == 3 and pool.slots[0] is busy
 
 
 def test_a_window_that_actors_have_in_hand() -> None:
@@ -144,32 +144,32 @@ def test_an_actor_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPat
     killed: list[Any] = []
     monkeypatch.setattr(ray, "kill", killed.append)
     pool = make_pool(2)
-    hung, well = pool.members
+    hung, well = pool.slots
     hung.process = 77
     late, beside, other = (work(1, number=number) for number in range(3))
-    for member, one in ((hung, late), (hung, beside), (well, other)):
-        member.running[object()] = one
+    for slot, one in ((hung, late), (hung, beside), (well, other)):
+        slot.running[object()] = one
     assert pool.collect([]) == []
-    late.given_s -= pool_module.CALL_S + 1
+    late.dispatched_s -= pool_module.CALL_TIMEOUT_S + 1
     came = pool.collect([])
-    assert [(one.work, one.died, one.beside) for one in came] == [
+    assert [(one.task, one.died, one.other_tasks) for one in came] == [
         (late, True, 1),
         (beside, True, 1),
     ]
     assert str(came[0].error) == "actor 1 (process 77) has not answered for 3601 s and was killed"
     assert (
         killed == [hung.actor]
-        and well in pool.members
-        and hung not in pool.members
-        and len(pool.members) == 2
+        and well in pool.slots
+        and hung not in pool.slots
+        and len(pool.slots) == 2
     )
 
 
 def test_what_an_actor_holds_and_takes_up() -> None:
     """Wrong: an actor that scores with one snapshot while it loads the next counts as idle, or as
     one that holds both."""
-    member = ActorSlot(start(), 1, held=[1])
-    assert not member.is_loading
-    member.running[object()] = work(2)
-    assert member.is_loading and member.loading_versions == {2}
+    slot = ActorSlot(start(), 1, loaded=[1])
+    assert not slot.is_loading
+    slot.running[object()] = work(2)
+    assert slot.is_loading and slot.loading_versions == {2}
     assert not ActorSlot(start(), 2, running={object(): work(1)}).is_loading

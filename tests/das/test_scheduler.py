@@ -86,7 +86,7 @@ def test_whatever_fails_of_one_window_parks_that_window(
         monkeypatch.setattr(SupervisionStore, "commit", fails)
     gifts: Any = Histories(fails=(3,)) if where == "gifts" else None
     bad = 3 if gifts else 2
-    service = local(order := replace(order, gifts=gifts))
+    service = local(order := replace(order, student_data=gifts))
     with pytest.raises(
         UserError,
         match=rf"SafetensorError: I/O error: No space left on device .* no supervision of window\(s\) {bad} by",
@@ -155,7 +155,7 @@ def test_what_a_late_actor_has_written_is_scored_again(
 
     def collects(self: LocalPool, ready: Any) -> Any:
         came = collect(self, ready)
-        if writes and any(one.work.window == 2 for one in came):
+        if writes and any(one.task.window == 2 for one in came):
             late.score(2, fragment, writes.pop())
         return came
 
@@ -191,7 +191,7 @@ def histories(folder: Path, **das: Any) -> tuple[Any, Histories]:
     """An order with histories over four windows of one fragment each, and what was made."""
     gifts: Any = Histories()
     return replace(
-        make_order(make_place(folder, windows=4, fragment_rows=1000), **das), gifts=gifts
+        make_order(make_place(folder, windows=4, fragment_rows=1000), **das), student_data=gifts
     ), gifts
 
 
@@ -217,7 +217,7 @@ def test_histories_after_a_parked_window_say_so(local: Local, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"no supervision of window\(s\) 2, 3 by"):
         finish(local(order), order, range(4))
     assert (
-        causes(order)[3] == "window 3 is given each user's history up to window 2, which is parked"
+        causes(order)[3] == "window 3 is given each user's history up to window 2, which has failed"
     )
     path.write_bytes(whole)
     finish(local(order), order, range(4))
@@ -242,7 +242,7 @@ def test_a_committed_window_is_not_parked(local: Local, tmp_path: Path) -> None:
     service = local(order)
     finish(service, order, range(3))
     told = service.progress(CLIENT)
-    assert told and told["parked"] == {} and not order.failed_list.exists()
+    assert told and told["failed"] == {} and not order.failed_list.exists()
     faults = [fault.partition(" failed: ")[0] for _, fault in service.state()["faults"]]
     assert faults == [f"window {w} is committed, but what follows" for w in (1, 2)]
 
@@ -295,14 +295,14 @@ def test_follows_when_it_is_started_again(
     """Wrong: a service that was told to follow after its start stops to do so when Ray starts it
     again; or a new one follows untold."""
     order = make_order(make_place(tmp_path))
-    monkeypatch.setattr("exfm_ray.das.service._me", lambda: "one")
+    monkeypatch.setattr("exfm_ray.das.service._actor_id", lambda: "one")
     first = local(order, detached=True)
     first.follow(False)
     assert not local(order, detached=True).state()["follow"]
     first.follow(True)
     first.follow(False)
     assert first.state()["follow"] and local(order, detached=True).state()["follow"]
-    monkeypatch.setattr("exfm_ray.das.service._me", lambda: "another, after `das stop`")
+    monkeypatch.setattr("exfm_ray.das.service._actor_id", lambda: "another, after `das stop`")
     assert not local(order, detached=True).state()["follow"]
 
 
@@ -313,7 +313,7 @@ def test_clients_that_were_killed_are_forgotten(
 ) -> None:
     """Wrong: a pipeline that was killed is counted for ever, or one that is at work is
     forgotten."""
-    monkeypatch.setattr("exfm_ray.das.service.SILENT_S", 1.0)
+    monkeypatch.setattr("exfm_ray.das.service.CLIENT_TIMEOUT_S", 1.0)
     service = local(make_order(make_place(tmp_path, versions=0)), detached=True)
     service.ask("killed", [1])
     service.ask("at work", [1])

@@ -119,7 +119,7 @@ def test_refuses_a_snapshot_that_is_too_new(
     scorer = make_scorer(snapshots, fm_lag=fm_lag)
     with pytest.raises(
         UserError,
-        match=rf"window {window} must not be scored by snapshot {version}: das.fm_lag = {fm_lag}",
+        match=rf"window {window} must not be scored by snapshot {version}: with das.fm_lag = {fm_lag}",
     ):
         scorer.score(window, stream.window(0).fragments[0], version)
     assert not make_order(snapshots.root.parent).store.root.exists()

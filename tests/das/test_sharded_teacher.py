@@ -116,7 +116,7 @@ def test_a_holder_that_does_not_answer_is_started_again(
     monkeypatch.setattr(ray, "kill", lambda holder, no_restart: killed.append((holder, no_restart)))
     with pytest.raises(
         TimeoutError,
-        match="1 of 2 holders of tables have not answered for 1800 s and were started again",
+        match="1 of 2 table shards have not answered for 1800 s and were restarted",
     ):
         ShardedModel(network, manifest, 1, holders).with_rows_of(
             to_batch(make_rows(30, seed=5), SCHEMA)

@@ -44,7 +44,7 @@ def order_in(
     return replace(
         order,
         owns_snapshots=True,
-        gifts=StudentData(store, history, ("feed", "stories"), (), 0, order.policy),
+        student_data=StudentData(store, history, ("feed", "stories"), (), 0, order.policy),
     )
 
 
@@ -60,7 +60,7 @@ def test_each_window_is_represented(
     scored, and all later windows are parked."""
     order = order_in(make_place(tmp_path, windows=7, rows=100), drift=drift, every=every)
     finish(local(order), order, range(7))
-    history = order.gifts.history if order.gifts else None
+    history = order.student_data.history if order.student_data else None
     assert history and all(order.has(window) for window in range(1, 7))
     asked = [order.policy.version(window) for window in range(1, 7)]
     assert [history.manifest(window).snapshot for window in range(1, 7)] == asked
@@ -78,7 +78,7 @@ def test_an_empty_window_between(local: Local, tmp_path: Path) -> None:
         publish(tmp_path / "snapshots", version)
     order = order_in(tmp_path, shared=True, drift="aligned")
     finish(local(order), order, range(5))
-    gifts = order.gifts
+    gifts = order.student_data
     assert gifts and gifts.history and gifts.shared
     assert [gifts.history.manifest(window).space for window in range(1, 5)] == [1, 1, 3, 4]
     assert (

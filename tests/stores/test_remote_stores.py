@@ -95,7 +95,7 @@ def test_a_damaged_snapshot_is_never_taken(
     order = make_order(make_place(place, windows=3), log=tmp_path / "timeline.jsonl", tries=2)
     damaged = order.snapshots.folder(2) / "dense.safetensors"
     (tmp_path / "cut").write_bytes(damaged.read_bytes()[:-3])
-    damaged.put(tmp_path / "cut")
+    damaged.upload(tmp_path / "cut")
     service = local(order)
     finish(service, order, range(3))
     ((_, fault),) = service.state()["faults"]
@@ -118,13 +118,13 @@ def test_an_outage_ends_no_service(
     """Wrong: a service that follows a stream dies of a storage that could not be used for a while,
     or takes a snapshot for damaged."""
     order = make_order(make_place(place, windows=3, versions=1), log=tmp_path / "timeline.jsonl")
-    service = local(order, lasting=True, follow=True)
+    service = local(order, detached=True, follow=True)
     until(lambda: order.store.has(1))
     with s3.refusing():
         until(
             lambda: (
                 "rerun the same command to resume when the storage can be used again"
-                in service._scheduler._held_back
+                in service._scheduler._throttled
             )
         )
     publish(place / "snapshots", 2)
