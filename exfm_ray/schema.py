@@ -14,7 +14,7 @@ already:
     <feature>    list<int32>               one column per multi-valued and per sequence feature
 
 Row 0 of every table stands for a missing value. The domain is a single-valued feature, too
-(`DOMAIN_FEATURE`, the last one), so that a model over several domains can tell them apart.
+(`DOMAIN_FEATURE`, the last one), so that a model over several domains can distinguish them.
 """
 
 from __future__ import annotations

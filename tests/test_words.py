@@ -26,13 +26,22 @@ PRIVATE = (
     "embedded stream",
     "goes on where it stopped",
 )
-BRITISH = ("normalis", "quantis", "summaris", "initialis", "serialis", "utilis", "colour", "labelled")
+BRITISH = (
+    "colour",
+    "initialis",
+    "labelled",
+    "normalis",
+    "quantis",
+    "serialis",
+    "summaris",
+    "utilis",
+)
 WORDS = re.compile(
     rf"(?<![\w.])(?:(?:{'|'.join(PRIVATE)})(?![\w.])|(?:{'|'.join(BRITISH)})\w*)",
     re.IGNORECASE,
 )
-ON_DISK = re.compile(r"[\"'`](?:parked|stood_in|parked\.json|normaliser)[\"'`]")
-"""Names in files of former runs, which keep them."""
+ON_DISK = re.compile(r"[\"'`](?:parked|stood_in|parked\.json|normaliser)[\"'`]|learnt: ")
+"""Names in files on disk, which keep them."""
 
 FILES = sorted(
     path

@@ -1,1 +1,1 @@
-"""What a run tells: metrics, progress, reports."""
+"""What a run reports: metrics, progress, wandb, pages."""

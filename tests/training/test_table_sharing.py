@@ -21,12 +21,12 @@ from exfm_ray.config.root import Config
 from exfm_ray.data.stream import EventStream, list_values, window_name
 from exfm_ray.errors import UserError
 from exfm_ray.models.serialization import load_model
-from exfm_ray.pipeline.preflight import check_models, prepare_stream
+from exfm_ray.pipeline.preflight import prepare_stream
 from exfm_ray.pipeline.schedule import vm_jobs
 from exfm_ray.training.checkpoint import BEGINNING
 from exfm_ray.training.job import Job
 from exfm_ray.training.local import LocalClient
-from exfm_ray.training.table_sharing import TableSharing, principal_map
+from exfm_ray.training.table_sharing import TableSharing
 from exfm_ray.training.worker import Worker, build_groups
 
 ARMS = ["labels", "labels+share", "ah_sa+share"]
@@ -452,47 +452,6 @@ def test_rows_are_not_projected_without_the_setting(whole: Whole) -> None:
             "student; set .*=principal",
         ):
             rows()
-
-
-def test_principal_map_to_greater_width_fills_up() -> None:
-    """Wrong: rows are mixed although they fit."""
-    rows = torch.randn(5, 3)
-    assert torch.equal(rows @ principal_map(rows, 5), torch.nn.functional.pad(rows, (0, 2)))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"share": {"tables": ["usr"]}},
-            "'distillation.share.tables': no table is named 'usr'. Did you mean 'user'",
-        ),
-        (
-            {"vm": {"model": {"type": "mlp", "dim": 8, "mlp": [8]}}},
-            "'feed' shares table 'user', whose rows have 4 numbers in the FM and 8 in the "
-            "student; set distillation.share.projection=principal",
-        ),
-        (
-            {"vm": {"model": {"type": "mlp", "dim": 4, "mlp": [8], "embeddings": {"ad": 2}}}},
-            "'feed' shares table 'ad', whose rows have 4 .* and 8",
-        ),
-    ],
-)
-def test_tables_that_cannot_be_shared_are_reported_at_once(
-    base: Config,
-    tmp_path: Path,
-    changes: dict[str, Any],
-    message: str,
-) -> None:
-    """Wrong: the error is reported after hours, or never."""
-    config = config_of(tmp_path, "wrong", changes.get("share"), vm=changes.get("vm", {}))
-    schema = EventStream.open(base.folder / "stream").schema
-    with pytest.raises(UserError, match=message):
-        check_models(config, schema)
-    plain = config_of(
-        tmp_path, "plain", changes.get("share"), vm=changes.get("vm", {}) | {"arms": ["labels"]}
-    )
-    check_models(plain, schema)
 
 
 def test_unpublished_optimizer_state_is_reported(
