@@ -36,8 +36,8 @@ demo: setup ## run the main job on the synthetic stream (about 2 minutes)
 test: setup lint ## lint, check types, run the tests (about 15 minutes)
 	$(BIN)/python -m pytest
 
-test-fast: setup ## run the tests that start no other process (under a minute)
-	$(BIN)/python -m pytest -m "not slow and not processes"
+test-fast: setup ## run the tests that need no other process and no seconds (under a minute)
+	$(BIN)/python -m pytest -m "not slow and not heavy"
 
 lint: setup ## check style, format and types
 	$(BIN)/ruff check .

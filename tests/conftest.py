@@ -20,15 +20,15 @@ settings.register_profile("shared", deadline=None)  # a busy machine must not fa
 settings.load_profile("shared")
 
 
-PROCESSES = {"cluster", "groups", "s3"}
+HEAVY = {"cluster", "groups", "s3"}
 """Fixtures that start other processes."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that start other processes, so that `make test-fast` leaves them out."""
+    """Mark the tests that start other processes as heavy, so that `make test-fast` leaves them out."""
     for item in items:
-        if PROCESSES & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.processes)
+        if HEAVY & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.heavy)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.heavy
 
 
 def run(name: str, *arguments: object) -> str:

@@ -17,7 +17,7 @@ TINY = [
     "--set=vm.arms=[labels, ah]",
     "--set=wandb.mode=disabled",
 ]
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", re.DOTALL)
 
 
-@pytest.mark.processes
+@pytest.mark.heavy
 def test_quickstart(tmp_path: Path) -> None:
     """Wrong: a newcomer who follows the page gets an error, or no figures of a student."""
     for name, text in BLOCK.findall((ROOT / "docs" / "quickstart.md").read_text()):

@@ -24,6 +24,8 @@ from exfm_ray.cli.main import main
 from exfm_ray.storage.atomic import read_json
 from exfm_ray.tracking.recorder import read_metrics
 
+pytestmark = pytest.mark.heavy
+
 SUBMIT_S = 180
 ATTEMPTS = 3
 READ_KEYS = """

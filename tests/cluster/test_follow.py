@@ -12,6 +12,8 @@ from ray.job_submission import JobStatus
 from cluster import jobs
 from exfm_ray.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 LOG = "".join(f"line {i}\n" for i in range(50))
 
 

@@ -23,6 +23,8 @@ from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
 from exfm_ray.storage.atomic import read_jsonl, write_json
 
+pytestmark = pytest.mark.heavy
+
 WAIT_S = 60
 
 

@@ -25,6 +25,8 @@ from exfm_ray.stores.readers import AugmentedReader
 from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.supervision import SupervisionStore
 
+pytestmark = pytest.mark.heavy
+
 
 @ray.remote(num_cpus=0)
 class Consumer:

@@ -21,6 +21,8 @@ from exfm_ray.models.layout import Inputs, Layout, SequenceRows
 from exfm_ray.models.network import Head
 from exfm_ray.models.registry import BACKBONES, build_backbone
 
+pytestmark = pytest.mark.heavy
+
 INPUTS = Inputs(20, 5, (SequenceRows(first=10, length=10, width=1, target=0),))
 PRESET_FOLDER = Path(__file__).parents[2] / "configs" / "wukong"
 PRESETS = {

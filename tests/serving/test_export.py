@@ -30,6 +30,8 @@ from exfm_ray.serving.export import export_student
 from exfm_ray.storage.atomic import read_json, write_json
 from exfm_ray.training.job import Job
 
+pytestmark = pytest.mark.heavy
+
 OTHER = {"type": "mlp", "dim": 8, "mlp": [4]}  # every backbone is exported in test_graph.py
 MODELS = [
     {"name": "feed", "domain": "feed", "task": ["click", "conversion"]},

@@ -34,6 +34,8 @@ from exfm_ray.serving.folder import write_tables
 from exfm_ray.serving.graph import ServedGraph, inputs_of
 from exfm_ray.serving.program import ONNX, silence_output, trace, write_onnx
 
+pytestmark = pytest.mark.heavy
+
 WIDE = {"ad": 3, "keywords": 2}
 CONFIGS: tuple[ModelConfig, ...] = (
     WukongConfig(dim=4, l=2, n_F=2, n_L=2, k=2, fmb_mlp=(8,), mlp=(8,)),

@@ -13,6 +13,8 @@ from role_locks import role_holder
 from exfm_ray.errors import UserError
 from exfm_ray.storage.locks import acquire_role_lock, file_lock
 
+pytestmark = pytest.mark.heavy
+
 
 def test_a_role_is_locked_until_its_process_is_killed(tmp_path: Path) -> None:
     """Wrong: two drivers work on one role; a killed process, or a child that it left behind, keeps

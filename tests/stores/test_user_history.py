@@ -178,7 +178,9 @@ def test_refusals(tmp_path: Path) -> None:
         match="window 1 must not be represented by snapshot 2: with das.fm_lag = 1 it takes one",
     ):
         store.publish(stream, stream.window(1), publish(tmp_path / "snapshots", 2), 2, SEED)
-    with pytest.raises(UserError, match="window 2 has no committed representations of teacher 'fm'; run the DAS"):
+    with pytest.raises(
+        UserError, match="window 2 has no committed representations of teacher 'fm'; run the DAS"
+    ):
         store.state_before(3, SCHEMA)
     with pytest.raises(UserError, match="other settings of distillation.history"):
         HistoryStore(

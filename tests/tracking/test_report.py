@@ -21,6 +21,8 @@ from exfm_ray.tracking.charts import by_window, drift, largest
 from exfm_ray.tracking.report import write_report
 from exfm_ray.tracking.run_files import RunFiles, panels
 
+pytestmark = pytest.mark.heavy
+
 browser = pytest.mark.skipif(
     browser_path() is None, reason="no Chromium is installed (Debian: apt-get install chromium)"
 )

@@ -16,6 +16,8 @@ from exfm_ray.storage.atomic import write_json
 from exfm_ray.tracking import wandb_pipeline
 from exfm_ray.tracking.wandb_pipeline import PipelineRuns
 
+pytestmark = pytest.mark.heavy
+
 SUMMARY = {
     "figures": [
         {

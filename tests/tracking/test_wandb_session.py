@@ -16,6 +16,8 @@ from exfm_ray.config.root import Config
 from exfm_ray.tracking import wandb_session
 from exfm_ray.tracking.wandb_session import close_wandb, open_run
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:

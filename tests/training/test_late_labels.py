@@ -17,7 +17,7 @@ from exfm_ray.config.root import Config
 from exfm_ray.data.labels.releases import release, release_folder
 from exfm_ray.pipeline.preflight import prepare_stream
 from exfm_ray.pipeline.runner import PipelineRunner
-from exfm_ray.pipeline.schedule import vm_jobs
+from exfm_ray.pipeline.schedule import Role, vm_jobs
 from exfm_ray.storage.atomic import read_jsonl
 from exfm_ray.stores.supervision import SupervisionStore
 from exfm_ray.training.job import Job
@@ -57,23 +57,27 @@ def test_the_das_is_ahead_of_the_labels_and_a_run_resumes(
     contents = [path.read_bytes() for path in hidden]
     for path in hidden:  # the state of a followed stream before two deadlines
         path.unlink()
-    run = PipelineRunner(config, stream)
-    assert run.windows == [0, 1]
-    groups[1].run(train, Job("fm", config), run.windows, None)
-    assert run.scorable_windows(run.labelers[0], fm=True) == [1, 2], (
-        "window 2 waits for its conversions, its supervision does not"
-    )
-    groups[1].run(score, config, run.scorable_windows(run.labelers[0], fm=True))
+    fm_only = frozenset({Role.FM})
+    fm_and_das = frozenset({Role.FM, Role.DAS})
+    vm_only = frozenset({Role.VM})
+
+    schedule = PipelineRunner(config, stream).schedule
+    assert schedule.windows == [0, 1]
+    groups[1].run(train, Job("fm", config), schedule.windows, None)
+    scorable = schedule.scorable_windows(schedule.labelers[0], fm_only)
+    assert scorable == [1, 2], "window 2 waits for its conversions, its supervision does not"
+    groups[1].run(score, config, scorable)
     (job,) = vm_jobs(config)
-    assert run.learnable_windows(job, fm=True, das=True) == [0, 1], (
+    assert schedule.learnable_windows(job, fm_and_das) == [0, 1], (
         "the models of a shared pass wait for conversions"
     )
     clicks = Job("vm-feed", config, config.vm.models[:1])
-    assert run.learnable_windows(clicks, fm=False, das=False) == [0, 1, 2], (
+    assert schedule.learnable_windows(clicks, vm_only) == [0, 1, 2], (
         "all clicks are known, and there is supervision up to window 2"
     )
-    shared = PipelineRunner(late_config(tmp_path, "waiting", arms=["labels", "ah+share"]), stream)
-    assert shared.learnable_windows(clicks, fm=True, das=True) == [0, 1], (
+    sharing = late_config(tmp_path, "waiting", arms=["labels", "ah+share"])
+    sharing_schedule = PipelineRunner(sharing, stream).schedule
+    assert sharing_schedule.learnable_windows(clicks, fm_and_das) == [0, 1], (
         "an export after window 2 would wait for snapshot 3"
     )
     groups[1].run(train, job, [0, 1], None)

@@ -16,6 +16,8 @@ from tuning.results import Search, State, Trial
 from tuning.trial import Figures
 from tuning.wandb_trials import TrialRuns
 
+pytestmark = pytest.mark.heavy
+
 IN = Figures(1, 0.75, 1.5, 1e6)
 OUT = Figures(2, 0.5, 3.0, 1e6)
 

@@ -22,6 +22,8 @@ from exfm_ray.data.stream import EventStream
 from exfm_ray.errors import UserError
 from exfm_ray.storage.atomic import read_json
 
+pytestmark = pytest.mark.heavy
+
 kafka = pytest.importorskip("confluent_kafka")
 
 EVENTS = "events"
