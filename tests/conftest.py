@@ -25,7 +25,7 @@ HEAVY = {"cluster", "groups", "s3"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that start other processes as heavy, so that `make test-fast` leaves them out."""
+    """Mark the tests that start other processes: `make test-fast` leaves them out."""
     for item in items:
         if HEAVY & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.heavy)

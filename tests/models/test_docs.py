@@ -14,12 +14,15 @@ from exfm_ray.config.models import BackboneConfig
 from exfm_ray.config.root import Config
 from exfm_ray.models.registry import BACKBONES
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "models.md").read_text()
 OVERVIEW, RECIPE = PAGE.split("## Add your own in 30 lines")
 
 TRAIN = """
 from pathlib import Path
+import pytest
 import torch
 from example import SCHEMA, make_rows
 from exfm_ray.config.load import load_config
