@@ -12,9 +12,11 @@ from __future__ import annotations
 import io
 import json
 import random
+import runpy
 import shutil
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +25,6 @@ from typing import Any
 
 import yaml
 
-from exfm_ray.cli.main import main as command
 from exfm_ray.config.root import Config
 from exfm_ray.data.readers import WindowPass
 from exfm_ray.data.stream import EventStream
@@ -175,6 +176,19 @@ def _checkpoint(run: Path) -> object:
     return cursor, figures, result.timings
 
 
+def _run_module(arguments: Sequence[str]) -> int:
+    """`python -m exfm_ray` in this process; its exit code."""
+    before = sys.argv
+    sys.argv = ["exfm_ray", *arguments]
+    try:
+        runpy.run_module("exfm_ray", run_name="__main__")
+    except SystemExit as ending:
+        return int(ending.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
 def _command(*arguments: str) -> str:
     """Run a command in this process; what it prints.
 
@@ -184,7 +198,7 @@ def _command(*arguments: str) -> str:
     out = io.StringIO()
     errors = io.StringIO()
     with redirect_stdout(out), redirect_stderr(errors):
-        code = command(arguments)
+        code = _run_module(arguments)
     if not code:
         return out.getvalue()
     line = errors.getvalue().strip()

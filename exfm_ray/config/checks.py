@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from exfm_ray.config.explain import explain
+from exfm_ray.config.sections import Sections
 from exfm_ray.config.trainer import OptimizerConfig, StudentConfig
 from exfm_ray.config.tree import set_dotted
 from exfm_ray.config.tune import UNSEARCHABLE, Distribution, TuneConfig, as_text
 from exfm_ray.errors import nearest
 
-if TYPE_CHECKING:
-    from exfm_ray.config.root import Config
+C = TypeVar("C", bound=Sections)
 
 SHARED_TABLES = "distillation.share.tables"
 
 
-def with_settings(config: Config, settings: Mapping[str, object]) -> Config:
+def with_settings(config: C, settings: Mapping[str, object]) -> C:
     """Return the config with other values of dotted settings, and without its `tune` section.
 
     Raises:
@@ -35,7 +35,7 @@ def with_settings(config: Config, settings: Mapping[str, object]) -> Config:
     return config_class.model_validate(tree)
 
 
-def check_sweep(config: Config, tune: TuneConfig) -> None:
+def check_sweep(config: Sections, tune: TuneConfig) -> None:
     """Check the students, settings and values of a sweep against the config.
 
     Raises:
@@ -55,7 +55,7 @@ def check_sweep(config: Config, tune: TuneConfig) -> None:
     _check_shared_tables(published, searched)
 
 
-def _check_searchable(config: Config, setting: str) -> None:
+def _check_searchable(config: Sections, setting: str) -> None:
     """Refuse a setting that does not exist or that no sweep can search."""
     known = _distillation_settings(config)
     reason = _why_unsearchable(setting)
@@ -80,7 +80,7 @@ def _searchable_settings(distillation: Sequence[str]) -> list[str]:
     return searchable
 
 
-def _distillation_settings(config: Config) -> list[str]:
+def _distillation_settings(config: Sections) -> list[str]:
     settings = []
     for name, section in config.distillation:
         section_class = type(section)
@@ -97,7 +97,7 @@ def _why_unsearchable(setting: str) -> str | None:
 
 
 def _check_values(
-    config: Config,
+    config: Sections,
     setting: str,
     distribution: Distribution,
 ) -> None:
@@ -123,7 +123,7 @@ def _check_shared_tables(published: Sequence[str], searched: Distribution | None
             )
 
 
-def check_teachers(config: Config) -> None:
+def check_teachers(config: Sections) -> None:
     """Check who teaches whom.
 
     Raises:
@@ -147,7 +147,7 @@ def check_teachers(config: Config) -> None:
 
 
 def _check_names(
-    config: Config,
+    config: Sections,
     names: Sequence[str],
     publishing: Mapping[str, StudentConfig],
 ) -> None:
@@ -164,7 +164,7 @@ def _check_names(
             )
 
 
-def _check_published_arm(config: Config, student: StudentConfig) -> None:
+def _check_published_arm(config: Sections, student: StudentConfig) -> None:
     arm = student.published_arm
     if arm is None:
         return
@@ -185,7 +185,7 @@ def _check_published_arm(config: Config, student: StudentConfig) -> None:
 
 
 def _check_acyclic(
-    config: Config,
+    config: Sections,
     student: StudentConfig,
     publishing: Mapping[str, StudentConfig],
 ) -> None:
