@@ -1,5 +1,5 @@
-"""What the service decides, without Ray: windows in order, faults named and parked, no more than
-readers and snapshots allow."""
+"""What the service decides, without Ray: order of windows, failures, limits by readers and
+snapshots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from example import SCHEMA, make_rows
 from local_service import Local, finish, local_services, until
 from publish_snapshots import publish
-from specs import make_order, make_place, undisturbed, written
+from specs import make_place, make_spec, undisturbed, written
 
 from exfm_ray.das.client import out_of_reach
 from exfm_ray.das.spec import LabelingSpec, failed_items, fallback_windows
@@ -25,28 +25,27 @@ from exfm_ray.storage.atomic import read_json, write_json
 
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:
-    """Starts services in this process, which end with the test."""
+    """Start services in this process, which end with the test."""
     with local_services(monkeypatch) as start:
         yield start
 
 
-def windows_of(order: LabelingSpec) -> list[int]:
-    return EventStream.open(order.stream_root).windows()
+def windows_of(spec: LabelingSpec) -> list[int]:
+    return EventStream.open(spec.stream_root).windows()
 
 
 def test_follows_a_stream_that_grows(local: Local, tmp_path: Path) -> None:
-    """Wrong: windows that are prepared, or snapshots that are published, while the service runs are
-    not seen."""
+    """Wrong: the service misses windows or snapshots that appear while it runs."""
     make_place(tmp_path, windows=2)
-    order = make_order(tmp_path)
-    service = local(order, detached=True, follow=True)
-    until(lambda: order.store.has(1))
-    writer = StreamWriter(order.stream_root, SCHEMA, {"made": "by the tests"}, 400)
+    spec = make_spec(tmp_path)
+    service = local(spec, detached=True, follow=True)
+    until(lambda: spec.store.has(1))
+    writer = StreamWriter(spec.stream_root, SCHEMA, {"made": "by the tests"}, 400)
     writer.write_window(2, 2000, 3000, 0, [make_rows(1000, seed=2, first_id=2000)])
     until(lambda: "snapshot 2" in service.state()["throttled"])
-    assert not order.store.has(2)
+    assert not spec.store.has(2)
     publish(tmp_path / "snapshots", 2)
-    until(lambda: order.store.has(2))
+    until(lambda: spec.store.has(2))
     state = service.state()
     assert [(w["window"], w["snapshot"], w["label_s"]) for w in state["written"]] == [
         (1, 1, 2.0),
@@ -56,60 +55,63 @@ def test_follows_a_stream_that_grows(local: Local, tmp_path: Path) -> None:
 
 
 def damage(path: Path) -> bytes:
-    """Cut a file short; what it was."""
+    """Cut a file short and return what it was."""
     whole = path.read_bytes()
     path.write_bytes(whole[:-3])
     return whole
 
 
-def test_a_fragment_that_cannot_be_read_is_parked(local: Local, tmp_path: Path) -> None:
-    """Wrong: one damaged fragment stops the other windows, commits its own, is tried for ever, or
-    is never tried again."""
-    order = make_order(make_place(tmp_path, windows=4), tries=2)
-    stream = EventStream.open(order.stream_root)
+def test_a_fragment_that_cannot_be_read_fails(local: Local, tmp_path: Path) -> None:
+    """Wrong: one damaged fragment stops the other windows, does not stop the commit of its own
+    window, is tried forever, or is never tried again."""
+    spec = make_spec(make_place(tmp_path, windows=4), tries=2)
+    stream = EventStream.open(spec.stream_root)
     path = stream.path(2, stream.window(2).fragments[1])
     whole = damage(path)
     with pytest.raises(
         UserError,
-        match=rf"{path}: \d+ bytes where the manifest says .* no supervision of window\(s\) 2 by 'fm'",
+        match=rf"{path}: \d+ bytes where the manifest says .* "
+        r"no supervision of window\(s\) 2 by 'fm'",
     ):
-        finish(local(order), order, windows_of(order))
-    assert [order.store.has(w) for w in range(4)] == [False, True, False, True]
-    (listed,) = read_json(order.store.root / "fm" / "parked.json")
+        finish(local(spec), spec, windows_of(spec))
+    assert [spec.store.has(w) for w in range(4)] == [False, True, False, True]
+    (listed,) = read_json(spec.store.root / "fm" / "parked.json")
     assert (listed["window"], listed["fragment"], listed["snapshot"], listed["tries"]) == (
         2,
         path.name,
         2,
         2,
     )
-    (told,) = failed_items(order)
-    assert told["teacher"] == "fm" and told["cause"].startswith(f"{path}: "), (
+    (message,) = failed_items(spec)
+    assert message["teacher"] == "fm" and message["cause"].startswith(f"{path}: "), (
         "for summary and report"
     )
     path.write_bytes(whole)
-    assert finish(local(order), order, windows_of(order)) == {2: 400}, (
+    assert finish(local(spec), spec, windows_of(spec)) == {2: 400}, (
         "the other fragments of the window were scored before"
     )
-    assert read_json(order.store.root / "fm" / "parked.json") == [] == failed_items(order)
-    assert written(order) == undisturbed(order)
+    assert read_json(spec.store.root / "fm" / "parked.json") == [] == failed_items(spec)
+    assert written(spec) == undisturbed(spec)
 
 
-def test_a_damaged_snapshot_is_never_taken(local: Local, tmp_path: Path) -> None:
-    """Wrong: a damaged snapshot scores, ends the run, or is hidden; the one before it has to serve
-    on, and be named in every row."""
-    order = make_order(make_place(tmp_path, windows=4), tries=2)
-    damage(order.snapshots.folder(2) / "dense.safetensors")
-    service = local(order)
-    finish(service, order, range(4))
+def test_a_damaged_snapshot_is_never_used(local: Local, tmp_path: Path) -> None:
+    """Wrong: a damaged snapshot scores, ends the run, or goes unreported. The one before it must
+    replace it and be named in every row."""
+    spec = make_spec(make_place(tmp_path, windows=4), tries=2)
+    damage(spec.snapshots.folder(2) / "dense.safetensors")
+    service = local(spec)
+    finish(service, spec, range(4))
     ((_, fault),) = service.state()["faults"]
     assert (
         fault.startswith("snapshot 2 is left out")
         and "dense.safetensors: missing or not the file" in fault
     )
-    assert [
-        (order.store.manifest(w).snapshot, order.store.manifest(w).asked) for w in (1, 2, 3)
-    ] == [(1, None), (1, 2), (3, None)]
-    assert fallback_windows(order) == [{"teacher": "fm", "window": 2, "asked": 2, "snapshot": 1}]
+    assert [(spec.store.manifest(w).snapshot, spec.store.manifest(w).asked) for w in (1, 2, 3)] == [
+        (1, None),
+        (1, 2),
+        (3, None),
+    ]
+    assert fallback_windows(spec) == [{"teacher": "fm", "window": 2, "asked": 2, "snapshot": 1}]
 
 
 @pytest.mark.parametrize("fault", ["half published", "another schema", "pinned"])
@@ -118,64 +120,66 @@ def test_snapshots_that_cannot_serve(
     tmp_path: Path,
     fault: str,
 ) -> None:
-    """Wrong: the only snapshot that may score a window is damaged and it is committed all the same,
-    or the cause is not named."""
+    """Wrong: the only snapshot that may score a window is damaged, but the window is committed, or
+    the cause is not named."""
     pinned = 2 if fault == "pinned" else None
-    order = make_order(make_place(tmp_path), tries=2, pinned=pinned)
-    told = "missing or not the file"
-    if fault == "half published":  # by a trainer that was killed in between, and went on
-        (order.snapshots.folder(1) / MANIFEST).unlink()
-        told = "snapshot 1 of teacher 'fm' is not there, though later ones are"
+    spec = make_spec(make_place(tmp_path), tries=2, pinned=pinned)
+    message = "missing or not the file"
+    if fault == "half published":  # by a trainer that was killed in between and resumed
+        (spec.snapshots.folder(1) / MANIFEST).unlink()
+        message = "snapshot 1 of teacher 'fm' is not there, though later ones are"
     elif fault == "another schema":
         publish(
             tmp_path / "snapshots",
             1,
             Schema.model_validate(SCHEMA.model_dump() | {"tasks": ("click", "like")}),
         )
-        told = "another schema than the stream's"
+        message = "another schema than the stream's"
     else:
-        damage(order.snapshots.folder(2) / "dense.safetensors")
+        damage(spec.snapshots.folder(2) / "dense.safetensors")
     bad = 2 if pinned else 1
-    with pytest.raises(UserError, match=rf"{told}.* no supervision of window\(s\) {bad} by"):
-        finish(local(order), order, windows_of(order))
-    assert [order.store.has(w) for w in (1, 2)] == ([False, False] if pinned else [False, True])
+    with pytest.raises(UserError, match=rf"{message}.* no supervision of window\(s\) {bad} by"):
+        finish(local(spec), spec, windows_of(spec))
+    assert [spec.store.has(w) for w in (1, 2)] == ([False, False] if pinned else [False, True])
 
 
 def test_nan_is_not_committed(local: Local, tmp_path: Path) -> None:
-    """Wrong: a teacher that has diverged stops the windows that others supervise, or its NaN is
+    """Wrong: a teacher that has diverged stops the windows of other snapshots, or its NaN is
     committed."""
-    order = make_order(make_place(tmp_path), tries=1)
+    spec = make_spec(make_place(tmp_path), tries=1)
     publish(tmp_path / "snapshots", 1, scale=float("nan"))
     with pytest.raises(
         UserError,
-        match=r"snapshot 1 of teacher 'fm' predicts NaN for task 'click'.* no supervision of window\(s\) 1 by",
+        match=r"snapshot 1 of teacher 'fm' predicts NaN for task 'click'.* "
+        r"no supervision of window\(s\) 1 by",
     ):
-        finish(local(order), order, windows_of(order))
-    assert order.store.has(2) and not order.store.has(1)
+        finish(local(spec), spec, windows_of(spec))
+    assert spec.store.has(2) and not spec.store.has(1)
 
 
 def test_a_full_disk(local: Local, tmp_path: Path) -> None:
-    """Wrong: what cannot be written is committed, or not written again when there is room."""
-    order = make_order(make_place(tmp_path), tries=2)
-    full = order.store.root / "fm" / "window=001"
+    """Wrong: a window that cannot be written is committed, or is not written again when there is
+    space."""
+    spec = make_spec(make_place(tmp_path), tries=2)
+    full = spec.store.root / "fm" / "window=001"
     full.parent.mkdir(parents=True)
     full.touch()  # no folder can be made here, as root may write to a read-only one
     with pytest.raises(UserError, match=r"Error: .*no supervision of window\(s\) 1 by"):
-        finish(local(order), order, windows_of(order))
-    assert order.store.has(2)
+        finish(local(spec), spec, windows_of(spec))
+    assert spec.store.has(2)
     full.unlink()
-    finish(local(order), order, windows_of(order))
-    assert written(order) == undisturbed(order)
+    finish(local(spec), spec, windows_of(spec))
+    assert written(spec) == undisturbed(spec)
 
 
-def test_holds_back_when_readers_fall_behind(local: Local, tmp_path: Path) -> None:
-    """Wrong: supervision runs further ahead of the slowest reader than das.max_windows_ahead says,
-    or stops for good."""
+def test_is_throttled_when_readers_fall_behind(local: Local, tmp_path: Path) -> None:
+    """Wrong: supervision runs further ahead of the slowest reader than das.max_windows_ahead, or
+    stops for good."""
     readers = (tmp_path / "fast", tmp_path / "slow")
-    order = replace(make_order(make_place(tmp_path, windows=6), ahead=2), readers=readers)
-    service = local(order, detached=True)
+    spec = replace(make_spec(make_place(tmp_path, windows=6), ahead=2), readers=readers)
+    service = local(spec, detached=True)
 
-    def learnt(
+    def learned(
         reader: Path,
         windows: int,
         inside: str = ".examples=00000100",
@@ -187,69 +191,69 @@ def test_holds_back_when_readers_fall_behind(local: Local, tmp_path: Path) -> No
             "window 2 is das.max_windows_ahead = 2 windows ahead" in service.state()["throttled"]
         )
     )
-    until(lambda: order.store.has(1))
-    learnt(readers[0], 6, inside="")
-    learnt(readers[1], 2)
+    until(lambda: spec.store.has(1))
+    learned(readers[0], 6, inside="")
+    learned(readers[1], 2)
     until(lambda: "window 4" in service.state()["throttled"])
-    until(lambda: order.store.has(3))
-    assert not order.store.has(4) and not order.store.has(5)
-    learnt(readers[1], 6)
-    until(lambda: order.store.has(5))
+    until(lambda: spec.store.has(3))
+    assert not spec.store.has(4) and not spec.store.has(5)
+    learned(readers[1], 6)
+    until(lambda: spec.store.has(5))
 
 
-def test_old_snapshots_go_when_nobody_needs_them(local: Local, tmp_path: Path) -> None:
-    """Wrong: a snapshot goes that a window in flight, a parked one or one to come needs; or none
-    ever goes."""
-    order = replace(
-        make_order(make_place(tmp_path, windows=6), fm_lag=2, tries=1), owns_snapshots=True
+def test_snapshots_are_removed_when_no_window_needs_them(local: Local, tmp_path: Path) -> None:
+    """Wrong: a snapshot is removed that an open, a failed or a future window needs, or none is ever
+    removed."""
+    spec = replace(
+        make_spec(make_place(tmp_path, windows=6), fm_lag=2, tries=1), owns_snapshots=True
     )
-    stream = EventStream.open(order.stream_root)
+    stream = EventStream.open(spec.stream_root)
     path = stream.path(4, stream.window(4).fragments[0])
     whole = damage(path)
     with pytest.raises(UserError, match=r"no supervision of window\(s\) 4"):
-        finish(local(order), order, windows_of(order))
-    assert order.snapshots.versions() == [2, 3, 4, 5], (
-        "3 scores the parked window 4, 2 stands in for it"
+        finish(local(spec), spec, windows_of(spec))
+    assert spec.snapshots.versions() == [2, 3, 4, 5], (
+        "3 scores the failed window 4, 2 is its fallback"
     )
     path.write_bytes(whole)
-    finish(local(order), order, windows_of(order))
-    assert order.snapshots.versions() == [4, 5], "5 scores the window to come, 4 stands in for it"
+    finish(local(spec), spec, windows_of(spec))
+    assert spec.snapshots.versions() == [4, 5], "5 scores the window to come, 4 is its fallback"
 
 
 def test_supervision_that_was_removed_is_written_again(local: Local, tmp_path: Path) -> None:
-    """Wrong: a service that has once committed a window believes for ever that its supervision is
+    """Wrong: a service that has committed a window once believes forever that its supervision is
     there."""
-    order = make_order(make_place(tmp_path))
-    service = local(order)
-    finish(service, order, [1, 2])
-    shutil.rmtree(order.store.root / "fm" / "window=001")
-    assert finish(service, order, [1, 2]) == {1: 1000}
-    assert written(order) == undisturbed(order)
+    spec = make_spec(make_place(tmp_path))
+    service = local(spec)
+    finish(service, spec, [1, 2])
+    shutil.rmtree(spec.store.root / "fm" / "window=001")
+    assert finish(service, spec, [1, 2]) == {1: 1000}
+    assert written(spec) == undisturbed(spec)
 
 
-def test_a_parked_window_holds_back_those_that_wait_for_its_readers(
+def test_a_failed_window_blocks_those_that_wait_for_its_readers(
     local: Local, tmp_path: Path
 ) -> None:
-    """Wrong: a client waits for windows that the service gives to no actor, for readers that cannot
-    learn a parked one; or gives up others."""
-    order = replace(
-        make_order(make_place(tmp_path, windows=6), ahead=2, tries=1),
+    """Wrong: a client waits for windows that will never be scored, because readers cannot learn a
+    failed window; or it gives up other windows."""
+    spec = replace(
+        make_spec(make_place(tmp_path, windows=6), ahead=2, tries=1),
         readers=(tmp_path / "reader",),
     )
-    full = order.store.root / "fm" / "window=002"
+    full = spec.store.root / "fm" / "window=002"
     full.parent.mkdir(parents=True)
     full.touch()  # no folder can be made here
     write_json(tmp_path / "reader" / "windows=002" / "manifest.json", {})  # it can learn no more
-    service = local(order, detached=True)
+    service = local(spec, detached=True)
     until(
         lambda: (
             "window 4 is das.max_windows_ahead = 2 windows ahead" in service.state()["throttled"]
         )
     )
-    until(lambda: order.store.has(3))
-    assert {row["window"] for row in failed_items(order)} == {2}
-    lacking = {window for window in windows_of(order)[1:] if not order.store.has(window)}
-    assert lacking == {2, 4, 5} and out_of_reach(order, lacking, {2}) == {4, 5}
-    assert not out_of_reach(replace(order, readers=()), lacking, {2}) and not out_of_reach(
-        order, lacking, set()
+    until(lambda: spec.store.has(3))
+    assert {row["window"] for row in failed_items(spec)} == {2}
+    missing = {window for window in windows_of(spec)[1:] if not spec.store.has(window)}
+    assert missing == {2, 4, 5} and out_of_reach(spec, missing, {2}) == {4, 5}
+    assert not out_of_reach(replace(spec, readers=()), missing, {2}) and not out_of_reach(
+        spec, missing, set()
     )

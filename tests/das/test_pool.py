@@ -1,5 +1,7 @@
-"""Which actor gets which fragment, and how many actors there are. The actors are names here;
-tests/das/test_service.py has real ones."""
+"""Which actor gets which fragment, and how many actors there are.
+
+The actors are stand-ins here; tests/das/test_service.py has real ones.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from exfm_ray.data.stream import Fragment
 
 
 def call(*arguments: Any) -> object:
-    """A reference."""
+    """Return a stand-in for a Ray reference."""
     return object()
 
 
@@ -26,7 +28,7 @@ def start() -> Any:
     return SimpleNamespace(ready=SimpleNamespace(remote=call), score=SimpleNamespace(remote=call))
 
 
-def work(
+def make_task(
     version: int,
     isolate: bool = False,
     number: int = 0,
@@ -41,11 +43,11 @@ def work(
 
 def make_pool(
     actors: int,
-    rollover: int = 1,
+    max_reloads: int = 1,
     loaded: tuple[int, ...] = (),
 ) -> Pool:
-    """A pool whose actors are up and hold some versions."""
-    pool = Pool(start, actors, actors, rollover)
+    """Return a pool whose actors are up and hold some versions."""
+    pool = Pool(start, actors, actors, max_reloads)
     pool.resize(0)
     for slot in pool.slots:
         slot.up = True
@@ -53,49 +55,51 @@ def make_pool(
     return pool
 
 
-def in_hand(pool: Pool) -> list[list[int]]:
-    """The versions of what each actor has in hand."""
-    return [[work.version for work in slot.running.values()] for slot in pool.slots]
+def versions_in_progress(pool: Pool) -> list[list[int]]:
+    """Return the versions of the tasks that each actor has."""
+    return [[task.version for task in slot.running.values()] for slot in pool.slots]
 
 
-def test_spreads_work_and_keeps_no_more_than_calls_in_hand() -> None:
+def test_spreads_tasks_up_to_the_limit_of_each_actor() -> None:
     """Wrong: one actor gets all fragments while another idles, or so many that the end of a window
     waits for one actor."""
     pool = make_pool(2)
-    given = [pool.submit(work(1, number=number)) for number in range(2 * MAX_IN_FLIGHT + 1)]
-    assert given == [True] * 2 * MAX_IN_FLIGHT + [False]
-    assert in_hand(pool) == [[1] * MAX_IN_FLIGHT] * 2
+    submitted = [
+        pool.submit(make_task(1, number=number)) for number in range(2 * MAX_IN_FLIGHT + 1)
+    ]
+    assert submitted == [True] * 2 * MAX_IN_FLIGHT + [False]
+    assert versions_in_progress(pool) == [[1] * MAX_IN_FLIGHT] * 2
 
 
-@pytest.mark.parametrize("rollover", [1, 2])
-def test_rolls_over_a_few_at_a_time(rollover: int) -> None:
-    """Wrong: all actors load the next snapshot at once and none scores; or none may ever begin."""
-    pool = make_pool(3, rollover, loaded=(1,))
-    while pool.submit(work(2)):
+@pytest.mark.parametrize("max_reloads", [1, 2])
+def test_loads_the_next_snapshot_on_a_few_actors_at_a_time(max_reloads: int) -> None:
+    """Wrong: all actors load the next snapshot at once and none scores, or none may ever begin."""
+    pool = make_pool(3, max_reloads, loaded=(1,))
+    while pool.submit(make_task(2)):
         pass
-    assert sum(bool(versions) for versions in in_hand(pool)) == rollover
-    assert pool.submit(work(1)), "the others go on with the snapshot that they hold"
+    assert sum(bool(versions) for versions in versions_in_progress(pool)) == max_reloads
+    assert pool.submit(make_task(1)), "the others continue with the snapshot that they hold"
     for slot in pool.slots:  # the first ones have it now
         slot.loaded += [2] if 2 in slot.loading_versions else []
-    assert pool.submit(work(2))
-    assert sum(2 in versions for versions in in_hand(pool)) == min(rollover + 1, 3)
+    assert pool.submit(make_task(2))
+    assert sum(2 in versions for versions in versions_in_progress(pool)) == min(max_reloads + 1, 3)
 
 
-def test_fresh_actors_hold_up_nobody() -> None:
+def test_new_actors_load_at_once() -> None:
     """Wrong: at the start actors load their first snapshot one after the other."""
     pool = make_pool(3)
     for _ in range(3):
-        assert pool.submit(work(1))
-    assert in_hand(pool) == [[1], [1], [1]]
+        assert pool.submit(make_task(1))
+    assert versions_in_progress(pool) == [[1], [1], [1]]
 
 
 def test_a_suspect_gets_an_actor_by_itself() -> None:
-    """Wrong: a fragment that kills its actor takes innocent ones with it again and again, until
-    they are parked, too."""
+    """Wrong: a fragment that kills its actor fails innocent ones again and again, until they have
+    failed for good, too."""
     pool = make_pool(1, loaded=(1,))
-    assert pool.submit(work(1)) and not pool.submit(work(1, isolate=True))
+    assert pool.submit(make_task(1)) and not pool.submit(make_task(1, isolate=True))
     pool.slots[0].running.clear()
-    assert pool.submit(work(1, isolate=True)) and not pool.submit(work(1))
+    assert pool.submit(make_task(1, isolate=True)) and not pool.submit(make_task(1))
 
 
 def test_an_actor_that_is_not_up_gets_nothing() -> None:
@@ -103,15 +107,15 @@ def test_an_actor_that_is_not_up_gets_nothing() -> None:
     others are idle."""
     pool = make_pool(2)
     pool.slots[1].up = False
-    assert [pool.submit(work(1)) for _ in range(MAX_IN_FLIGHT + 1)] == [True] * MAX_IN_FLIGHT + [
-        False
-    ]
-    assert in_hand(pool)[1] == []
+    assert [pool.submit(make_task(1)) for _ in range(MAX_IN_FLIGHT + 1)] == [
+        True
+    ] * MAX_IN_FLIGHT + [False]
+    assert versions_in_progress(pool)[1] == []
 
 
 def test_grows_and_shrinks_within_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: the pool takes more actors than allowed, or fewer, kills busy ones, or shrinks at
-    every ebb."""
+    """Wrong: the pool has more actors than allowed, or fewer, kills busy ones, or shrinks at every
+    short pause."""
     killed: list[Any] = []
     monkeypatch.setattr(ray, "kill", killed.append)
     pool = Pool(start, 1, 3, 1)
@@ -125,38 +129,41 @@ def test_grows_and_shrinks_within_its_bounds(monkeypatch: pytest.MonkeyPatch) ->
     busy = pool.slots[0]
     pool.resize(3)
     for slot in pool.slots:
-        slot.running[object()] = work(1)
+        slot.running[object()] = make_task(1)
     pool.resize(0)
     assert len(pool.slots) == 3 and pool.slots[0] is busy
 
 
-def test_a_window_that_actors_have_in_hand() -> None:
-    """Wrong: a window is taken for free of writers while an actor has a fragment of it."""
+def test_a_window_that_actors_work_on() -> None:
+    """Wrong: a window counts as free of writers while an actor has a fragment of it."""
     pool = make_pool(1)
     assert not pool.has(1)
-    pool.submit(work(1))
+    pool.submit(make_task(1))
     assert pool.has(1) and not pool.has(2)
 
 
 def test_an_actor_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong: an actor that hangs holds its fragments, and so the service, for ever; or others lose
-    theirs with it; or nobody says who it was."""
+    """Wrong: an actor that hangs blocks its fragments, and so the service, forever; or other actors
+    lose theirs; or the error does not name the actor."""
     killed: list[Any] = []
     monkeypatch.setattr(ray, "kill", killed.append)
     pool = make_pool(2)
     hung, well = pool.slots
     hung.process = 77
-    late, beside, other = (work(1, number=number) for number in range(3))
-    for slot, one in ((hung, late), (hung, beside), (well, other)):
-        slot.running[object()] = one
+    late, beside, other = (make_task(1, number=number) for number in range(3))
+    for slot, task in ((hung, late), (hung, beside), (well, other)):
+        slot.running[object()] = task
     assert pool.collect([]) == []
     late.dispatched_s -= pool_module.CALL_TIMEOUT_S + 1
-    came = pool.collect([])
-    assert [(one.task, one.died, one.other_tasks) for one in came] == [
+    completions = pool.collect([])
+    assert [(end.task, end.died, end.other_tasks) for end in completions] == [
         (late, True, 1),
         (beside, True, 1),
     ]
-    assert str(came[0].error) == "actor 1 (process 77) has not answered for 3601 s and was killed"
+    assert (
+        str(completions[0].error)
+        == "actor 1 (process 77) has not answered for 3601 s and was killed"
+    )
     assert (
         killed == [hung.actor]
         and well in pool.slots
@@ -165,11 +172,11 @@ def test_an_actor_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPat
     )
 
 
-def test_what_an_actor_holds_and_takes_up() -> None:
+def test_what_an_actor_has_loaded_and_is_loading() -> None:
     """Wrong: an actor that scores with one snapshot while it loads the next counts as idle, or as
     one that holds both."""
     slot = ActorSlot(start(), 1, loaded=[1])
     assert not slot.is_loading
-    slot.running[object()] = work(2)
+    slot.running[object()] = make_task(2)
     assert slot.is_loading and slot.loading_versions == {2}
-    assert not ActorSlot(start(), 2, running={object(): work(1)}).is_loading
+    assert not ActorSlot(start(), 2, running={object(): make_task(1)}).is_loading

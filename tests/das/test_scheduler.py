@@ -1,4 +1,4 @@
-"""What fails of one window stays with that window; what fails for a while is tried again. Without
+"""A failure of one window stays with that window, and a temporary failure is retried. Without
 Ray."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from local_service import CLIENT, Local, LocalPool, finish, local_services, until
 from safetensors import SafetensorError
-from specs import make_order, make_place, undisturbed, written
+from specs import make_place, make_spec, undisturbed, written
 
 from exfm_ray.das.scheduler import Scheduler
 from exfm_ray.das.scorer import Scorer
@@ -29,14 +29,17 @@ FULL = SafetensorError("I/O error: No space left on device (os error 28)")
 
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:
-    """Starts services in this process, which end with the test."""
+    """Start services in this process, which end with the test."""
     with local_services(monkeypatch) as start:
         yield start
 
 
 @dataclass
 class Histories:
-    """Gifts that are made in order, of nothing. `fails`: windows of which they cannot be made."""
+    """Student data without content, made in order.
+
+    `fails`: windows for which it cannot be made.
+    """
 
     fails: tuple[int, ...] = ()
     made: list[int] = field(default_factory=list)
@@ -61,20 +64,20 @@ class Histories:
         self.made.append(window.index)
 
 
-def causes(order: Any) -> dict[int, str]:
-    return {row["window"]: row["cause"] for row in read_json(order.failed_list)}
+def causes(spec: Any) -> dict[int, str]:
+    return {row["window"]: row["cause"] for row in read_json(spec.failed_list)}
 
 
-@pytest.mark.parametrize("where", ["commit", "gifts"])
-def test_whatever_fails_of_one_window_parks_that_window(
+@pytest.mark.parametrize("where", ["commit", "student data"])
+def test_a_failure_of_one_window_fails_that_window(
     local: Local,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     where: str,
 ) -> None:
-    """Wrong: a full disk, which safetensors tells as an error of its own kind, ends the whole
+    """Wrong: a full disk, which safetensors reports as an error of its own type, ends the whole
     service, or is not named."""
-    order = make_order(make_place(tmp_path, windows=4), tries=2)
+    spec = make_spec(make_place(tmp_path, windows=4), tries=2)
     commit = SupervisionStore.commit
 
     def fails(self: SupervisionStore, window: Any, *arguments: Any) -> None:
@@ -84,17 +87,18 @@ def test_whatever_fails_of_one_window_parks_that_window(
 
     if where == "commit":
         monkeypatch.setattr(SupervisionStore, "commit", fails)
-    gifts: Any = Histories(fails=(3,)) if where == "gifts" else None
-    bad = 3 if gifts else 2
-    service = local(order := replace(order, student_data=gifts))
+    student_data: Any = Histories(fails=(3,)) if where == "student data" else None
+    bad = 3 if student_data else 2
+    service = local(spec := replace(spec, student_data=student_data))
     with pytest.raises(
         UserError,
-        match=rf"SafetensorError: I/O error: No space left on device .* no supervision of window\(s\) {bad} by",
+        match="SafetensorError: I/O error: No space left on device .* "
+        rf"no supervision of window\(s\) {bad} by",
     ):
-        finish(service, order, range(4))
+        finish(service, spec, range(4))
     assert not service.state()["error"]
-    assert [order.store.has(w) for w in (1, 2, 3)] == [w != bad for w in (1, 2, 3)]
-    (listed,) = read_json(order.failed_list)
+    assert [spec.store.has(w) for w in (1, 2, 3)] == [w != bad for w in (1, 2, 3)]
+    (listed,) = read_json(spec.failed_list)
     assert (listed["window"], listed["fragment"], listed["tries"]) == (bad, None, 2)
 
 
@@ -113,7 +117,7 @@ OUTAGES: list[tuple[type, str, type[Exception]]] = [
     OUTAGES,
     ids=[f"{kind.__name__}.{name}: {error.__name__}" for kind, name, error in OUTAGES],
 )
-def test_an_outage_parks_no_window(
+def test_an_outage_fails_no_window(
     local: Local,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -121,12 +125,12 @@ def test_an_outage_parks_no_window(
     name: str,
     error: type[Exception],
 ) -> None:
-    """Wrong: a storage that cannot be used for a moment, when a window is opened or committed,
-    parks the window or ends the service."""
-    order = make_order(make_place(tmp_path), tries=3)
+    """Wrong: a short outage of the storage, when a window is opened or committed, fails the window
+    or ends the service."""
+    spec = make_spec(make_place(tmp_path), tries=3)
     whole = getattr(kind, name)
     left = [error("no answer")] * 2
-    service = local(order)
+    service = local(spec)
 
     def fails(*arguments: Any, **options: Any) -> Any:
         if left and threading.current_thread().name == "das":
@@ -134,10 +138,10 @@ def test_an_outage_parks_no_window(
         return whole(*arguments, **options)
 
     monkeypatch.setattr(kind, name, fails)
-    finish(service, order, range(3))
-    assert not left and not order.failed_list.exists()
-    assert any("no answer" in told for _, told in service.state()["faults"])
-    assert written(order) == undisturbed(order)
+    finish(service, spec, range(3))
+    assert not left and not spec.failed_list.exists()
+    assert any("no answer" in message for _, message in service.state()["faults"])
+    assert written(spec) == undisturbed(spec)
 
 
 def test_what_a_late_actor_has_written_is_scored_again(
@@ -145,28 +149,28 @@ def test_what_a_late_actor_has_written_is_scored_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wrong: an actor that comes late with another snapshot writes over a fragment, and the window
-    is committed as if it had not."""
-    order = make_order(make_place(tmp_path))
+    """Wrong: a late actor overwrites a fragment with another snapshot's predictions, and the window
+    is committed anyway."""
+    spec = make_spec(make_place(tmp_path))
     collect = LocalPool.collect
-    late = Scorer(make_order(tmp_path))
-    fragment = EventStream.open(order.stream_root).window(2).fragments[1]
+    late = Scorer(make_spec(tmp_path))
+    fragment = EventStream.open(spec.stream_root).window(2).fragments[1]
     writes = [1]
 
     def collects(self: LocalPool, ready: Any) -> Any:
-        came = collect(self, ready)
-        if writes and any(one.task.window == 2 for one in came):
+        completions = collect(self, ready)
+        if writes and any(one.task.window == 2 for one in completions):
             late.score(2, fragment, writes.pop())
-        return came
+        return completions
 
     monkeypatch.setattr(LocalPool, "collect", collects)
-    service = local(order)
-    assert finish(service, order, range(3)) == {1: 1000, 2: 1000 + fragment.rows}
+    service = local(spec)
+    assert finish(service, spec, range(3)) == {1: 1000, 2: 1000 + fragment.rows}
     assert any(
-        "fragment=0001.parquet: not scored by snapshot 2" in told
-        for _, told in service.state()["faults"]
+        "fragment=0001.parquet: not scored by snapshot 2" in message
+        for _, message in service.state()["faults"]
     )
-    assert written(order) == undisturbed(order) and not writes
+    assert written(spec) == undisturbed(spec) and not writes
 
 
 def test_a_window_waits_for_actors_that_may_still_write(
@@ -174,93 +178,96 @@ def test_a_window_waits_for_actors_that_may_still_write(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wrong: a window is committed while an actor still has one of its fragments in hand, by a
-    version that was left out since."""
-    order = make_order(make_place(tmp_path, windows=2))
+    """Wrong: a window is committed while an actor still has one of its fragments, of a version that
+    was left out since."""
+    spec = make_spec(make_place(tmp_path, windows=2))
     free = threading.Event()
     monkeypatch.setattr(LocalPool, "has", lambda self, window: not free.is_set())
-    service = local(order, detached=True)
+    service = local(spec, detached=True)
     until(lambda: service._scheduler._queue.finished())
     time.sleep(0.2)
-    assert not order.store.has(1)
+    assert not spec.store.has(1)
     free.set()
-    until(lambda: order.store.has(1))
+    until(lambda: spec.store.has(1))
 
 
 def histories(folder: Path, **das: Any) -> tuple[Any, Histories]:
-    """An order with histories over four windows of one fragment each, and what was made."""
-    gifts: Any = Histories()
+    """Return a spec with histories over four windows of one fragment each, and the student data."""
+    student_data: Any = Histories()
     return replace(
-        make_order(make_place(folder, windows=4, fragment_rows=1000), **das), student_data=gifts
-    ), gifts
+        make_spec(make_place(folder, windows=4, fragment_rows=1000), **das),
+        student_data=student_data,
+    ), student_data
 
 
-def test_histories_wait_for_a_window_that_is_opened_anew(local: Local, tmp_path: Path) -> None:
-    """Wrong: while a window waits for a stand-in of its damaged snapshot, the healthy one after it
-    is parked."""
-    order, made = histories(tmp_path, tries=1)
-    dense = order.snapshots.folder(2) / "dense.safetensors"
+def test_histories_wait_for_a_window_that_is_opened_again(local: Local, tmp_path: Path) -> None:
+    """Wrong: while a window waits for a fallback of its damaged snapshot, the intact window after
+    it fails."""
+    spec, made = histories(tmp_path, tries=1)
+    dense = spec.snapshots.folder(2) / "dense.safetensors"
     dense.write_bytes(dense.read_bytes()[:-3])
-    finish(local(order), order, range(4))
-    assert made.made == [1, 2, 3] and not order.failed_list.exists()
-    assert [order.store.manifest(window).snapshot for window in (1, 2, 3)] == [1, 1, 3]
+    finish(local(spec), spec, range(4))
+    assert made.made == [1, 2, 3] and not spec.failed_list.exists()
+    assert [spec.store.manifest(window).snapshot for window in (1, 2, 3)] == [1, 1, 3]
 
 
-def test_histories_after_a_parked_window_say_so(local: Local, tmp_path: Path) -> None:
-    """Wrong: a window whose predecessor is parked waits for ever, or is parked for a cause that
-    does not name that one."""
-    order, made = histories(tmp_path, tries=1)
-    stream = EventStream.open(order.stream_root)
+def test_histories_after_a_failed_window_say_so(local: Local, tmp_path: Path) -> None:
+    """Wrong: a window whose predecessor has failed waits forever, or fails for a cause that does
+    not name that one."""
+    spec, made = histories(tmp_path, tries=1)
+    stream = EventStream.open(spec.stream_root)
     path = stream.path(2, stream.window(2).fragments[0])
     whole = path.read_bytes()
     path.write_bytes(whole[:-3])
     with pytest.raises(UserError, match=r"no supervision of window\(s\) 2, 3 by"):
-        finish(local(order), order, range(4))
+        finish(local(spec), spec, range(4))
     assert (
-        causes(order)[3] == "window 3 is given each user's history up to window 2, which has failed"
+        causes(spec)[3] == "window 3 is given each user's history up to window 2, which has failed"
     )
     path.write_bytes(whole)
-    finish(local(order), order, range(4))
+    finish(local(spec), spec, range(4))
     assert made.made == [1, 2, 3]
 
 
-def test_histories_that_nobody_asked_for_are_not_waited_for(local: Local, tmp_path: Path) -> None:
-    """Wrong: a client that asks for a window alone waits for ever for the one before, for which
-    nobody asks."""
-    order, _ = histories(tmp_path, tries=1)
+def test_histories_that_no_client_requested_are_not_waited_for(
+    local: Local, tmp_path: Path
+) -> None:
+    """Wrong: a client that requests one window waits forever for the window before, which no client
+    requests."""
+    spec, _ = histories(tmp_path, tries=1)
     with pytest.raises(
         UserError, match=r"window 2 is not represented; no supervision of window\(s\) 3"
     ):
-        finish(local(order), order, [3])
+        finish(local(spec), spec, [3])
 
 
-def test_a_committed_window_is_not_parked(local: Local, tmp_path: Path) -> None:
-    """Wrong: a log that cannot be written parks a window whose supervision is committed, or goes
-    unsaid."""
+def test_a_committed_window_has_not_failed(local: Local, tmp_path: Path) -> None:
+    """Wrong: a log that cannot be written fails a window whose supervision is committed, or goes
+    unreported."""
     (tmp_path / "full").touch()  # no folder can be made here, as root may write to a read-only one
-    order = replace(make_order(make_place(tmp_path)), log=tmp_path / "full" / "timeline.jsonl")
-    service = local(order)
-    finish(service, order, range(3))
-    told = service.progress(CLIENT)
-    assert told and told["failed"] == {} and not order.failed_list.exists()
+    spec = replace(make_spec(make_place(tmp_path)), log=tmp_path / "full" / "timeline.jsonl")
+    service = local(spec)
+    finish(service, spec, range(3))
+    message = service.progress(CLIENT)
+    assert message and message["failed"] == {} and not spec.failed_list.exists()
     faults = [fault.partition(" failed: ")[0] for _, fault in service.state()["faults"]]
     assert faults == [f"window {w} is committed, but what follows" for w in (1, 2)]
 
 
-def test_clients_are_told_that_the_service_has_failed(
+def test_clients_get_the_error_of_a_service_that_has_failed(
     local: Local,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wrong: `das start` says that windows are labelled while the thread that would do it is
+    """Wrong: `das start` says that windows are labeled while the thread that should do it is
     dead."""
-    order = make_order(make_place(tmp_path))
+    spec = make_spec(make_place(tmp_path))
 
     def fails(self: Scheduler) -> None:
         raise RuntimeError("no actor starts")
 
     monkeypatch.setattr(Scheduler, "dispatch", fails)
-    service = local(order, detached=True)
+    service = local(spec, detached=True)
     until(lambda: service.state()["error"])
     calls: list[Callable[[], Any]] = [
         lambda: service.ask(CLIENT, [1]),
@@ -270,7 +277,8 @@ def test_clients_are_told_that_the_service_has_failed(
     for call in calls:
         with pytest.raises(
             RuntimeError,
-            match=r"(?s)the DAS has failed; end it with `run.py das stop` and start it again.*no actor starts",
+            match=r"(?s)the DAS has failed; end it with `run.py das stop` and start it again.*"
+            "no actor starts",
         ):
             call()
     assert service.leave(CLIENT) is False
@@ -278,32 +286,32 @@ def test_clients_are_told_that_the_service_has_failed(
 
 def test_speed_in_the_first_half_minute(local: Local, tmp_path: Path) -> None:
     """Wrong: four seconds after its start a service divides by thirty."""
-    order = make_order(make_place(tmp_path))
-    service = local(order)
-    finish(service, order, range(3))
+    spec = make_spec(make_place(tmp_path))
+    service = local(spec)
+    finish(service, spec, range(3))
     service._scheduler._started_s = time.monotonic() - 4
     assert 2000 / 10 < service.state()["examples_per_s"] <= 2000 / 4, (
         "of 2,000 examples; the test may be slow"
     )
 
 
-def test_follows_when_it_is_started_again(
+def test_follows_after_a_restart(
     local: Local,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wrong: a service that was told to follow after its start stops to do so when Ray starts it
-    again; or a new one follows untold."""
-    order = make_order(make_place(tmp_path))
+    """Wrong: a service that was asked to follow after its start no longer does so when Ray has
+    restarted it; or a new service follows without being asked."""
+    spec = make_spec(make_place(tmp_path))
     monkeypatch.setattr("exfm_ray.das.service._actor_id", lambda: "one")
-    first = local(order, detached=True)
+    first = local(spec, detached=True)
     first.follow(False)
-    assert not local(order, detached=True).state()["follow"]
+    assert not local(spec, detached=True).state()["follow"]
     first.follow(True)
     first.follow(False)
-    assert first.state()["follow"] and local(order, detached=True).state()["follow"]
+    assert first.state()["follow"] and local(spec, detached=True).state()["follow"]
     monkeypatch.setattr("exfm_ray.das.service._actor_id", lambda: "another, after `das stop`")
-    assert not local(order, detached=True).state()["follow"]
+    assert not local(spec, detached=True).state()["follow"]
 
 
 def test_clients_that_were_killed_are_forgotten(
@@ -311,10 +319,10 @@ def test_clients_that_were_killed_are_forgotten(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wrong: a pipeline that was killed is counted for ever, or one that is at work is
+    """Wrong: a pipeline that was killed counts as a client forever, or one that is running is
     forgotten."""
     monkeypatch.setattr("exfm_ray.das.service.CLIENT_TIMEOUT_S", 1.0)
-    service = local(make_order(make_place(tmp_path, versions=0)), detached=True)
+    service = local(make_spec(make_place(tmp_path, versions=0)), detached=True)
     service.ask("killed", [1])
     service.ask("at work", [1])
     assert service.state()["clients"] == 2

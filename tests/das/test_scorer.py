@@ -1,5 +1,5 @@
-"""The scorer: the snapshot's own predictions, each fragment once, never by a snapshot that is too
-new."""
+"""The scorer writes the snapshot's own predictions, each fragment once, never by a too new
+snapshot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from example import SCHEMA
 from publish_snapshots import publish
-from specs import make_order
+from specs import make_spec
 
 from exfm_ray.das.scorer import Scorer, ScoreResult, score_rows
 from exfm_ray.data.batch import to_batch
@@ -35,7 +35,7 @@ def make_scorer(
     folder: str = "supervision",
     fm_lag: int = 1,
 ) -> Scorer:
-    return Scorer(make_order(snapshots.root.parent, folder, fm_lag=fm_lag))
+    return Scorer(make_spec(snapshots.root.parent, folder, fm_lag=fm_lag))
 
 
 def score_all(
@@ -44,11 +44,11 @@ def score_all(
     fragments: Sequence[Fragment],
     version: int,
 ) -> list[int]:
-    """The rows that were scored of each fragment."""
+    """Score fragments and return the scored rows of each."""
     return [scorer.score(window, fragment, version).rows for fragment in fragments]
 
 
-def test_writes_what_the_snapshot_says(stream: EventStream, snapshots: SnapshotStore) -> None:
+def test_writes_the_snapshots_predictions(stream: EventStream, snapshots: SnapshotStore) -> None:
     """Wrong: predictions of another version, of another batch's rows, or under another task's
     name."""
     scorer = make_scorer(snapshots)
@@ -57,7 +57,7 @@ def test_writes_what_the_snapshot_says(stream: EventStream, snapshots: SnapshotS
     model, _ = load_model(snapshots.folder(2))
     for fragment in window.fragments:
         written = pq.read_table(
-            make_order(snapshots.root.parent).store.path(2, fragment), partitioning=None
+            make_spec(snapshots.root.parent).store.path(2, fragment), partitioning=None
         )
         p_NT = model.score(to_batch(stream.read(2, fragment), SCHEMA)).numpy()
         for i, task in enumerate(SCHEMA.tasks):
@@ -73,11 +73,11 @@ def test_writes_what_the_snapshot_says(stream: EventStream, snapshots: SnapshotS
 def test_interrupted_between_fragments_and_manifest(
     stream: EventStream, snapshots: SnapshotStore
 ) -> None:
-    """Wrong: after a kill before the manifest, fragments are scored twice, or come out otherwise
+    """Wrong: after a kill before the manifest, fragments are scored twice, or with other results
     (rules 3 and 5)."""
     window = stream.window(1)
     whole, killed = (make_scorer(snapshots, folder) for folder in ("whole", "killed"))
-    stores = {name: make_order(snapshots.root.parent, name).store for name in ("whole", "killed")}
+    stores = {name: make_spec(snapshots.root.parent, name).store for name in ("whole", "killed")}
     assert score_all(whole, 1, window.fragments, 1) == [400, 400, 200]
     killed.score(1, window.fragments[0], 1)
     (
@@ -95,10 +95,10 @@ def test_interrupted_between_fragments_and_manifest(
         )
 
 
-def test_supervision_of_another_snapshot_is_written_anew(
+def test_supervision_of_another_snapshot_is_written_again(
     stream: EventStream, snapshots: SnapshotStore
 ) -> None:
-    """Wrong: what an older snapshot wrote before a kill is taken for the wanted one's."""
+    """Wrong: what an older snapshot wrote before a kill counts as the requested one's."""
     scorer = make_scorer(snapshots)
     fragments = stream.window(2).fragments
     score_all(scorer, 2, fragments, 1)
@@ -119,28 +119,29 @@ def test_refuses_a_snapshot_that_is_too_new(
     scorer = make_scorer(snapshots, fm_lag=fm_lag)
     with pytest.raises(
         UserError,
-        match=rf"window {window} must not be scored by snapshot {version}: with das.fm_lag = {fm_lag}",
+        match=f"window {window} must not be scored by snapshot {version}: "
+        f"with das.fm_lag = {fm_lag}",
     ):
         scorer.score(window, stream.window(0).fragments[0], version)
-    assert not make_order(snapshots.root.parent).store.root.exists()
+    assert not make_spec(snapshots.root.parent).store.root.exists()
 
 
-def test_refuses_snapshots_that_are_not_what_they_say(
+def test_refuses_snapshots_that_do_not_match_their_names(
     stream: EventStream,
     snapshots: SnapshotStore,
     tmp_path: Path,
 ) -> None:
-    """Wrong: a missing, renamed, damaged snapshot, or one of another schema, is scored with."""
+    """Wrong: a snapshot that is missing, renamed, damaged, or of another schema is scored with."""
     other = Schema.model_validate(SCHEMA.model_dump() | {"tasks": ("click", "like")})
     publish(tmp_path / "snapshots", 3, schema=other)
     publish(tmp_path / "snapshots", 4, named=2)
     digest = stream.schema.digest
-    for version, told in (
+    for version, message in (
         (3, "another schema"),
         (4, "not version 4 of teacher 'fm'"),
         (9, "snapshot 9 of teacher 'fm' is not published"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             snapshots.load(version, digest)
     dense = snapshots.folder(2) / "dense.safetensors"
     dense.write_bytes(dense.read_bytes()[:-1] + b"\0\0")
@@ -150,8 +151,8 @@ def test_refuses_snapshots_that_are_not_what_they_say(
     with pytest.raises(UserError, match="dense.safetensors: missing or not the file"):
         snapshots.load(2, digest)
     manifest = snapshots.folder(1) / MANIFEST
-    told_of = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(told_of | {"files": {"../../x": "0"}}))
+    fields = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(fields | {"files": {"../../x": "0"}}))
     with pytest.raises(UserError, match="damaged"):
         snapshots.load(1, digest)
     manifest.unlink()
@@ -159,17 +160,17 @@ def test_refuses_snapshots_that_are_not_what_they_say(
 
 
 def test_old_snapshots_are_removed(snapshots: SnapshotStore) -> None:
-    """Wrong: snapshots fill the disk, or one that is still needed goes."""
+    """Wrong: snapshots fill the disk, or one that is still needed is removed."""
     publish(snapshots.root, 3)
     snapshots.remove_before(3)
     assert snapshots.versions() == [3]
 
 
-def test_a_storage_out_of_use_does_not_keep_an_actor_from_starting(
+def test_an_actor_starts_while_the_storage_is_unavailable(
     tmp_path: Path, stream: EventStream
 ) -> None:
     """Wrong: three actors that start while the stream cannot be opened end the whole service."""
-    scorer = Scorer(make_order(tmp_path / "away"))
+    scorer = Scorer(make_spec(tmp_path / "away"))
     with pytest.raises(UserError, match="no prepared stream here"):
         scorer.score(1, stream.window(1).fragments[0], 1)
 

@@ -1,4 +1,4 @@
-"""A teacher whose tables lie in several processes: the predictions of one, to the bit."""
+"""A teacher whose tables lie in several processes predicts the same as one process, to the bit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from example import SCHEMA, make_rows
 from publish_snapshots import MODEL, publish
 from ray.exceptions import GetTimeoutError
-from specs import make_order, make_place, undisturbed, written
+from specs import make_place, make_spec, undisturbed, written
 
 from exfm_ray.config.models import DINConfig, ModelConfig, WukongConfig
 from exfm_ray.das import sharded_teacher as shards_module
@@ -30,8 +30,8 @@ MODELS: list[ModelConfig] = [
 ]
 
 
-class Here:
-    """A holder in this process, which answers like an actor."""
+class LocalShard:
+    """A table shard in this process that answers like an actor."""
 
     def __init__(self, holder: TableShard) -> None:
         self.rows = self
@@ -49,14 +49,17 @@ def test_the_same_predictions(
     model: ModelConfig,
     shards: int,
 ) -> None:
-    """Wrong: a row comes from the wrong holder or place; more holders than rows; bags are summed in
-    another order."""
+    """Wrong: a row comes from the wrong shard or position; more shards than rows fail; bags are
+    summed in another order."""
     monkeypatch.setattr(ray, "get", lambda answers, timeout: answers)
     store = publish(tmp_path, 1, model=model)
     whole, _ = load_model(store.folder(1))
     network, manifest = store.load_dense(1, SCHEMA.digest)
     sharded = ShardedModel(
-        network, manifest, 1, [Here(TableShard(store, shard, shards)) for shard in range(shards)]
+        network,
+        manifest,
+        1,
+        [LocalShard(TableShard(store, shard, shards)) for shard in range(shards)],
     )
     batch = to_batch(make_rows(300, seed=5), SCHEMA)
     part = sharded.with_rows_of(batch)
@@ -65,15 +68,15 @@ def test_the_same_predictions(
 
 
 @pytest.mark.parametrize(("rows", "shards"), [(10, 1), (10, 3), (2, 5), (7, 7)])
-def test_shares_cover_a_table_once(rows: int, shards: int) -> None:
-    """Wrong: a row has no holder, or two."""
+def test_row_ranges_cover_a_table_once(rows: int, shards: int) -> None:
+    """Wrong: a row is in no shard, or in two."""
     assert [row for shard in range(shards) for row in row_range(rows, shard, shards)] == list(
         range(rows)
     )
 
 
-def test_a_holder_takes_up_the_next_version(tmp_path: Path) -> None:
-    """Wrong: after a rollover the rows are still the last snapshot's."""
+def test_a_shard_loads_the_next_version(tmp_path: Path) -> None:
+    """Wrong: after the next snapshot is loaded, the rows are still the last one's."""
     for version in (1, 2, 3):
         store = publish(tmp_path, version)
     holder = TableShard(store, 0, 1)
@@ -82,9 +85,9 @@ def test_a_holder_takes_up_the_next_version(tmp_path: Path) -> None:
         np.testing.assert_array_equal(holder.rows(version, np.array([0, 5])), expected[[0, 5]])
 
 
-def test_a_holder_that_was_started_again_checks_what_it_loads(tmp_path: Path) -> None:
-    """Wrong: Ray starts a holder again long after the hashes were checked, and it scores with
-    tables that were damaged since."""
+def test_a_restarted_shard_checks_what_it_loads(tmp_path: Path) -> None:
+    """Wrong: Ray restarts a shard long after the hashes were checked, and it scores with tables
+    that were damaged since."""
     store = publish(tmp_path, 1)
     (path,) = store.folder(1).glob("tables.*.safetensors")
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
@@ -94,14 +97,13 @@ def test_a_holder_that_was_started_again_checks_what_it_loads(tmp_path: Path) ->
         holder.rows(1, np.array([0]))
 
 
-def test_a_holder_that_does_not_answer_is_started_again(
+def test_a_shard_that_does_not_answer_is_restarted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wrong: a scorer waits for ever for a holder that hangs, or has the one that answers started
-    again."""
+    """Wrong: a scorer waits forever for a shard that hangs, or restarts the one that answers."""
     store = publish(tmp_path, 1)
     network, manifest = store.load_dense(1, SCHEMA.digest)
-    holders = [Here(TableShard(store, shard, 2)) for shard in range(2)]
+    holders = [LocalShard(TableShard(store, shard, 2)) for shard in range(2)]
     killed = []
 
     def late(refs: list[object], timeout: float) -> None:
@@ -110,7 +112,7 @@ def test_a_holder_that_does_not_answer_is_started_again(
 
     monkeypatch.setattr(ray, "get", late)
     monkeypatch.setattr(
-        Here, "remote", lambda self, version, row_X: f"rows of {holders.index(self)}"
+        LocalShard, "remote", lambda self, version, row_X: f"rows of {holders.index(self)}"
     )
     monkeypatch.setattr(ray, "wait", lambda refs, num_returns, timeout: (refs[:1], refs[1:]))
     monkeypatch.setattr(ray, "kill", lambda holder, no_restart: killed.append((holder, no_restart)))
@@ -124,9 +126,9 @@ def test_a_holder_that_does_not_answer_is_started_again(
     assert killed == [(holders[1], False)]
 
 
-def test_a_service_with_two_holders_writes_the_same(cluster: None, tmp_path: Path) -> None:
+def test_a_service_with_two_shards_writes_the_same(cluster: None, tmp_path: Path) -> None:
     """Wrong: a replica of several processes writes other supervision than one process that holds
     everything."""
-    order = make_order(make_place(tmp_path), shards=2)
-    label(order, [1, 2], lambda window, rows: None, lambda: None)
-    assert written(order) == undisturbed(make_order(tmp_path))
+    spec = make_spec(make_place(tmp_path), shards=2)
+    label(spec, [1, 2], lambda window, rows: None, lambda: None)
+    assert written(spec) == undisturbed(make_spec(tmp_path))

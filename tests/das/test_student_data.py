@@ -1,5 +1,5 @@
-"""Rows and histories given by a service whose old snapshots go: every window is made, of the
-snapshots that the settings say."""
+"""Rows and histories from a service that removes old snapshots: all windows, by the right
+snapshots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from example import SCHEMA
 from local_service import Local, finish, local_services
 from publish_snapshots import publish
-from specs import make_order, make_place
+from specs import make_place, make_spec
 from uneven_streams import STREAMS, uneven_stream
 
 from exfm_ray.config.distillation import HistoryConfig
@@ -25,26 +25,26 @@ from exfm_ray.stores.user_history import HistoryStore
 
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:
-    """Starts services in this process, which end with the test."""
+    """Start services in this process, which end with the test."""
     with local_services(monkeypatch) as start:
         yield start
 
 
-def order_in(
+def spec_in(
     folder: Path,
     shared: bool = False,
     drift: str | None = None,
     **das: Any,
 ) -> LabelingSpec:
-    """With gifts, and snapshots that go when no window needs them."""
-    order = make_order(folder, tries=1, **das)
+    """Return a spec with student data that removes snapshots no window needs."""
+    spec = make_spec(folder, tries=1, **das)
     settings = HistoryConfig.model_validate({"dim": 3, "embedding_space": drift}) if drift else None
-    history = HistoryStore(folder / "history", "fm", settings, order.policy) if settings else None
+    history = HistoryStore(folder / "history", "fm", settings, spec.policy) if settings else None
     store = SharedStore(folder / "shared", "fm") if shared else None
     return replace(
-        order,
+        spec,
         owns_snapshots=True,
-        student_data=StudentData(store, history, ("feed", "stories"), (), 0, order.policy),
+        student_data=StudentData(store, history, ("feed", "stories"), (), 0, spec.policy),
     )
 
 
@@ -56,37 +56,37 @@ def test_each_window_is_represented(
     every: int,
     drift: str,
 ) -> None:
-    """Wrong: the snapshot out of whose space the store is mapped goes when its last window is
-    scored, and all later windows are parked."""
-    order = order_in(make_place(tmp_path, windows=7, rows=100), drift=drift, every=every)
-    finish(local(order), order, range(7))
-    history = order.student_data.history if order.student_data else None
-    assert history and all(order.has(window) for window in range(1, 7))
-    asked = [order.policy.version(window) for window in range(1, 7)]
+    """Wrong: the snapshot from whose space the store is mapped is removed after its last window,
+    and all later windows fail."""
+    spec = spec_in(make_place(tmp_path, windows=7, rows=100), drift=drift, every=every)
+    finish(local(spec), spec, range(7))
+    history = spec.student_data.history if spec.student_data else None
+    assert history and all(spec.has(window) for window in range(1, 7))
+    asked = [spec.policy.version(window) for window in range(1, 7)]
     assert [history.manifest(window).snapshot for window in range(1, 7)] == asked
     assert [history.manifest(window).space for window in range(1, 7)] == (
         [1] * 6 if drift == "pinned" else asked
     )
-    assert min(order.snapshots.versions()) > (1 if every < 3 else 0), "and those that none needs go"
+    assert min(spec.snapshots.versions()) > (1 if every < 3 else 0), "and those that none needs go"
 
 
 def test_an_empty_window_between(local: Local, tmp_path: Path) -> None:
-    """Wrong: a store that had nothing to be mapped by is said to be in the next space, or the
-    snapshot of the space where it still is goes."""
+    """Wrong: a store that had nothing to be mapped by is recorded in the next space, or the
+    snapshot of the space that it is still in is removed."""
     uneven_stream(tmp_path / "stream", STREAMS["empty window"])
     for version in range(1, 5):
         publish(tmp_path / "snapshots", version)
-    order = order_in(tmp_path, shared=True, drift="aligned")
-    finish(local(order), order, range(5))
-    gifts = order.student_data
-    assert gifts and gifts.history and gifts.shared
-    assert [gifts.history.manifest(window).space for window in range(1, 5)] == [1, 1, 3, 4]
+    spec = spec_in(tmp_path, shared=True, drift="aligned")
+    finish(local(spec), spec, range(5))
+    student_data = spec.student_data
+    assert student_data and student_data.history and student_data.shared
+    assert [student_data.history.manifest(window).space for window in range(1, 5)] == [1, 1, 3, 4]
     assert (
-        gifts.shared.read(2, "feed", SCHEMA, order.policy)
+        student_data.shared.read(2, "feed", SCHEMA, spec.policy)
         == {}
-        != gifts.shared.read(3, "feed", SCHEMA, order.policy)
+        != student_data.shared.read(3, "feed", SCHEMA, spec.policy)
     )
-    assert order.snapshots.versions() == [3, 4]
+    assert spec.snapshots.versions() == [3, 4]
 
 
 @pytest.mark.parametrize(
@@ -98,22 +98,21 @@ def test_what_is_served_with_shared_rows_can_be_stored(
     das: dict[str, int],
 ) -> None:
     """Wrong: a followed stream's last windows are scored before their labels come, and the snapshot
-    goes with which students that have learnt all that the FM has are stored: they wait for it in
-    vain."""
-    learnt = 4
-    order = order_in(make_place(tmp_path, windows=8, rows=100, versions=learnt), shared=True, **das)
+    is removed with which students that have learned as much as the FM are stored: they wait for it
+    in vain."""
+    learned = 4
+    spec = spec_in(make_place(tmp_path, windows=8, rows=100, versions=learned), shared=True, **das)
     windows = [
         w
-        for w in EventStream.open(order.stream_root).windows()
-        if (order.policy.version(w) or 0) <= learnt
+        for w in EventStream.open(spec.stream_root).windows()
+        if (spec.policy.version(w) or 0) <= learned
     ]
-    assert windows[-1] >= learnt
-    finish(local(order), order, windows)
-    assert order.policy.version(learnt) in order.snapshots.versions()
-    for version in range(learnt + 1, 8):
+    assert windows[-1] >= learned
+    finish(local(spec), spec, windows)
+    assert spec.policy.version(learned) in spec.snapshots.versions()
+    for version in range(learned + 1, 8):
         publish(tmp_path / "snapshots", version)
-    finish(local(order), order, range(8))
+    finish(local(spec), spec, range(8))
     assert (
-        order.policy.version(7) in order.snapshots.versions()
-        and 1 not in order.snapshots.versions()
+        spec.policy.version(7) in spec.snapshots.versions() and 1 not in spec.snapshots.versions()
     )

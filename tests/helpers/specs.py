@@ -20,7 +20,7 @@ from exfm_ray.stores.supervision import SupervisionStore
 BATCH = 150
 
 
-def make_order(
+def make_spec(
     folder: AnyPath,
     store: str = "supervision",
     log: Path | None = None,

@@ -1,5 +1,4 @@
-"""The DAS over stores on S3: the bytes that it writes on a local disk, whatever dies or fails in
-between."""
+"""The DAS over stores on S3 writes the same bytes as on a local disk, whatever dies or fails."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from local_service import Local, finish, local_services, until
 from publish_snapshots import publish
 from ray.exceptions import RayActorError
 from s3_server import S3
-from specs import make_order, make_place, scored, undisturbed, written
+from specs import make_place, make_spec, scored, undisturbed, written
 
 from exfm_ray.das.client import connect, label
 from exfm_ray.das.sharded_teacher import row_range
@@ -35,7 +34,7 @@ def place(s3: S3, tmp_path: Path) -> RemotePath:
 
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Local]:
-    """Starts services in this process, which look often."""
+    """Start services in this process, which scan often."""
     monkeypatch.setattr("exfm_ray.storage.remote.POLL_S", 0.05)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with local_services(monkeypatch) as start:
@@ -43,19 +42,19 @@ def local(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Local]:
 
 
 def on_disk(folder: Path, **options: int) -> dict[str, bytes]:
-    """The supervision of the same stream by the same snapshots on a local disk."""
-    return undisturbed(make_order(make_place(folder, **options)))
+    """Return the supervision of the same stream by the same snapshots on a local disk."""
+    return undisturbed(make_spec(make_place(folder, **options)))
 
 
-def test_killed_on_s3_it_goes_on(
+def test_kills_on_s3_lose_nothing(
     cluster: None,
     place: RemotePath,
     tmp_path: Path,
 ) -> None:
     """Wrong: on S3 the death of an actor or of the service loses a fragment, shows half of one, or
-    writes another byte (rule 5)."""
+    changes a byte (rule 5)."""
     sizes = {"windows": 3, "rows": 1000, "fragment_rows": 50}
-    order = make_order(
+    spec = make_spec(
         make_place(place, **sizes),
         log=tmp_path / "timeline.jsonl",
         min_actors=2,
@@ -65,10 +64,10 @@ def test_killed_on_s3_it_goes_on(
     kills: list[str] = []
 
     def watch() -> None:
-        if len(kills) >= 2 or len(scored(order)) < 8 * len(kills) + 3:
+        if len(kills) >= 2 or len(scored(spec)) < 8 * len(kills) + 3:
             return
         with suppress(RayActorError):
-            service = connect(order)
+            service = connect(spec)
             ups = [
                 actor["process"]
                 for actor in ray.get(service.state.remote())["actors"]
@@ -80,30 +79,30 @@ def test_killed_on_s3_it_goes_on(
                 ray.kill(service, no_restart=True)
             kills.extend(["one"] if ups else [])
 
-    label(order, EventStream.open(order.stream_root).windows(), lambda window, rows: None, watch)
+    label(spec, EventStream.open(spec.stream_root).windows(), lambda window, rows: None, watch)
     assert len(kills) == 2
-    assert written(order) == on_disk(tmp_path / "disk", **sizes)
-    assert sorted(line["window"] for line in read_jsonl(order.log)) == [1, 2]
+    assert written(spec) == on_disk(tmp_path / "disk", **sizes)
+    assert sorted(line["window"] for line in read_jsonl(spec.log)) == [1, 2]
 
 
-def test_a_damaged_snapshot_is_never_taken(
+def test_a_damaged_snapshot_is_never_used(
     local: Local,
     place: RemotePath,
     tmp_path: Path,
 ) -> None:
     """Wrong: a snapshot that is damaged on S3 scores, or ends the run."""
-    order = make_order(make_place(place, windows=3), log=tmp_path / "timeline.jsonl", tries=2)
-    damaged = order.snapshots.folder(2) / "dense.safetensors"
+    spec = make_spec(make_place(place, windows=3), log=tmp_path / "timeline.jsonl", tries=2)
+    damaged = spec.snapshots.folder(2) / "dense.safetensors"
     (tmp_path / "cut").write_bytes(damaged.read_bytes()[:-3])
     damaged.upload(tmp_path / "cut")
-    service = local(order)
-    finish(service, order, range(3))
+    service = local(spec)
+    finish(service, spec, range(3))
     ((_, fault),) = service.state()["faults"]
     assert (
         fault.startswith("snapshot 2 is left out")
         and "dense.safetensors: missing or not the file" in fault
     )
-    assert [(order.store.manifest(w).snapshot, order.store.manifest(w).asked) for w in (1, 2)] == [
+    assert [(spec.store.manifest(w).snapshot, spec.store.manifest(w).asked) for w in (1, 2)] == [
         (1, None),
         (1, 2),
     ]
@@ -115,11 +114,11 @@ def test_an_outage_ends_no_service(
     place: RemotePath,
     tmp_path: Path,
 ) -> None:
-    """Wrong: a service that follows a stream dies of a storage that could not be used for a while,
-    or takes a snapshot for damaged."""
-    order = make_order(make_place(place, windows=3, versions=1), log=tmp_path / "timeline.jsonl")
-    service = local(order, detached=True, follow=True)
-    until(lambda: order.store.has(1))
+    """Wrong: a service that follows a stream ends because of a temporary outage of the storage, or
+    takes an intact snapshot for a damaged one."""
+    spec = make_spec(make_place(place, windows=3, versions=1), log=tmp_path / "timeline.jsonl")
+    service = local(spec, detached=True, follow=True)
+    until(lambda: spec.store.has(1))
     with s3.refusing():
         until(
             lambda: (
@@ -128,10 +127,10 @@ def test_an_outage_ends_no_service(
             )
         )
     publish(place / "snapshots", 2)
-    until(lambda: order.store.has(2))
-    assert order.store.manifest(2).snapshot == 2
-    assert not service.state()["error"] and not (order.store.root / "fm" / "parked.json").exists()
-    assert written(order) == on_disk(tmp_path / "disk", windows=3)
+    until(lambda: spec.store.has(2))
+    assert spec.store.manifest(2).snapshot == 2
+    assert not service.state()["error"] and not (spec.store.root / "fm" / "parked.json").exists()
+    assert written(spec) == on_disk(tmp_path / "disk", windows=3)
 
 
 def test_an_outage_damages_no_snapshot(
@@ -139,8 +138,8 @@ def test_an_outage_damages_no_snapshot(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wrong: a snapshot whose files cannot be fetched now is left out like a damaged one, and an
-    older one scores in its place."""
+    """Wrong: a snapshot whose files cannot be downloaded now is left out like a damaged one, and an
+    older one replaces it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     snapshots = publish(place / "snapshots", 1)
 
@@ -158,9 +157,8 @@ def test_parts_and_copies_of_a_model(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wrong: a holder of a share of the tables, or the first snapshot's copy for histories, has
-    other rows than on a local disk; or the trainer fetches the tables that it has written, to hash
-    them."""
+    """Wrong: a table shard, or the first snapshot's copy for histories, has other rows than on a
+    local disk; or the trainer downloads the tables that it has written, to hash them."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(
         RemotePath, "download", lambda self, target: pytest.fail(f"{self} was fetched")
@@ -171,10 +169,10 @@ def test_parts_and_copies_of_a_model(
     assert read_json(here / "model.json") == read_json(there / "model.json")
     copy_model(there, place / "copy")
     ranges = {name: row_range(rows, 1, 3) for name, rows in SCHEMA.tables.items()}
-    wanted = load_rows(here, read_stored_model(here), ranges)
+    expected = load_rows(here, read_stored_model(here), ranges)
     for folder in (there, place / "copy"):
-        found = load_rows(folder, read_stored_model(folder), ranges)
-        assert all((found[name] == rows).all() for name, rows in wanted.items())
+        actual = load_rows(folder, read_stored_model(folder), ranges)
+        assert all((actual[name] == rows).all() for name, rows in expected.items())
         model = load_model(folder)[0].state_dict()
         assert all(
             (model[name] == tensor).all()

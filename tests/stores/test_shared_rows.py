@@ -1,5 +1,5 @@
-"""Shared rows: the snapshot's own, of the ids of a window and domain, and refused when they are not
-what they say."""
+"""Shared rows are the snapshot's own, of a window's and domain's ids; what does not match is
+refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def snapshots(tmp_path: Path) -> SnapshotStore:
     return store
 
 
-def give(
+def publish_rows(
     stream: EventStream,
     snapshots: SnapshotStore,
     window: int = 2,
@@ -53,18 +53,18 @@ def ids_by_hand(
     window: int,
     domain: str,
 ) -> dict[str, set[int]]:
-    """Every id, example by example, as Python has it."""
-    found: dict[str, set[int]] = {name: set() for name in SCHEMA.tables}
+    """Collect every id, example by example."""
+    ids: dict[str, set[int]] = {name: set() for name in SCHEMA.tables}
     for fragment in stream.window(window).fragments:
         table = stream.read(window, fragment)
         sparse = list_values(table["sparse"], len(SCHEMA.single))
         for row in range(table.num_rows):
             if SCHEMA.domains[table["domain"][row].as_py()] == domain:
                 for feature, value in zip(SCHEMA.single, sparse[row].tolist(), strict=True):
-                    found[feature.name].add(value)
+                    ids[feature.name].add(value)
                 for bag in SCHEMA.bags:
-                    found[bag.table or bag.name] |= set(table[bag.name][row].as_py())
-    return found
+                    ids[bag.table or bag.name] |= set(table[bag.name][row].as_py())
+    return ids
 
 
 @pytest.mark.parametrize("tables", [(), ("ad", "keywords")])
@@ -75,7 +75,7 @@ def test_rows_are_the_snapshots_of_the_windows_ids(
 ) -> None:
     """Wrong: an id is left out or is another domain's, or its row is of another id, table or
     snapshot."""
-    store = give(stream, snapshots, tables=tables)
+    store = publish_rows(stream, snapshots, tables=tables)
     model, _ = load_model(snapshots.folder(2))
     for domain in ("feed", "stories"):
         rows = store.read(2, domain, SCHEMA, SnapshotPolicy(1))
@@ -94,11 +94,11 @@ def test_rows_are_the_snapshots_of_the_windows_ids(
 def test_written_again_the_bytes_are_the_same(
     stream: EventStream, snapshots: SnapshotStore
 ) -> None:
-    """Wrong: a window that is given again after a kill differs (rule 5)."""
-    folder = give(stream, snapshots).folder(2)
+    """Wrong: a window that is published again after a kill differs (rule 5)."""
+    folder = publish_rows(stream, snapshots).folder(2)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "manifest.json").unlink()
-    give(stream, snapshots)
+    publish_rows(stream, snapshots)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and len(
         before
     ) == 3
@@ -112,23 +112,22 @@ def test_a_snapshot_that_may_know_the_window_is_refused(
     version: int,
     lag: int,
 ) -> None:
-    """Wrong: rows carry what a window's labels have taught the teacher (rule 2)."""
+    """Wrong: rows carry what the teacher has learned from a window's labels (rule 2)."""
     with pytest.raises(
         UserError,
-        match=rf"window {window} must not be given rows of snapshot {version}: with das.fm_lag = {lag}",
+        match=f"window {window} must not be given rows of snapshot {version}: "
+        f"with das.fm_lag = {lag}",
     ):
-        give(stream, snapshots, window, version, lag=lag)
+        publish_rows(stream, snapshots, window, version, lag=lag)
     assert not (snapshots.root.parent / "shared").exists()
 
 
-def test_rows_that_are_not_what_they_say_are_refused(
-    stream: EventStream, snapshots: SnapshotStore
-) -> None:
-    """Wrong: rows of another snapshot, numbered otherwise, of no such domain, damaged or missing
-    are written into tables."""
-    store = give(stream, snapshots)
+def test_rows_that_do_not_match_are_refused(stream: EventStream, snapshots: SnapshotStore) -> None:
+    """Wrong: rows of another snapshot, of another numbering, of an unknown domain, damaged or
+    missing rows are written into tables."""
+    store = publish_rows(stream, snapshots)
     other = Schema.model_validate(SCHEMA.model_dump() | {"tasks": ("click", "like")})
-    for arguments, told in (
+    for arguments, message in (
         (
             (1, "feed", SCHEMA, SnapshotPolicy(1)),
             "window 1 has no committed shared rows of teacher 'fm'; run the DAS",
@@ -140,7 +139,7 @@ def test_rows_that_are_not_what_they_say_are_refused(
         ((2, "feed", other, SnapshotPolicy(1)), "numbered by another schema"),
         ((2, "feed", SCHEMA, SnapshotPolicy(2)), "rows of snapshot 2, das.fm_lag = 2 asks for 1"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             store.read(*arguments)
     path = store.folder(2) / "manifest.json"
     manifest = read_json(path)

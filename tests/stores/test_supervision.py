@@ -1,4 +1,4 @@
-"""The supervision store and its reader: aligned, named, whole, never too new."""
+"""The supervision store and its reader: aligned, named, complete, never too new."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def supervise(
     window: int = WINDOW,
     version: int = VERSION,
 ) -> None:
-    """Predictions that name their row: task t of row i of a fragment is (i + t / 2) / 1000."""
+    """Write predictions that name their row: task t of row i of a fragment is (i + t / 2) /
+    1000."""
     manifest = stream.window(window)
     for fragment in manifest.fragments:
         ids = stream.read(window, fragment, ["example_id"])["example_id"]
@@ -66,7 +67,7 @@ def reader(
 
 def test_joins_row_by_row(stream: EventStream, store: SupervisionStore) -> None:
     """Wrong: a row gets another row's prediction, or a task another task's; or rows of other
-    domains come along."""
+    domains are read."""
     for fragment in stream.window(WINDOW).fragments:
         events = stream.read(WINDOW, fragment)
         joined = AugmentedReader(
@@ -82,7 +83,7 @@ def test_joins_row_by_row(stream: EventStream, store: SupervisionStore) -> None:
 
 def test_only_learning_reads_supervision(stream: EventStream, store: SupervisionStore) -> None:
     """Wrong: evaluation waits for, or sees, what the teacher says; or the first window waits for a
-    teacher it cannot have."""
+    teacher that it cannot have."""
     source = reader(stream, store)
     fragment = stream.window(0).fragments[0]
     assert (
@@ -166,22 +167,22 @@ def test_refuses_what_is_not_aligned(
     no probability (rule 4)."""
     fragment = stream.window(WINDOW).fragments[0]
     path = store.path(WINDOW, fragment)
-    (change, told) = TAMPERED[name]
+    (change, message) = TAMPERED[name]
     pq.write_table(change(pq.read_table(path, partitioning=None)), path)
     with pytest.raises(UserError) as caught:
         reader(stream, store).read(WindowPass(WINDOW, "learn"), fragment)
-    assert f"{path}: {told}" in str(caught.value)
+    assert f"{path}: {message}" in str(caught.value)
 
 
 def test_refuses_files_that_are_missing_or_damaged(
     stream: EventStream, store: SupervisionStore
 ) -> None:
-    """Wrong: a missing or torn file is told as a fault of the program, or passed over."""
+    """Wrong: a missing or torn file is reported as a bug of the program, or ignored."""
     first, second, _ = stream.window(WINDOW).fragments
     store.path(WINDOW, first).unlink()
     store.path(WINDOW, second).write_bytes(b"PAR1")
-    for fragment, told in ((first, "it is not there"), (second, "not a readable Parquet file")):
-        with pytest.raises(UserError, match=rf"{fragment.file}: .*{told}"):
+    for fragment, message in ((first, "it is not there"), (second, "not a readable Parquet file")):
+        with pytest.raises(UserError, match=rf"{fragment.file}: .*{message}"):
             reader(stream, store).read(WindowPass(WINDOW, "learn"), fragment)
         assert not store.is_written(WINDOW, fragment, VERSION)
     with pytest.raises(
@@ -191,7 +192,7 @@ def test_refuses_files_that_are_missing_or_damaged(
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"snapshot": 0}, "supervised by snapshot 0 of 'fm', but das.fm_lag = 1 asks for 1"),
         ({"snapshot": 2}, "supervised by snapshot 2 of 'fm', but das.fm_lag = 1 asks for 1"),
@@ -205,18 +206,21 @@ def test_refuses_a_stale_manifest(
     stream: EventStream,
     store: SupervisionStore,
     change: dict[str, object],
-    told: str,
+    message: str,
 ) -> None:
-    """Wrong: supervision of an older stream, of another lag or another teacher is learnt from."""
+    """Wrong: a student learns from supervision of an older stream, of another lag or another
+    teacher."""
     path = store.path(WINDOW, stream.window(WINDOW).fragments[0]).with_name("manifest.json")
     write_json(path, read_json(path) | change)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         reader(stream, store).read(WindowPass(WINDOW, "learn"), stream.window(WINDOW).fragments[0])
 
 
-def test_commit_refuses_a_teacher_that_knows(stream: EventStream, store: SupervisionStore) -> None:
-    """Wrong: predictions of a snapshot that has learnt the window, or one nearer than the lag,
-    become visible (rule 2)."""
+def test_commit_refuses_a_teacher_that_has_learned_the_window(
+    stream: EventStream, store: SupervisionStore
+) -> None:
+    """Wrong: predictions of a snapshot that has learned the window, or a later one than the lag
+    allows, become visible (rule 2)."""
     for lag, version in ((1, 3), (2, 2), (4, 1)):
         with pytest.raises(
             UserError, match=rf"must not be supervised by snapshot {version}.*das.fm_lag = {lag}"
@@ -245,8 +249,8 @@ def test_commit_refuses_a_window_with_a_fragment_missing(
 def test_commit_refuses_what_another_snapshot_has_written(
     stream: EventStream, store: SupervisionStore
 ) -> None:
-    """Wrong: a fragment that a late actor has written over is committed, and no reader takes the
-    window, nor the DAS scores it again."""
+    """Wrong: a window is committed with a fragment that a late actor has overwritten: no reader
+    accepts it, and the DAS does not score it again."""
     manifest = stream.window(2)
     for fragment, version in zip(manifest.fragments, (2, 1, 2), strict=True):
         store.write(
@@ -283,8 +287,8 @@ def test_an_empty_window_is_supervised(tmp_path: Path) -> None:
 
 
 @given(window=st.integers(0, 10_000), lag=st.integers(1, 100))
-def test_version_for_has_not_learnt_the_window(window: int, lag: int) -> None:
-    """Wrong: a snapshot of version v, which has learnt windows 0 to v - 1, has learnt one later
+def test_the_newest_allowed_version_has_not_learned_the_window(window: int, lag: int) -> None:
+    """Wrong: a snapshot of version v, which has learned windows 0 to v - 1, has learned one later
     than window - lag (rule 2)."""
     version = newest_allowed_version(window, lag)
     if window < lag:
@@ -297,7 +301,7 @@ def test_version_for_has_not_learnt_the_window(window: int, lag: int) -> None:
     ("lag", "expected"),
     [(1, [None, 1, 2, 3, 4]), (2, [None, None, 1, 2, 3]), (4, [None, None, None, None, 1])],
 )
-def test_version_for_by_hand(lag: int, expected: list[int | None]) -> None:
+def test_newest_allowed_version_by_hand(lag: int, expected: list[int | None]) -> None:
     """Wrong: the lag is off by one."""
     assert [newest_allowed_version(window, lag) for window in range(5)] == expected
     assert SCHEMA.tasks == TASKS
@@ -309,14 +313,14 @@ def test_version_for_by_hand(lag: int, expected: list[int | None]) -> None:
     every=st.integers(1, 9),
     pinned=st.none() | st.integers(1, 50),
 )
-def test_no_policy_lets_the_teacher_know(
+def test_no_policy_breaks_rule_2(
     window: int,
     lag: int,
     every: int,
     pinned: int | None,
 ) -> None:
-    """Wrong: every k-th, or a pinned version, has learnt a window later than window - lag, or
-    windows have no teacher that could have one."""
+    """Wrong: every k-th, or a pinned version, has learned a window later than window - lag, or a
+    window has no teacher although it could have one."""
     version = SnapshotPolicy(lag, 1 if pinned else every, pinned).version(window)
     if version is None:
         assert window < lag or (pinned is not None and pinned - 1 > window - lag)
@@ -334,7 +338,8 @@ def test_no_policy_lets_the_teacher_know(
 
 
 def test_policies_by_hand() -> None:
-    """Wrong: the third snapshot is taken too early, or a pinned one for windows that it knows."""
+    """Wrong: the third snapshot is used too early, or a pinned one for windows that it has
+    learned."""
     assert [SnapshotPolicy(1, every=3).version(window) for window in range(8)] == [
         None,
         1,

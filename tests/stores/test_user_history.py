@@ -1,5 +1,4 @@
-"""Representations and the feature store: equal to a slow computation example by example; nothing of
-the window itself."""
+"""Representations and the feature store equal a slow computation, example by example."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ def store_of(
     windows: int = WINDOWS,
     **settings: Any,
 ) -> HistoryStore:
-    """Windows 1 and later represented, each by its own snapshot."""
+    """Represent windows 1 and later, each by its own snapshot."""
     for version in range(1, WINDOWS):
         snapshots = publish(folder / "snapshots", version)
     store = HistoryStore(
@@ -47,13 +46,13 @@ def store_of(
     return store
 
 
-def slowly(
+def expected_summaries(
     folder: Path,
     stream: EventStream,
     drift: str,
     last: int,
 ) -> dict[int, list[list[float]]]:
-    """Window -> what each of its examples is given, in float64, one example at a time."""
+    """Return window -> what each of its examples gets, in float64, one example at a time."""
     matrix = projection(8, DIM, SEED).double().numpy()
     seen: dict[int, list[np.ndarray]] = {}
     given: dict[int, list[list[float]]] = {}
@@ -105,34 +104,34 @@ def slowly(
     [("pinned", "even"), ("refreshed", "even"), *(("aligned", rows) for rows in STREAMS)],
 )
 @pytest.mark.parametrize("last", [0, 4])
-def test_what_examples_are_given(
+def test_what_examples_get(
     tmp_path: Path,
     drift: str,
     rows: str,
     last: int,
 ) -> None:
-    """Wrong: an example is given something of its own or a later window, of another user, in
-    another order, of another snapshot, or in a space that the store has left: with few examples or
-    none there is little to map it by."""
+    """Wrong: an example gets something from its own or a later window, of another user, in another
+    order, of another snapshot, or in a space that the store has left: with few examples or none
+    there is little to map it by."""
     stream = uneven_stream(tmp_path / "stream", STREAMS[rows])
     store = store_of(tmp_path, stream, embedding_space=drift, last_k=last)
-    expected = slowly(tmp_path, stream, drift, last)
+    expected = expected_summaries(tmp_path, stream, drift, last)
     for window in range(WINDOWS):
         tables = [stream.read(window, f) for f in stream.window(window).fragments]
         if not tables:
             continue
-        found = np.concatenate(
+        actual = np.concatenate(
             [
                 list_values(store.join(window, t, SCHEMA)["history"], 1 + max(last, 1) * DIM)
                 for t in tables
             ]
         )
-        # float32 sums; a value on the edge between two levels of int8 may fall to the other one:
-        # one level of a few hundred values
-        off = np.abs(found - np.array(expected[window])) > 1e-4 + 1e-3 * np.abs(found)
+        # The sums are float32. A value between two levels of int8 may be rounded to the other
+        # one: one level of a few hundred values.
+        off = np.abs(actual - np.array(expected[window])) > 1e-4 + 1e-3 * np.abs(actual)
         assert off.mean() < 0.02, (window, off.mean())
-        assert np.abs(found - np.array(expected[window])).max() < 0.05
-        assert found.any() == (window > 1)
+        assert np.abs(actual - np.array(expected[window])).max() < 0.05
+        assert actual.any() == (window > 1)
 
 
 def test_written_codes_are_the_representations(tmp_path: Path) -> None:
@@ -157,7 +156,7 @@ def test_written_codes_are_the_representations(tmp_path: Path) -> None:
         assert (np.abs(list_values(written["code"], DIM) * scale - value) <= 0.5001 * scale).all()
 
 
-def test_again_the_bytes_are_the_same(tmp_path: Path) -> None:
+def test_published_again_the_bytes_are_the_same(tmp_path: Path) -> None:
     """Wrong: a window that is represented again after a kill differs (rule 5)."""
     stream = uneven_stream(tmp_path / "stream", STREAMS["even"])
     store = store_of(tmp_path, stream, last=2)
@@ -169,8 +168,8 @@ def test_again_the_bytes_are_the_same(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    """Wrong: a snapshot that may know the window represents it; a store that is not there, or of
-    other settings, is read as one of nobody."""
+    """Wrong: a snapshot that may know the window represents it; a store that is missing, or of
+    other settings, is read as an empty one."""
     stream = uneven_stream(tmp_path / "stream", STREAMS["even"])
     store = store_of(tmp_path, stream, windows=2)
     with pytest.raises(
@@ -188,9 +187,9 @@ def test_refusals(tmp_path: Path) -> None:
         ).state_before(2, SCHEMA)
 
 
-def test_a_store_that_is_not_what_it_says_is_refused(tmp_path: Path) -> None:
-    """Wrong: a damaged store, or one of another teacher, window, schema or of a snapshot that knows
-    the window, is read as what is known."""
+def test_a_store_that_does_not_match_is_refused(tmp_path: Path) -> None:
+    """Wrong: a store that is damaged, or of another teacher, window or schema, or of a snapshot
+    that knows the window, is read."""
     stream = uneven_stream(tmp_path / "stream", STREAMS["even"])
     store = store_of(tmp_path, stream, windows=3)
     assert store.state_before(2, SCHEMA) is store.state_before(2, SCHEMA), (
@@ -201,21 +200,23 @@ def test_a_store_that_is_not_what_it_says_is_refused(tmp_path: Path) -> None:
         store.state_before(2, other)
     path = store.folder(1) / "manifest.json"
     manifest = read_json(path)
-    for change, told in (
+    for change, message in (
         (
             {"teacher": "other"},
-            "of window 1 and teacher 'other'; with das.keep_snapshots=true from the start: remove .*window=001 and run the DAS",
+            "of window 1 and teacher 'other'; with das.keep_snapshots=true from the start: "
+            "remove .*window=001 and run the DAS",
         ),
         ({"window": 2}, "of window 2 and teacher 'fm'"),
         (
             {"snapshot": 2},
-            "by snapshot 2 in the space of 1, but with das.fm_lag = 1 it takes one that has learned no window after 0",
+            "by snapshot 2 in the space of 1, but with das.fm_lag = 1 it takes one that has "
+            "learned no window after 0",
         ),
         ({"space": 3}, "by snapshot 1 in the space of 3, but"),
         ({"users": "many"}, "manifest.json: not a manifest of representations"),
     ):
         write_json(path, manifest | change)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             store.state_before(2, SCHEMA)
     write_json(path, manifest)
     file = store.folder(1) / "after.safetensors"
@@ -224,14 +225,15 @@ def test_a_store_that_is_not_what_it_says_is_refused(tmp_path: Path) -> None:
         file.write_bytes(damaged) if damaged else file.unlink()
         with pytest.raises(
             UserError,
-            match="after.safetensors: missing or not the file that its manifest describes; with das.keep_snapshots=true",
+            match="after.safetensors: missing or not the file that its manifest describes; "
+            "with das.keep_snapshots=true",
         ):
             store.state_before(2, SCHEMA)
     file.write_bytes(whole)
     assert len(store.state_before(2, SCHEMA).users_U)
 
 
-def test_values_of_nothing_stay_nothing() -> None:
+def test_zeros_stay_zeros() -> None:
     """Wrong: a representation of zeros becomes NaN."""
     code, scale = quantize(np.zeros((2, 3), np.float32))
     assert not code.any() and np.isfinite(scale).all()
