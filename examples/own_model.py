@@ -46,7 +46,7 @@ class GatedMLP(Backbone):
 
 
 SETTINGS = [
-    "data.synthetic.windows=4",
+    "data.synthetic.windows=6",
     "data.synthetic.events_per_window=10000",
     "data.synthetic.users=400",
     "data.synthetic.ads=100",
