@@ -40,7 +40,9 @@ def test_own_model_and_what_reads_its_run(tmp_path: Path) -> None:
     the examples say."""
     folder = tmp_path / "own_model"
     lines = run("own_model.py", folder).splitlines()
-    assert [line.split(":")[0] for line in lines] == ["feed labels", "feed ah"]
+    # Ray may warn on stdout about a small machine.
+    figures_of = [line.partition(": NE ")[0] for line in lines if ": NE " in line]
+    assert figures_of == ["feed labels", "feed ah"]
     figures = run("read_results.py", folder)
     assert "ah" in figures
     scores = run("serve_onnx.py", folder, "feed")
