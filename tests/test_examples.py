@@ -45,5 +45,5 @@ def test_own_model_and_what_reads_its_run(tmp_path: Path) -> None:
     assert figures_of == ["feed labels", "feed ah"]
     figures = run("read_results.py", folder)
     assert "ah" in figures
-    scores = run("serve_onnx.py", folder, "feed")
+    scores = run("serve_onnx.py", folder, "feed", "ah")
     assert scores
