@@ -14,7 +14,7 @@ from exfm_ray.storage.remote import AnyPath, StorageError
 def remove_uncommitted(root: AnyPath) -> None:
     """Remove what a killed preparation left unfinished. Committed windows stay."""
     # List the folders first: one that another preparation commits meanwhile must stay.
-    folders = list(root.glob("window=*"))
+    folders: list[AnyPath] = list(root.glob("window=*"))
     committed = {path.parent for path in root.glob("window=*/manifest.json")}
     for folder in folders:
         if folder not in committed:
