@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,31 +61,40 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
     assert not any(name.startswith(("tests/", "benchmarks/", "configs/")) for name in names)
 
 
-def test_the_demo_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
-    """Wrong: an installed package needs files of the checkout."""
+@pytest.fixture
+def installed(wheel: Path, tmp_path: Path) -> Callable[..., str]:
+    """Runs Python with the wheel's files, in an empty folder: what it prints."""
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment["PYTHONPATH"] = str(site)
     work = tmp_path / "work"
     work.mkdir()
-    script = "import exfm_ray, sys; print(exfm_ray.__file__)"
-    found = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=work,
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert found.stdout.startswith(str(site))
-    done = subprocess.run(
-        [sys.executable, "-m", "exfm_ray", "pipeline", "--config", "demo", *TINY],
-        cwd=work,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (work / "runs" / "demo" / "report.html").exists()
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=work,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_commands_run_from_the_wheel(installed: Callable[..., str], tmp_path: Path) -> None:
+    """Wrong: an installed package needs files of the checkout, such as its configs."""
+    found = installed("-c", "import exfm_ray; print(exfm_ray.__file__)")
+    assert found.startswith(str(tmp_path / "site"))
+    assert "examples" in installed("-m", "exfm_ray", "plan", "--config", "demo")
+
+
+@pytest.mark.slow
+def test_the_demo_runs_from_the_wheel(installed: Callable[..., str], tmp_path: Path) -> None:
+    """Wrong: an installed package needs files of the checkout once processes start."""
+    installed("-m", "exfm_ray", "pipeline", "--config", "demo", *TINY)
+    assert (tmp_path / "work" / "runs" / "demo" / "report.html").exists()

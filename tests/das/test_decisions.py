@@ -22,6 +22,8 @@ from exfm_ray.models.serialization import MANIFEST
 from exfm_ray.schema import Schema
 from exfm_ray.storage.atomic import read_json, write_json
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:

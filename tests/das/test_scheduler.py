@@ -24,6 +24,8 @@ from exfm_ray.storage.remote import StorageError
 from exfm_ray.stores.snapshots import SnapshotStore
 from exfm_ray.stores.supervision import SupervisionStore
 
+pytestmark = pytest.mark.heavy
+
 FULL = SafetensorError("I/O error: No space left on device (os error 28)")
 
 

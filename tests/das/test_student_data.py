@@ -22,6 +22,8 @@ from exfm_ray.data.stream import EventStream
 from exfm_ray.stores.shared_rows import SharedStore
 from exfm_ray.stores.user_history import HistoryStore
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:

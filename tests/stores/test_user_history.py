@@ -25,6 +25,8 @@ from exfm_ray.stores.representations import projection, quantize
 from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.user_history import HistoryStore
 
+pytestmark = pytest.mark.heavy
+
 DIM = 3
 SEED = 7
 

@@ -22,6 +22,8 @@ from exfm_ray.data.stream import EventStream, list_values
 from exfm_ray.errors import UserError
 from exfm_ray.storage.atomic import read_json
 
+pytestmark = pytest.mark.heavy
+
 ATTRIBUTION = {"click": 600, "buy": 7200}
 
 

@@ -31,6 +31,8 @@ from exfm_ray.stores.readers import AugmentedReader
 from exfm_ray.stores.snapshot_policy import SnapshotPolicy
 from exfm_ray.stores.supervision import TEACHER_COLUMN, SupervisionStore
 
+pytestmark = pytest.mark.heavy
+
 HOURS = {"click": 600, "conversion": 7200}
 BOTH = ("click", "conversion")
 WINDOWS = 8

@@ -21,6 +21,8 @@ from exfm_ray.data.stream import EventStream, list_values
 from exfm_ray.errors import UserError
 from exfm_ray.storage.atomic import read_json
 
+pytestmark = pytest.mark.heavy
+
 Find = Callable[[str], Path]
 MakeConfig = Callable[..., Config]
 BY_ROWS = {"by": "rows", "rows": 2_000}
